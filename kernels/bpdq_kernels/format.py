@@ -1,0 +1,142 @@
+"""The checkpoint's `quantization_config`: parsed, validated, and resolved per layer.
+
+Two dialects are read. Ours:
+
+    {"quant_method": "bpdq", "checkpoint_format": "bpdq", "format_version": 1, "bits": k, "group_size": G,
+     "ignore": ["lm_head"], "layers": {"re:.*mlp.*": {"bits": 3, "group_size": 64}},
+     "meta": {"bpdq": {"msbits": k, "n_iters": 10, "alpha": 1e-4}}}
+
+and that of the authors' release (GPTQModel 5.7.0 with the BPDQ patch), whose `bits` is the width of the initial
+integer grid and whose number of planes is `meta.bpdq.msbits`:
+
+    {"quant_method": "gptq", "checkpoint_format": "bpdq", "bits": 8, "group_size": 64,
+     "meta": {"bpdq": {"msbits": 2, "n_iters": 10, "alpha": 0.0001}}, "dynamic": null, "lm_head": false}
+
+Layer names and `ignore` entries are exact module names or `re:` patterns, matched as compressed-tensors does.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bpdq_kernels.layout import GROUP_SIZES, MAX_PLANES, coefficient_shape, plane_shape
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Number of bit-planes and group size of one layer."""
+
+    bits: int
+    group_size: int
+
+    def __post_init__(self) -> None:
+        if self.bits not in range(1, MAX_PLANES + 1):
+            raise ValueError(f"bits = {self.bits!r} bit-planes are not supported: use 1 to {MAX_PLANES}")
+        if self.group_size not in GROUP_SIZES:
+            raise ValueError(f"group_size = {self.group_size!r} is not supported: use one of {GROUP_SIZES}")
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per weight, 16-bit coefficients included: k + 16 (k + 1) / G."""
+        return self.bits + 16 * (self.bits + 1) / self.group_size
+
+
+@dataclass(frozen=True)
+class Format:
+    """What a checkpoint says of its layers."""
+
+    default: Scheme
+    ignore: tuple[str, ...] = ()
+    layers: Mapping[str, Scheme] = field(default_factory=dict)
+
+    def scheme_for(self, name: str) -> Scheme | None:
+        """Scheme of the Linear called `name` in the checkpoint, or None if it is left in 16 bits."""
+        if _matches(name, self.ignore):
+            return None
+        for pattern, scheme in self.layers.items():
+            if _matches(name, (pattern,)):
+                return scheme
+        return self.default
+
+
+def claims(config: Mapping[str, Any]) -> bool:
+    """Whether a `quantization_config` describes a BPDQ checkpoint, in our dialect or the authors'."""
+    method = config.get("quant_method")
+    return method == "bpdq" or (method == "gptq" and config.get("checkpoint_format") == "bpdq")
+
+
+def parse(config: Mapping[str, Any]) -> Format:
+    """Read a `quantization_config`; raises ValueError that names the key and the remedy."""
+    if not claims(config):
+        raise ValueError(
+            f"quantization_config is not BPDQ: quant_method {config.get('quant_method')!r}, "
+            f"checkpoint_format {config.get('checkpoint_format')!r}"
+        )
+    if config["quant_method"] == "gptq":
+        return _parse_authors(config)
+    version = config.get("format_version", FORMAT_VERSION)
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"quantization_config: format_version {version!r} is not supported (this release reads "
+            f"{FORMAT_VERSION}): upgrade vllm-bpdq or quantize the model again"
+        )
+    default = _scheme(config, "quantization_config")
+    layers = {
+        pattern: _scheme({"bits": default.bits, "group_size": default.group_size, **override}, f"layers[{pattern!r}]")
+        for pattern, override in (config.get("layers") or {}).items()
+    }
+    return Format(default, tuple(config.get("ignore") or ()), layers)
+
+
+def _parse_authors(config: Mapping[str, Any]) -> Format:
+    bpdq = (config.get("meta") or {}).get("bpdq") or {}
+    if "msbits" not in bpdq:
+        raise ValueError("quantization_config: meta.bpdq.msbits (the number of bit-planes) is missing")
+    if config.get("lm_head"):
+        raise ValueError("quantization_config: lm_head = true (a quantized LM head) is not supported")
+    default = _scheme({"bits": bpdq["msbits"], "group_size": config.get("group_size")}, "quantization_config")
+    ignore, layers = ["lm_head"], {}
+    for pattern, override in (config.get("dynamic") or {}).items():
+        if pattern.startswith("-:"):
+            ignore.append("re:" + pattern[2:])
+        else:
+            group_size = override.get("group_size", default.group_size)
+            layers["re:" + pattern.removeprefix("+:")] = Scheme(default.bits, group_size)
+    return Format(default, tuple(ignore), layers)
+
+
+def _scheme(config: Mapping[str, Any], where: str) -> Scheme:
+    missing = [key for key in ("bits", "group_size") if config.get(key) is None]
+    if missing:
+        raise ValueError(f"{where}: {' and '.join(missing)} missing")
+    try:
+        return Scheme(config["bits"], config["group_size"])
+    except ValueError as e:
+        raise ValueError(f"{where}: {e}") from None
+
+
+def _matches(name: str, targets: Iterable[str]) -> bool:
+    from compressed_tensors.utils.match import match_name  # imports transformers: not at import time
+
+    return any(match_name(name, target) for target in targets)
+
+
+def check(name: str, B: Tensor, c: Tensor, in_features: int, out_features: int, scheme: Scheme) -> None:
+    """Raise ValueError naming the layer unless B and c are what `scheme` says, and c is finite.
+
+    Padding words of B past `in_features` are accepted (the authors pad to 256 inputs at G = 256).
+    """
+    want_B = plane_shape(in_features, out_features, scheme.bits)
+    want_c = coefficient_shape(in_features, out_features, scheme.bits, scheme.group_size)
+    remedy = "the checkpoint does not fit its config.json: download or quantize it again"
+    if B.dtype != torch.int32 or B.shape[1:] != want_B[1:] or B.shape[0] < want_B[0]:
+        raise ValueError(f"{name}.B is {B.dtype} {tuple(B.shape)}, expected int32 {want_B}: {remedy}")
+    if not c.is_floating_point() or c.shape != want_c:
+        raise ValueError(f"{name}.c is {c.dtype} {tuple(c.shape)}, expected 16-bit floats {want_c}: {remedy}")
+    if not torch.isfinite(c).all():
+        raise ValueError(f"{name}.c holds NaN or infinity, or was not in the checkpoint: {remedy}")

@@ -1,0 +1,45 @@
+"""Dequantize and multiply with plain torch: the oracle of every kernel, and the path of devices without one."""
+
+import torch
+from torch import Tensor
+
+from bpdq_kernels.layout import WORD, expand_words, plane_shape, trim
+
+_CHUNK_BITS = 1 << 19  # expanded plane bits held at a time: 2 MiB of int32 stay in cache, 6x faster than 64 MiB
+
+
+def dequantize_t(B: Tensor, c: Tensor, group_size: int, in_features: int, dtype: torch.dtype) -> Tensor:
+    """Transposed weight [K, N] in `dtype`, computed in fp32 and rounded once.
+
+    B: int32 [ceil(K/32), k, N] (may carry padding words), c: [ceil(K/G), k+1, N] floating point.
+    """
+    B = trim(B, in_features)
+    words, k, n = B.shape
+    weight = torch.empty(words, WORD, n, dtype=dtype, device=B.device)
+    step = max(1, _CHUNK_BITS // (WORD * k * n))
+    for start in range(0, words, step):
+        block = slice(start, min(start + step, words))
+        group = torch.arange(block.start, block.stop, device=B.device) * WORD // group_size
+        coeff = c[group].float().unsqueeze(1)  # [words, 1, k+1, N]
+        bits = expand_words(B[block])  # [words, 32, k, N]
+        w = coeff[:, :, k].expand(-1, WORD, -1).clone()
+        for p in range(k):
+            w.addcmul_(coeff[:, :, p], bits[:, :, p].float())
+        weight[block] = w
+    return weight.flatten(0, 1)[:in_features]
+
+
+def dequantize(B: Tensor, c: Tensor, group_size: int, in_features: int) -> Tensor:
+    """Weight [N, K] fp32 of bit-planes B and coefficients c (shapes in `bpdq_kernels.layout`)."""
+    words, planes, n = plane_shape(in_features, B.shape[2], B.shape[1])
+    if B.shape[0] < words or c.shape[0] * group_size < in_features or c.shape[1:] != (planes + 1, n):
+        raise ValueError(
+            f"B {tuple(B.shape)} and c {tuple(c.shape)} don't describe {in_features} inputs at group size {group_size}"
+        )
+    return dequantize_t(B, c, group_size, in_features, torch.float32).T.contiguous()
+
+
+def linear(x: Tensor, B: Tensor, c: Tensor, group_size: int, bias: Tensor | None) -> Tensor:
+    """y [..., N] = x [..., K] @ W.T + bias, with W rounded to x.dtype as a 16-bit layer would hold it."""
+    weight = dequantize_t(B, c, group_size, x.shape[-1], x.dtype)
+    return torch.nn.functional.linear(x, weight.T, bias)

@@ -1,0 +1,127 @@
+"""Tiny models with random weights, their BPDQ checkpoints in both dialects, and the same weights dequantized.
+
+The planes here are rounded to nearest, not solved: loaders and kernels don't care, and tests stay fast.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from bpdq_kernels import dequantize, layout
+
+TEXT = "The bit-plane of a weight is one bit; two planes and three coefficients make four levels. " * 20
+CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=384, special_tokens=["</s>"], initial_alphabet=alphabet)
+    tokenizer.train_from_iterator([TEXT], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", chat_template=CHAT_TEMPLATE)
+
+
+def tiny_model(
+    folder: Path,
+    arch: str = "llama",
+    hidden: int = 128,
+    ffn: int = 352,
+    layers: int = 2,
+    heads: int = 4,
+    kv_heads: int = 2,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    **config: object,
+) -> Path:
+    """Write a Hugging Face folder of a random `arch` model; ffn = 352 is 2.75 groups of 128: ragged on purpose."""
+    torch.manual_seed(seed)
+    cfg = AutoConfig.for_model(
+        arch,
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=hidden // heads,
+        vocab_size=384,
+        max_position_embeddings=512,
+        initializer_range=0.2,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=0,
+        **config,
+    )
+    model = AutoModelForCausalLM.from_config(cfg).to(dtype)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def round_to_planes(
+    W: torch.Tensor, bits: int, group_size: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """B and c of W [N, K] on a per-group min-max grid of 2^k levels."""
+    n, k_in = W.shape
+    groups = -(-k_in // group_size)
+    padded = torch.nn.functional.pad(W.float(), (0, groups * group_size - k_in), mode="replicate")
+    padded = padded.view(n, groups, group_size)
+    low, high = padded.amin(-1, keepdim=True), padded.amax(-1, keepdim=True)
+    step = (high - low) / (2**bits - 1)
+    codes = ((padded - low) / step).round().to(torch.int32).view(n, -1)[:, :k_in]
+    planes = torch.stack([(codes >> p) & 1 for p in range(bits)])
+    c = torch.cat([step * 2**p for p in range(bits)] + [low], dim=-1)  # [N, groups, k+1]
+    return layout.pack(planes), c.permute(1, 2, 0).to(dtype).contiguous()
+
+
+def bpdq_checkpoint(
+    model: Path,
+    out: Path,
+    bits: int = 2,
+    group_size: int = 64,
+    dialect: str = "ours",
+    coefficient_dtype: torch.dtype = torch.bfloat16,
+    layers: dict[str, dict] | None = None,
+) -> Path:
+    """Write `out` (BPDQ) and `out`-dequantized (the same weights, plain) from the 16-bit folder `model`."""
+    plain = out.with_name(out.name + "-dequantized")
+    shutil.copytree(model, out)
+    shutil.copytree(model, plain)
+    tensors, dequantized = {}, {}
+    for name, tensor in load_file(model / "model.safetensors").items():
+        layer = name.removesuffix(".weight")
+        dequantized[name] = tensor
+        if not layer.endswith(LINEARS) or name.endswith(".bias"):
+            tensors[name] = tensor
+            continue
+        scheme = {"bits": bits, "group_size": group_size, **(layers or {}).get(layer, {})}
+        B, c = round_to_planes(tensor, scheme["bits"], scheme["group_size"], coefficient_dtype)
+        dequantized[name] = dequantize(B, c, scheme["group_size"], tensor.shape[1]).to(tensor.dtype)
+        if dialect == "authors" and scheme["group_size"] == 256:
+            B = torch.nn.functional.pad(B, (0, 0, 0, 0, 0, -B.shape[0] % 8))
+        tensors[layer + ".B"], tensors[layer + ".c"] = B, c
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    save_file(dequantized, plain / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((out / "config.json").read_text())
+    meta = {"bpdq": {"msbits": bits, "n_iters": 10, "alpha": 1e-4}}
+    common = {"checkpoint_format": "bpdq", "group_size": group_size, "meta": meta}
+    if dialect == "ours":
+        config["quantization_config"] = {
+            "quant_method": "bpdq", "format_version": 1, "bits": bits, "ignore": ["lm_head"], "layers": layers or {}, **common
+        }  # fmt: skip
+    else:
+        config["quantization_config"] = {
+            "quant_method": "gptq", "format": "bpdq", "bits": 8, "lm_head": False, "desc_act": False, "sym": False, **common
+        }  # fmt: skip
+    (out / "config.json").write_text(json.dumps(config, indent=2))
+    return out
