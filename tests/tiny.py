@@ -113,15 +113,13 @@ def bpdq_checkpoint(
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     save_file(dequantized, plain / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((out / "config.json").read_text())
-    meta = {"bpdq": {"msbits": bits, "n_iters": 10, "alpha": 1e-4}}
-    common = {"checkpoint_format": "bpdq", "group_size": group_size, "meta": meta}
+    quantization = {"checkpoint_format": "bpdq", "group_size": group_size}
+    quantization["meta"] = {"bpdq": {"msbits": bits, "n_iters": 10, "alpha": 1e-4}}
     if dialect == "ours":
-        config["quantization_config"] = {
-            "quant_method": "bpdq", "format_version": 1, "bits": bits, "ignore": ["lm_head"], "layers": layers or {}, **common
-        }  # fmt: skip
+        quantization |= {"quant_method": "bpdq", "format_version": 1, "bits": bits}
+        quantization |= {"ignore": ["lm_head"], "layers": layers or {}}
     else:
-        config["quantization_config"] = {
-            "quant_method": "gptq", "format": "bpdq", "bits": 8, "lm_head": False, "desc_act": False, "sym": False, **common
-        }  # fmt: skip
+        quantization |= {"quant_method": "gptq", "format": "bpdq", "bits": 8, "lm_head": False, "desc_act": False}
+    config["quantization_config"] = quantization
     (out / "config.json").write_text(json.dumps(config, indent=2))
     return out
