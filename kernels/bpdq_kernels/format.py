@@ -126,17 +126,30 @@ def _matches(name: str, targets: Iterable[str]) -> bool:
     return any(match_name(name, target) for target in targets)
 
 
-def check(name: str, B: Tensor, c: Tensor, in_features: int, out_features: int, scheme: Scheme) -> None:
-    """Raise ValueError naming the layer unless B and c are what `scheme` says, and c is finite.
+_REMEDY = "the checkpoint does not fit its config.json: download or quantize it again"
 
-    Padding words of B past `in_features` are accepted (the authors pad to 256 inputs at G = 256).
+
+def check_planes(name: str, B: Tensor, in_features: int, out_features: int, scheme: Scheme) -> None:
+    """Raise ValueError naming the layer unless `B` has the dtype and shape that `scheme` asks for.
+
+    At G = 256, words that pad the inputs to a multiple of 256 are accepted (the authors write them).
     """
-    want_B = plane_shape(in_features, out_features, scheme.bits)
-    want_c = coefficient_shape(in_features, out_features, scheme.bits, scheme.group_size)
-    remedy = "the checkpoint does not fit its config.json: download or quantize it again"
-    if B.dtype != torch.int32 or B.shape[1:] != want_B[1:] or B.shape[0] < want_B[0]:
-        raise ValueError(f"{name}.B is {B.dtype} {tuple(B.shape)}, expected int32 {want_B}: {remedy}")
-    if not c.is_floating_point() or c.shape != want_c:
-        raise ValueError(f"{name}.c is {c.dtype} {tuple(c.shape)}, expected 16-bit floats {want_c}: {remedy}")
-    if not torch.isfinite(c).all():
-        raise ValueError(f"{name}.c holds NaN or infinity, or was not in the checkpoint: {remedy}")
+    want = plane_shape(in_features, out_features, scheme.bits)
+    padded = plane_shape(-(-in_features // 256) * 256, out_features, scheme.bits)
+    if B.dtype != torch.int32 or B.shape not in ((want, padded) if scheme.group_size == 256 else (want,)):
+        raise ValueError(f"{name}.B is {B.dtype} {tuple(B.shape)}, expected int32 {want}: {_REMEDY}")
+
+
+def check_coefficients(name: str, c: Tensor, in_features: int, out_features: int, scheme: Scheme) -> None:
+    """Raise ValueError naming the layer unless `c` is floating point and has the shape that `scheme` asks for."""
+    want = coefficient_shape(in_features, out_features, scheme.bits, scheme.group_size)
+    if not c.is_floating_point() or c.shape != want:
+        raise ValueError(f"{name}.c is {c.dtype} {tuple(c.shape)}, expected 16-bit floats {want}: {_REMEDY}")
+
+
+def check(name: str, B: Tensor, c: Tensor, in_features: int, out_features: int, scheme: Scheme) -> None:
+    """`check_planes`, `check_coefficients`, and ValueError unless c is finite."""
+    check_planes(name, B, in_features, out_features, scheme)
+    check_coefficients(name, c, in_features, out_features, scheme)
+    if not c.is_meta and not torch.isfinite(c).all():
+        raise ValueError(f"{name}.c holds NaN or infinity, or was not in the checkpoint: {_REMEDY}")

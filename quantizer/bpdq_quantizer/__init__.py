@@ -1,0 +1,12 @@
+"""Offline quantizer: a Hugging Face folder becomes a BPDQ checkpoint.
+
+Importing it also teaches transformers to read such checkpoints:
+`import bpdq_quantizer; AutoModelForCausalLM.from_pretrained(folder)`.
+"""
+
+from bpdq_quantizer.errors import InputError
+from bpdq_quantizer.evaluate import perplexity
+from bpdq_quantizer.loader import BPDQLinear
+from bpdq_quantizer.pipeline import quantize
+
+__all__ = ["BPDQLinear", "InputError", "perplexity", "quantize"]

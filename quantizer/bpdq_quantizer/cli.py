@@ -1,0 +1,117 @@
+"""The `bpdq` command."""
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from typing import Any
+
+import torch
+
+from bpdq_quantizer import checkpoint
+from bpdq_quantizer.calibration import read_text, tokenize, windows
+from bpdq_quantizer.errors import InputError
+from bpdq_quantizer.evaluate import perplexity
+from bpdq_quantizer.loader import load_model, load_tokenizer
+from bpdq_quantizer.pipeline import quantize
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0 done, 2 bad usage or input, 1 anything else."""
+    args = _parser().parse_args(argv)
+    try:
+        result = args.run(args)
+    except InputError as e:
+        print(f"bpdq: error: {' '.join(str(e).split())}", file=sys.stderr)
+        return 2
+    if args.json:
+        print(json.dumps(result))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="bpdq", description="Quantize language models to bit-planes (BPDQ).")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    p = commands.add_parser("quantize", help="16-bit model -> BPDQ checkpoint")
+    p.add_argument("model", metavar="MODEL", help="Hugging Face folder, hub id or .gguf file")
+    p.add_argument("--output", required=True, metavar="DIR", help="checkpoint folder to create")
+    p.add_argument("--bits", type=int, default=2, help="bit-planes per weight, 1 to 4 (%(default)s)")
+    p.add_argument("--group-size", type=int, default=128, help="32, 64, 128 or 256 (%(default)s)")
+    p.add_argument("--calibration", default="default", metavar="TEXT", help="default, FILE.txt, FILE.jsonl or hf:NAME")
+    p.add_argument("--samples", type=int, default=128, help="calibration windows (%(default)s)")
+    p.add_argument("--seq-len", type=int, default=2048, help="tokens per window (%(default)s)")
+    p.add_argument("--iterations", type=int, default=10, help="assign/refit rounds per group (%(default)s)")
+    p.add_argument("--seed", type=int, default=0, help="shuffles hf: data sets (%(default)s)")
+    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    p.set_defaults(run=_quantize)
+
+    p = commands.add_parser("eval", help="perplexity of a model or checkpoint")
+    p.add_argument("model", metavar="MODEL_OR_CHECKPOINT")
+    p.add_argument("--text", required=True, metavar="FILE")
+    p.add_argument("--seq-len", type=int, default=2048, help="tokens per window (%(default)s)")
+    p.add_argument("--windows", type=int, help="use the first N windows (all)")
+    p.set_defaults(run=_eval)
+
+    p = commands.add_parser("inspect", help="layers, bits per weight and bytes of a checkpoint")
+    p.add_argument("checkpoint", metavar="CHECKPOINT")
+    p.set_defaults(run=_inspect)
+
+    for p in commands.choices.values():
+        p.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    return parser
+
+
+def _quantize(args: argparse.Namespace) -> dict[str, Any]:
+    options = {k: v for k, v in vars(args).items() if k not in ("run", "json")}
+    report = quantize(**options)
+    by_kind = defaultdict(list)
+    for layer in report["layers"]:
+        by_kind[layer["name"].rpartition(".")[2]].append(layer)
+    print(f"{'layers':<14}{'count':>6}{'bits/weight':>13}{'mean loss':>12}{'mean rel. error':>17}{'seconds':>9}")
+    for kind, layers in by_kind.items():
+        loss, error = (sum(layer[key] for layer in layers) / len(layers) for key in ("loss", "relative_error"))
+        seconds = sum(layer["seconds"] for layer in layers)
+        bpw = layers[0]["bits_per_weight"]
+        print(f"{kind:<14}{len(layers):>6}{bpw:>13.3f}{loss:>12.4g}{error:>17.3%}{seconds:>9.1f}")
+    print(
+        f"{args.output}: {report['bits_per_weight']:.3f} bits per quantized weight, {report['seconds']:.0f} s "
+        f"({report['cpu_seconds']:.0f} s CPU), peak host memory {report['peak_host_memory_bytes'] / 1e9:.2f} GB"
+    )
+    return {**{k: v for k, v in report.items() if k != "layers"}, "output": args.output}
+
+
+def _eval(args: argparse.Namespace) -> dict[str, Any]:
+    if args.seq_len < 2 or (args.windows is not None and args.windows < 1):
+        raise InputError("--seq-len must be at least 2 and --windows at least 1")
+    ids = tokenize([read_text(args.text)], load_tokenizer(args.model))
+    tokens = windows(ids, args.seq_len, args.windows, args.text)
+    cuda = torch.cuda.is_available()
+    model = load_model(args.model, "auto" if cuda else torch.float32).to("cuda" if cuda else "cpu")
+    value = perplexity(model, tokens)
+    print(f"perplexity {value:.4f} ({len(tokens)} windows of {args.seq_len} tokens)")
+    return {
+        "model": args.model,
+        "text": args.text,
+        "perplexity": value,
+        "windows": len(tokens),
+        "seq_len": args.seq_len,
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+
+
+def _inspect(args: argparse.Namespace) -> dict[str, Any]:
+    found = checkpoint.inspect(args.checkpoint)
+    print(f"{'layer':<48}{'N x K':>16}{'bits':>6}{'group':>7}{'bits/weight':>13}{'MB':>10}")
+    for layer in found["layers"]:
+        shape = f"{layer['out_features']} x {layer['in_features']}"
+        print(
+            f"{layer['name']:<48}{shape:>16}{layer['bits']:>6}{layer['group_size']:>7}"
+            f"{layer['bits_per_weight']:>13.3f}{layer['bytes'] / 1e6:>10.2f}"
+        )
+    print(
+        f"{found['architecture']}: {found['quantized_weights'] / 1e6:.1f} M weights at "
+        f"{found['bits_per_weight']:.3f} bits ({found['quantized_bytes'] / 1e6:.1f} MB), "
+        f"other tensors {found['other_bytes'] / 1e6:.1f} MB"
+    )
+    return found

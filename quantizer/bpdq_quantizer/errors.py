@@ -1,0 +1,5 @@
+"""The one exception for bad input: the command line prints it as one line and exits with status 2."""
+
+
+class InputError(ValueError):
+    """The user's input can't be used; the message names it and says what to do."""

@@ -1,0 +1,99 @@
+"""One weight group: bit-planes B and coefficients c on a variable grid (BPDQ, arXiv 2602.04163, section 3).
+
+Everything here is transposed, inputs before rows, so that a column of the weight is contiguous in memory:
+
+    W     [g, N]       the group's g inputs (in processing order) of all N rows
+    U     [g, g]       the group's diagonal block of the factor U, (H + dI)^-1 = U^T U
+    codes [g, N]       uint8, bit p of a code is plane p
+    c     [k+1, N]     plane coefficients, then the bias c0
+
+A group's error coordinates are E = U^-T (W - W_hat), and its share of the loss is |E|^2 (section 3.1).
+"""
+
+import torch
+from torch import Tensor
+
+INITIAL_BITS = 8
+
+
+def level_table(bits: int, device: torch.device) -> Tensor:
+    """[2^k, k+1] fp32: row j holds the bits of code j and a one, so that levels = table @ c."""
+    codes = torch.arange(2**bits, device=device)
+    columns = [(codes >> p) & 1 for p in range(bits)] + [torch.ones_like(codes)]
+    return torch.stack(columns, dim=1).float()
+
+
+def most_significant_planes(W: Tensor, bits: int) -> Tensor:
+    """Codes [g, N] of the k most significant bits of an 8-bit min-max grid per row that contains zero."""
+    low, high = W.amin(0).clamp(max=0), W.amax(0).clamp(min=0)
+    scale = ((high - low) / (2**INITIAL_BITS - 1)).clamp(min=torch.finfo(W.dtype).tiny)
+    zero = torch.round(-low / scale)
+    q = (torch.round(W / scale) + zero).clamp(0, 2**INITIAL_BITS - 1).to(torch.uint8)
+    return q >> (INITIAL_BITS - bits)
+
+
+def fit_coefficients(codes: Tensor, W: Tensor, whiten: Tensor, bits: int, alpha: float, dtype: torch.dtype) -> Tensor:
+    """Coefficients c [k+1, N], rounded to `dtype`: ridge least squares of W on the planes in H's metric.
+
+    Minimizes |V (W - X c)|^2 + alpha |c|^2 per row (section 3.2), with V = `whiten` = U^-T [g, g] and
+    X = [bits of codes, 1].
+    """
+    X = level_table(bits, W.device)[codes.long()].permute(0, 2, 1)  # [g, k+1, N]
+    VX = (whiten @ X.flatten(1)).view(X.shape)
+    VW = whiten @ W
+    gram = torch.stack([(VX * VX[:, i : i + 1]).sum(0) for i in range(bits + 1)])  # [k+1, k+1, N]
+    target = (VX * VW.unsqueeze(1)).sum(0)  # [k+1, N]
+    A = gram.permute(2, 0, 1).contiguous()
+    diagonal = A.diagonal(dim1=1, dim2=2)  # [N, k+1], a view
+    diagonal.add_(alpha * diagonal.mean(1, keepdim=True))
+    return torch.linalg.solve(A, target.T).T.to(dtype).float().contiguous()
+
+
+def assign_codes(W: Tensor, c: Tensor, U: Tensor, bits: int) -> Tensor:
+    """Codes [g, N]: nearest of the 2^k levels column by column, the error propagated to later columns (GPTQ)."""
+    levels, order = (level_table(bits, W.device) @ c).sort(dim=0)  # [2^k, N]
+    order = order.to(torch.uint8)
+    midpoints = (levels[1:] + levels[:-1]) / 2
+    W = W.clone()
+    codes = torch.empty(W.shape, dtype=torch.uint8, device=W.device)
+    for t in range(W.shape[0]):
+        nearest = (W[t] > midpoints).sum(0, keepdim=True)  # [1, N]
+        codes[t] = order.gather(0, nearest)[0]
+        error = (W[t] - levels.gather(0, nearest)[0]) / U[t, t]
+        W[t + 1 :].addr_(U[t, t + 1 :], error, alpha=-1)
+    return codes
+
+
+def quantize_group(
+    W: Tensor, U: Tensor, bits: int, iterations: int, alpha: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Planes and coefficients of one group; returns (codes [g, N], c [k+1, N], E [g, N]).
+
+    Alternates assignment and refit from the most significant planes, and keeps each row's best iterate. E is
+    computed from the refitted weights, so what is propagated to later groups belongs to the weights that are
+    stored: this is the paper's delta correction (eq. 9), E_old + (W_old - W_new) U^-1, in closed form, since
+    E_old U = W - W_old. A row whose planes repeat is at a fixed point and leaves the loop.
+    """
+    whiten = torch.linalg.solve_triangular(U.T, torch.eye(len(U), device=U.device), upper=False)
+    table = level_table(bits, W.device)
+    codes = most_significant_planes(W, bits)
+    c = fit_coefficients(codes, W, whiten, bits, alpha, dtype)
+    best_codes, best_c, best_E = codes.clone(), c.clone(), torch.empty_like(W)
+    best_loss = torch.full_like(W[0], torch.inf)
+    active = torch.arange(W.shape[1], device=W.device)
+    for _ in range(iterations):
+        w = W[:, active]
+        new_codes = assign_codes(w, c, U, bits)
+        moved = (new_codes != codes).any(0)
+        codes, c = new_codes, fit_coefficients(new_codes, w, whiten, bits, alpha, dtype)
+        W_hat = (table @ c).gather(0, codes.long())
+        E = whiten @ (w - W_hat)
+        loss = E.square().sum(0)
+        better = loss < best_loss[active]
+        rows = active[better]
+        best_codes[:, rows], best_c[:, rows] = codes[:, better], c[:, better]
+        best_E[:, rows], best_loss[rows] = E[:, better], loss[better]
+        active, codes, c = active[moved], codes[:, moved], c[:, moved]
+        if not len(active):
+            break
+    return best_codes, best_c, best_E

@@ -1,0 +1,193 @@
+"""BPDQ checkpoints in transformers: `import bpdq_quantizer`, then `AutoModelForCausalLM.from_pretrained(folder)`.
+
+Importing this module registers a quantizer under `quant_method: "bpdq"`. The authors' checkpoints say
+`quant_method: "gptq"` and transformers resolves config classes by that key alone, so the "gptq" entry of its
+registry gets a class that hands them over and leaves every other GPTQ config as it was.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, GPTQConfig, PreTrainedModel
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+import bpdq_kernels
+from bpdq_kernels import format as bpdq_format
+from bpdq_kernels.format import Format, Scheme
+from bpdq_kernels.layout import trim
+from bpdq_quantizer.errors import InputError
+
+Headers = dict[str, tuple[tuple[int, ...], torch.dtype]]  # shape and dtype of stored tensors, by name
+
+
+class BPDQLinear(nn.Module):
+    """A Linear [N, K] held as bit-planes B and coefficients c (shapes in `bpdq_kernels.layout`), optional bias [N]."""
+
+    def __init__(self, B: Tensor, c: Tensor, group_size: int, in_features: int, bias: Tensor | None) -> None:
+        super().__init__()
+        self.group_size, self.in_features, self.out_features = group_size, in_features, B.shape[2]
+        self.register_buffer("B", B)
+        self.register_buffer("c", c)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        packed = bpdq_kernels.prepare(self.B, self.c, self.group_size, self.in_features, x.dtype, x.device)
+        return bpdq_kernels.linear(x, packed, self.bias)
+
+    def extra_repr(self) -> str:
+        k = self.B.shape[1]
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bits={k}, group_size={self.group_size}"
+        )
+
+
+@register_quantization_config("bpdq")
+class BPDQConfig(QuantizationConfigMixin):
+    """A checkpoint's `quantization_config`, in our dialect or the authors', for transformers."""
+
+    def __init__(self, **config: Any) -> None:
+        self.config = {"quant_method": "bpdq", **config}
+        self.format = bpdq_format.parse(self.config)
+        self.quant_method = "bpdq"
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        config = cls(**config_dict)
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self.config)
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
+
+
+class _GPTQOrBPDQConfig(GPTQConfig):
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        target = BPDQConfig if bpdq_format.claims(config_dict) else GPTQConfig
+        return target.from_dict(config_dict, **kwargs)
+
+
+AUTO_QUANTIZATION_CONFIG_MAPPING["gptq"] = _GPTQOrBPDQConfig
+
+
+@register_quantizer("bpdq")
+class BPDQQuantizer(HfQuantizer):
+    """Replaces the Linears that the checkpoint holds as bit-planes, and checks that every tensor arrives."""
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        stored = read_headers(checkpoint_files or [])
+        self.schemes = {}
+        for name, (linear, scheme) in quantized_linears(model, self.quantization_config.format).items():
+            B, c = stored_layer(name, stored, linear, scheme)
+            model.set_submodule(name, BPDQLinear(B, c, scheme.group_size, linear.in_features, linear.bias))
+            self.schemes[name] = scheme
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        for name, scheme in self.schemes.items():
+            m = model.get_submodule(name)
+            bpdq_format.check(name, m.B, m.c, m.in_features, m.out_features, scheme)  # now with values: no NaN
+            m.B = trim(m.B, m.in_features)
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def quantized_linears(model: PreTrainedModel, fmt: Format) -> dict[str, tuple[nn.Linear, Scheme]]:
+    """The Linears of a 16-bit skeleton that a checkpoint of format `fmt` holds as bit-planes, by name."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
+            scheme = fmt.scheme_for(name)
+            if scheme is not None:
+                found[name] = (module, scheme)
+    return found
+
+
+def stored_layer(name: str, stored: Headers, linear: nn.Linear, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """B and c of a layer on the meta device, as the headers describe them; raises InputError unless they fit."""
+    for key in (f"{name}.B", f"{name}.c"):
+        if key not in stored:
+            raise InputError(
+                f"{key} is not in the checkpoint, though its config.json says that the layer is quantized: "
+                "download or quantize it again"
+            )
+    B, c = (torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in (stored[f"{name}.{t}"] for t in "Bc"))
+    try:
+        bpdq_format.check(name, B, c, linear.in_features, linear.out_features, scheme)
+    except ValueError as e:
+        raise InputError(str(e)) from None
+    return B, c
+
+
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64, "I32": torch.int32}
+_DTYPES |= {"I64": torch.int64, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+
+
+def read_headers(files: list[str] | list[Path]) -> Headers:
+    """Shape and dtype of every tensor in safetensors files, from their headers alone."""
+    stored = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118, not a dict
+                    header = tensors.get_slice(name)
+                    stored[name] = (tuple(header.get_shape()), _DTYPES.get(header.get_dtype(), torch.uint8))
+        except Exception as e:  # SafetensorError has no public home
+            raise InputError(f"{file}: not a complete safetensors file ({e}): download or quantize it again") from None
+    return stored
+
+
+def load_model(model: str, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
+    """A causal LM on the CPU from a Hugging Face folder, hub id, BPDQ checkpoint or `.gguf` file (dequantized).
+
+    Only safetensors (or GGUF) weights are read and no code from the folder runs. Raises InputError.
+    """
+    source = gguf_arguments(model)
+    quantization = {"quantization_config": GgufConfig(dequantize=True)} if "gguf_file" in source else {}
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            dtype=dtype, use_safetensors=True, trust_remote_code=False, **source, **quantization
+        ).eval()
+    except InputError:
+        raise
+    except (OSError, ValueError, ImportError, KeyError) as e:
+        raise InputError(f"{model}: can't be loaded as a causal language model: {e}") from e
+
+
+def load_tokenizer(model: str) -> Any:
+    """The tokenizer of the same sources as `load_model`."""
+    try:
+        return AutoTokenizer.from_pretrained(trust_remote_code=False, **gguf_arguments(model))
+    except (OSError, ValueError, ImportError, KeyError) as e:
+        raise InputError(f"{model}: its tokenizer can't be loaded: {e}") from e
+
+
+def gguf_arguments(model: str) -> dict[str, str]:
+    path = Path(model)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise InputError(f"{model}: no such file")
+        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    if not path.is_dir() and (path.is_absolute() or model.startswith(".")):
+        raise InputError(f"{model}: no such folder")
+    return {"pretrained_model_name_or_path": model}

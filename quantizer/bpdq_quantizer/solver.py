@@ -1,0 +1,71 @@
+"""A whole Linear: group after group, with the error of each group propagated to the ones after it (BPDQ, alg. 1)."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bpdq_quantizer.grid import level_table, quantize_group
+from bpdq_quantizer.hessian import inverse_factor
+from bpdq_quantizer.order import group_aware_order
+
+
+class Solution(NamedTuple):
+    """Quantized rows. codes: uint8 [N, K], bit p is plane p; c: [ceil(K/G), k+1, N] in the stored dtype;
+    loss, energy: [N], diag of (W - W_hat) H (W - W_hat)^T and of W H W^T with the undamped H; damping: as used."""
+
+    codes: Tensor
+    c: Tensor
+    loss: Tensor
+    energy: Tensor
+    damping: float
+
+
+def quantize_linear(
+    W: Tensor,
+    H: Tensor,
+    bits: int,
+    group_size: int,
+    *,
+    iterations: int = 10,
+    alpha: float = 1e-4,
+    damping: float = 0.05,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Solution:
+    """Quantize W [N, K] against the Hessian H [K, K] of its inputs (fp32, symmetric, not modified).
+
+    Rows are independent given H, so the rows of several Linears that read the same input may be stacked.
+    """
+    weight = W.to(torch.float32, copy=True).T.contiguous()  # [K, N]
+    diagonal = H.diagonal()
+    weight[diagonal == 0] = 0  # dead inputs: no calibration token ever used them
+    steps = group_aware_order(diagonal, group_size)
+    order = torch.cat([columns for _, columns in steps])
+    H_ordered = H[order][:, order]
+    H_ordered.diagonal()[diagonal[order] == 0] = 1
+    U, damping = inverse_factor(H_ordered, damping)
+    del H_ordered
+
+    weight = weight[order]
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=W.device)
+    c = torch.empty(len(steps), bits + 1, weight.shape[1], device=W.device)
+    start = 0
+    for group, columns in steps:
+        stop = start + len(columns)
+        block = slice(start, stop)
+        U_block = U[block, block]
+        codes[columns], c[group], E = quantize_group(weight[block], U_block, bits, iterations, alpha, dtype)
+        weight[stop:].addmm_(U[block, stop:].T, E, alpha=-1)
+        start = stop
+
+    target = W.to(torch.float32)
+    error = target - dequantize_codes(codes, c, group_size)
+    loss, energy = ((M @ H).mul_(M).sum(1) for M in (error, target))
+    return Solution(codes.T.contiguous(), c.to(dtype), loss, energy, damping)
+
+
+def dequantize_codes(codes: Tensor, c: Tensor, group_size: int) -> Tensor:
+    """W_hat [N, K] fp32 from codes [K, N] and c [ceil(K/G), k+1, N]."""
+    table = level_table(c.shape[1] - 1, c.device)
+    parts = [(table @ c[g]).gather(0, part.long()) for g, part in enumerate(codes.split(group_size))]
+    return torch.cat(parts).T
