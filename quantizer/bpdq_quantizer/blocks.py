@@ -161,6 +161,7 @@ def find_stages(block: nn.Module, run: Callable[[Tensor], Tensor], hidden: Tenso
     return [names for _, names in stages]
 
 
+@torch.no_grad()
 def stage_hessian(linear: nn.Linear, run: Callable[[Tensor], Tensor], hidden: list[Tensor]) -> Tensor:
     """H [K, K] fp32 of a Linear's inputs; each forward pass stops as soon as it reaches the Linear."""
     tokens = sum(h.shape[:-1].numel() for h in hidden)

@@ -1,0 +1,186 @@
+"""The `bpdq` command: what it prints, its exit status, and its error messages."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from bpdq_quantizer.cli import main
+from tiny import TEXT, bpdq_checkpoint, tiny_model, tiny_tokenizer
+
+QUICK = ["--samples", "4", "--seq-len", "32", "--iterations", "2", "--group-size", "64"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("cli")
+    bpdq_checkpoint(tiny_model(root / "model"), root / "checkpoint")
+    (root / "text.txt").write_text(TEXT * 4)
+    return root
+
+
+def fails_with(capsys, *argv):
+    """Run, expect exit status 2 and one line on stderr; returns that line."""
+    assert main([str(a) for a in argv]) == 2
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if line.startswith("bpdq: error: ")]
+    assert len(lines) == 1
+    assert "Traceback" not in captured.err
+    return lines[0]
+
+
+def test_quantize_eval_inspect(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    argv = ["quantize", folder / "model", "--output", out, "--calibration", folder / "text.txt", *QUICK, "--json"]
+    assert main([str(a) for a in argv]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    report = json.loads(lines[-1])
+    assert report["output"] == str(out)
+    assert report["options"]["bits"] == 2
+    assert any(line.startswith("down_proj") for line in lines), "summary table by kind of layer"
+
+    assert main(["inspect", str(out), "--json"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    found = json.loads(lines[-1])
+    tensors = load_file(out / "model.safetensors")
+    quantized = sum(t.nbytes for name, t in tensors.items() if name.endswith((".B", ".c")))
+    assert found["quantized_bytes"] == quantized
+    assert found["other_bytes"] == sum(t.nbytes for t in tensors.values()) - quantized
+    assert len(found["layers"]) == 14
+
+    assert main(["eval", str(out), "--text", str(folder / "text.txt"), "--seq-len", "32", "--windows", "2"]) == 0
+    assert "perplexity" in capsys.readouterr().out
+
+
+def test_perplexity_is_exp_of_the_mean_nll_of_all_but_the_first_token(folder, capsys):
+    argv = ["eval", folder / "checkpoint", "--text", folder / "text.txt", "--seq-len", "40", "--windows", "3", "--json"]
+    assert main([str(a) for a in argv]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    ids = tiny_tokenizer()(TEXT * 4, add_special_tokens=False)["input_ids"][:120]
+    model = AutoModelForCausalLM.from_pretrained(folder / "checkpoint-dequantized")
+    nll = []
+    with torch.inference_mode():
+        for start in (0, 40, 80):
+            window = torch.tensor([ids[start : start + 40]])
+            log_p = model(window).logits[0].log_softmax(-1)
+            nll += [-log_p[i, window[0, i + 1]].item() for i in range(39)]
+    assert len(nll) == 117
+    assert result["perplexity"] == pytest.approx(math.exp(sum(nll) / len(nll)), rel=1e-4)
+    assert result["windows"] == 3
+
+
+def test_jsonl_packs_the_text_fields(folder, tmp_path, capsys):
+    rows = [{"text": TEXT, "id": i} for i in range(3)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    argv = ["quantize", folder / "model", "--output", tmp_path / "out", "--calibration", tmp_path / "rows.jsonl"]
+    assert main([str(a) for a in (*argv, *QUICK, "--json")]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["calibration_tokens"] == 128
+
+
+def test_default_calibration_works_without_a_network(folder, tmp_path, capsys):
+    assert main(["quantize", str(folder / "model"), "--output", str(tmp_path / "out"), *QUICK, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["calibration_tokens"] == 128
+
+
+def test_fewer_windows_than_asked_are_used_and_said(folder, tmp_path, capsys):
+    argv = ["quantize", folder / "model", "--output", tmp_path / "out", "--calibration", folder / "text.txt"]
+    assert main([str(a) for a in (*argv, "--samples", "9999", *QUICK[2:], "--json")]) == 0
+    captured = capsys.readouterr()
+    tokens = json.loads(captured.out.splitlines()[-1])["calibration_tokens"]
+    assert 0 < tokens < 9999 * 32
+    assert f"holds {tokens // 32} windows of 32 tokens, --samples asked for 9999" in captured.out + captured.err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--bits", "5"], "bits = 5 bit-planes are not supported: use 1 to 4"),
+        (["--group-size", "48"], "group_size = 48 is not supported"),
+        (["--calibration", "missing.txt"], "missing.txt: no such file"),
+        (["--calibration", "text.csv"], "expected default, FILE.txt, FILE.jsonl or hf:NAME"),
+        (["--seq-len", "100000000"], "lower --seq-len"),
+        (["--samples", "0"], "must be at least 1"),
+        (["--device", "cuda"], "torch sees no CUDA device"),
+    ],
+)
+def test_bad_options_get_one_line(folder, tmp_path, capsys, options, message):
+    if options[0] == "--device" and torch.cuda.is_available():
+        pytest.skip("has a CUDA device")
+    argv = ["quantize", folder / "model", "--output", tmp_path / "out", "--calibration", folder / "text.txt", *QUICK]
+    assert message in fails_with(capsys, *argv, *options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_jsonl_names_the_line(folder, tmp_path, capsys):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"text": "fine"}\n{"txt": "no"}\n')
+    line = fails_with(capsys, "quantize", folder / "model", "--output", tmp_path / "out", "--calibration", file, *QUICK)
+    assert f"{file}, line 2: expected a JSON object with a `text` field" in line
+
+
+def test_existing_output_is_never_touched(folder, tmp_path, capsys):
+    (tmp_path / "precious").write_text("data")
+    line = fails_with(capsys, "quantize", folder / "model", "--output", tmp_path, *QUICK)
+    assert f"--output {tmp_path} exists already" in line
+    assert (tmp_path / "precious").read_text() == "data"
+
+
+@pytest.mark.parametrize("command", ["quantize", "eval", "inspect"])
+def test_a_missing_model_is_named(folder, tmp_path, capsys, command):
+    extra = {"quantize": ["--output", tmp_path / "out"], "eval": ["--text", folder / "text.txt"], "inspect": []}[
+        command
+    ]
+    assert "/no/such/model" in fails_with(capsys, command, "/no/such/model", *extra)
+
+
+def test_a_quantized_model_is_not_quantized_again(folder, tmp_path, capsys):
+    line = fails_with(capsys, "quantize", folder / "checkpoint", "--output", tmp_path / "out", *QUICK)
+    assert "is quantized already: start from the 16-bit model" in line
+
+
+def test_nan_weights_are_named(folder, tmp_path, capsys):
+    model = tiny_model(tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.self_attn.k_proj.weight"][3, 5] = torch.nan
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    text = folder / "text.txt"
+    line = fails_with(capsys, "quantize", model, "--output", tmp_path / "out", "--calibration", text, *QUICK)
+    assert "model.layers.1.self_attn.k_proj.weight holds NaN or infinity" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_mixture_of_experts_is_refused(folder, tmp_path, capsys):
+    config = AutoConfig.for_model(
+        "mixtral", hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, vocab_size=384, num_local_experts=2,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    text = folder / "text.txt"
+    line = fails_with(
+        capsys, "quantize", tmp_path / "model", "--output", tmp_path / "out", "--calibration", text, *QUICK
+    )
+    assert "mixture-of-experts" in line
+    assert "model.layers.0" in line
+
+
+def test_pickled_weights_are_not_opened(folder, tmp_path, capsys):
+    model = tiny_model(tmp_path / "model")
+    torch.save(load_file(model / "model.safetensors"), model / "pytorch_model.bin")
+    (model / "model.safetensors").unlink()
+    line = fails_with(capsys, "eval", model, "--text", folder / "text.txt", "--seq-len", "32")
+    assert "can't be loaded" in line
+    assert "safetensors" in line
+
+
+def test_code_in_a_model_folder_is_not_run(folder, tmp_path, capsys):
+    model = tiny_model(tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}}
+    (model / "config.json").write_text(json.dumps(config))
+    (model / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    fails_with(capsys, "eval", model, "--text", folder / "text.txt", "--seq-len", "32")
+    assert not (tmp_path / "ran").exists()

@@ -1,0 +1,211 @@
+"""The solver against a slow, transparent implementation of the paper, and its invariants."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bpdq_quantizer.grid import assign_codes, fit_coefficients, most_significant_planes, quantize_group
+from bpdq_quantizer.hessian import accumulate, inverse_factor
+from bpdq_quantizer.order import group_aware_order
+from bpdq_quantizer.solver import dequantize_codes, quantize_linear
+
+
+def problem(n: int, k_in: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights [n, k_in] and the Hessian of correlated inputs."""
+    gen = torch.Generator().manual_seed(seed)
+    mix = torch.randn(k_in, k_in, generator=gen) / k_in**0.5 + torch.eye(k_in)
+    X = torch.randn(8 * k_in, k_in, generator=gen) @ mix * torch.rand(k_in, generator=gen).add(0.1)
+    H = torch.zeros(k_in, k_in)
+    accumulate(H, X, len(X))
+    return torch.randn(n, k_in, generator=gen) * 0.05, H
+
+
+def bits_of(code: int, k: int) -> list[int]:
+    return [(code >> p) & 1 for p in range(k)]
+
+
+def slow_row(
+    w: np.ndarray, U: np.ndarray, k: int, iterations: int, alpha: float
+) -> tuple[list[int], np.ndarray, float]:
+    """One row of one group, as the paper's text says it, in float64 and Python loops.
+
+    Error E of the unrefitted weights column by column (eq. 3-4), refit (eq. 7), then the delta correction (eq. 9).
+    """
+    g = len(w)
+    candidates = [np.array([*bits, 1.0]) for bits in itertools.product((0, 1), repeat=k)]
+
+    def refit(B: list[np.ndarray]) -> np.ndarray:
+        X = np.stack(B)
+        VX = np.linalg.solve(U.T, X)
+        A = VX.T @ VX
+        A += alpha * np.mean(np.diag(A)) * np.eye(k + 1)
+        c = np.linalg.solve(A, VX.T @ np.linalg.solve(U.T, w))
+        return torch.tensor(c).to(torch.bfloat16).double().numpy()
+
+    low, high = min(w.min(), 0.0), max(w.max(), 0.0)
+    scale = (high - low) / 255
+    q = np.clip(np.round(w / scale) + np.round(-low / scale), 0, 255).astype(int)
+    c = refit([np.array([*bits_of(v >> (8 - k), k), 1.0]) for v in q])
+    best = None
+    for _ in range(iterations):
+        rest, B, E, W_old = w.copy(), [], np.zeros(g), np.zeros(g)
+        for t in range(g):
+            b = min(candidates, key=lambda x: abs(rest[t] - x @ c))
+            B.append(b)
+            W_old[t] = b @ c
+            E[t] = (rest[t] - W_old[t]) / U[t, t]
+            rest[t:] -= E[t] * U[t, t:]
+        c = refit(B)
+        W_new = np.array([b @ c for b in B])
+        delta = np.linalg.solve(U.T, W_old - W_new)
+        loss = float(((E + delta) ** 2).sum())
+        if best is None or loss < best[2]:
+            codes = [int(sum(int(bit) << p for p, bit in enumerate(b[:-1]))) for b in B]
+            best = (codes, c, loss)
+    return best
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_a_group_is_solved_as_the_paper_says(k):
+    W, H = problem(5, 16, seed=k)
+    U, _ = inverse_factor(H, 0.05)
+    codes, c, E = quantize_group(W.T.contiguous(), U, k, 4, 1e-4, torch.bfloat16)
+    for row in range(5):
+        slow_codes, slow_c, slow_loss = slow_row(W[row].double().numpy(), U.double().numpy(), k, 4, 1e-4)
+        assert E[:, row].square().sum().item() == pytest.approx(slow_loss, rel=1e-3)
+        assert codes[:, row].tolist() == slow_codes
+        assert c[:, row].tolist() == pytest.approx(slow_c, rel=1e-2, abs=1e-4)
+
+
+@settings(max_examples=25, deadline=None)
+@given(k=st.integers(1, 4), g=st.integers(2, 40), n=st.integers(1, 9), seed=st.integers(0, 99))
+def test_propagated_error_belongs_to_the_stored_weights(k, g, n, seed):
+    W, H = problem(n, g, seed)
+    U, _ = inverse_factor(H, 0.05)
+    codes, c, E = quantize_group(W.T.contiguous(), U, k, 3, 1e-4, torch.bfloat16)
+    W_hat = dequantize_codes(codes, c[None], g).T
+    assert torch.equal(c, c.to(torch.bfloat16).float())
+    torch.testing.assert_close(U.T @ E, W.T - W_hat, rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=20, deadline=None)
+@given(k=st.integers(1, 3), seed=st.integers(0, 99))
+def test_more_iterations_never_make_a_row_of_a_group_worse(k, seed):
+    W, H = problem(8, 32, seed)
+    U, _ = inverse_factor(H, 0.05)
+    losses = [quantize_group(W.T.contiguous(), U, k, i, 1e-4, torch.bfloat16)[2].square().sum(0) for i in (1, 2, 5, 10)]
+    for earlier, later in itertools.pairwise(losses):
+        assert (later <= earlier).all()
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4])
+def test_weights_on_a_bit_plane_grid_are_recovered(k):
+    gen = torch.Generator().manual_seed(k)
+    codes = torch.randint(0, 2**k, (6, 96), generator=gen)
+    codes[:, 0::32], codes[:, 1::32] = 0, 2**k - 1
+    W = codes * 0.25 - 0.25 * 2 ** (k - 1)
+    _, H = problem(6, 96)
+    solution = quantize_linear(W, H, k, 32)
+    assert solution.loss.sum() < 1e-4 * solution.energy.sum()
+
+
+@settings(max_examples=25, deadline=None)
+@given(k=st.integers(1, 4), group_size=st.sampled_from([32, 64]), k_in=st.integers(5, 150), n=st.integers(1, 7))
+def test_any_shape_gives_a_consistent_layer(k, group_size, k_in, n):
+    W, H = problem(n, k_in)
+    s = quantize_linear(W, H, k, group_size, iterations=2)
+    assert s.codes.shape == (n, k_in)
+    assert s.codes.max() < 2**k
+    assert s.c.shape == (-(-k_in // group_size), k + 1, n)
+    D = (W - dequantize_codes(s.codes.T, s.c.float(), group_size)).double()
+    torch.testing.assert_close(s.loss.double(), ((D @ H.double()) * D).sum(1), rtol=1e-3, atol=1e-9)
+
+
+def test_rows_do_not_depend_on_each_other():
+    W, H = problem(10, 96)
+    together = quantize_linear(W, H, 2, 32)
+    apart = [quantize_linear(part, H, 2, 32) for part in W.split([3, 7])]
+    assert torch.equal(together.codes, torch.cat([s.codes for s in apart]))
+    assert torch.equal(together.c, torch.cat([s.c for s in apart], dim=2))
+
+
+def test_loss_beats_rounding_each_weight_to_the_same_number_of_levels():
+    W, H = problem(32, 128)
+    low, high = W.view(32, 4, 32).amin(-1, keepdim=True), W.view(32, 4, 32).amax(-1, keepdim=True)
+    step = (high - low) / 3
+    D = W - (((W.view(32, 4, 32) - low) / step).round() * step + low).view(32, 128)
+    rounding = ((D @ H) * D).sum()
+    assert quantize_linear(W, H, 2, 32).loss.sum() < 0.5 * rounding
+
+
+def test_scaling_the_calibration_inputs_changes_nothing():
+    W, H = problem(8, 64)
+    a, b = quantize_linear(W, H, 2, 32), quantize_linear(W, H * 2.0**-20, 2, 32)
+    assert torch.equal(a.codes, b.codes)
+
+
+def test_dead_inputs_are_quantized_as_zeros_and_cost_nothing():
+    W, H = problem(4, 64)
+    H[7], H[:, 7], H[40], H[:, 40] = 0, 0, 0, 0
+    W[:, 7] = 100.0
+    s = quantize_linear(W, H, 2, 32)
+    assert torch.isfinite(s.c.float()).all()
+    assert s.loss.sum() < 0.2 * s.energy.sum()
+
+
+@given(diag=st.lists(st.floats(0, 100, width=32), min_size=1, max_size=200), size=st.sampled_from([32, 64]))
+def test_order_moves_groups_whole(diag, size):
+    diag = torch.tensor(diag)
+    steps = group_aware_order(diag, size)
+    assert sorted(torch.cat([columns for _, columns in steps]).tolist()) == list(range(len(diag)))
+    for group, columns in steps:
+        assert set(columns.tolist()) == set(range(group * size, min((group + 1) * size, len(diag))))
+        assert (diag[columns].diff() <= 0).all()
+    peaks = torch.stack([diag[columns].max() for _, columns in steps])
+    assert (peaks.diff() <= 0).all()
+
+
+def test_hessian_is_twice_the_mean_outer_product():
+    x = torch.randn(3, 7, 5, dtype=torch.bfloat16)
+    H = torch.zeros(5, 5)
+    for part in x:
+        accumulate(H, part, 21)
+    flat = x.reshape(21, 5).double()
+    torch.testing.assert_close(H.double(), 2 / 21 * flat.T @ flat, rtol=1e-5, atol=1e-6)
+
+
+def test_damping_grows_until_the_hessian_factorizes():
+    H = torch.eye(4)
+    H[0, 0] = -0.15  # not positive definite: d = 0.05 * mean is not enough
+    U, damping = inverse_factor(H, 0.05)
+    assert damping > 0.05
+    d = damping * H.diagonal().mean()
+    torch.testing.assert_close(U.T @ U @ (H + d * torch.eye(4)), torch.eye(4), rtol=1e-3, atol=1e-3)
+
+
+def test_a_hessian_with_nan_is_refused():
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        inverse_factor(torch.full((3, 3), torch.nan), 0.05)
+
+
+def test_most_significant_planes_of_the_8_bit_grid():
+    W = torch.arange(256.0)[:, None] / 255
+    assert most_significant_planes(W, 2)[:, 0].tolist() == [i // 64 for i in range(256)]
+
+
+def test_assignment_takes_the_nearest_level_when_errors_do_not_propagate():
+    W = torch.randn(20, 6)
+    c = torch.randn(3, 6)  # levels in any order, negative coefficients too
+    codes = assign_codes(W, c, torch.eye(20), 2)
+    levels = torch.stack([c[2], c[0] + c[2], c[1] + c[2], c[0] + c[1] + c[2]])
+    assert torch.equal(codes.long(), (W[None] - levels[:, None]).abs().argmin(0))
+
+
+def test_constant_planes_still_give_finite_coefficients():
+    codes = torch.full((32, 4), 3, dtype=torch.uint8)
+    c = fit_coefficients(codes, torch.ones(32, 4), torch.eye(32), 2, 1e-4, torch.bfloat16)
+    torch.testing.assert_close(c.sum(0), torch.ones(4), rtol=1e-2, atol=1e-2)
