@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from bpdq_quantizer.grid import assign_codes, fit_coefficients, most_significant_planes, quantize_group
 from bpdq_quantizer.hessian import accumulate, inverse_factor
 from bpdq_quantizer.order import group_aware_order
-from bpdq_quantizer.solver import dequantize_codes, quantize_linear
+from bpdq_quantizer.refine import dequantize_columns, descend, joint_fit, refine
+from bpdq_quantizer.solver import quantize_linear
 
 
 def problem(n: int, k_in: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -87,7 +88,7 @@ def test_propagated_error_belongs_to_the_stored_weights(k, g, n, seed):
     W, H = problem(n, g, seed)
     U, _ = inverse_factor(H, 0.05)
     codes, c, E = quantize_group(W.T.contiguous(), U, k, 3, 1e-4, torch.bfloat16)
-    W_hat = dequantize_codes(codes, c[None], g).T
+    W_hat = dequantize_columns(codes, c[None], g)
     assert torch.equal(c, c.to(torch.bfloat16).float())
     torch.testing.assert_close(U.T @ E, W.T - W_hat, rtol=1e-4, atol=1e-5)
 
@@ -121,7 +122,7 @@ def test_any_shape_gives_a_consistent_layer(k, group_size, k_in, n):
     assert s.codes.shape == (n, k_in)
     assert s.codes.max() < 2**k
     assert s.c.shape == (-(-k_in // group_size), k + 1, n)
-    D = (W - dequantize_codes(s.codes.T, s.c.float(), group_size)).double()
+    D = (W - dequantize_columns(s.codes.T, s.c.float(), group_size).T).double()
     torch.testing.assert_close(s.loss.double(), ((D @ H.double()) * D).sum(1), rtol=1e-3, atol=1e-9)
 
 
@@ -209,3 +210,47 @@ def test_constant_planes_still_give_finite_coefficients():
     codes = torch.full((32, 4), 3, dtype=torch.uint8)
     c = fit_coefficients(codes, torch.ones(32, 4), torch.eye(32), 2, 1e-4, torch.bfloat16)
     torch.testing.assert_close(c.sum(0), torch.ones(4), rtol=1e-2, atol=1e-2)
+
+
+def row_loss(W, codes, c, H, group_size):
+    D = W - dequantize_columns(codes, c, group_size)
+    return (D * (H @ D)).sum(0)
+
+
+@settings(max_examples=20, deadline=None)
+@given(k=st.integers(1, 3), k_in=st.integers(33, 140), n=st.integers(1, 6), seed=st.integers(0, 99))
+def test_refinement_never_makes_a_row_worse(k, k_in, n, seed):
+    W, H = problem(n, k_in, seed)
+    H.diagonal().add_(0.05 * H.diagonal().mean())
+    s = quantize_linear(W, H, k, 32, iterations=2, refinements=0)
+    codes, c = s.codes.T.contiguous(), s.c.float()
+    before = row_loss(W.T, codes, c, H, 32)
+    after = row_loss(W.T, *refine(codes, c, W.T, H, 32, 2, 1e-6, torch.bfloat16), H, 32)
+    assert (after <= before * (1 + 1e-4)).all()
+
+
+def test_joint_fit_solves_the_rows_least_squares_problem():
+    W, H = problem(3, 80)
+    codes = torch.randint(0, 4, (80, 3), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    c = joint_fit(codes, W.T, H, 32, 2, 0.0, torch.float32)
+    L = torch.linalg.cholesky(H.double())
+    for n in range(3):
+        X = torch.zeros(80, 9, dtype=torch.float64)  # three groups of two planes and a bias; the last is short
+        for i in range(80):
+            X[i, i // 32 * 3 : i // 32 * 3 + 3] = torch.tensor([codes[i, n] & 1, codes[i, n] >> 1 & 1, 1])
+        expected = torch.linalg.lstsq(L.T @ X, L.T @ W[n].double()[:, None]).solution[:, 0]
+        torch.testing.assert_close(c[:, :, n].flatten().double(), expected, rtol=2e-2, atol=2e-3)
+
+
+def test_after_descent_no_single_column_can_be_improved_much():
+    W, H = problem(4, 64)
+    s = quantize_linear(W, H, 2, 32, refinements=0)
+    codes, c = s.codes.T.contiguous(), s.c.float()
+    for _ in range(10):
+        codes, loss = descend(codes, c, W.T, H, 32)
+    torch.testing.assert_close(loss, row_loss(W.T, codes, c, H, 32), rtol=1e-3, atol=1e-7)
+    for i in range(64):
+        for code in range(4):
+            other = codes.clone()
+            other[i] = code
+            assert (row_loss(W.T, other, c, H, 32) >= loss * (1 - 1e-3)).all()

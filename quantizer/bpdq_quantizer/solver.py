@@ -5,9 +5,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bpdq_quantizer.grid import level_table, quantize_group
+from bpdq_quantizer.grid import quantize_group
 from bpdq_quantizer.hessian import inverse_factor
 from bpdq_quantizer.order import group_aware_order
+from bpdq_quantizer.refine import dequantize_columns, refine
 
 
 class Solution(NamedTuple):
@@ -28,6 +29,7 @@ def quantize_linear(
     group_size: int,
     *,
     iterations: int = 10,
+    refinements: int = 4,
     alpha: float = 1e-4,
     damping: float = 0.05,
     dtype: torch.dtype = torch.bfloat16,
@@ -35,10 +37,11 @@ def quantize_linear(
     """Quantize W [N, K] against the Hessian H [K, K] of its inputs (fp32, symmetric, not modified).
 
     Rows are independent given H, so the rows of several Linears that read the same input may be stacked.
+    `refinements` = 0 is the paper's algorithm; more rounds go on with `bpdq_quantizer.refine`.
     """
-    weight = W.to(torch.float32, copy=True).T.contiguous()  # [K, N]
+    target = W.to(torch.float32, copy=True).T.contiguous()  # [K, N]
     diagonal = H.diagonal()
-    weight[diagonal == 0] = 0  # dead inputs: no calibration token ever used them
+    target[diagonal == 0] = 0  # dead inputs: no calibration token ever used them
     steps = group_aware_order(diagonal, group_size)
     order = torch.cat([columns for _, columns in steps])
     H_ordered = H[order][:, order]
@@ -46,7 +49,7 @@ def quantize_linear(
     U, damping = inverse_factor(H_ordered, damping)
     del H_ordered
 
-    weight = weight[order]
+    weight = target[order]
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=W.device)
     c = torch.empty(len(steps), bits + 1, weight.shape[1], device=W.device)
     start = 0
@@ -58,14 +61,13 @@ def quantize_linear(
         weight[stop:].addmm_(U[block, stop:].T, E, alpha=-1)
         start = stop
 
-    target = W.to(torch.float32)
-    error = target - dequantize_codes(codes, c, group_size)
-    loss, energy = ((M @ H).mul_(M).sum(1) for M in (error, target))
+    del U, weight
+
+    if refinements:
+        damped = H.clone()
+        damped.diagonal().add_(damping * diagonal.mean())
+        codes, c = refine(codes, c, target, damped, group_size, refinements, alpha, dtype)
+    target = W.to(torch.float32).T
+    error = target - dequantize_columns(codes, c, group_size)
+    loss, energy = (((H @ M) * M).sum(0) for M in (error, target))
     return Solution(codes.T.contiguous(), c.to(dtype), loss, energy, damping)
-
-
-def dequantize_codes(codes: Tensor, c: Tensor, group_size: int) -> Tensor:
-    """W_hat [N, K] fp32 from codes [K, N] and c [ceil(K/G), k+1, N]."""
-    table = level_table(c.shape[1] - 1, c.device)
-    parts = [(table @ c[g]).gather(0, part.long()) for g, part in enumerate(codes.split(group_size))]
-    return torch.cat(parts).T

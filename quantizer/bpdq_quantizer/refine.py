@@ -1,0 +1,106 @@
+"""Refinement of a whole row after the paper's pass: what no group could know, all groups now correct.
+
+The paper's pass fits a group's coefficients against that group's error alone and never revisits a decision. Here
+both are undone in turn, under the full damped Hessian H and for each row on its own:
+
+- `joint_fit`: planes fixed, W_hat is linear in all (k+1) ceil(K/G) coefficients of the row; solve for them together;
+- `descend`: coefficients fixed, set column after column to the level that is best given all other columns.
+
+Neither step can raise the row's loss (W - W_hat) H (W - W_hat)^T except by rounding c; each row keeps its best.
+Tensors are transposed as in `grid`: W [K, N], codes [K, N], c [ceil(K/G), k+1, N].
+"""
+
+import torch
+from torch import Tensor
+
+from bpdq_quantizer.grid import level_table
+
+CHUNK_ELEMENTS = 1 << 26  # of the largest temporary: 256 MiB in fp32
+
+
+def refine(
+    codes: Tensor, c: Tensor, W: Tensor, H: Tensor, group_size: int, rounds: int, alpha: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Alternate `joint_fit` and `descend` for `rounds` rounds; returns codes and c (rounded to `dtype`)."""
+    K, N = W.shape
+    groups, features, _ = c.shape
+    rows = max(1, CHUNK_ELEMENTS // max((groups * features) ** 2, K * features))
+    codes, c = codes.clone(), c.clone()
+    for start in range(0, N, rows):
+        part = slice(start, start + rows)
+        w, best_codes, best_c = W[:, part].contiguous(), codes[:, part].contiguous(), c[:, :, part].contiguous()
+        residual = w - dequantize_columns(best_codes, best_c, group_size)
+        best_loss = (residual * (H @ residual)).sum(0)
+        row_codes = best_codes
+        for _ in range(rounds):
+            row_c = joint_fit(row_codes, w, H, group_size, features - 1, alpha, dtype)
+            row_codes, loss = descend(row_codes, row_c, w, H, group_size)
+            better = loss < best_loss
+            best_codes = torch.where(better, row_codes, best_codes)
+            best_c = torch.where(better, row_c, best_c)
+            best_loss = torch.where(better, loss, best_loss)
+        codes[:, part], c[:, :, part] = best_codes, best_c
+    return codes, c
+
+
+def joint_fit(
+    codes: Tensor, W: Tensor, H: Tensor, group_size: int, bits: int, alpha: float, dtype: torch.dtype
+) -> Tensor:
+    """All coefficients of each row, c [ceil(K/G), k+1, N]: ridge least squares of W on its planes in the metric H.
+
+    The normal equations couple every pair of groups; only the lower triangle is built, which Cholesky reads.
+    """
+    K, N = W.shape
+    groups, features = -(-K // group_size), bits + 1
+    X = level_table(bits, W.device)[codes.long()].permute(0, 2, 1).contiguous()  # [K, k+1, N]
+    X = torch.cat([X, X.new_zeros(groups * group_size - K, features, N)])  # zeros: a short last group
+    HW = torch.cat([H @ W, W.new_zeros(len(X) - K, N)])
+    b = (X * HW.unsqueeze(1)).unflatten(0, (groups, group_size)).sum(1)  # [groups, k+1, N]
+    A = torch.zeros(groups, features, groups, features, N, device=W.device)
+    for g in range(groups):
+        first, last = g * group_size, min((g + 1) * group_size, K)
+        HX = X.new_zeros(len(X) - first, features, N)
+        torch.mm(H[first:, first:last], X[first:last].flatten(1), out=HX[: K - first].flatten(1))
+        HX = HX.unflatten(0, (groups - g, group_size))
+        X_later = X[first:].unflatten(0, (groups - g, group_size))
+        for p in range(features):
+            A[g:, p, g] = (X_later[:, :, p : p + 1] * HX).sum(1)
+    A = A.view(groups * features, groups * features, N).permute(2, 0, 1).contiguous()
+    diagonal = A.diagonal(dim1=1, dim2=2)
+    diagonal.add_(alpha * diagonal.mean(1, keepdim=True))
+    b = b.view(groups * features, N).T.unsqueeze(2)
+    c = torch.cholesky_solve(b, torch.linalg.cholesky(A)).squeeze(2).T
+    return c.unflatten(0, (groups, features)).to(dtype).float().contiguous()
+
+
+def descend(codes: Tensor, c: Tensor, W: Tensor, H: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """One pass of coordinate descent over the columns; returns the new codes [K, N] and each row's loss [N].
+
+    With the gradient V = H (W - W_hat), column i's best value given the others is W_hat[i] + V[i] / H[i, i]; the
+    nearest level is taken. V is kept up to date within a group column by column, beyond it once per group.
+    """
+    W_hat = dequantize_columns(codes, c, group_size)
+    V = H @ (W - W_hat)
+    table = level_table(c.shape[1] - 1, W.device)
+    codes = codes.clone()
+    for g in range(c.shape[0]):
+        block = slice(g * group_size, min((g + 1) * group_size, len(W)))
+        H_block, w_hat, v = H[block, block], W_hat[block], V[block].clone()
+        levels, order = (table @ c[g]).sort(dim=0)
+        order = order.to(torch.uint8)
+        midpoints = (levels[1:] + levels[:-1]) / 2
+        change = torch.empty_like(v)
+        for t in range(len(v)):
+            nearest = (w_hat[t] + v[t] / H_block[t, t] > midpoints).sum(0, keepdim=True)
+            codes[block.start + t] = order.gather(0, nearest)[0]
+            change[t] = levels.gather(0, nearest)[0] - w_hat[t]
+            v[t + 1 :].addr_(H_block[t, t + 1 :], change[t], alpha=-1)
+        w_hat += change  # a view: W_hat changes too
+        V.addmm_(H[:, block], change, alpha=-1)
+    return codes, ((W - W_hat) * V).sum(0)
+
+
+def dequantize_columns(codes: Tensor, c: Tensor, group_size: int) -> Tensor:
+    """W_hat [K, N] fp32 from codes [K, N] and c [ceil(K/G), k+1, N]."""
+    table = level_table(c.shape[1] - 1, c.device)
+    return torch.cat([(table @ c[g]).gather(0, part.long()) for g, part in enumerate(codes.split(group_size))])
