@@ -92,6 +92,7 @@ def bpdq_checkpoint(
     dialect: str = "ours",
     coefficient_dtype: torch.dtype = torch.bfloat16,
     layers: dict[str, dict] | None = None,
+    ignore: tuple[str, ...] = (),
 ) -> Path:
     """Write `out` (BPDQ) and `out`-dequantized (the same weights, plain) from the 16-bit folder `model`."""
     plain = out.with_name(out.name + "-dequantized")
@@ -101,7 +102,7 @@ def bpdq_checkpoint(
     for name, tensor in load_file(model / "model.safetensors").items():
         layer = name.removesuffix(".weight")
         dequantized[name] = tensor
-        if not layer.endswith(LINEARS) or name.endswith(".bias"):
+        if not layer.endswith(LINEARS) or name.endswith(".bias") or layer in ignore:
             tensors[name] = tensor
             continue
         scheme = {"bits": bits, "group_size": group_size, **(layers or {}).get(layer, {})}
@@ -117,7 +118,7 @@ def bpdq_checkpoint(
     quantization["meta"] = {"bpdq": {"msbits": bits, "n_iters": 10, "alpha": 1e-4}}
     if dialect == "ours":
         quantization |= {"quant_method": "bpdq", "format_version": 1, "bits": bits}
-        quantization |= {"ignore": ["lm_head"], "layers": layers or {}}
+        quantization |= {"ignore": ["lm_head", *ignore], "layers": layers or {}}
     else:
         quantization |= {"quant_method": "gptq", "format": "bpdq", "bits": 8, "lm_head": False, "desc_act": False}
     config["quantization_config"] = quantization

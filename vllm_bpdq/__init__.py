@@ -2,4 +2,11 @@
 
 
 def register() -> None:
-    """Make `--quantization bpdq` known to vLLM. Runs in every vLLM process; cheap and idempotent."""
+    """Make the quantization method "bpdq" known to vLLM. Runs in every vLLM process; cheap and idempotent."""
+    from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
+
+    if "bpdq" in QUANTIZATION_METHODS:
+        return
+    from vllm_bpdq.config import BPDQConfig
+
+    register_quantization_config("bpdq")(BPDQConfig)

@@ -35,9 +35,9 @@ class Scheme:
     group_size: int
 
     def __post_init__(self) -> None:
-        if self.bits not in range(1, MAX_PLANES + 1):
+        if type(self.bits) is not int or self.bits not in range(1, MAX_PLANES + 1):  # True and 2.0 are "in" it
             raise ValueError(f"bits = {self.bits!r} bit-planes are not supported: use 1 to {MAX_PLANES}")
-        if self.group_size not in GROUP_SIZES:
+        if type(self.group_size) is not int or self.group_size not in GROUP_SIZES:
             raise ValueError(f"group_size = {self.group_size!r} is not supported: use one of {GROUP_SIZES}")
 
     @property
@@ -86,34 +86,53 @@ def parse(config: Mapping[str, Any]) -> Format:
             f"{FORMAT_VERSION}): upgrade vllm-bpdq or quantize the model again"
         )
     default = _scheme(config, "quantization_config")
-    layers = {
-        pattern: _scheme({"bits": default.bits, "group_size": default.group_size, **override}, f"layers[{pattern!r}]")
-        for pattern, override in (config.get("layers") or {}).items()
-    }
-    return Format(default, tuple(config.get("ignore") or ()), layers)
+    ignore = config.get("ignore") or []
+    if not isinstance(ignore, list | tuple) or not all(isinstance(name, str) for name in ignore):
+        raise ValueError(f"quantization_config: ignore = {ignore!r} must be a list of layer names or 're:' patterns")
+    layers = {}
+    for pattern, override in _mapping(config, "layers", "quantization_config").items():
+        where = f"quantization_config: layers[{pattern!r}]"
+        if not isinstance(override, Mapping) or not override.keys() <= {"bits", "group_size"}:
+            raise ValueError(f"{where} = {override!r} must be an object of bits, group_size or both")
+        layers[pattern] = _scheme({"bits": default.bits, "group_size": default.group_size, **override}, where)
+    return Format(default, tuple(ignore), layers)
 
 
 def _parse_authors(config: Mapping[str, Any]) -> Format:
-    bpdq = (config.get("meta") or {}).get("bpdq") or {}
+    bpdq = _mapping(_mapping(config, "meta", "quantization_config"), "bpdq", "quantization_config: meta")
     if "msbits" not in bpdq:
-        raise ValueError("quantization_config: meta.bpdq.msbits (the number of bit-planes) is missing")
+        raise ValueError(
+            "quantization_config: meta.bpdq.msbits (the number of bit-planes) is missing: add it or quantize again"
+        )
     if config.get("lm_head"):
-        raise ValueError("quantization_config: lm_head = true (a quantized LM head) is not supported")
+        raise ValueError(
+            "quantization_config: lm_head = true (a quantized LM head) is not supported: quantize again without it"
+        )
     default = _scheme({"bits": bpdq["msbits"], "group_size": config.get("group_size")}, "quantization_config")
     ignore, layers = ["lm_head"], {}
-    for pattern, override in (config.get("dynamic") or {}).items():
+    for pattern, override in _mapping(config, "dynamic", "quantization_config").items():
         if pattern.startswith("-:"):
             ignore.append("re:" + pattern[2:])
-        else:
-            group_size = override.get("group_size", default.group_size)
-            layers["re:" + pattern.removeprefix("+:")] = Scheme(default.bits, group_size)
+            continue
+        where = f"quantization_config: dynamic[{pattern!r}]"
+        if not isinstance(override, Mapping):
+            raise ValueError(f"{where} = {override!r} must be an object")
+        group_size = override.get("group_size", default.group_size)
+        layers["re:" + pattern.removeprefix("+:")] = _scheme({"bits": default.bits, "group_size": group_size}, where)
     return Format(default, tuple(ignore), layers)
+
+
+def _mapping(config: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
+    value = config.get(key) or {}
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{where}: {key} = {value!r} must be an object")
+    return value
 
 
 def _scheme(config: Mapping[str, Any], where: str) -> Scheme:
     missing = [key for key in ("bits", "group_size") if config.get(key) is None]
     if missing:
-        raise ValueError(f"{where}: {' and '.join(missing)} missing")
+        raise ValueError(f"{where}: {' and '.join(missing)} missing: add the value or quantize the model again")
     try:
         return Scheme(config["bits"], config["group_size"])
     except ValueError as e:

@@ -36,6 +36,17 @@ def coefficient_shape(in_features: int, out_features: int, planes: int, group_si
     return (-(-in_features // group_size), planes + 1, out_features)
 
 
+def check_layer(B: Tensor, c: Tensor, group_size: int, in_features: int) -> None:
+    """Raise ValueError unless B and c hold a layer of `in_features` inputs; padding past them is accepted."""
+    words, planes, n = plane_shape(in_features, B.shape[2], B.shape[1])
+    groups = coefficient_shape(in_features, n, planes, group_size)[0]
+    if B.dtype != torch.int32 or B.shape[0] < words or c.shape[0] < groups or c.shape[1:] != (planes + 1, n):
+        raise ValueError(
+            f"B {B.dtype} {tuple(B.shape)} and c {tuple(c.shape)} don't describe {in_features} inputs "
+            f"at group size {group_size}: expected int32 {(words, planes, n)} and {(groups, planes + 1, n)}"
+        )
+
+
 def pack(bits: Tensor) -> Tensor:
     """Pack plane bits [k, N, K] (any integer or bool dtype, values 0 and 1) into B [ceil(K/32), k, N] int32."""
     k, n, in_features = bits.shape
@@ -49,15 +60,17 @@ def pack(bits: Tensor) -> Tensor:
 
 def unpack(B: Tensor, in_features: int) -> Tensor:
     """Unpack B [>= ceil(K/32), k, N] into plane bits [k, N, K] uint8; the inverse of `pack`."""
-    shifts = torch.arange(WORD, dtype=torch.int32, device=B.device)
-    bits = ((B.unsqueeze(-1) >> shifts) & 1).to(torch.uint8)  # [words, k, N, 32]
-    return bits.permute(1, 2, 0, 3).flatten(2)[..., :in_features].contiguous()
+    return expand_words(B).permute(0, 3, 1, 2).flatten(2)[..., :in_features].contiguous()
 
 
 def expand_words(B: Tensor) -> Tensor:
-    """Bits of B [words, k, N] as int32 [words, 32, k, N], inputs before outputs."""
-    shifts = torch.arange(WORD, dtype=torch.int32, device=B.device).view(1, WORD, 1, 1)
-    return (B.unsqueeze(1) >> shifts) & 1
+    """Bits of B [words, k, N] as uint8 [k, words, 32, N], inputs before outputs."""
+    words, k, n = B.shape
+    # bytes first: their eight bits are then tested in 8-bit lanes, four times as many to a vector as words
+    octets = (B.unsqueeze(2) >> (8 * torch.arange(4, dtype=torch.int32, device=B.device)).view(4, 1)).to(torch.uint8)
+    tests = (1 << torch.arange(8, device=B.device)).to(torch.uint8).view(8, 1)
+    bits = (octets.permute(1, 0, 2, 3).unsqueeze(3) & tests).clamp_max_(1)  # [k, words, 4, 8, N]
+    return bits.reshape(k, words, WORD, n)
 
 
 def trim(B: Tensor, in_features: int) -> Tensor:

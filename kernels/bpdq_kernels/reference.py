@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from bpdq_kernels.layout import WORD, expand_words, plane_shape, trim
+from bpdq_kernels.layout import WORD, check_layer, expand_words, trim
 
-_CHUNK_BITS = 1 << 19  # expanded plane bits held at a time: 2 MiB of int32 stay in cache, 6x faster than 64 MiB
+_CHUNK = 1 << 19  # weights computed at a time: 2 MiB of fp32 stay in cache
 
 
 def dequantize_t(B: Tensor, c: Tensor, group_size: int, in_features: int, dtype: torch.dtype) -> Tensor:
@@ -16,29 +16,28 @@ def dequantize_t(B: Tensor, c: Tensor, group_size: int, in_features: int, dtype:
     B = trim(B, in_features)
     words, k, n = B.shape
     weight = torch.empty(words, WORD, n, dtype=dtype, device=B.device)
-    step = max(1, _CHUNK_BITS // (WORD * k * n))
+    step = max(1, _CHUNK // (WORD * n))
     for start in range(0, words, step):
         block = slice(start, min(start + step, words))
         group = torch.arange(block.start, block.stop, device=B.device) * WORD // group_size
         coeff = c[group].float().unsqueeze(1)  # [words, 1, k+1, N]
-        bits = expand_words(B[block])  # [words, 32, k, N]
         w = coeff[:, :, k].expand(-1, WORD, -1).clone()
-        for p in range(k):
-            w.addcmul_(coeff[:, :, p], bits[:, :, p].float())
+        for p, bits in enumerate(expand_words(B[block])):  # [words, 32, N]
+            w.addcmul_(coeff[:, :, p], bits.float())
         weight[block] = w
     return weight.flatten(0, 1)[:in_features]
 
 
 def dequantize(B: Tensor, c: Tensor, group_size: int, in_features: int) -> Tensor:
-    """Weight [N, K] fp32 of bit-planes B and coefficients c (shapes in `bpdq_kernels.layout`)."""
-    words, planes, n = plane_shape(in_features, B.shape[2], B.shape[1])
-    if B.shape[0] < words or c.shape[0] * group_size < in_features or c.shape[1:] != (planes + 1, n):
-        raise ValueError(
-            f"B {tuple(B.shape)} and c {tuple(c.shape)} don't describe {in_features} inputs at group size {group_size}"
-        )
+    """Weight [N, K] fp32 of bit-planes B and coefficients c (shapes in `bpdq_kernels.layout`).
+
+    Raises ValueError where the shapes of B and c don't describe K = `in_features` inputs.
+    """
+    check_layer(B, c, group_size, in_features)
     return dequantize_t(B, c, group_size, in_features, torch.float32).T.contiguous()
 
 
+@torch.no_grad()  # a graph would hold every layer's dequantized weights
 def linear(x: Tensor, B: Tensor, c: Tensor, group_size: int, bias: Tensor | None) -> Tensor:
     """y [..., N] = x [..., K] @ W.T + bias, with W rounded to x.dtype as a 16-bit layer would hold it."""
     weight = dequantize_t(B, c, group_size, x.shape[-1], x.dtype)

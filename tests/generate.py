@@ -1,0 +1,71 @@
+"""Greedy tokens from vLLM engines, each batch of engines in a process of its own, and from transformers.
+
+Run as a script: reads a JSON list of engines on stdin, `{"load": {LLM arguments}, "reload_from": folder}`, and
+prints one JSON line per engine: its tokens (and then those after the reload), or the error that stopped it.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+PROMPTS = [[5, 17, 200, 33, 9, 121, 64], [301], [*range(40, 90)]]
+TOKENS = 12
+ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "WARNING"}
+
+
+def vllm_tokens(engines: list[dict], multiprocess: bool = False, **env: str) -> list[list[list[int]] | str]:
+    """Tokens of every prompt, or the error as text, of each engine; see the module's docstring."""
+    env = {**os.environ, **ENV, "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(multiprocess)), **env}
+    run = subprocess.run(
+        [sys.executable, __file__], input=json.dumps(engines), env=env, capture_output=True, text=True, timeout=550
+    )
+    results = [json.loads(line) for line in run.stdout.splitlines() if line.startswith('{"tokens"')]
+    assert len(results) == len(engines), run.stdout[-3000:] + run.stderr[-6000:]
+    return [result["tokens"] if result["error"] is None else result["error"] for result in results]
+
+
+def transformers_tokens(model: Path, prompts: list[list[int]] = PROMPTS) -> list[list[int]]:
+    """Tokens of every prompt from the plain checkpoint `model` in float32, without a cache."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    results = []
+    with torch.inference_mode():
+        for prompt in prompts:
+            ids = list(prompt)
+            for _ in range(TOKENS):
+                ids.append(int(network(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+            results.append(ids[len(prompt) :])
+    return results
+
+
+def _run(load: dict, reload_from: str | None = None) -> list[list[int]]:
+    from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    defaults = {"dtype": "float32", "skip_tokenizer_init": True, "enforce_eager": True, "max_model_len": 128}
+    try:
+        llm = LLM(**{**defaults, **load})
+        prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
+        sampling = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=False)
+        outputs = llm.generate(prompts, sampling, use_tqdm=False)
+        if reload_from:
+            llm.collective_rpc("reload_weights", kwargs={"weights_path": reload_from})
+            llm.reset_prefix_cache()
+            outputs += llm.generate(prompts, sampling, use_tqdm=False)
+        return [list(output.outputs[0].token_ids) for output in outputs]
+    finally:
+        cleanup_dist_env_and_memory()
+
+
+if __name__ == "__main__":
+    for engine in json.load(sys.stdin):
+        tokens, error = None, None
+        try:
+            tokens = _run(**engine)
+        except Exception as e:
+            error = f"{type(e).__name__}: {e}"
+        print(json.dumps({"tokens": tokens, "error": error}), flush=True)

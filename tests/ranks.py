@@ -1,0 +1,44 @@
+"""Simulated tensor-parallel ranks: vLLM's layers loaded one rank at a time in one process."""
+
+import torch
+from vllm.model_executor import parameter as vllm_parameter
+from vllm.model_executor.layers import linear as vllm_linear
+from vllm.model_executor.layers.linear import LinearBase
+
+from bpdq_kernels import dequantize
+from bpdq_kernels.format import Format, Scheme
+from tiny import round_to_planes
+from vllm_bpdq.config import BPDQConfig
+
+
+def become(monkeypatch, tp_rank: int, tp_size: int) -> None:
+    """Make vLLM's layers believe that this process is rank `tp_rank` of `tp_size`."""
+    for module in vllm_linear, vllm_parameter:
+        monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda: tp_rank)
+        monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: tp_size)
+
+
+def config(bits: int = 2, group_size: int = 64) -> BPDQConfig:
+    quant = BPDQConfig(Format(Scheme(bits, group_size)))
+    quant.packed_modules_mapping = {
+        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+        "gate_up_proj": ["gate_proj", "up_proj"],
+    }
+    return quant
+
+
+def stored(n: int, k_in: int, group_size: int, bits: int = 2, dtype=torch.bfloat16, seed: int = 0):
+    """B and c of a random layer, and the weight [N, K] they stand for."""
+    W = torch.randn(n, k_in, generator=torch.Generator().manual_seed(seed))
+    B, c = round_to_planes(W, bits, group_size, dtype)
+    return B, c, dequantize(B, c, group_size, k_in)
+
+
+def load(layer: LinearBase, B: torch.Tensor, c: torch.Tensor, *shard) -> None:
+    layer.B.weight_loader(layer.B, B, *shard)
+    layer.c.weight_loader(layer.c, c, *shard)
+
+
+def finish(layer: LinearBase) -> LinearBase:
+    layer.quant_method.process_weights_after_loading(layer)
+    return layer

@@ -1,0 +1,123 @@
+"""vLLM serves BPDQ checkpoints with exactly the tokens of transformers on the dequantized weights.
+
+Models are float32: a rounding difference must not flip the argmax between two implementations.
+"""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from generate import PROMPTS, TOKENS, transformers_tokens, vllm_tokens
+from tiny import bpdq_checkpoint, tiny_model
+
+LAYERS = {f"model.layers.1.mlp.{name}_proj": {"bits": 3, "group_size": 32} for name in ("gate", "up")}
+EAGER = {
+    "llama": ({"group_size": 128, "layers": LAYERS, "ignore": ("model.layers.0.mlp.down_proj",)}, {}),
+    "llama authors": ({"dialect": "authors", "group_size": 256, "bits": 3}, {"quantization": "bpdq"}),
+    "qwen2": ({"group_size": 64, "coefficient_dtype": torch.float16}, {"quantization": "bpdq"}),
+    "qwen2 authors": ({"dialect": "authors", "group_size": 128}, {}),
+}
+
+
+def dequantized(checkpoint: Path) -> Path:
+    return checkpoint.with_name(checkpoint.name + "-dequantized")
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory) -> dict[str, Path]:
+    """BPDQ checkpoints of two tiny models; llama's and qwen2's FFN of 352 inputs ends in a short group."""
+    folder = tmp_path_factory.mktemp("engine")
+    models = {arch: tiny_model(folder / f"{arch}-model", arch) for arch in ("llama", "qwen2")}
+    return {
+        name: bpdq_checkpoint(models[name.split()[0]], folder / name.replace(" ", "-"), **options)
+        for name, (options, _) in EAGER.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def eager(checkpoints) -> dict[str, list[list[int]] | str]:
+    """Tokens, or the error, of engines that share one process to save the start-up of vLLM."""
+    base = checkpoints["llama"]
+    other = bpdq_checkpoint(tiny_model(base.parent / "other-model", seed=1), base.parent / "other", **EAGER["llama"][0])
+    without_b = shutil.copytree(base, base.parent / "without-b")
+    tensors = load_file(base / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.B"]
+    save_file(tensors, without_b / "model.safetensors", metadata={"format": "pt"})
+    runs = {name: {"load": {"model": str(checkpoints[name]), **flags}} for name, (_, flags) in EAGER.items()}
+    runs["llama"]["reload_from"] = str(other)
+    runs["dummy"] = {"load": {"model": str(base), "load_format": "dummy"}}
+    runs["without B"] = {"load": {"model": str(without_b)}}
+    runs["another method"] = {"load": {"model": str(base), "quantization": "awq"}}
+    return dict(zip(runs, vllm_tokens(list(runs.values())), strict=True))
+
+
+@pytest.mark.parametrize("name", EAGER)
+def test_eager_tokens_equal_transformers(checkpoints, eager, name):
+    assert eager[name][: len(PROMPTS)] == transformers_tokens(dequantized(checkpoints[name]))
+
+
+def test_reloading_another_checkpoint_serves_the_other_weights(checkpoints, eager):
+    before, after = eager["llama"][: len(PROMPTS)], eager["llama"][len(PROMPTS) :]
+    assert after == transformers_tokens(checkpoints["llama"].parent / "other-dequantized")
+    assert after != before
+
+
+def test_dummy_weights_generate(eager):
+    assert [len(tokens) for tokens in eager["dummy"]] == [TOKENS] * len(PROMPTS)
+
+
+def test_a_checkpoint_without_one_tensor_does_not_start(eager):
+    assert "model.layers.1.mlp.up_proj.B not in the checkpoint" in eager["without B"]
+
+
+def test_a_flag_for_another_method_does_not_start(eager):
+    assert "does not match the quantization method" in eager["another method"]
+
+
+def test_compiled_tokens_equal_transformers_and_every_linear_is_one_op(checkpoints, tmp_path):
+    model = checkpoints["qwen2"]
+    (tokens,) = vllm_tokens([{"load": {"model": str(model), "enforce_eager": False}}], VLLM_CACHE_ROOT=str(tmp_path))
+    assert tokens == transformers_tokens(dequantized(model))
+    generated = [path.read_text() for path in tmp_path.glob("**/inductor_cache/**/*.py")]
+    calls = [code.count("torch.ops.bpdq.linear.default(") for code in generated]
+    assert [n for n in calls if n] == [2 * 4]  # one graph for every number of tokens; 2 blocks of qkv, o, gate_up, down
+
+
+def test_two_ranks_give_the_tokens_of_one(tmp_path):
+    """FFN 320 over 2 ranks: 160 inputs each, so the second starts inside a group of 128."""
+    model = bpdq_checkpoint(tiny_model(tmp_path / "model", ffn=320), tmp_path / "bpdq", group_size=128)
+    (tokens,) = vllm_tokens([{"load": {"model": str(model), "tensor_parallel_size": 2}}], multiprocess=True)
+    assert tokens == transformers_tokens(dequantized(model))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dialect", ["ours", "authors"])
+@pytest.mark.parametrize("arch", ["llama", "qwen2"])
+def test_two_compiled_ranks_give_the_tokens_of_transformers(tmp_path, arch, dialect):
+    model = bpdq_checkpoint(
+        tiny_model(tmp_path / "model", arch, ffn=320), tmp_path / "bpdq", group_size=256, dialect=dialect
+    )
+    load = {"model": str(model), "tensor_parallel_size": 2, "enforce_eager": False}
+    (tokens,) = vllm_tokens([{"load": load}], multiprocess=True, VLLM_CACHE_ROOT=str(tmp_path / "cache"))
+    assert tokens == transformers_tokens(dequantized(model))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["qwen3", "mistral", "gemma2"])
+@pytest.mark.parametrize("eager", [True, False])
+def test_other_architectures_give_the_tokens_of_transformers(tmp_path, arch, eager):
+    model = bpdq_checkpoint(tiny_model(tmp_path / "model", arch), tmp_path / "bpdq", group_size=128)
+    load = {"model": str(model), "enforce_eager": eager}
+    (tokens,) = vllm_tokens([{"load": load}], VLLM_CACHE_ROOT=str(tmp_path / "cache"))
+    assert tokens == transformers_tokens(dequantized(model))
+
+
+@pytest.mark.slow
+def test_transformers_modelling_code_gives_the_same_tokens(tmp_path):
+    """`--model-impl transformers` builds layers that are not fused."""
+    model = bpdq_checkpoint(tiny_model(tmp_path / "model"), tmp_path / "bpdq", group_size=128)
+    (tokens,) = vllm_tokens([{"load": {"model": str(model), "model_impl": "transformers"}}])
+    assert tokens == transformers_tokens(dequantized(model))

@@ -1,0 +1,216 @@
+"""What is read from `quantization_config`, in both dialects, and what a user is told when it can't be."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from bpdq_kernels import format
+from bpdq_kernels.format import Scheme
+
+OURS = {
+    "quant_method": "bpdq",
+    "checkpoint_format": "bpdq",
+    "format_version": 1,
+    "bits": 2,
+    "group_size": 64,
+    "ignore": ["lm_head"],
+    "layers": {},
+    "meta": {"bpdq": {"msbits": 2, "n_iters": 10, "alpha": 1e-4}},
+}
+AUTHORS = {
+    "quant_method": "gptq",
+    "checkpoint_format": "bpdq",
+    "format": "bpdq",
+    "bits": 8,
+    "group_size": 64,
+    "desc_act": False,
+    "lm_head": False,
+    "dynamic": None,
+    "meta": {"bpdq": {"msbits": 2, "n_iters": 10, "alpha": 1e-4}, "quantizer": ["gptqmodel:5.7.0"]},
+}
+Q_PROJ = "model.layers.0.self_attn.q_proj"
+DOWN_PROJ = "model.layers.0.mlp.down_proj"
+
+
+def changed(config: dict[str, Any], **keys: Any) -> dict[str, Any]:
+    """`config` with keys replaced, or removed where the value is `...`."""
+    config = copy.deepcopy(config) | keys
+    return {key: value for key, value in config.items() if value is not ...}
+
+
+@pytest.mark.parametrize("config", [OURS, AUTHORS], ids=["ours", "authors"])
+def test_both_dialects_describe_the_same_checkpoint(config: dict[str, Any]):
+    parsed = format.parse(config)
+    assert format.claims(config)
+    assert parsed.default == Scheme(bits=2, group_size=64)
+    assert parsed.scheme_for(Q_PROJ) == Scheme(2, 64)
+    assert parsed.scheme_for("lm_head") is None
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"quant_method": "gptq", "bits": 4},
+        {"quant_method": "gptq", "checkpoint_format": "gptq_v2", "bits": 4},
+        {"quant_method": "awq", "checkpoint_format": "bpdq"},
+        {},
+    ],
+)
+def test_checkpoints_of_other_methods_are_not_claimed(config: dict[str, Any]):
+    assert not format.claims(config)
+    with pytest.raises(ValueError, match="quantization_config is not BPDQ: quant_method"):
+        format.parse(config)
+
+
+def test_bits_per_weight_count_the_coefficients():
+    assert Scheme(2, 64).bits_per_weight == 2.75
+    assert Scheme(2, 256).bits_per_weight == 2.1875
+    assert Scheme(4, 64).bits_per_weight == 5.25
+
+
+def test_a_layer_gets_its_own_bits_and_group_size():
+    layers = {DOWN_PROJ: {"bits": 4}, r"re:.*mlp\..*": {"group_size": 32}, "re:.*mlp": {"bits": 1}}
+    parsed = format.parse(changed(OURS, layers=layers))
+    assert parsed.scheme_for(DOWN_PROJ) == Scheme(4, 64), "the first entry that matches counts"
+    assert parsed.scheme_for("model.layers.0.mlp.up_proj") == Scheme(2, 32)
+    assert parsed.scheme_for(Q_PROJ) == Scheme(2, 64)
+
+
+def test_ignored_layers_stay_in_16_bits_even_where_layers_names_them():
+    ignore = ["lm_head", r"re:.*\.layers\.0\.mlp\."]
+    parsed = format.parse(changed(OURS, ignore=ignore, layers={DOWN_PROJ: {"bits": 4}}))
+    assert parsed.scheme_for(DOWN_PROJ) is None
+    assert parsed.scheme_for("lm_head") is None
+    assert parsed.scheme_for("model.layers.1.mlp.down_proj") == Scheme(2, 64)
+
+
+def test_an_exact_name_is_not_read_as_a_pattern_or_prefix():
+    parsed = format.parse(changed(OURS, ignore=["model.layers.1", "model.layers.0.self_attn.q.proj"]))
+    assert parsed.scheme_for("model.layers.1.mlp.up_proj") == Scheme(2, 64)
+    assert parsed.scheme_for("model.layers.10.mlp.up_proj") == Scheme(2, 64)
+    assert parsed.scheme_for(Q_PROJ) == Scheme(2, 64)
+
+
+def test_dynamic_of_the_authors_skips_and_regroups_layers_but_never_changes_the_planes():
+    dynamic = {
+        r"-:model\.layers\.0\.self_attn": {},
+        r"+:.*down_proj": {"bits": 4, "group_size": 32},
+        r".*\.up_proj": {"group_size": 128},
+    }
+    parsed = format.parse(changed(AUTHORS, dynamic=dynamic))
+    assert parsed.scheme_for(Q_PROJ) is None
+    assert parsed.scheme_for("model.layers.1.self_attn.q_proj") == Scheme(2, 64)
+    assert parsed.scheme_for(DOWN_PROJ) == Scheme(2, 32), "their `bits` is the initial grid, not the planes"
+    assert parsed.scheme_for("model.layers.1.mlp.up_proj") == Scheme(2, 128)
+    assert parsed.scheme_for("lm_head") is None
+
+
+@pytest.mark.parametrize("key", ["layers", "ignore", "format_version", "meta"])
+def test_optional_keys_may_be_missing_or_null(key: str):
+    for value in (..., None):
+        if key != "format_version" or value is ...:
+            assert format.parse(changed(OURS, **{key: value})).scheme_for(Q_PROJ) == Scheme(2, 64)
+
+
+BAD = {
+    "k = 5": (changed(OURS, bits=5), "bits = 5 bit-planes are not supported: use 1 to 4"),
+    "k = 0": (changed(OURS, bits=0), "bits = 0 bit-planes are not supported: use 1 to 4"),
+    "bits true": (changed(OURS, bits=True), "bits = True bit-planes are not supported: use 1 to 4"),
+    "bits a string": (changed(OURS, bits="2"), "bits = '2' bit-planes are not supported: use 1 to 4"),
+    "bits a float": (changed(OURS, bits=2.0), "bits = 2.0 bit-planes are not supported: use 1 to 4"),
+    "bits missing": (changed(OURS, bits=...), "quantization_config: bits missing: add the value or quantize"),
+    "G = 48": (changed(OURS, group_size=48), "group_size = 48 is not supported: use one of (32, 64, 128, 256)"),
+    "G a float": (changed(OURS, group_size=64.0), "group_size = 64.0 is not supported: use one of"),
+    "G a list": (changed(OURS, group_size=[64]), "group_size = [64] is not supported: use one of"),
+    "both missing": (changed(OURS, bits=..., group_size=None), "bits and group_size missing: add the value"),
+    "newer format": (
+        changed(OURS, format_version=2),
+        "format_version 2 is not supported (this release reads 1): upgrade",
+    ),
+    "ignore a string": (changed(OURS, ignore="lm_head"), "ignore = 'lm_head' must be a list of layer names"),
+    "ignore of numbers": (changed(OURS, ignore=[0]), "ignore = [0] must be a list of layer names"),
+    "layers a list": (changed(OURS, layers=[Q_PROJ]), f"quantization_config: layers = ['{Q_PROJ}'] must be an object"),
+    "layer a number": (changed(OURS, layers={"a": 3}), "layers['a'] = 3 must be an object of bits, group_size or both"),
+    "layer key typo": (changed(OURS, layers={"a": {"bit": 3}}), "layers['a'] = {'bit': 3} must be an object of bits"),
+    "layer k = 9": (
+        changed(OURS, layers={"a": {"bits": 9}}),
+        "layers['a']: bits = 9 bit-planes are not supported: use",
+    ),
+    "msbits missing": (
+        changed(AUTHORS, meta={"bpdq": {}}),
+        "meta.bpdq.msbits (the number of bit-planes) is missing: add",
+    ),
+    "meta missing": (changed(AUTHORS, meta=...), "meta.bpdq.msbits (the number of bit-planes) is missing: add it"),
+    "meta a string": (changed(AUTHORS, meta="bpdq"), "quantization_config: meta = 'bpdq' must be an object"),
+    "meta.bpdq a list": (changed(AUTHORS, meta={"bpdq": [2]}), "meta: bpdq = [2] must be an object"),
+    "msbits a string": (
+        changed(AUTHORS, meta={"bpdq": {"msbits": "2"}}),
+        "bits = '2' bit-planes are not supported: use",
+    ),
+    "their G missing": (changed(AUTHORS, group_size=...), "quantization_config: group_size missing: add the value"),
+    "their G = -1": (changed(AUTHORS, group_size=-1), "group_size = -1 is not supported: use one of"),
+    "their LM head": (
+        changed(AUTHORS, lm_head=True),
+        "lm_head = true (a quantized LM head) is not supported: quantize",
+    ),
+    "dynamic a list": (changed(AUTHORS, dynamic=["-:a"]), "quantization_config: dynamic = ['-:a'] must be an object"),
+    "dynamic a number": (changed(AUTHORS, dynamic={"a": 3}), "quantization_config: dynamic['a'] = 3 must be an object"),
+    "dynamic G": (
+        changed(AUTHORS, dynamic={"a": {"group_size": 7}}),
+        "dynamic['a']: group_size = 7 is not supported: use",
+    ),
+}
+
+
+@pytest.mark.parametrize(("config", "message"), BAD.values(), ids=BAD.keys())
+def test_a_bad_config_is_refused_with_the_key_and_the_remedy(config: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=r"^quantization_config: ") as e:
+        format.parse(config)
+    assert message in str(e.value)
+    assert "\n" not in str(e.value)
+
+
+def layer(words: int = 3, planes: int = 2, n: int = 8, groups: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+    """B and c of 96 inputs at k = 2, G = 64, unless changed."""
+    return torch.zeros(words, planes, n, dtype=torch.int32), torch.zeros(groups, planes + 1, n, dtype=torch.bfloat16)
+
+
+def test_a_layer_that_fits_its_scheme_is_accepted():
+    format.check(Q_PROJ, *layer(), 96, 8, Scheme(2, 64))
+    B, c = layer(words=8, groups=1)  # the authors pad the inputs to a multiple of 256 where G = 256
+    format.check(Q_PROJ, B, c, 96, 8, Scheme(2, 256))
+
+
+B, C = layer()
+WRONG = {
+    "B of another dtype": (B.long(), C, "B is torch.int64 (3, 2, 8), expected int32 (3, 2, 8)"),
+    "too few words": (B[:2], C, "B is torch.int32 (2, 2, 8), expected int32 (3, 2, 8)"),
+    "too many words": (layer(words=4)[0], C, "B is torch.int32 (4, 2, 8), expected int32 (3, 2, 8)"),
+    "another number of planes": (B[:, :1], C, "B is torch.int32 (3, 1, 8), expected int32 (3, 2, 8)"),
+    "another number of outputs": (B[..., :7], C, "B is torch.int32 (3, 2, 7), expected int32 (3, 2, 8)"),
+    "B transposed": (B.mT, C, "B is torch.int32 (3, 8, 2), expected int32 (3, 2, 8)"),
+    "c of integers": (B, C.int(), "c is torch.int32 (2, 3, 8), expected 16-bit floats (2, 3, 8)"),
+    "too few groups": (B, C[:1], "c is torch.bfloat16 (1, 3, 8), expected 16-bit floats (2, 3, 8)"),
+    "no bias row": (B, C[:, :2], "c is torch.bfloat16 (2, 2, 8), expected 16-bit floats (2, 3, 8)"),
+    "NaN in c": (
+        B,
+        C.index_fill(0, torch.tensor([1]), torch.nan),
+        "c holds NaN or infinity, or was not in the checkpoint",
+    ),
+    "infinity in c": (B, C - torch.inf, "c holds NaN or infinity, or was not in the checkpoint"),
+}
+
+
+@pytest.mark.parametrize(("B", "c", "message"), WRONG.values(), ids=WRONG.keys())
+def test_a_layer_that_does_not_fit_is_named_with_what_was_expected(B: torch.Tensor, c: torch.Tensor, message: str):
+    with pytest.raises(ValueError, match=f"^{Q_PROJ}.*: download or quantize it again$") as e:
+        format.check(Q_PROJ, B, c, 96, 8, Scheme(2, 64))
+    assert f"{Q_PROJ}.{message}" in str(e.value)
+
+
+def test_padding_is_accepted_only_at_the_group_size_the_authors_pad():
+    B, c = layer(words=8)
+    with pytest.raises(ValueError, match=r"B is torch.int32 \(8, 2, 8\), expected int32 \(3, 2, 8\)"):
+        format.check(Q_PROJ, B, c, 96, 8, Scheme(2, 64))

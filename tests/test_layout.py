@@ -1,0 +1,94 @@
+"""The bit order of B and its relatives, checked against plain Python integers."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bpdq_kernels import layout, reference
+
+sizes = st.fixed_dictionaries(
+    {"k": st.integers(1, 4), "n": st.integers(1, 7), "in_features": st.integers(1, 150), "seed": st.integers(0, 2**32)}
+)
+
+
+def random_bits(k: int, n: int, in_features: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 2, (k, n, in_features), dtype=torch.uint8, generator=generator)
+
+
+def words_in_plain_python(bits: torch.Tensor) -> list[list[list[int]]]:
+    """B as nested lists: bit j of word t is input 32 t + j, read as a two's complement integer."""
+    k, n, in_features = bits.shape
+    B = [[[0] * n for _ in range(k)] for _ in range(-(-in_features // 32))]
+    for p in range(k):
+        for out in range(n):
+            for i in range(in_features):
+                if bits[p, out, i]:
+                    B[i // 32][p][out] += -(2**31) if i % 32 == 31 else 2 ** (i % 32)
+    return B
+
+
+@given(sizes)
+@settings(deadline=None, max_examples=40)
+def test_bit_j_of_word_t_is_input_32t_plus_j(size: dict[str, int]):
+    bits = random_bits(**size)
+    assert layout.pack(bits).tolist() == words_in_plain_python(bits)
+
+
+@given(sizes)
+@settings(deadline=None, max_examples=60)
+def test_unpacking_returns_the_bits_that_were_packed(size: dict[str, int]):
+    bits = random_bits(**size)
+    B = layout.pack(bits)
+    assert B.dtype == torch.int32
+    assert B.shape == layout.plane_shape(size["in_features"], size["n"], size["k"])
+    assert torch.equal(layout.unpack(B, size["in_features"]), bits)
+    padded = torch.nn.functional.pad(B, (0, 0, 0, 0, 0, 3), value=-1)
+    assert torch.equal(layout.unpack(padded, size["in_features"]), bits)
+    assert torch.equal(layout.trim(padded, size["in_features"]), B)
+
+
+@given(sizes)
+@settings(deadline=None, max_examples=40)
+def test_bits_past_the_last_input_are_zero(size: dict[str, int]):
+    in_features = size["in_features"]
+    B = layout.pack(torch.ones_like(random_bits(**size)))
+    bits = layout.unpack(B, 32 * B.shape[0])
+    assert bits[..., :in_features].all()
+    assert not bits[..., in_features:].any()
+
+
+@given(sizes)
+@settings(deadline=None, max_examples=40)
+def test_words_of_a_slice_of_outputs_expand_to_its_bits(size: dict[str, int]):
+    bits = random_bits(**size)
+    B = layout.pack(bits)
+    expanded = layout.expand_words(B[:, :, ::2])  # strided, as a tensor-parallel shard may be
+    assert expanded.shape == (size["k"], B.shape[0], 32, -(-size["n"] // 2))
+    inputs = expanded.flatten(1, 2)[:, : size["in_features"]]
+    assert torch.equal(inputs.transpose(1, 2), bits[:, ::2])
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int32, torch.int64])
+def test_bits_of_any_integer_dtype_pack_alike(dtype: torch.dtype):
+    bits = random_bits(2, 5, 70, seed=0)
+    assert torch.equal(layout.pack(bits.to(dtype)), layout.pack(bits))
+
+
+@given(sizes, st.sampled_from([(256, 32), (256, 64), (256, 128), (128, 32), (128, 64), (64, 32), (64, 64)]))
+@settings(deadline=None, max_examples=40)
+def test_refined_coefficients_give_the_same_weights(size: dict[str, int], groups: tuple[int, int]):
+    group_size, finer = groups
+    in_features = size["in_features"]
+    B = layout.pack(random_bits(**size))
+    shape = layout.coefficient_shape(in_features, size["n"], size["k"], group_size)
+    c = torch.randn(shape, generator=torch.Generator().manual_seed(size["seed"]))
+    refined = layout.refine(c, group_size, finer)
+    weights = reference.dequantize(B, c, group_size, in_features)
+    assert torch.equal(reference.dequantize(B, refined, finer, in_features), weights)
+
+
+def test_refining_to_a_size_that_does_not_divide_is_refused():
+    with pytest.raises(ValueError, match="group size 64 can't be refined to 48"):
+        layout.refine(torch.zeros(1, 3, 4), 64, 48)

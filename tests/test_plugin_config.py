@@ -1,0 +1,173 @@
+"""Which checkpoints the plugin claims, and what it tells vLLM about each layer."""
+
+import subprocess
+import sys
+from importlib.metadata import entry_points
+
+import pytest
+import torch
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.linear import ColumnParallelLinear, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, get_quantization_config
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.models.utils import WeightsMapper
+
+from bpdq_kernels.format import Scheme
+from vllm_bpdq import register
+from vllm_bpdq.config import BPDQConfig
+from vllm_bpdq.linear import BPDQLinearMethod
+
+OURS = {"quant_method": "bpdq", "checkpoint_format": "bpdq", "format_version": 1, "bits": 2, "group_size": 128}
+AUTHORS = {"quant_method": "gptq", "checkpoint_format": "bpdq", "bits": 8, "group_size": 64}
+AUTHORS |= {"meta": {"bpdq": {"msbits": 3, "n_iters": 10, "alpha": 1e-4}}, "lm_head": False}
+GPTQ = {"quant_method": "gptq", "checkpoint_format": "gptq", "bits": 4, "group_size": 128, "desc_act": False}
+PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+
+
+def a(kind: type) -> torch.nn.Module:
+    """An instance that is only ever asked for its type."""
+    return kind.__new__(kind)
+
+
+def config(**changes) -> BPDQConfig:
+    quant = BPDQConfig.from_config(OURS | changes)
+    quant.packed_modules_mapping = PACKED
+    return quant
+
+
+def scheme_of(quant: BPDQConfig, prefix: str) -> Scheme | None:
+    method = quant.get_quant_method(a(ColumnParallelLinear), prefix)
+    return method.scheme if isinstance(method, BPDQLinearMethod) else None
+
+
+@pytest.mark.parametrize("checkpoint", [OURS, AUTHORS])
+@pytest.mark.parametrize("flag", [None, "bpdq"])
+def test_both_dialects_are_served_with_and_without_the_flag(checkpoint, flag):
+    assert BPDQConfig.override_quantization_method(checkpoint, flag, hf_config=None) == "bpdq"
+
+
+@pytest.mark.parametrize(
+    "checkpoint",
+    [
+        GPTQ,
+        {"quant_method": "gptq", "bits": 4},
+        {"quant_method": "awq", "checkpoint_format": "bpdq"},
+        {"quant_method": "fp8"},
+        {},
+    ],
+)
+@pytest.mark.parametrize("flag", [None, "bpdq", "gptq"])
+def test_checkpoints_of_other_methods_are_left_alone(checkpoint, flag):
+    assert BPDQConfig.override_quantization_method(checkpoint, flag) is None
+
+
+@pytest.mark.parametrize("checkpoint", [OURS, AUTHORS])
+def test_asking_for_another_method_is_not_overridden(checkpoint):
+    assert BPDQConfig.override_quantization_method(checkpoint, "awq") is None
+
+
+def test_both_dialects_parse_into_planes_and_group_size():
+    assert BPDQConfig.from_config(OURS).format.default == Scheme(2, 128)
+    assert BPDQConfig.from_config(AUTHORS).format.default == Scheme(3, 64)
+
+
+def test_an_unusable_config_names_the_key():
+    with pytest.raises(ValueError, match="msbits"):
+        BPDQConfig.from_config(AUTHORS | {"meta": None})
+    with pytest.raises(ValueError, match="format_version 9"):
+        BPDQConfig.from_config(OURS | {"format_version": 9})
+
+
+def test_registering_twice_is_harmless():
+    register()
+    register()
+    assert get_quantization_config("bpdq") is BPDQConfig
+    assert QUANTIZATION_METHODS.count("bpdq") == 1
+
+
+def test_vllm_finds_the_plugin():
+    (plugin,) = [entry for entry in entry_points(group="vllm.general_plugins") if entry.name == "bpdq"]
+    assert plugin.load() is register
+
+
+def test_importing_the_plugin_imports_nothing_heavy():
+    code = "import sys, vllm_bpdq; print(sorted({'torch', 'vllm', 'transformers', 'triton'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_registering_imports_no_layers():
+    code = (
+        "import sys, vllm.model_executor.layers.quantization as q; before = set(sys.modules);"
+        "import vllm_bpdq; vllm_bpdq.register();"
+        "new = set(sys.modules) - before;"
+        "print('vllm_bpdq.config' in new, [m for m in new if m.startswith('vllm.') or m == 'vllm_bpdq.linear'])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert out.stdout.strip().endswith("True []"), out.stderr
+
+
+def test_every_precision_of_activations_is_accepted():
+    assert config().get_supported_act_dtypes() == [torch.float32, torch.float16, torch.bfloat16]
+    assert config().get_name() == "bpdq"
+    assert BPDQConfig.get_min_capability() == 80
+
+
+def test_layers_get_their_own_scheme():
+    quant = config(layers={"re:.*mlp.*": {"bits": 3, "group_size": 64}, "model.layers.1.self_attn.o_proj": {"bits": 4}})
+    assert scheme_of(quant, "model.layers.0.self_attn.qkv_proj") == Scheme(2, 128)
+    assert scheme_of(quant, "model.layers.0.mlp.gate_up_proj") == Scheme(3, 64)
+    assert scheme_of(quant, "model.layers.0.mlp.down_proj") == Scheme(3, 64)
+    assert scheme_of(quant, "model.layers.0.self_attn.o_proj") == Scheme(2, 128)
+    assert scheme_of(quant, "model.layers.1.self_attn.o_proj") == Scheme(4, 128)
+
+
+def test_ignored_layers_stay_in_16_bits():
+    quant = config(ignore=["lm_head", "model.layers.0.mlp.down_proj", "re:.*self_attn.*"])
+    for prefix in "model.layers.0.mlp.down_proj", "model.layers.0.self_attn.qkv_proj", "lm_head":
+        assert isinstance(quant.get_quant_method(a(ColumnParallelLinear), prefix), UnquantizedLinearMethod)
+    assert scheme_of(quant, "model.layers.1.mlp.down_proj") == Scheme(2, 128)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"ignore": ["model.layers.0.self_attn.k_proj"]},
+        {"layers": {"re:.*k_proj": {"bits": 3}}},
+        {"layers": {"model.layers.0.self_attn.k_proj": {"group_size": 64}}},
+    ],
+)
+def test_fused_layers_whose_parts_differ_are_refused(change):
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.self_attn\.qkv_proj: vLLM fuses .* k_proj"):
+        config(**change).get_quant_method(a(ColumnParallelLinear), "model.layers.0.self_attn.qkv_proj")
+
+
+@pytest.mark.parametrize("kind", [VocabParallelEmbedding, ParallelLMHead, Attention])
+def test_embeddings_head_and_attention_keep_what_vllm_gives_them(kind):
+    assert config().get_quant_method(a(kind), "model.layers.0.self_attn.attn") is None
+
+
+def test_mixture_of_experts_is_refused_unless_ignored():
+    prefix = "model.layers.3.mlp.experts"
+    with pytest.raises(ValueError, match=r"model\.layers\.3\.mlp\.experts: mixture-of-experts .* `ignore`"):
+        config().get_quant_method(a(RoutedExperts), prefix)
+    assert config(ignore=["re:.*experts.*"]).get_quant_method(a(RoutedExperts), prefix) is None
+
+
+def test_names_follow_the_model_when_vllm_renames_its_modules():
+    """Multimodal models: the checkpoint says `model.layers`, vLLM `language_model.model.layers`."""
+    pattern = "re:.*o_proj"
+    quant = config(
+        ignore=["lm_head", "model.layers.0.mlp.down_proj", pattern],
+        layers={"model.layers.1.mlp.down_proj": {"bits": 3}},
+    )
+    quant.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"model.": "language_model.model."}))
+    assert quant.format.ignore == ("lm_head", "language_model.model.layers.0.mlp.down_proj", pattern)
+    assert scheme_of(quant, "language_model.model.layers.0.mlp.down_proj") is None
+    assert scheme_of(quant, "language_model.model.layers.1.mlp.down_proj") == Scheme(3, 128)
+
+
+def test_the_lm_head_stays_ignored_when_every_path_is_prefixed():
+    quant = config(ignore=["lm_head"])
+    quant.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"": "model."}))
+    assert quant.format.ignore == ("lm_head",)

@@ -1,0 +1,268 @@
+"""Loading BPDQ layers into vLLM's own layers, over simulated tensor-parallel ranks, without an engine."""
+
+import functools
+
+import pytest
+import torch
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    LinearBase,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+)
+from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
+from vllm.model_executor.model_loader.reload.layerwise import (
+    finalize_layerwise_reload,
+    initialize_layerwise_reload,
+    record_metadata_for_reloading,
+)
+
+from ranks import become, config, finish, load, stored
+
+QKV = {"q": 128, "k": 64, "v": 64}  # 4 query and 2 key/value heads of 32
+ROW_SHAPES = [  # K, G, ranks, whether B is padded to 256 inputs as the authors do at G = 256
+    (352, 128, 1, False),
+    (320, 128, 2, False),
+    (192, 128, 2, False),
+    (256, 64, 4, False),
+    (384, 256, 2, False),
+    (384, 256, 2, True),
+    (352, 256, 1, True),
+    (448, 256, 2, True),
+]
+
+
+@pytest.fixture
+def rank(monkeypatch):
+    become(monkeypatch, 0, 1)
+    return functools.partial(become, monkeypatch)
+
+
+def weight(layer: LinearBase) -> torch.Tensor:
+    """The weight [N, K] of this rank, read off its outputs."""
+    k_in = layer.quant_method.in_features
+    return layer.quant_method.apply(layer, torch.eye(k_in, dtype=layer.params_dtype), None).T
+
+
+def pad_to_256(B: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.pad(B, (0, 0, 0, 0, 0, -B.shape[0] % 8))
+
+
+@pytest.mark.parametrize(("k_in", "group_size", "tp_size", "padded"), ROW_SHAPES)
+def test_row_parallel_ranks_hold_their_slice_of_the_inputs(rank, k_in, group_size, tp_size, padded):
+    B, c, W = stored(64, k_in, group_size)
+    for tp_rank in range(tp_size):
+        rank(tp_rank, tp_size)
+        layer = RowParallelLinear(k_in, 64, bias=False, quant_config=config(2, group_size), prefix="m.down_proj")
+        load(layer, pad_to_256(B) if padded else B, c)
+        share = k_in // tp_size
+        assert torch.equal(weight(finish(layer)), W[:, tp_rank * share : (tp_rank + 1) * share])
+
+
+def test_groups_are_refined_only_where_a_rank_starts_inside_one(rank):
+    rank(1, 2)
+    for k_in, group_size, expected in [(320, 128, 32), (384, 128, 64), (512, 128, 128)]:
+        layer = RowParallelLinear(k_in, 64, bias=False, quant_config=config(2, group_size), prefix="m.down_proj")
+        assert layer.quant_method.group_size == expected
+    rank(0, 1)
+    layer = RowParallelLinear(352, 64, bias=False, quant_config=config(2, 128), prefix="m.down_proj")
+    assert layer.quant_method.group_size == 128
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_column_parallel_ranks_hold_their_slice_of_the_outputs(rank, tp_size, bits):
+    B, c, W = stored(96, 352, 128, bits)  # 352 inputs: the last group is short
+    for tp_rank in range(tp_size):
+        rank(tp_rank, tp_size)
+        layer = ColumnParallelLinear(352, 96, bias=False, quant_config=config(bits, 128), prefix="m.up_proj")
+        load(layer, B, c)
+        assert torch.equal(weight(finish(layer)), W.chunk(tp_size)[tp_rank])
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 4])
+def test_qkv_with_fewer_key_heads_loads_each_head_on_the_right_rank(rank, tp_size):
+    parts = {shard: stored(n, 128, 64, seed=i) for i, (shard, n) in enumerate(QKV.items())}
+    for tp_rank in range(tp_size):
+        rank(tp_rank, tp_size)
+        layer = QKVParallelLinear(128, 32, 4, 2, bias=False, quant_config=config(), prefix="m.qkv_proj")
+        for shard, (B, c, _) in parts.items():
+            load(layer, B, c, shard)
+        kv_rank = tp_rank * 2 // tp_size if tp_size > 2 else tp_rank  # at TP 4 two ranks share a key head
+        expected = torch.cat(
+            [
+                parts["q"][2].chunk(tp_size)[tp_rank],
+                parts["k"][2].chunk(min(tp_size, 2))[kv_rank],
+                parts["v"][2].chunk(min(tp_size, 2))[kv_rank],
+            ]
+        )
+        assert torch.equal(weight(finish(layer)), expected)
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_gate_and_up_load_into_their_halves_of_the_fused_layer(rank, tp_size):
+    gate, up = stored(352, 128, 128, seed=1), stored(352, 128, 128, seed=2)
+    for tp_rank in range(tp_size):
+        rank(tp_rank, tp_size)
+        layer = MergedColumnParallelLinear(
+            128, [352, 352], bias=False, quant_config=config(2, 128), prefix="m.gate_up_proj"
+        )
+        load(layer, *gate[:2], 0)
+        load(layer, *up[:2], 1)
+        expected = torch.cat([W.chunk(tp_size)[tp_rank] for W in (gate[2], up[2])])
+        assert torch.equal(weight(finish(layer)), expected)
+
+
+def test_layers_that_are_fused_in_the_checkpoint_load_whole(rank):
+    B, c, W = stored(256, 128, 64)
+    quant = config()
+    quant.packed_modules_mapping = {"qkv_proj": ["qkv_proj"]}
+    for tp_rank in range(2):
+        rank(tp_rank, 2)
+        layer = QKVParallelLinear(128, 32, 4, 2, bias=False, quant_config=quant, prefix="m.qkv_proj")
+        layer.B.weight_loader(layer.B, B)
+        layer.c.weight_loader(layer.c, c)
+        expected = torch.cat([part.chunk(2)[tp_rank] for part in W.split([128, 64, 64])])
+        assert torch.equal(weight(finish(layer)), expected)
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_replicated_layers_load_whole_on_every_rank(rank, tp_size):
+    B, c, W = stored(48, 352, 256)
+    for tp_rank in range(tp_size):
+        rank(tp_rank, tp_size)
+        layer = ReplicatedLinear(352, 48, bias=False, quant_config=config(2, 256), prefix="m.proj")
+        load(layer, pad_to_256(B), c)
+        assert torch.equal(weight(finish(layer)), W)
+
+
+def test_layers_with_tensor_parallelism_disabled_load_whole_on_every_rank(rank):
+    B, c, W = stored(64, 352, 128)
+    rank(1, 2)
+    layer = ColumnParallelLinear(352, 64, bias=False, quant_config=config(2, 128), prefix="m.proj", disable_tp=True)
+    load(layer, B, c)
+    assert torch.equal(weight(finish(layer)), W)
+
+
+@pytest.mark.parametrize("model_dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("c_dtype", [torch.float16, torch.bfloat16])
+def test_coefficients_keep_the_precision_of_the_checkpoint(rank, model_dtype, c_dtype):
+    B, c, W = stored(64, 128, 64, dtype=c_dtype)
+    layer = ColumnParallelLinear(
+        128, 64, bias=False, quant_config=config(), prefix="m.up_proj", params_dtype=model_dtype
+    )
+    load(layer, B, c)
+    finish(layer)
+    assert layer.c.dtype == c_dtype
+    assert torch.equal(layer.c, c)
+    assert torch.equal(weight(layer), W.to(model_dtype))
+
+
+def test_bias_is_added_once_in_the_activations_dtype(rank):
+    B, c, W = stored(64, 128, 64)
+    layer = RowParallelLinear(
+        128, 64, bias=True, quant_config=config(), prefix="m.o_proj", params_dtype=torch.bfloat16, return_bias=False
+    )
+    load(layer, B, c)
+    layer.bias.weight_loader(layer.bias, torch.arange(64.0))
+    x = torch.randn(3, 128, dtype=torch.bfloat16)
+    expected = torch.nn.functional.linear(x, W.bfloat16(), layer.bias)
+    assert layer.bias[63] == 63
+    torch.testing.assert_close(finish(layer)(x), expected)
+
+
+def test_loaded_tensors_stay_parameters_of_the_layer(rank):
+    layer = ColumnParallelLinear(128, 64, bias=False, quant_config=config(), prefix="m.up_proj")
+    load(layer, *stored(64, 128, 64)[:2])
+    finish(layer)
+    assert {name for name, _ in layer.named_parameters()} == {"B", "c"}
+    assert list(layer.buffers()) == []
+
+
+def test_processing_a_loaded_layer_twice_changes_nothing(rank):
+    B, c, W = stored(64, 384, 256)
+    rank(1, 2)
+    layer = RowParallelLinear(384, 64, bias=False, quant_config=config(2, 256), prefix="m.down_proj")
+    load(layer, B, c)
+    finish(finish(layer))
+    assert torch.equal(weight(layer), W[:, 192:])
+
+
+def test_new_weights_loaded_over_old_ones_keep_their_memory(rank):
+    """CUDA graphs hold the addresses."""
+    layer = ColumnParallelLinear(128, 64, bias=False, quant_config=config(), prefix="m.up_proj")
+    load(layer, *stored(64, 128, 64, seed=1)[:2])
+    finish(layer)
+    addresses = layer.B.data_ptr(), layer.c.data_ptr()
+    B, c, W = stored(64, 128, 64, seed=2)
+    load(layer, B, c)
+    assert torch.equal(weight(finish(layer)), W)
+    assert addresses == (layer.B.data_ptr(), layer.c.data_ptr())
+
+
+def test_layerwise_reload_replaces_the_weights_in_place(rank):
+    """vLLM's `reload_weights`, and waking from sleep level 2."""
+    layer = MergedColumnParallelLinear(128, [64, 64], bias=False, quant_config=config(), prefix="m.gate_up_proj")
+    record_metadata_for_reloading(layer)
+    for seed in 1, 2, 3:
+        parts = stored(64, 128, 64, seed=seed), stored(64, 128, 64, seed=10 * seed)
+        if seed > 1:
+            initialize_layerwise_reload(layer)
+        for i, (B, c, _) in enumerate(parts):
+            load(layer, B, c, i)
+        if seed == 1:
+            finish(layer)
+            addresses = layer.B.data_ptr(), layer.c.data_ptr()
+        else:
+            finalize_layerwise_reload(layer, None)
+        assert torch.equal(weight(layer), torch.cat([W for *_, W in parts]))
+        assert addresses == (layer.B.data_ptr(), layer.c.data_ptr())
+
+
+def test_a_reload_that_lacks_a_tensor_is_refused(rank):
+    layer = MergedColumnParallelLinear(128, [64, 64], bias=False, quant_config=config(), prefix="m.gate_up_proj")
+    record_metadata_for_reloading(layer)
+    B, c, _ = stored(64, 128, 64)
+    load(layer, B, c, 0)
+    load(layer, B, c, 1)
+    finish(layer)
+    initialize_layerwise_reload(layer)
+    load(layer, B, c, 0)
+    with pytest.raises(ValueError, match=r"m\.up_proj\.B, m\.up_proj\.c not in the checkpoint"):
+        finalize_layerwise_reload(layer, None)
+
+
+def test_dummy_weights_pass_the_checks_and_multiply(rank):
+    model = torch.nn.Sequential(
+        ColumnParallelLinear(128, 352, bias=False, quant_config=config(2, 128), prefix="m.up", return_bias=False),
+        RowParallelLinear(352, 64, bias=False, quant_config=config(2, 128), prefix="m.down", return_bias=False),
+    )
+    DummyModelLoader.load_weights(None, model, None)
+    for layer in model:
+        finish(layer)
+    assert torch.isfinite(model(torch.randn(3, 128))).all()
+
+
+def test_compiled_layers_share_one_graph_for_every_number_of_tokens(rank):
+    """A branch on the number of tokens outside the op would be frozen into vLLM's graph."""
+    layer = ColumnParallelLinear(128, 64, bias=True, quant_config=config(), prefix="m.up_proj", return_bias=False)
+    load(layer, *stored(64, 128, 64)[:2])
+    layer.bias.data.fill_(1.0)
+    finish(layer)
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(lambda x: torch.relu(layer(x)), backend=backend, fullgraph=True, dynamic=True)
+    with torch.inference_mode():
+        for tokens in 2, 3, 17, 300:
+            x = torch.randn(tokens, 128)
+            torch.testing.assert_close(compiled(x), torch.relu(layer(x)))
+    assert len(graphs) == 1
+    ops = [node.target for node in graphs[0].graph.nodes if node.op == "call_function"]
+    assert ops.count(torch.ops.bpdq.linear) == 1
+    assert len(ops) == 2  # and the relu

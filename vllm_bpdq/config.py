@@ -1,0 +1,111 @@
+"""What a BPDQ checkpoint tells vLLM: which checkpoints are ours, and how each layer is to be loaded.
+
+A thin shell around `bpdq_kernels.format.Format`; vLLM's layers are imported on first use, because `register` runs
+in processes that never build a model.
+"""
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+
+from bpdq_kernels import format
+
+if TYPE_CHECKING:
+    from vllm.model_executor.models.utils import WeightsMapper
+
+
+class BPDQConfig(QuantizationConfig):
+    """`format` as parsed from `quantization_config`; layer names are turned into vLLM's by `apply_vllm_mapper`."""
+
+    def __init__(self, parsed: format.Format) -> None:
+        super().__init__()
+        self.format = parsed
+
+    def __repr__(self) -> str:
+        return f"BPDQConfig({self.format})"
+
+    @classmethod
+    def get_name(cls) -> str:
+        return "bpdq"
+
+    @classmethod
+    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+        return [torch.float32, torch.float16, torch.bfloat16]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return ["quantize_config.json"]
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "BPDQConfig":
+        """Raises ValueError naming the key of `quantization_config` that can't be used, and the remedy."""
+        return cls(format.parse(config))
+
+    @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, **kwargs: Any
+    ) -> str | None:
+        """Claim our checkpoints and the authors', whose config says `gptq`; None for everything else.
+
+        Another `--quantization` than these two is left to vLLM, which refuses the mismatch.
+        """
+        if format.claims(hf_quant_cfg) and user_quant in (None, "bpdq", hf_quant_cfg["quant_method"]):
+            return cls.get_name()
+        return None
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: "WeightsMapper") -> None:
+        """Rename exact module names as the model renames its weights. `re:` patterns and bare names stay."""
+
+        def renamed(name: str) -> list[str]:
+            is_path = "." in name and not name.startswith("re:")
+            return hf_to_vllm_mapper.apply_list([name]) if is_path else [name]
+
+        self.format = dataclasses.replace(
+            self.format,
+            ignore=tuple(new for name in self.format.ignore for new in renamed(name)),
+            layers={new: scheme for name, scheme in self.format.layers.items() for new in renamed(name)},
+        )
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """The linear method of layer `prefix`; None for embeddings, LM head and attention, which stay in 16 bits.
+
+        Raises ValueError for mixture-of-experts layers and for fused layers whose parts differ in scheme.
+        """
+        from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+
+        from vllm_bpdq.linear import BPDQLinearMethod
+
+        if isinstance(layer, LinearBase):
+            parts = self._parts(prefix)
+            scheme = self._scheme(prefix, parts)
+            return UnquantizedLinearMethod() if scheme is None else BPDQLinearMethod(scheme, prefix, parts)
+        # by name: the class has moved and changed its name between vLLM releases
+        is_moe = any(cls.__name__ in ("RoutedExperts", "FusedMoE") for cls in type(layer).__mro__)
+        if is_moe and self.format.scheme_for(prefix) is not None:
+            raise ValueError(
+                f"{prefix}: mixture-of-experts layers are not supported in BPDQ: quantize the model again with "
+                f"'re:.*experts.*' in `ignore`, or serve a dense model"
+            )
+        return None
+
+    def _parts(self, prefix: str) -> list[str]:
+        """Names in the checkpoint of the layers that vLLM fuses into `prefix`."""
+        parent, _, name = prefix.rpartition(".")
+        names = self.packed_modules_mapping.get(name, [name])
+        return [f"{parent}.{part}" if parent else part for part in names]
+
+    def _scheme(self, prefix: str, parts: list[str]) -> format.Scheme | None:
+        schemes = {part: self.format.scheme_for(part) for part in parts}
+        if len(set(schemes.values())) > 1:
+            found = ", ".join(f"{part.rpartition('.')[2]} {scheme or '16-bit'}" for part, scheme in schemes.items())
+            raise ValueError(
+                f"{prefix}: vLLM fuses layers that quantization_config treats differently ({found}): "
+                f"give them the same bits and group_size, or ignore all of them"
+            )
+        return schemes[parts[0]]

@@ -1,0 +1,166 @@
+"""Linear layers of a BPDQ checkpoint in vLLM: allocate, load (over tensor-parallel ranks), check, multiply.
+
+vLLM's layers say which outputs of which part of a fused layer a tensor holds; the inputs are cut here.
+"""
+
+from collections.abc import Callable
+from itertools import accumulate
+from math import gcd, nan
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from vllm.model_executor.layers.linear import (
+    LinearMethodBase,
+    ReplicatedLinear,
+    register_weight_loader_v2_supported_method,
+)
+from vllm.model_executor.parameter import ModelWeightParameter
+
+from bpdq_kernels import Packed, linear, prepare
+from bpdq_kernels.format import Scheme, check, check_coefficients, check_planes
+from bpdq_kernels.layout import WORD, coefficient_shape, plane_shape, refine, trim
+
+
+class StoredParameter(ModelWeightParameter):
+    """`B` or `c` [inputs, rows, outputs] on one rank.
+
+    `parts` maps the first output of each part of a fused layer to the part's name in the checkpoint; `loaded` holds
+    the keys of those that have arrived. `fit(name, tensor, out_features)` checks a tensor of the checkpoint and
+    returns it in the rows that all ranks together hold.
+    """
+
+    def __init__(
+        self,
+        *,
+        data: Tensor,
+        weight_loader: Callable[..., None],
+        parts: dict[int, str],
+        fit: Callable[[str, Tensor, int], Tensor],
+    ) -> None:
+        super().__init__(data=data, input_dim=0, output_dim=2, weight_loader=weight_loader)
+        self.parts = parts
+        self.fit = fit
+        # immutable, as vLLM's reload restores a shallow copy of these attributes
+        self.loaded: frozenset[int] = frozenset()
+
+    def receive(self, tensor: Tensor, out_features: int, start: int = 0) -> Tensor:
+        """Check the part whose first output is `start` and whose outputs, of all ranks, are `out_features`."""
+        name = self.parts[start]
+        tensor = self.fit(name, tensor, out_features)
+        if tensor.dtype != self.dtype:
+            # c keeps the checkpoint's dtype, which only its tensors tell: fp16 would lose 3 bits in bf16
+            if self.loaded:
+                raise ValueError(
+                    f"{name}.c is {tensor.dtype}, but vLLM fuses the layer with one in {self.dtype}: "
+                    f"quantize the model again"
+                )
+            self.data = torch.full_like(self.data, nan, dtype=tensor.dtype)
+        if not self.is_meta:  # vLLM's reload first counts elements on meta tensors
+            self.loaded |= {start}
+        return tensor
+
+    def load_column_parallel_weight(self, loaded_weight: Tensor) -> None:
+        super().load_column_parallel_weight(self.receive(loaded_weight, self.shape[2] * self.tp_size))
+
+    def load_row_parallel_weight(self, loaded_weight: Tensor) -> None:
+        super().load_row_parallel_weight(self.receive(loaded_weight, self.shape[2]))
+
+    def load_merged_column_weight(self, loaded_weight: Tensor, **kwargs: Any) -> None:
+        out_features = kwargs["shard_size"] * self.tp_size
+        super().load_merged_column_weight(self.receive(loaded_weight, out_features, kwargs["shard_offset"]), **kwargs)
+
+    def load_qkv_weight(self, loaded_weight: Tensor, **kwargs: Any) -> None:
+        replicas = 1 if kwargs["shard_id"] == "q" else kwargs["num_heads"]
+        out_features = kwargs["shard_size"] * self.tp_size // replicas
+        super().load_qkv_weight(self.receive(loaded_weight, out_features, kwargs["shard_offset"]), **kwargs)
+
+
+def load_replicated(param: StoredParameter, loaded_weight: Tensor) -> None:
+    """Weight loader of ReplicatedLinear, whose own knows neither padding nor c's dtype."""
+    tensor = param.receive(loaded_weight, param.shape[2])
+    param.data.copy_(tensor)
+
+
+@register_weight_loader_v2_supported_method
+class BPDQLinearMethod(LinearMethodBase):
+    """Layer `name` in `scheme`; `parts` are the layers of the checkpoint that vLLM fuses into it."""
+
+    def __init__(self, scheme: Scheme, name: str, parts: list[str]) -> None:
+        self.scheme = scheme
+        self.name = name
+        self.parts = parts
+
+    def create_weights(
+        self,
+        layer: Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Register `B` int32 and `c` (NaN until loaded) for this rank.
+
+        Raises ValueError naming the layer where the ranks' shares of the inputs don't start at a word of B.
+        """
+        self.in_features, self.out_features = input_size_per_partition, sum(output_partition_sizes)
+        # a rank may start inside a group: there the groups are refined, which repeats coefficients and changes nothing
+        whole = input_size_per_partition == input_size
+        self.group_size = self.scheme.group_size if whole else gcd(self.scheme.group_size, self.in_features)
+        if self.group_size % WORD:
+            raise ValueError(
+                f"{self.name}: tensor parallelism gives each rank {self.in_features} of {input_size} inputs, which is "
+                f"not a multiple of {WORD}: use a smaller --tensor-parallel-size"
+            )
+
+        def fit_planes(name: str, B: Tensor, out_features: int) -> Tensor:
+            check_planes(name, B, input_size, out_features, self.scheme)
+            return trim(B, input_size)
+
+        def fit_coefficients(name: str, c: Tensor, out_features: int) -> Tensor:
+            check_coefficients(name, c, input_size, out_features, self.scheme)
+            return refine(c, self.scheme.group_size, self.group_size)
+
+        loader = load_replicated if isinstance(layer, ReplicatedLinear) else extra_weight_attrs["weight_loader"]
+        starts = list(accumulate(output_partition_sizes[:-1], initial=0))
+        names = self.parts if len(self.parts) == len(starts) else [self.name] * len(starts)  # fused on disk, as Phi-3
+        parts = dict(zip(starts, names, strict=True))
+        k = self.scheme.bits
+        B = torch.empty(plane_shape(self.in_features, self.out_features, k), dtype=torch.int32)
+        shape = coefficient_shape(self.in_features, self.out_features, k, self.group_size)
+        c = torch.full(shape, nan, dtype=params_dtype)
+        layer.register_parameter("B", StoredParameter(data=B, weight_loader=loader, parts=parts, fit=fit_planes))
+        layer.register_parameter("c", StoredParameter(data=c, weight_loader=loader, parts=parts, fit=fit_coefficients))
+
+    def process_weights_after_loading(self, layer: Module) -> None:
+        """Check that every part arrived, whole and finite, and prepare it for the kernels.
+
+        Loaders that fill parameters themselves (`--load-format dummy`) never call a weight loader; for them, only
+        coefficients that are still NaN count as missing. Raises ValueError naming the tensor and the remedy.
+        """
+        stored = {"B": layer.B, "c": layer.c}
+        if any(param.loaded for param in stored.values()):
+            missing = [
+                f"{name}.{tensor}"
+                for tensor, param in stored.items()
+                for start, name in param.parts.items()
+                if start not in param.loaded
+            ]
+            if missing:
+                raise ValueError(
+                    f"{', '.join(missing)} not in the checkpoint, though its config.json says that the layer is "
+                    f"quantized: download or quantize it again"
+                )
+        local = Scheme(self.scheme.bits, self.group_size)
+        check(self.name, layer.B.data, layer.c.data, self.in_features, self.out_features, local)
+        device = layer.B.device
+        packed = prepare(layer.B.data, layer.c.data, self.group_size, self.in_features, layer.params_dtype, device)
+        layer.B.data, layer.c.data = packed.B, packed.c
+        layer.B.loaded = layer.c.loaded = frozenset()  # a later reload is checked anew
+
+    def apply(self, layer: Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """y [..., N] = x [..., K] @ W.T + bias, of this rank's K and N."""
+        return linear(x, Packed(layer.B, layer.c, self.group_size), bias)
