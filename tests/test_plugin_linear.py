@@ -222,16 +222,29 @@ def test_layerwise_reload_replaces_the_weights_in_place(rank):
 
 
 def test_a_reload_that_lacks_a_tensor_is_refused(rank):
+    """Also after loads that lacked nothing: what arrived then says nothing about now."""
     layer = MergedColumnParallelLinear(128, [64, 64], bias=False, quant_config=config(), prefix="m.gate_up_proj")
     record_metadata_for_reloading(layer)
+    B, c, _ = stored(64, 128, 64)
+    for parts in (0, 1), (0, 1), (0,):
+        initialize_layerwise_reload(layer)
+        for i in parts:
+            load(layer, B, c, i)
+        if len(parts) == 2:
+            finalize_layerwise_reload(layer, None)
+    with pytest.raises(ValueError, match=r"m\.up_proj\.B, m\.up_proj\.c not in the checkpoint"):
+        finalize_layerwise_reload(layer, None)
+
+
+def test_new_weights_that_lack_a_tensor_are_refused(rank):
+    layer = MergedColumnParallelLinear(128, [64, 64], bias=False, quant_config=config(), prefix="m.gate_up_proj")
     B, c, _ = stored(64, 128, 64)
     load(layer, B, c, 0)
     load(layer, B, c, 1)
     finish(layer)
-    initialize_layerwise_reload(layer)
     load(layer, B, c, 0)
     with pytest.raises(ValueError, match=r"m\.up_proj\.B, m\.up_proj\.c not in the checkpoint"):
-        finalize_layerwise_reload(layer, None)
+        finish(layer)
 
 
 def test_dummy_weights_pass_the_checks_and_multiply(rank):

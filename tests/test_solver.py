@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bpdq_quantizer.grid import assign_codes, fit_coefficients, most_significant_planes, quantize_group
-from bpdq_quantizer.hessian import accumulate, inverse_factor
+from bpdq_quantizer.hessian import accumulate, inverse_factor, symmetrize
 from bpdq_quantizer.order import group_aware_order
 from bpdq_quantizer.refine import dequantize_columns, descend, joint_fit, refine
 from bpdq_quantizer.solver import quantize_linear
@@ -21,7 +21,8 @@ def problem(n: int, k_in: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tenso
     mix = torch.randn(k_in, k_in, generator=gen) / k_in**0.5 + torch.eye(k_in)
     X = torch.randn(8 * k_in, k_in, generator=gen) @ mix * torch.rand(k_in, generator=gen).add(0.1)
     H = torch.zeros(k_in, k_in)
-    accumulate(H, X, len(X))
+    accumulate(H, X[None], len(X))
+    H = symmetrize(H)
     return torch.randn(n, k_in, generator=gen) * 0.05, H
 
 
@@ -174,9 +175,9 @@ def test_hessian_is_twice_the_mean_outer_product():
     x = torch.randn(3, 7, 5, dtype=torch.bfloat16)
     H = torch.zeros(5, 5)
     for part in x:
-        accumulate(H, part, 21)
+        accumulate(H, part[None], 21)
     flat = x.reshape(21, 5).double()
-    torch.testing.assert_close(H.double(), 2 / 21 * flat.T @ flat, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(symmetrize(H).double(), 2 / 21 * flat.T @ flat, rtol=1e-5, atol=1e-6)
 
 
 def test_damping_grows_until_the_hessian_factorizes():
@@ -240,6 +241,17 @@ def test_joint_fit_solves_the_rows_least_squares_problem():
             X[i, i // 32 * 3 : i // 32 * 3 + 3] = torch.tensor([codes[i, n] & 1, codes[i, n] >> 1 & 1, 1])
         expected = torch.linalg.lstsq(L.T @ X, L.T @ W[n].double()[:, None]).solution[:, 0]
         torch.testing.assert_close(c[:, :, n].flatten().double(), expected, rtol=2e-2, atol=2e-3)
+
+
+def test_a_row_with_singular_equations_keeps_its_coefficients():
+    W, H = problem(3, 64)
+    s = quantize_linear(W, H, 2, 32, refinements=0)
+    codes, c = s.codes.T.contiguous(), s.c.float()
+    codes[:, 1] = 3  # both planes constant: they can't be told from the bias, and nothing damps them
+    assert joint_fit(codes, W.T, H, 32, 2, -1e-3, torch.float32)[:, :, 1].isnan().all()
+    refined_codes, refined_c = refine(codes, c, W.T, H, 32, 2, -1e-3, torch.bfloat16)
+    assert torch.equal(refined_codes[:, 1], codes[:, 1])
+    assert torch.equal(refined_c[:, :, 1], c[:, :, 1])
 
 
 def test_after_descent_no_single_column_can_be_improved_much():

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from bpdq_kernels import dequantize, layout
 from bpdq_kernels.format import Scheme
 from bpdq_quantizer.errors import InputError
-from bpdq_quantizer.hessian import accumulate
+from bpdq_quantizer.hessian import accumulate, symmetrize
 from bpdq_quantizer.loader import BPDQLinear
 from bpdq_quantizer.solver import Solution, quantize_linear
 
@@ -41,6 +41,9 @@ class LayerReport:
     relative_error: float
     damping: float
     seconds: float
+
+
+ACTIVATION_BYTES = 1 << 30
 
 
 class BlockInputs(NamedTuple):
@@ -161,10 +164,18 @@ def find_stages(block: nn.Module, run: Callable[[Tensor], Tensor], hidden: Tenso
     return [names for _, names in stages]
 
 
+def in_batches(windows: list[Tensor], block: nn.Module) -> list[Tensor]:
+    """Concatenate windows [1, L, D] to as few batches as keep a block's activations within ACTIVATION_BYTES."""
+    _, length, width = windows[0].shape
+    channels = 4 * width + sum(linear.out_features for linear in linear_layers(block).values())
+    count = max(1, ACTIVATION_BYTES // (length * channels * windows[0].element_size()))
+    return list(torch.cat(windows).split(count))
+
+
 @torch.no_grad()
-def stage_hessian(linear: nn.Linear, run: Callable[[Tensor], Tensor], hidden: list[Tensor]) -> Tensor:
+def stage_hessian(linear: nn.Linear, run: Callable[[Tensor], Tensor], batches: list[Tensor]) -> Tensor:
     """H [K, K] fp32 of a Linear's inputs; each forward pass stops as soon as it reaches the Linear."""
-    tokens = sum(h.shape[:-1].numel() for h in hidden)
+    tokens = sum(batch.shape[:2].numel() for batch in batches)
     H = torch.zeros(linear.in_features, linear.in_features, device=linear.weight.device)
 
     def collect(_: nn.Module, args: tuple) -> None:
@@ -173,12 +184,35 @@ def stage_hessian(linear: nn.Linear, run: Callable[[Tensor], Tensor], hidden: li
 
     hook = linear.register_forward_pre_hook(collect)
     try:
-        for h in hidden:
+        for batch in batches:
             with suppress(_StageReached):
-                run(h)
+                run(batch)
     finally:
         hook.remove()
-    return H
+    return symmetrize(H)
+
+
+def quantize_in_one_pass(
+    block: nn.Module,
+    stages: list[list[str]],
+    run: Callable[[Tensor], Tensor],
+    batch: Tensor,
+    quantize_stage: Callable[[list[str], Tensor], None],
+) -> Tensor:
+    """The quantized block's output for a single batch: each stage is quantized while the pass waits in front of it."""
+
+    def quantize_here(linear: nn.Linear, args: tuple, names: list[str]) -> None:
+        H = torch.zeros(linear.in_features, linear.in_features, device=linear.weight.device)
+        accumulate(H, args[0], batch.shape[:2].numel())
+        quantize_stage(names, symmetrize(H))
+
+    firsts = [(block.get_submodule(names[0]), names) for names in stages]
+    hooks = [first.register_forward_pre_hook(partial(quantize_here, names=names)) for first, names in firsts]
+    try:
+        return run(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @torch.no_grad()
@@ -188,32 +222,56 @@ def quantize_blocks(
     """Quantize the model's decoder blocks in place (Linear -> BPDQLinear), yielding a report for each Linear.
 
     tokens: [W, L]; `solver`: options of `quantize_linear`. The model is on the CPU, one block at a time on `device`.
+    If all windows fit one batch, a block takes one forward pass, otherwise about two for the four usual stages.
     """
     prefix, blocks = decoder_blocks(model)
     for index, block in enumerate(blocks):
         check_supported(f"{prefix}.{index}", block)
-    hidden, calls = block_inputs(model, blocks, tokens)
+    windows, calls = block_inputs(model, blocks, tokens)
+    batches = in_batches(windows, blocks[0])
     solver["dtype"] = torch.float16 if model.dtype == torch.float16 else torch.bfloat16
     for index, block in enumerate(blocks):
         block.to(device)
         run = partial(run_block, block, send_to_device(calls[index], device), device)
-        packed: dict[str, BPDQLinear] = {}
-        for names in find_stages(block, run, hidden[0]):
-            started = time.perf_counter()
-            linears = {f"{prefix}.{index}.{name}": block.get_submodule(name) for name in names}
-            H = stage_hessian(block.get_submodule(names[0]), run, hidden)
-            solution = solve_stage(linears, H, scheme, **solver)
-            seconds = time.perf_counter() - started
-            first = 0
-            for name, (full_name, linear) in zip(names, linears.items(), strict=True):
-                rows = slice(first, first + linear.out_features)
-                packed[name] = pack_rows(solution, rows, linear, scheme)
-                yield report(full_name, solution, rows, linear, scheme, seconds)
-                first = rows.stop
-        hidden = [run(h).to("cpu") for h in hidden]
-        for name, module in packed.items():
-            block.set_submodule(name, module)
+        batches, reports = quantize_block(f"{prefix}.{index}", block, run, batches, scheme, solver)
         block.to("cpu")
+        yield from reports
+
+
+def quantize_block(
+    name: str,
+    block: nn.Module,
+    run: Callable[[Tensor], Tensor],
+    batches: list[Tensor],
+    scheme: Scheme,
+    solver: dict[str, Any],
+) -> tuple[list[Tensor], list[LayerReport]]:
+    """Quantize one block in place; returns its outputs, on the CPU, and a report for each Linear."""
+    packed: dict[str, BPDQLinear] = {}
+    reports: list[LayerReport] = []
+
+    def quantize_stage(stage: list[str], H: Tensor) -> None:
+        started = time.perf_counter()
+        linears = {f"{name}.{part}": block.get_submodule(part) for part in stage}
+        solution = solve_stage(linears, H, scheme, **solver)
+        seconds = time.perf_counter() - started
+        first = 0
+        for part, (full_name, linear) in zip(stage, linears.items(), strict=True):
+            rows = slice(first, first + linear.out_features)
+            packed[part] = pack_rows(solution, rows, linear, scheme)
+            reports.append(report(full_name, solution, rows, linear, scheme, seconds))
+            first = rows.stop
+
+    stages = find_stages(block, run, batches[0][:1])
+    if len(batches) == 1:
+        outputs = [quantize_in_one_pass(block, stages, run, batches[0], quantize_stage)]
+    else:
+        for stage in stages:
+            quantize_stage(stage, stage_hessian(block.get_submodule(stage[0]), run, batches))
+        outputs = [run(batch) for batch in batches]
+    for part, module in packed.items():
+        block.set_submodule(part, module)
+    return [out.to("cpu") for out in outputs], reports
 
 
 def solve_stage(linears: dict[str, nn.Linear], H: Tensor, scheme: Scheme, **solver: Any) -> Solution:

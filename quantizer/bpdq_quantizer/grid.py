@@ -52,16 +52,15 @@ def fit_coefficients(codes: Tensor, W: Tensor, whiten: Tensor, bits: int, alpha:
 def assign_codes(W: Tensor, c: Tensor, U: Tensor, bits: int) -> Tensor:
     """Codes [g, N]: nearest of the 2^k levels column by column, the error propagated to later columns (GPTQ)."""
     levels, order = (level_table(bits, W.device) @ c).sort(dim=0)  # [2^k, N]
-    order = order.to(torch.uint8)
     midpoints = (levels[1:] + levels[:-1]) / 2
     W = W.clone()
-    codes = torch.empty(W.shape, dtype=torch.uint8, device=W.device)
+    spread = U / U.diagonal().unsqueeze(1)
+    nearest = torch.empty(W.shape, dtype=torch.int64, device=W.device)
     for t in range(W.shape[0]):
-        nearest = (W[t] > midpoints).sum(0, keepdim=True)  # [1, N]
-        codes[t] = order.gather(0, nearest)[0]
-        error = (W[t] - levels.gather(0, nearest)[0]) / U[t, t]
-        W[t + 1 :].addr_(U[t, t + 1 :], error, alpha=-1)
-    return codes
+        w, index = W[t], nearest[t : t + 1]
+        torch.sum(w > midpoints, 0, keepdim=True, out=index)
+        W[t + 1 :].addr_(spread[t, t + 1 :], w - levels.gather(0, index)[0], alpha=-1)
+    return order.to(torch.uint8).gather(0, nearest)
 
 
 def quantize_group(

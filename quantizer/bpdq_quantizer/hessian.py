@@ -7,9 +7,21 @@ MAX_DAMPING = 1.0
 
 
 def accumulate(H: Tensor, x: Tensor, total_tokens: int) -> None:
-    """H += (2 / total_tokens) x^T x in place. H: [K, K] fp32; x: [..., K], any float dtype."""
-    x = x.reshape(-1, x.shape[-1]).to(torch.float32)
-    H.addmm_(x.T, x, alpha=2.0 / total_tokens)
+    """Add (2 / total_tokens) x^T x to the lower block triangle of H in place; `symmetrize` fills in the rest.
+
+    H: [K, K] fp32; x: [windows, L, K], any float dtype. Blocks above the diagonal are skipped: 5/8 of the work.
+    """
+    step = -(-len(H) // 4)
+    for window in x:
+        tokens = window.to(torch.float32)
+        for start in range(0, len(H), step):
+            rows = slice(start, start + step)
+            H[rows, : rows.stop].addmm_(tokens[:, rows].T, tokens[:, : rows.stop], alpha=2.0 / total_tokens)
+
+
+def symmetrize(H: Tensor) -> Tensor:
+    """H with its upper triangle made the mirror image of the lower one."""
+    return H.tril() + H.tril(-1).T
 
 
 def inverse_factor(H: Tensor, damping: float) -> tuple[Tensor, float]:

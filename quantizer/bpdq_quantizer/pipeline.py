@@ -16,7 +16,8 @@ from bpdq_quantizer.calibration import calibration_windows
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.loader import load_model, load_tokenizer
 
-ALPHA = 1e-4  # ridge, relative to the mean diagonal of a row's normal equations
+ALPHA = 1e-6  # ridge, relative to the mean diagonal of a row's normal equations
+REFINEMENTS = 2  # rounds of `refine` after the paper's pass
 DAMPING = 0.05  # of the mean of diag(H)
 
 
@@ -57,7 +58,7 @@ def quantize(
         weights = sum(m.weight.numel() for m in linear_layers(blocks).values())
         layers = []
         with tqdm(total=weights, unit="weight", unit_scale=True, desc="quantizing") as bar:
-            solver = {"iterations": iterations, "alpha": ALPHA, "damping": DAMPING}
+            solver = {"iterations": iterations, "refinements": REFINEMENTS, "alpha": ALPHA, "damping": DAMPING}
             for layer in quantize_blocks(lm, tokens, scheme, target, **solver):
                 layers.append(layer)
                 bar.update(layer.in_features * layer.out_features)

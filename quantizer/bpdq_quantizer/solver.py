@@ -29,8 +29,8 @@ def quantize_linear(
     group_size: int,
     *,
     iterations: int = 10,
-    refinements: int = 4,
-    alpha: float = 1e-4,
+    refinements: int = 2,
+    alpha: float = 1e-6,
     damping: float = 0.05,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Solution:
