@@ -12,6 +12,7 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.server import ServerError, log_tail, serve
+from benchmarks.server import ServerError, answers, log_tail, serve
 
 Run = dict[str, Any]  # a result of `vllm bench serve`, with `model` (its folder name) and `concurrency` added
 COLORS = ("#4c566a", "#d1495b", "#2a7f9e", "#e0a030", "#6a994e", "#8a5a9e")
@@ -33,7 +34,7 @@ class BenchError(RuntimeError):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the benchmark; returns the exit status: 0 all requests answered, 1 any failed, 2 bad usage."""
+    """Run the benchmark; returns the exit status: 0 all requests answered, 1 any failed, 130 interrupted."""
     args = parse_args(argv)
     args.output.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {
@@ -50,6 +51,9 @@ def main(argv: list[str] | None = None) -> int:
     except (BenchError, ServerError) as e:
         print(f"serve_bench: error: {e}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("serve_bench: interrupted; serve.json has the finished runs", file=sys.stderr)
+        return 130
     plot(report).savefig(args.output / "serve.png", dpi=150)
     print(table(report["runs"]))
     print(f"\n{caption(report)}\n{args.output / 'serve.json'}, {args.output / 'serve.png'}")
@@ -60,12 +64,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serve_bench", description=__doc__.splitlines()[0])
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--models", nargs="+", metavar="DIR", help="serve these one after the other; first = baseline")
-    source.add_argument("--base-url", help="measure the server that runs there, e.g. http://127.0.0.1:8000")
+    source.add_argument("--base-url", help="measure the server that runs at this URL, without /v1")
     parser.add_argument("--concurrency", nargs="+", type=int, default=[1, 4, 8], metavar="N", help="(%(default)s)")
     parser.add_argument("--input-len", type=int, default=512, help="prompt tokens per request (%(default)s)")
     parser.add_argument("--output-len", type=int, default=128, help="output tokens per request (%(default)s)")
     parser.add_argument("--requests", type=int, default=32, help="requests per concurrency (%(default)s)")
-    parser.add_argument("--server-args", default="", metavar="ARGS", help='one string, e.g. "--max-model-len 2048"')
+    parser.add_argument("--server-args", default="", help='one string: --server-args="--max-model-len 2048"')
     parser.add_argument("--output", type=Path, default=Path("bench-output"), metavar="DIR", help="(%(default)s)")
     args = parser.parse_args(argv)
     names = [Path(model).name for model in args.models or []]
@@ -91,9 +95,11 @@ def served_runs(args: argparse.Namespace) -> Iterator[Run]:
 
 
 def attached_runs(args: argparse.Namespace) -> Iterator[Run]:
-    """Yield the runs against the server at --base-url."""
+    """Yield the runs against the server at --base-url; raises BenchError if none answers there."""
+    if not answers(args.base_url):
+        raise BenchError(f"no server answers at --base-url {args.base_url}")
     for concurrency in args.concurrency:
-        run = bench(args.base_url.rstrip("/"), "server", concurrency, args)
+        run = bench(args.base_url, "server", concurrency, args)
         yield run | {"model": Path(run["model_id"]).name}
 
 
@@ -173,22 +179,20 @@ def table(runs: Sequence[Run]) -> str:
 
 
 def plot(report: dict[str, Any]) -> Figure:
-    """Output tokens/s and TPOT (median, and p99 as a whisker) against concurrency, one line per model."""
+    """Output tokens/s, and TPOT (median solid, p99 dashed), against concurrency; one color per model."""
     figure = Figure(figsize=(10, 4.4), layout="constrained")
     throughput, tpot = figure.subplots(1, 2)
-    models = list(dict.fromkeys(run["model"] for run in report["runs"]))
-    for i, model in enumerate(models):
+    for i, model in enumerate(dict.fromkeys(run["model"] for run in report["runs"])):
         runs = sorted((r for r in report["runs"] if r["model"] == model), key=lambda run: run["concurrency"])
         x = [run["concurrency"] for run in runs]
-        style = {"color": COLORS[i % len(COLORS)], "marker": "o", "linewidth": 2, "label": model}
-        throughput.plot(x, [run["output_throughput"] for run in runs], **style)
-        median = [run["median_tpot_ms"] for run in runs]
-        above = [max(0.0, run["p99_tpot_ms"] - run["median_tpot_ms"]) for run in runs]
-        tpot.errorbar(x, median, yerr=[[0.0] * len(x), above], capsize=4, elinewidth=1, **style)
+        style: dict[str, Any] = {"color": COLORS[i % len(COLORS)], "marker": "o"}
+        throughput.plot(x, [run["output_throughput"] for run in runs], label=model, linewidth=2, **style)
+        tpot.plot(x, [run["median_tpot_ms"] for run in runs], label=f"{model}, median", linewidth=2, **style)
+        p99 = [run["p99_tpot_ms"] for run in runs]
+        tpot.plot(x, p99, label=f"{model}, p99", linewidth=1, linestyle="--", markersize=4, alpha=0.7, **style)
     ticks = sorted({run["concurrency"] for run in report["runs"]})
     _finish(throughput, "Output throughput (higher is better)", "output tokens/s", ticks)
-    _finish(tpot, "Time per output token, median to p99 (lower is better)", "TPOT, ms", ticks)
-    throughput.legend(frameon=False)
+    _finish(tpot, "Time per output token (lower is better)", "TPOT, ms", ticks)
     figure.supxlabel(caption(report), fontsize=8, color="#666666")
     return figure
 
@@ -199,10 +203,12 @@ def _finish(axes: Axes, title: str, unit: str, ticks: list[int]) -> None:
     axes.set_ylabel(unit)
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(bottom=0, top=axes.get_ylim()[1] * 1.25)  # room for the legend
+    axes.legend(frameon=False, fontsize=8, ncols=2, loc="upper left")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a `kill` stops the server too
     sys.exit(main())

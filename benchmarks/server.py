@@ -68,17 +68,25 @@ def serve(model: str | Path, args: Sequence[str], log: Path, timeout: float = ST
         _stop(process)
 
 
-def _wait_until_healthy(server: Server, process: subprocess.Popen[bytes], log: Path, timeout: float) -> None:
-    # The machine's HTTP proxy, if it has one, has no business between us and 127.0.0.1.
+def answers(base_url: str) -> bool:
+    """Whether a vLLM server at base_url is up and ready for requests."""
+    # The machine's HTTP proxy, if it has one, has no business between us and the server.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(f"{base_url}/health", timeout=10):
+            return True
+    except OSError:
+        return False
+
+
+def _wait_until_healthy(server: Server, process: subprocess.Popen[bytes], log: Path, timeout: float) -> None:
     deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline:
+    while not answers(server.base_url):
         if process.poll() is not None:
             raise ServerError(f"vllm serve ended with status {process.returncode} before it answered; {log_tail(log)}")
-        with suppress(OSError), opener.open(f"{server.base_url}/health", timeout=10):
-            return
+        if time.monotonic() > deadline:
+            raise ServerError(f"vllm serve did not answer within {timeout:.0f} s; {log_tail(log)}")
         time.sleep(0.5)
-    raise ServerError(f"vllm serve did not answer within {timeout:.0f} s; {log_tail(log)}")
 
 
 def log_tail(log: Path) -> str:

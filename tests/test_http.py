@@ -1,59 +1,18 @@
 """`vllm serve DIR` on a BPDQ checkpoint answers OpenAI requests with the text of transformers on the same weights."""
 
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import httpx
 import openai
 import pytest
 
-from generate import ENV, TOKENS, transformers_tokens
+from benchmarks.server import serve
+from generate import TOKENS, transformers_tokens
 from tiny import bpdq_checkpoint, tiny_model, tiny_tokenizer
 
 PROMPT = "The bit-plane of a weight"
 CHAT = [{"role": "user", "content": "two planes and"}]
 GREEDY = {"temperature": 0, "max_tokens": TOKENS, "extra_body": {"ignore_eos": True, "return_token_ids": True}}
-
-
-@contextmanager
-def vllm_serve(model: Path, log: Path, seconds: int = 400) -> Iterator[str]:
-    """Base URL of a server for `model`, stopped with all its processes on exit."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    command = [Path(sys.executable).with_name("vllm"), "serve", model, "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--served-model-name", "tiny", "--dtype", "float32", "--max-model-len", "128", "--enforce-eager"]
-    url = f"http://127.0.0.1:{port}"
-    with log.open("w") as out:
-        server = subprocess.Popen(command, env={**os.environ, **ENV}, stdout=out, stderr=out, start_new_session=True)
-    try:
-        deadline = time.monotonic() + seconds
-        while not _healthy(url):
-            assert server.poll() is None, log.read_text()[-5000:]
-            assert time.monotonic() < deadline, log.read_text()[-5000:]
-            time.sleep(1)
-        yield url
-    finally:
-        server.terminate()
-        try:
-            server.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(server.pid, signal.SIGKILL)
-            server.wait()
-
-
-def _healthy(url: str) -> bool:
-    try:
-        return httpx.get(url + "/health", timeout=5).status_code == 200
-    except httpx.TransportError:
-        return False
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +23,10 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def client(model) -> Iterator[openai.OpenAI]:
-    with vllm_serve(model, model.parent / "serve.log") as url:
-        yield openai.OpenAI(base_url=url + "/v1", api_key="none")
+    args = ["--served-model-name", "tiny", "--dtype", "float32", "--max-model-len", "128", "--enforce-eager"]
+    args += ["--kv-cache-memory-bytes", "256M"]
+    with serve(model, args, model.parent / "serve.log", timeout=400) as server:
+        yield openai.OpenAI(base_url=server.base_url + "/v1", api_key="none")
 
 
 @pytest.fixture(scope="module")

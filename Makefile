@@ -1,0 +1,24 @@
+# Every target but clean first installs what it needs into .venv (scripts/install.sh), with PYTHON as its interpreter.
+PYTHON ?= python3
+export PYTHON
+
+.PHONY: demo test test-slow lint install clean
+
+demo: install
+	.venv/bin/python -m scripts.demo
+
+test: lint
+	.venv/bin/python -m pytest
+
+test-slow: install
+	.venv/bin/python -m pytest -m slow
+
+lint: install
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+install:
+	scripts/install.sh
+
+clean:
+	rm -rf .venv demo-output bench-output build *.egg-info .pytest_cache .ruff_cache .hypothesis
