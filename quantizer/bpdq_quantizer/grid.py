@@ -23,6 +23,14 @@ def level_table(bits: int, device: torch.device) -> Tensor:
     return torch.stack(columns, dim=1).float()
 
 
+def features(codes: Tensor, bits: int) -> Tensor:
+    """X [g, k+1, N] fp32: the bits of codes [g, N] and a one, so that W_hat = sum over X * c."""
+    X = torch.ones(codes.shape[0], bits + 1, codes.shape[1], device=codes.device)
+    for p in range(bits):
+        X[:, p] = (codes >> p) & 1
+    return X
+
+
 def most_significant_planes(W: Tensor, bits: int) -> Tensor:
     """Codes [g, N] of the k most significant bits of an 8-bit min-max grid per row that contains zero."""
     low, high = W.amin(0).clamp(max=0), W.amax(0).clamp(min=0)
@@ -38,7 +46,7 @@ def fit_coefficients(codes: Tensor, W: Tensor, whiten: Tensor, bits: int, alpha:
     Minimizes |V (W - X c)|^2 + alpha |c|^2 per row (section 3.2), with V = `whiten` = U^-T [g, g] and
     X = [bits of codes, 1].
     """
-    X = level_table(bits, W.device)[codes.long()].permute(0, 2, 1)  # [g, k+1, N]
+    X = features(codes, bits)
     VX = (whiten @ X.flatten(1)).view(X.shape)
     VW = whiten @ W
     gram = torch.stack([(VX * VX[:, i : i + 1]).sum(0) for i in range(bits + 1)])  # [k+1, k+1, N]

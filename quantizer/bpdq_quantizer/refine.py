@@ -13,7 +13,7 @@ Tensors are transposed as in `grid`: W [K, N], codes [K, N], c [ceil(K/G), k+1, 
 import torch
 from torch import Tensor
 
-from bpdq_quantizer.grid import level_table
+from bpdq_quantizer.grid import features, level_table
 
 CHUNK_ELEMENTS = 1 << 26  # of the largest temporary: 256 MiB in fp32
 CACHE_ELEMENTS = 1 << 20  # likewise for the joint fit on a CPU, whose cache makes it 1.4 times as fast
@@ -24,8 +24,8 @@ def refine(
 ) -> tuple[Tensor, Tensor]:
     """Alternate `joint_fit` and `descend` for `rounds` rounds; returns codes and c (rounded to `dtype`)."""
     K, N = W.shape
-    groups, features, _ = c.shape
-    row_elements = max((groups * features) ** 2, K * features)
+    groups, width, _ = c.shape
+    row_elements = max((groups * width) ** 2, K * width)
     rows = max(1, CHUNK_ELEMENTS // row_elements)
     fit_rows = max(1, CACHE_ELEMENTS // row_elements) if W.device.type == "cpu" else rows
     codes, c = codes.clone(), c.clone()
@@ -37,7 +37,7 @@ def refine(
         row_codes = best_codes
         for _ in range(rounds):
             parts = zip(row_codes.split(fit_rows, dim=1), w.split(fit_rows, dim=1), strict=True)
-            fits = [joint_fit(*part, H, group_size, features - 1, alpha, dtype) for part in parts]
+            fits = [joint_fit(*part, H, group_size, width - 1, alpha, dtype) for part in parts]
             row_c = torch.cat(fits, dim=2)
             row_codes, loss = descend(row_codes, row_c, w, H, group_size)
             better = loss < best_loss
@@ -57,28 +57,28 @@ def joint_fit(
     whose equations are singular in fp32 gets NaN, which no later comparison of losses takes for better.
     """
     K, N = W.shape
-    groups, features = -(-K // group_size), bits + 1
-    X = level_table(bits, W.device)[codes.long()].permute(0, 2, 1).contiguous()  # [K, k+1, N]
-    X = torch.cat([X, X.new_zeros(groups * group_size - K, features, N)])  # zeros: a short last group
+    groups, width = -(-K // group_size), bits + 1
+    X = features(codes, bits)  # [K, k+1, N]
+    X = torch.cat([X, X.new_zeros(groups * group_size - K, width, N)])  # zeros: a short last group
     HW = torch.cat([H @ W, W.new_zeros(len(X) - K, N)])
     b = (X * HW.unsqueeze(1)).unflatten(0, (groups, group_size)).sum(1)  # [groups, k+1, N]
-    A = torch.zeros(groups, features, groups, features, N, device=W.device)
+    A = torch.zeros(groups, width, groups, width, N, device=W.device)
     for g in range(groups):
         first, last = g * group_size, min((g + 1) * group_size, K)
-        HX = X.new_zeros(len(X) - first, features, N)
+        HX = X.new_zeros(len(X) - first, width, N)
         torch.mm(H[first:, first:last], X[first:last].flatten(1), out=HX[: K - first].flatten(1))
         HX = HX.unflatten(0, (groups - g, group_size))
         X_later = X[first:].unflatten(0, (groups - g, group_size))
-        for p in range(features):
+        for p in range(width):
             A[g:, p, g] = (X_later[:, :, p : p + 1] * HX).sum(1)
-    A = A.view(groups * features, groups * features, N).permute(2, 0, 1).contiguous()
+    A = A.view(groups * width, groups * width, N).permute(2, 0, 1).contiguous()
     diagonal = A.diagonal(dim1=1, dim2=2)
     diagonal.add_(alpha * diagonal.mean(1, keepdim=True))
-    b = b.view(groups * features, N).T.unsqueeze(2)
+    b = b.view(groups * width, N).T.unsqueeze(2)
     L, failed = torch.linalg.cholesky_ex(A)
     c = torch.cholesky_solve(b, L).squeeze(2).T
     c[:, failed != 0] = torch.nan
-    return c.unflatten(0, (groups, features)).to(dtype).float().contiguous()
+    return c.unflatten(0, (groups, width)).to(dtype).float().contiguous()
 
 
 def descend(codes: Tensor, c: Tensor, W: Tensor, H: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
