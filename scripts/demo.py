@@ -51,11 +51,11 @@ def make_inputs() -> None:
     downloads.mkdir(parents=True, exist_ok=True)
     if not MODEL.exists():
         smollm2(MODEL, downloads)
-    articles = wikipedia(downloads)
-    CALIBRATION.write_text("\n\n".join(articles[:20]))
-    EVALUATION.write_text("\n\n".join(articles[20:40]))
+    beginnings = [article[:2000] for article in wikipedia(downloads)]  # 16 thousand tokens should not be one article
+    CALIBRATION.write_text("\n\n".join(beginnings[0::2]), encoding="utf-8")
+    EVALUATION.write_text("\n\n".join(beginnings[1::2]), encoding="utf-8")
     print(f"{MODEL}: its 4-bit GGUF file (Q4_1), dequantized to 16 bits, {megabytes(MODEL)}: the baseline here")
-    print(f"{CALIBRATION} and {EVALUATION}: 20 articles each")
+    print(f"{CALIBRATION} and {EVALUATION}: the beginnings of {len(beginnings) // 2} articles each")
 
 
 def quantize() -> dict[str, Any]:
@@ -79,7 +79,7 @@ def talk() -> int:
 
 
 def ask(server: Server) -> None:
-    """A completion, a chat and a streamed chat, through the OpenAI client."""
+    """A completion, a chat and a streamed completion, through the OpenAI client."""
     print(f"listening on {server.base_url}")
     client = OpenAI(base_url=f"{server.base_url}/v1", api_key="none")
     model = str(CHECKPOINT)
@@ -92,11 +92,11 @@ def ask(server: Server) -> None:
     chat = client.chat.completions.create(model=model, messages=[question], max_tokens=48, temperature=0)
     print(f"\nchat> {question['content']}\n{chat.choices[0].message.content}")
 
-    question = {"role": "user", "content": "Tell me a short story about a robot."}
-    print(f"\nchat, streamed> {question['content']}")
-    stream = client.chat.completions.create(model=model, messages=[question], max_tokens=64, temperature=0, stream=True)
+    prompt = "Once upon a time, there was a"
+    print(f"\ncompletion, streamed> {prompt}")
+    stream = client.completions.create(model=model, prompt=prompt, max_tokens=48, temperature=0, stream=True)
     for chunk in stream:
-        print(chunk.choices[0].delta.content or "", end="", flush=True)
+        print(chunk.choices[0].text, end="", flush=True)
     print()
 
 
@@ -108,7 +108,7 @@ def summary(before: float, after: float, quantized: dict[str, Any], memory: int,
     print(f"{'checkpoint':<34}{megabytes(MODEL):>14}{megabytes(CHECKPOINT):>14}")
     print(f"{'perplexity, 4 x 1024 tokens':<34}{before:>14.2f}{after:>14.2f}")
     print(f"{'quantization, seconds':<34}{'':>14}{quantized['seconds']:>14.0f}")
-    print(f"{'vLLM memory with 1 GiB KV cache':<34}{'':>14}{memory / 1e6:>11.0f} MB")
+    print(f"{'vLLM memory, 1 GiB of it KV cache':<34}{'':>14}{memory / 1e6:>11.0f} MB")
     print(
         f"\n{seconds / 60:.1f} minutes. The embedding stays at 16 bits: a fifth of this model, a few percent of a\n"
         "large one. So small a model loses much at 2 bits; what carries over to large ones is the path.\n"

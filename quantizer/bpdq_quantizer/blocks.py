@@ -24,6 +24,8 @@ from bpdq_quantizer.hessian import accumulate, symmetrize
 from bpdq_quantizer.loader import BPDQLinear
 from bpdq_quantizer.solver import Solution, quantize_linear
 
+ACTIVATION_BYTES = 1 << 30  # a calibration batch is as many windows as keep a block's activations within this
+
 
 @dataclass
 class LayerReport:
@@ -41,9 +43,6 @@ class LayerReport:
     relative_error: float
     damping: float
     seconds: float
-
-
-ACTIVATION_BYTES = 1 << 30
 
 
 class BlockInputs(NamedTuple):
