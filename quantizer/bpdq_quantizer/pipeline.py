@@ -97,7 +97,8 @@ def _device(name: str) -> torch.device:
 
 
 def _load_plain(model: str) -> Any:
-    lm = load_model(model)
-    if getattr(lm, "is_quantized", False) and not model.endswith(".gguf"):
+    is_gguf = model.endswith(".gguf")
+    lm = load_model(model, torch.bfloat16 if is_gguf else "auto")  # a GGUF file does not say which float was its own
+    if getattr(lm, "is_quantized", False) and not is_gguf:
         raise InputError(f"{model} is quantized already: start from the 16-bit model")
     return lm
