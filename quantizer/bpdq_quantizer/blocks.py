@@ -7,7 +7,7 @@ quantized, and the rows of its Linears are solved together, as they share H.
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -25,6 +25,8 @@ from bpdq_quantizer.loader import BPDQLinear
 from bpdq_quantizer.solver import Solution, quantize_linear
 
 ACTIVATION_BYTES = 1 << 30  # a calibration batch is as many windows as keep a block's activations within this
+
+SMALL_STAGE = 8192  # rows; torch splits an operation from 32768 elements on, and a column step has 2^k - 1 per row
 
 
 @dataclass
@@ -282,10 +284,23 @@ def solve_stage(linears: dict[str, nn.Linear], H: Tensor, scheme: Scheme, **solv
         if not torch.isfinite(linear.weight).all():
             raise InputError(f"{name}.weight holds NaN or infinity: the model is damaged, download it again")
     W = torch.cat([linear.weight for linear in linears.values()])
-    solution = quantize_linear(W, H, scheme.bits, scheme.group_size, **solver)
+    with one_thread() if len(W) < SMALL_STAGE else nullcontext():
+        solution = quantize_linear(W, H, scheme.bits, scheme.group_size, **solver)
     if not torch.isfinite(solution.c).all():
         raise InputError(f"{first}: its coefficients overflow {solution.c.dtype}: convert the model to bfloat16 first")
     return solution
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch use one CPU thread. The solver's column loops are thousands of small operations; shared by several
+    threads, each waits for the slowest core, which on a busy machine is a hundred times its own work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def pack_rows(solution: Solution, rows: slice, linear: nn.Linear, scheme: Scheme) -> BPDQLinear:
