@@ -60,7 +60,7 @@ def test_words_that_the_authors_pad_change_nothing():
     assert torch.equal(bpdq_kernels.dequantize(padded, c, 256, 352), bpdq_kernels.dequantize(B, c, 256, 352))
     x = torch.randn(3, 352)
     packed = bpdq_kernels.prepare(padded, c, 256, 352)
-    assert packed.B.shape == B.shape
+    assert packed.planes.shape == B.shape
     assert torch.equal(bpdq_kernels.linear(x, packed), bpdq_kernels.linear(x, bpdq_kernels.prepare(B, c, 256, 352)))
 
 
@@ -91,9 +91,9 @@ def test_prepare_refuses_what_no_kernel_takes():
 def test_prepare_makes_slices_contiguous_and_keeps_the_stored_coefficients():
     B, c = random_layer(2, 64, 16, 96, torch.float16)
     packed = bpdq_kernels.prepare(B[:, :, 4:12], c[:, :, 4:12], 64, 96, dtype=torch.bfloat16)
-    assert packed.B.is_contiguous()
-    assert packed.c.is_contiguous()
-    assert packed.c.dtype == torch.float16
+    assert packed.planes.is_contiguous()
+    assert packed.coefficients.is_contiguous()
+    assert packed.coefficients.dtype == torch.float16
     assert packed.group_size == 64
     x = torch.randn(2, 96)
     whole = bpdq_kernels.linear(x, bpdq_kernels.prepare(B, c, 64, 96))
@@ -127,7 +127,7 @@ def test_linear_takes_any_leading_dimensions(shape: tuple[int, ...]):
 @pytest.mark.parametrize("width", [64, 97, 128])
 def test_activations_of_another_width_are_refused(width: int):
     packed = bpdq_kernels.prepare(*random_layer(2, 64, 8, 96), 64, 96)
-    with pytest.raises(ValueError, match=f"x has {width} inputs, but the layer has 65 to 96: pass activations as wide"):
+    with pytest.raises(ValueError, match=f"x has {width} inputs, but the layer was quantized with 96"):
         bpdq_kernels.linear(torch.randn(2, width), packed)
 
 
@@ -140,11 +140,15 @@ def test_inference_outside_no_grad_keeps_no_graph():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 def test_op_is_registered_as_pytorch_asks(dtype: torch.dtype, bias: bool):
-    B, c, group_size = bpdq_kernels.prepare(*random_layer(2, 64, 8, 96), 64, 96, dtype=dtype)
+    planes, coefficients, scales, _, n, group_size = bpdq_kernels.prepare(*random_layer(2, 64, 8, 96), 64, 96, dtype)
+    B, c = random_layer(2, 64, 8, 96)
     for shape in ((3, 96), (2, 3, 96)):
         x = torch.randn(shape).to(dtype)
         b = torch.randn(8).to(dtype) if bias else None
-        results = torch.library.opcheck(torch.ops.bpdq.linear.default, (x, B, c, group_size, b))
+        layer = (planes, coefficients, scales, n, group_size)
+        results = torch.library.opcheck(torch.ops.bpdq.linear.default, (x, *layer, b))
+        assert set(results.values()) == {"SUCCESS"}
+        results = torch.library.opcheck(torch.ops.bpdq.stored_linear.default, (x, B, c, group_size, b))
         assert set(results.values()) == {"SUCCESS"}
 
 

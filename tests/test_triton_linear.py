@@ -14,7 +14,7 @@ from triton.compiler import ASTSource, CompiledKernel, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from bpdq_kernels import layout, reference
-from bpdq_kernels.triton_linear import TILES_16BIT, TILES_FP32, Tile, bpdq_linear, linear_kernel, tile_for
+from bpdq_kernels.triton_linear import TILES_16BIT, TILES_FP32, Tile, linear_kernel, stored_linear, tile_for
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
@@ -75,7 +75,7 @@ def compare(case: Case, device: str) -> None:
     """Assert that the kernel's outputs are those of the oracle's weights, within fp32 accumulation and one rounding."""
     B, c, bias = random_layer(case, device)
     x = torch.randn(case.M, case.K, generator=torch.Generator().manual_seed(1)).to(device, case.dtype)
-    y = bpdq_linear(x, B, c, case.group, bias)
+    y = stored_linear(x, B, c, case.group, bias)
     W = reference.dequantize_t(B, c, case.group, case.K, case.dtype).double()
     expected = x.double() @ W + (0 if bias is None else bias.double())
     magnitude = x.double().abs() @ W.abs() + (0 if bias is None else bias.double().abs())
@@ -89,7 +89,7 @@ def compare(case: Case, device: str) -> None:
 def one_hot_inputs_give_the_weights(dtype: torch.dtype, device: str) -> None:
     case = Case(planes=3, group=64, M=200, N=70, K=200, dtype=dtype, c_dtype=FP16, bias=False)
     B, c, _ = random_layer(case, device)
-    y = bpdq_linear(torch.eye(case.K, dtype=dtype, device=device), B, c, case.group, None)
+    y = stored_linear(torch.eye(case.K, dtype=dtype, device=device), B, c, case.group, None)
     torch.testing.assert_close(y, reference.dequantize_t(B, c, case.group, case.K, dtype), rtol=0, atol=0)
 
 
@@ -97,7 +97,7 @@ def any_view_of_x_gives_the_same_rows(device: str) -> None:
     case = Case(planes=2, group=64, M=6, N=65, K=96, dtype=FP16, c_dtype=FP16, bias=True)
     B, c, bias = random_layer(case, device)
     x = torch.randn(case.M, case.K, generator=torch.Generator().manual_seed(1)).to(device, FP16)
-    y = bpdq_linear(x, B, c, case.group, bias)
+    y = stored_linear(x, B, c, case.group, bias)
     wide = torch.full((case.M, 3 * case.K), float("nan"), dtype=FP16, device=device)
     wide[:, case.K : 2 * case.K] = x
     views = {
@@ -108,9 +108,9 @@ def any_view_of_x_gives_the_same_rows(device: str) -> None:
         "leading dimensions swapped": x.view(2, 3, case.K).transpose(0, 1).contiguous().transpose(0, 1),
     }
     for name, view in views.items():
-        assert torch.equal(bpdq_linear(view, B, c, case.group, bias).reshape(case.M, case.N), y), name
-    assert torch.equal(bpdq_linear(x[4], B, c, case.group, bias), y[4])
-    assert bpdq_linear(x[:0], B, c, case.group, bias).shape == (0, case.N)
+        assert torch.equal(stored_linear(view, B, c, case.group, bias).reshape(case.M, case.N), y), name
+    assert torch.equal(stored_linear(x[4], B, c, case.group, bias), y[4])
+    assert stored_linear(x[:0], B, c, case.group, bias).shape == (0, case.N)
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,7 @@ def test_interpreted_kernel_takes_strided_batched_and_empty_inputs(interpreter: 
 def test_sliced_weights_are_refused_instead_of_read_wrongly():
     B, c, _ = random_layer(Case(2, 64, 1, 64, 64, FP16, FP16, False), "cpu")
     with pytest.raises(ValueError, match=r"contiguous: build them with bpdq_kernels\.prepare"):
-        bpdq_linear(torch.zeros(1, 64, dtype=FP16), B[:, :, :32], c[:, :, :32], 64, None)
+        stored_linear(torch.zeros(1, 64, dtype=FP16), B[:, :, :32], c[:, :, :32], 64, None)
 
 
 def test_every_token_count_gets_the_smallest_tile_that_holds_it():
@@ -161,7 +161,7 @@ POINTERS = {"x_ptr", "B_ptr", "c_ptr", "bias_ptr", "y_ptr"}
 def compile_offline(
     arch: int, tile: Tile, dtype: torch.dtype, planes: int, group: int, aligned: bool = True
 ) -> CompiledKernel:
-    """The kernel for sm_`arch` as `bpdq_linear` would launch it, with pointers and sizes divisible by 16 or not."""
+    """The kernel for sm_`arch` as `stored_linear` would launch it, with pointers and sizes divisible by 16 or not."""
     x = "*" + TRITON_TYPES[dtype]
     types = {"x_ptr": x, "B_ptr": "*i32", "c_ptr": "*bf16", "bias_ptr": x, "y_ptr": x}
     types |= {"M": "i32", "N": "i32", "K": "i32", "stride_x": "i32"}
@@ -279,6 +279,6 @@ def test_offsets_past_two_billion_elements_are_right():
     B, c, _ = random_layer(case, "cuda")
     x = torch.zeros(case.M, case.K, dtype=FP16, device="cuda")
     x[-8:] = torch.randn(8, case.K, device="cuda")
-    y = bpdq_linear(x, B, c, case.group, None)
-    torch.testing.assert_close(y[-8:], bpdq_linear(x[-8:], B, c, case.group, None), rtol=2e-3, atol=1e-3)
+    y = stored_linear(x, B, c, case.group, None)
+    torch.testing.assert_close(y[-8:], stored_linear(x[-8:], B, c, case.group, None), rtol=2e-3, atol=1e-3)
     assert not y[:-8].any()

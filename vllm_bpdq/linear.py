@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Module, Parameter
 from vllm.model_executor.layers.linear import (
     LinearMethodBase,
     ReplicatedLinear,
@@ -158,9 +158,13 @@ class BPDQLinearMethod(LinearMethodBase):
         check(self.name, layer.B.data, layer.c.data, self.in_features, self.out_features, local)
         device = layer.B.device
         packed = prepare(layer.B.data, layer.c.data, self.group_size, self.in_features, layer.params_dtype, device)
-        layer.B.data, layer.c.data = packed.B, packed.c
+        layer.B.data, layer.c.data = packed.planes, packed.coefficients
+        if packed.scales is not None:
+            layer.scales = Parameter(packed.scales, requires_grad=False)
         layer.B.loaded = layer.c.loaded = frozenset()  # a later reload is checked anew
 
     def apply(self, layer: Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """y [..., N] = x [..., K] @ W.T + bias, of this rank's K and N."""
-        return linear(x, Packed(layer.B, layer.c, self.group_size), bias)
+        scales = getattr(layer, "scales", None)
+        packed = Packed(layer.B, layer.c, scales, self.in_features, self.out_features, self.group_size)
+        return linear(x, packed, bias)

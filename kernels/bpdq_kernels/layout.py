@@ -18,6 +18,8 @@ group may be short, and bits past K in the last word are zero. The authors pad B
 when G = 256; `trim` drops that padding.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -86,3 +88,61 @@ def refine(c: Tensor, group_size: int, finer: int) -> Tensor:
     if group_size % finer:
         raise ValueError(f"group size {group_size} can't be refined to {finer}: it does not divide")
     return c.repeat_interleave(group_size // finer, dim=0)
+
+
+TILE_ROWS, TILE_INPUTS = 16, 128  # of the tensor-core operand that a warp holds
+
+
+class Tiles(NamedTuple):
+    """A layer as the CUDA kernels read it, built by `to_tiles`. T tiles of 16 outputs (a multiple of 4 of them), U
+    units of 128 inputs, lane 4r + q of a warp: r = 0..7, q = 0..3.
+
+    planes  int32 [T, U, k/v, 32, v, 2]   v = 2 for even k, else 1: lane 4r + q finds its words next to each other
+
+             tile t, unit u, lane 4r + q, plane p, half h:  outputs 16t + 8h + r, inputs 128u + 32q .. + 31
+
+             bit    31 | 30 29 28 27 | 26 .. 23 | 22 .. 19 | 18 17 16 | 15 | 14 13 12 11 | 10 .. 7 | 6 .. 3 | 2  1  0
+             input  24 |  7  5  3  1 | 15 ..  9 | 23 .. 17 | 31 29 27 | 25 |  6  4  2  0 | 14 .. 8 | 22..16 | 30 28 26
+
+             Rotated left by 4j, bits 11..14 and 27..30 are the pairs of inputs 8j + 2i, 8j + 2i + 1, i = 0..3: each
+             is the exponent of an fp16 (or bf16) number in one half of the register.
+
+    coefficients  fp16 [T, Gn, 8, k+1, 2]  c of outputs 16t + 8h + r over 2^s; Gn groups, whole units of them
+    scales        fp32 [N]                 2^s, a power of two per output that keeps its coefficients within 1
+    """
+
+    planes: Tensor
+    coefficients: Tensor
+    scales: Tensor
+
+
+def to_tiles(B: Tensor, c: Tensor, group_size: int) -> Tiles:
+    """Rearrange B [ceil(K/32), k, N] and c [ceil(K/G), k+1, N] (floating point, finite) for the CUDA kernels.
+
+    Exact, but for coefficients below 2^-14 of their output's largest, which fp16 holds with an error of 2^-25 of it.
+    """
+    words, k, n = B.shape
+    units, tiles = -(-words * WORD // TILE_INPUTS), -(-n // (4 * TILE_ROWS)) * 4
+    pad_rows = tiles * TILE_ROWS - n
+    planes = torch.nn.functional.pad(_interleave_pairs(B), (0, pad_rows, 0, 0, 0, units * 4 - words))
+    v = 2 - k % 2
+    planes = planes.view(units, 4, k // v, v, tiles, 2, 8).permute(4, 0, 2, 6, 1, 3, 5)  # [T, U, k/v, r, q, v, h]
+    planes = planes.reshape(tiles, units, k // v, 32, v, 2)
+
+    _, exponents = torch.frexp(c.float().abs().amax((0, 1)))
+    scales = torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents)
+    groups = -(-units * TILE_INPUTS // group_size)
+    coefficients = torch.nn.functional.pad((c / scales).half(), (0, pad_rows, 0, 0, 0, groups - c.shape[0]))
+    coefficients = coefficients.view(groups, k + 1, tiles, 2, 8).permute(2, 0, 4, 1, 3).contiguous()
+    return Tiles(planes, coefficients, scales)
+
+
+def _interleave_pairs(B: Tensor) -> Tensor:
+    """Words with their bits in the order of `Tiles`: even inputs to the low half, odd ones to the high half, then the
+    four-bit fields of each half reversed, then the word rotated right by one."""
+    for shift, mask in ((1, 0x22222222), (2, 0x0C0C0C0C), (4, 0x00F000F0), (8, 0x0000FF00)):
+        moved = (B ^ (B >> shift)) & mask
+        B = B ^ moved ^ (moved << shift)
+    B = ((B & 0x00FF00FF) << 8) | ((B >> 8) & 0x00FF00FF)
+    B = ((B & 0x0F0F0F0F) << 4) | ((B >> 4) & 0x0F0F0F0F)
+    return ((B >> 1) & 0x7FFFFFFF) | (B << 31)

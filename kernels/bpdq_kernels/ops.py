@@ -1,6 +1,6 @@
-"""The op `bpdq::linear`, and the three functions that everything above the kernels calls.
+"""The ops `bpdq::linear` and `bpdq::embedding`, and the functions that everything above the kernels calls.
 
-All dispatch on device and number of tokens happens inside the op: vLLM traces with a symbolic token count, so
+All dispatch on device and number of tokens happens inside the ops: vLLM traces with a symbolic token count, so
 a branch outside would be frozen into the graph.
 """
 
@@ -10,38 +10,136 @@ import torch
 from torch import Tensor
 
 from bpdq_kernels import reference
-from bpdq_kernels.layout import GROUP_SIZES, WORD, check_layer, trim
+from bpdq_kernels.layout import GROUP_SIZES, check_layer, to_tiles, trim
 
 
 class Packed(NamedTuple):
-    """A layer as the kernels want it; build it with `prepare`.
+    """A layer as the kernels of one device want it; build it with `prepare`.
 
-    B: int32 [ceil(K/32), k, N]; c: floating point [ceil(K/G), k+1, N]; group_size: G.
+    On CUDA, for fp16 and bf16: the fields of `bpdq_kernels.layout.Tiles`. Elsewhere: B, c and None.
     """
 
-    B: Tensor
-    c: Tensor
+    planes: Tensor
+    coefficients: Tensor
+    scales: Tensor | None
+    in_features: int
+    out_features: int
     group_size: int
 
 
 _lib = torch.library.Library("bpdq", "DEF")
-_lib.define("linear(Tensor x, Tensor B, Tensor c, int group_size, Tensor? bias) -> Tensor")
+_LAYER = "Tensor planes, Tensor coefficients, Tensor? scales"
+_lib.define(f"linear(Tensor x, {_LAYER}, int out_features, int group_size, Tensor? bias) -> Tensor")
+_lib.define(f"embedding(Tensor ids, {_LAYER}, int in_features, int group_size, ScalarType dtype) -> Tensor")
+_lib.define("stored_linear(Tensor x, Tensor B, Tensor c, int group_size, Tensor? bias) -> Tensor")
 
 
-def _linear_fake(x: Tensor, B: Tensor, c: Tensor, group_size: int, bias: Tensor | None) -> Tensor:
+def _linear_fake(
+    x: Tensor,
+    planes: Tensor,
+    coefficients: Tensor,
+    scales: Tensor | None,
+    out_features: int,
+    group_size: int,
+    bias: Tensor | None,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _linear_cpu(
+    x: Tensor,
+    planes: Tensor,
+    coefficients: Tensor,
+    scales: Tensor | None,
+    out_features: int,
+    group_size: int,
+    bias: Tensor | None,
+) -> Tensor:
+    return reference.linear(x, planes, coefficients, group_size, bias)
+
+
+def _linear_cuda(
+    x: Tensor,
+    planes: Tensor,
+    coefficients: Tensor,
+    scales: Tensor | None,
+    out_features: int,
+    group_size: int,
+    bias: Tensor | None,
+) -> Tensor:
+    if scales is None:
+        return _stored_linear_cuda(x, planes, coefficients, group_size, bias)
+    from bpdq_kernels.tiled_linear import tiled_linear
+
+    return tiled_linear(x, planes, coefficients, scales, out_features, group_size, bias)
+
+
+def _stored_linear_cuda(x: Tensor, B: Tensor, c: Tensor, group_size: int, bias: Tensor | None) -> Tensor:
+    from bpdq_kernels.triton_linear import stored_linear
+
+    return stored_linear(x, B, c, group_size, bias)
+
+
+def _stored_linear_fake(x: Tensor, B: Tensor, c: Tensor, group_size: int, bias: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], B.shape[2]))
 
 
-def _linear_cuda(x: Tensor, B: Tensor, c: Tensor, group_size: int, bias: Tensor | None) -> Tensor:
-    from bpdq_kernels.triton_linear import bpdq_linear
+def _embedding_cpu(
+    ids: Tensor,
+    planes: Tensor,
+    coefficients: Tensor,
+    scales: Tensor | None,
+    in_features: int,
+    group_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    rows = ids.flatten()
+    return reference.dequantize_t(
+        planes[:, :, rows], coefficients[:, :, rows], group_size, in_features, dtype
+    ).T.unflatten(0, ids.shape)
 
-    return bpdq_linear(x, B, c, group_size, bias)
+
+def _embedding_cuda(
+    ids: Tensor,
+    planes: Tensor,
+    coefficients: Tensor,
+    scales: Tensor,
+    in_features: int,
+    group_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    from bpdq_kernels import triton_embedding
+
+    y = coefficients.new_empty((*ids.shape, in_features), dtype=dtype)
+    with torch.cuda.device_of(y):
+        triton_embedding.launch(ids.reshape(-1), planes, coefficients, scales, group_size, y.view(-1, in_features))
+    return y
 
 
-_lib.impl("linear", reference.linear, "CPU")
+def _embedding_fake(
+    ids: Tensor,
+    planes: Tensor,
+    coefficients: Tensor,
+    scales: Tensor | None,
+    in_features: int,
+    group_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return coefficients.new_empty((*ids.shape, in_features), dtype=dtype)
+
+
+_lib.impl("linear", _linear_cpu, "CPU")
 _lib.impl("linear", _linear_cuda, "CUDA")
 _lib.impl("linear", _linear_fake, "Meta")
-_lib.impl("linear", torch.library.fallthrough_kernel, "Autograd")  # no gradient, and no warning where x wants one
+_lib.impl("stored_linear", reference.linear, "CPU")
+_lib.impl("stored_linear", _stored_linear_cuda, "CUDA")
+_lib.impl("stored_linear", _stored_linear_fake, "Meta")
+_lib.impl("embedding", _embedding_cpu, "CPU")
+_lib.impl("embedding", _embedding_cuda, "CUDA")
+_lib.impl("embedding", _embedding_fake, "Meta")
+for _op in ("linear", "stored_linear", "embedding"):
+    # no gradient, and no warning where x wants one
+    _lib.impl(_op, torch.library.fallthrough_kernel, "Autograd")
 
 
 def prepare(
@@ -54,8 +152,7 @@ def prepare(
 ) -> Packed:
     """Make a stored layer ready for `linear` on `device`, for activations of `dtype` (fp32, fp16 or bf16).
 
-    B: int32 [ceil(K/32), k, N], padding words allowed; c: [ceil(K/G), k+1, N] in its stored dtype, which is kept:
-    weights are computed in fp32 and rounded once to the activations' dtype. K = `in_features`.
+    B: int32 [ceil(K/32), k, N], padding words allowed; c: [ceil(K/G), k+1, N] floating point. K = `in_features`.
     Raises ValueError for a group size or dtype that no kernel takes, and for shapes that don't fit together.
     """
     if group_size not in GROUP_SIZES:
@@ -63,7 +160,11 @@ def prepare(
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"activations in {dtype} are not supported: use float32, float16 or bfloat16")
     check_layer(B, c, group_size, in_features)
-    return Packed(trim(B, in_features).to(device).contiguous(), c.to(device).contiguous(), group_size)
+    out_features = B.shape[2]
+    B, c = trim(B, in_features).to(device), c.to(device)
+    if B.is_cuda and dtype != torch.float32:
+        return Packed(*to_tiles(B, c, group_size), in_features, out_features, group_size)
+    return Packed(B.contiguous(), c.contiguous(), None, in_features, out_features, group_size)
 
 
 def linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
@@ -71,10 +172,12 @@ def linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
 
     Raises ValueError where x is not as wide as the layer.
     """
-    words = packed.B.shape[0]
-    if -(-x.shape[-1] // WORD) != words:
-        raise ValueError(
-            f"x has {x.shape[-1]} inputs, but the layer has {(words - 1) * WORD + 1} to {words * WORD}: "
-            "pass activations as wide as the layer was quantized"
-        )
-    return torch.ops.bpdq.linear(x, packed.B, packed.c, packed.group_size, bias)
+    planes, coefficients, scales, in_features, out_features, group_size = packed
+    if x.shape[-1] != in_features:
+        raise ValueError(f"x has {x.shape[-1]} inputs, but the layer was quantized with {in_features}")
+    return torch.ops.bpdq.linear(x, planes, coefficients, scales, out_features, group_size, bias)
+
+
+def stored_linear(x: Tensor, B: Tensor, c: Tensor, group_size: int, bias: Tensor | None = None) -> Tensor:
+    """As `linear`, for B and c as a checkpoint stores them: no preparation and no second copy, but slower."""
+    return torch.ops.bpdq.stored_linear(x, trim(B, x.shape[-1]), c, group_size, bias)

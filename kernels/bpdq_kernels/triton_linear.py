@@ -103,7 +103,7 @@ def tile_for(tokens: int, dtype: torch.dtype) -> Tile:
     return next((tile for tile in tiles if tile.m >= tokens), tiles[-1])
 
 
-def bpdq_linear(x: Tensor, B: Tensor, c: Tensor, group_size: int, bias: Tensor | None) -> Tensor:
+def stored_linear(x: Tensor, B: Tensor, c: Tensor, group_size: int, bias: Tensor | None) -> Tensor:
     """y [..., N] = x [..., K] @ W.T + bias [N] in x.dtype (fp32, fp16 or bf16), accumulated in fp32.
 
     B: int32 [ceil(K/32), k, N], any bit pattern; c: [ceil(K/G), k+1, N] floating point, finite; both contiguous.

@@ -40,8 +40,7 @@ class BPDQLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        packed = bpdq_kernels.prepare(self.B, self.c, self.group_size, self.in_features, x.dtype, x.device)
-        return bpdq_kernels.linear(x, packed, self.bias)
+        return bpdq_kernels.stored_linear(x, self.B, self.c, self.group_size, self.bias)
 
     def extra_repr(self) -> str:
         k = self.B.shape[1]

@@ -1,0 +1,60 @@
+"""The fast CUDA path: picks the kernel for a batch, and brings the activations into a shape that it takes."""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from bpdq_kernels import triton_gemm, triton_gemv
+from bpdq_kernels.tuning import gemm_config, gemv_config
+
+_ALIGNED = 8  # activations of 16 bits in 16 bytes
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def tiled_linear(
+    x: Tensor,
+    planes: Tensor,
+    coefficients: Tensor,
+    scales: Tensor,
+    out_features: int,
+    group_size: int,
+    bias: Tensor | None,
+) -> Tensor:
+    """y [..., N] = x [..., K] @ W.T + bias [N] in x.dtype (fp16 or bf16), accumulated in fp32.
+
+    planes, coefficients, scales: `bpdq_kernels.layout.Tiles`. Allocates nothing but y, unless x's inputs are strided,
+    or for several tokens not aligned to 16 bytes. Raises ValueError for fp32 activations, which `prepare` keeps apart.
+    """
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(f"the layer was prepared for 16-bit activations, not {x.dtype}: pass dtype to prepare")
+    y = x.new_empty((*x.shape[:-1], out_features))
+    rows = x.reshape(-1, x.shape[-1])
+    tokens = len(rows)
+    if not tokens:
+        return y
+    with torch.cuda.device_of(x):
+        sms = multiprocessors(x.device)
+        if tokens == 1:
+            config = gemv_config(out_features, rows.shape[1], sms)
+            triton_gemv.launch(rows[0].contiguous(), planes, coefficients, scales, group_size, bias, y.view(-1), config)
+        else:
+            config = gemm_config(tokens, out_features, sms)
+            triton_gemm.launch(
+                aligned(rows), planes, coefficients, scales, group_size, bias, y.view(-1, out_features), config
+            )
+    return y
+
+
+def aligned(rows: Tensor) -> Tensor:
+    """rows [M, K] as they are if 16-byte vectors can read them, else a copy, padded to a multiple of 8 inputs."""
+    missing = -rows.shape[1] % _ALIGNED
+    if missing:
+        return torch.nn.functional.pad(rows, (0, missing))
+    if rows.stride(1) != 1 or rows.stride(0) % _ALIGNED or rows.data_ptr() % 16:
+        return rows.clone(memory_format=torch.contiguous_format)
+    return rows

@@ -1,0 +1,242 @@
+"""Y = X W^T for two tokens and more on CUDA: weights made in registers, in the operand of the tensor cores.
+
+    unit = 128 inputs                              8 tokens
+   .-------------------------------.          .---------------.
+   | 16 outputs (rows r, r + 8)    |    128   | lane 4r + q:  |     16 x 8 fp32 sums, mma m16n8k16
+   | lane 4r + q: word q of each   |  inputs  | token r, the  |
+   | plane and row                 |          | inputs of q   |
+   '-------------------------------'          '---------------'
+
+The weights are on the MMA's 16-row side: with few tokens that halves the tensor-core time. Which of the 128 inputs
+an MMA step calls its k-th is free as long as weights and activations agree. So a lane multiplies the 32 inputs of its
+own word, q: their activations are 64 contiguous bytes of X, and their weights share one group's coefficients, for
+every G. A block's warps split inputs and tiles between them; nothing passes through shared memory before the end.
+
+Weights: rotated by 4j, a word has the bits of eight inputs where `and 0x00010001 << (11 + i)` leaves a pair of fp16
+numbers that are 0 or 2^(2^(i+1) - 15) (bits 11..14 belong to the exponent). With each c_p divided by that power once
+a unit, a pair of weights is one AND and one FMA per plane, w = (bits * c_p') + w, rounded to 16 bits in each. bf16
+activations get bf16 weights by the same instructions, so they can't overflow; coefficients are stored within 1 in
+fp16 and c_p' stays in range. `scales` multiplies the sums in fp32.
+
+Budget, RTX 3090, k = 2, G = 128 (sm_86 SASS): 3.1 to 3.3 thread instructions a weight up to 8 tokens, where 5.6 fit
+into the time DRAM needs for it; tensor cores, at the rate of fp32 accumulation, take 0.71 of DRAM time, issue 0.55 to
+0.59. Above 16 tokens the tensor cores are the bound; at 64, every other pipe has less than a sixth of their work.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bpdq_kernels.tuning import Gemm, cdiv
+from bpdq_kernels.warp import fma_pair, load4, load_planes, mma, pack_pair, rotate_left, stack, unpack_pair
+
+
+@triton.jit(do_not_specialize=["M"])
+def gemm_kernel(
+    x_ptr: tl.tensor,
+    planes_ptr: tl.tensor,
+    coefficients_ptr: tl.tensor,
+    scales_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    y_ptr: tl.tensor,
+    M: tl.tensor,
+    N: tl.tensor,
+    K: tl.tensor,
+    stride_x: tl.tensor,
+    PLANES: tl.constexpr,
+    GROUP: tl.constexpr,
+    BF16: tl.constexpr,
+    TOKENS: tl.constexpr,
+    TILES: tl.constexpr,
+    WARPS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    WHOLE: tl.constexpr,  # 128 divides K
+) -> None:
+    thread = tl.arange(0, 32 * WARPS)
+    warp = thread // 32
+    lane = thread % 32
+    r = lane // 4
+    BESIDE: tl.constexpr = WARPS // SPLIT  # warps with the same inputs and tiles of their own
+    units = tl.cdiv(K, 128)
+    u = warp // BESIDE
+    first_tile = tl.program_id(1) * (BESIDE * TILES)
+    tile = first_tile + warp % BESIDE * TILES
+    inside = tile * 16 < N
+    planes_stride = units * (64 * PLANES)
+    c_stride = tl.cdiv(units * 128, GROUP) * (8 * (PLANES + 1))
+    planes_ptr += tile.to(tl.int64) * planes_stride + u * (64 * PLANES) + lane * (2 if PLANES % 2 else 4)
+    coefficients_ptr += tile.to(tl.int64) * c_stride + r * (PLANES + 1)
+    i = u * 128 + lane % 4 * 32
+    x_rows = ()
+    for n in tl.static_range(TOKENS // 8):
+        token = tl.minimum(tl.program_id(0) * TOKENS + n * 8 + r, M - 1)  # rows past M: computed, never stored
+        x_rows = x_rows + (x_ptr + token.to(tl.int64) * stride_x + i,)
+    acc = (tl.zeros([32 * WARPS], tl.float32),) * (TILES * TOKENS // 2)
+    # with many tokens, other warps' multiplications hide the latency, and registers are short
+    AHEAD: tl.constexpr = TOKENS < 64
+    if AHEAD:
+        live = inside & (u < units)
+        next_words = load_planes(planes_ptr, planes_stride, live, PLANES, TILES)
+        next_c = load_coefficients(coefficients_ptr, c_stride, i // GROUP, live, PLANES, TILES)
+    for _ in range(0, units, SPLIT):
+        if AHEAD:
+            words = next_words
+            c = next_c
+            planes_ptr += SPLIT * 64 * PLANES
+            live = inside & (u + SPLIT < units)
+            next_words = load_planes(planes_ptr, planes_stride, live, PLANES, TILES)
+            next_c = load_coefficients(coefficients_ptr, c_stride, (i + SPLIT * 128) // GROUP, live, PLANES, TILES)
+        else:
+            live = inside & (u < units)
+            words = load_planes(planes_ptr, planes_stride, live, PLANES, TILES)
+            c = load_coefficients(coefficients_ptr, c_stride, i // GROUP, live, PLANES, TILES)
+            planes_ptr += SPLIT * 64 * PLANES
+        steps = ()
+        for t in tl.static_range(TILES):
+            steps = steps + (coefficient_steps(c[(PLANES + 1) * t : (PLANES + 1) * (t + 1)], PLANES, BF16),)
+        for j in tl.static_range(4):
+            x = ()
+            for n in tl.static_range(TOKENS // 8):
+                x = x + (load4(x_rows[n], u < units if WHOLE else i + 8 * j < K, 16 * j),)
+            sums = ()
+            for t in tl.static_range(TILES):
+                turned = ()
+                for w in tl.static_range(2 * PLANES):
+                    word = words[2 * PLANES * t + w]
+                    turned = turned + (word if j == 0 else rotate_left(word, 4 * j),)
+                part = acc[t * (TOKENS // 2) : (t + 1) * (TOKENS // 2)]
+                for h in tl.static_range(2):
+                    part = multiply(turned, steps[t], x, part, h, PLANES, TOKENS, BF16)
+                sums = sums + part
+            acc = sums
+        u += SPLIT
+        i += SPLIT * 128
+        next_rows = ()
+        for n in tl.static_range(TOKENS // 8):
+            next_rows = next_rows + (x_rows[n] + SPLIT * 128,)
+        x_rows = next_rows
+    y = tl.sum(tl.reshape(stack(acc), [SPLIT, BESIDE * 32, TILES * TOKENS // 2]), 0)
+    # a lane's sums, slowest first: tile, eight tokens, row r or r + 8, token 2q or 2q + 1
+    thread = tl.arange(0, BESIDE * 32)[:, None]
+    s = tl.arange(0, TILES * TOKENS // 2)[None, :]
+    row = (first_tile + thread // 32 * TILES + s // (TOKENS // 2)) * 16 + s // 2 % 2 * 8 + thread % 32 // 4
+    token = tl.program_id(0) * TOKENS + s % (TOKENS // 2) // 4 * 8 + thread % 4 * 2 + s % 2
+    y *= tl.load(scales_ptr + row, row < N, 0)
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + row, row < N, 0).to(tl.float32)
+    tl.store(y_ptr + token.to(tl.int64) * N + row, y.to(y_ptr.dtype.element_ty), (row < N) & (token < M))
+
+
+@triton.jit
+def load_coefficients(
+    ptr: tl.tensor,
+    stride: tl.tensor,
+    group: tl.tensor,
+    live: tl.tensor,
+    PLANES: tl.constexpr,
+    TILES: tl.constexpr,
+) -> tl.tuple:
+    """Pairs (rows r, r + 8) of each tile's coefficients in the lane's group."""
+    ptr += group * (8 * (PLANES + 1))
+    c = ()
+    for _ in tl.static_range(TILES):
+        for p in tl.static_range(PLANES + 1):
+            c = c + (tl.load(ptr + p, live, 0),)
+        ptr += stride
+    return c
+
+
+@triton.jit
+def coefficient_steps(c: tl.tuple, PLANES: tl.constexpr, BF16: tl.constexpr) -> tl.tuple:
+    """Pairs (rows r, r + 8): at 4p + i, i = 0..3, c_p over the number that is bit 11 + i alone; after them c_0."""
+    steps = ()
+    for p in tl.static_range(PLANES + 1):
+        pair = c[p]
+        if BF16:
+            low, high = unpack_pair(pair, False)
+            pair = pack_pair(low, high, True)
+        if p == PLANES:
+            steps = steps + (pair,)
+        else:
+            for i in tl.static_range(4):
+                # 2^(127 - 2^(i+4)) in bf16, 2^(15 - 2^(i+1)) in fp16
+                factor = tl.full(
+                    [], (((254 - (16 << i)) << 7) if BF16 else ((30 - (2 << i)) << 10)) * 0x10001, tl.int32
+                )
+                minus_zero = tl.full([], -0x7FFF8000, tl.int32)
+                steps = steps + (fma_pair(pair, factor, minus_zero, 2, 2, BF16),)
+    return steps
+
+
+@triton.jit
+def multiply(
+    words: tl.tuple,
+    steps: tl.tuple,
+    x: tl.tuple,
+    acc: tl.tuple,
+    H: tl.constexpr,
+    PLANES: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BF16: tl.constexpr,
+) -> tl.tuple:
+    """Add one MMA step of a tile, 16 inputs, to acc: pairs 2H and 2H + 1 of the eight inputs in the words' bits."""
+    a0 = weights(words, steps, 2 * H, 0, PLANES, BF16)
+    a1 = weights(words, steps, 2 * H, 1, PLANES, BF16)
+    a2 = weights(words, steps, 2 * H + 1, 0, PLANES, BF16)
+    a3 = weights(words, steps, 2 * H + 1, 1, PLANES, BF16)
+    sums = ()
+    for n in tl.static_range(TOKENS // 8):
+        b0 = x[n][2 * H]
+        b1 = x[n][2 * H + 1]
+        sums = sums + mma(a0, a1, a2, a3, b0, b1, acc[4 * n], acc[4 * n + 1], acc[4 * n + 2], acc[4 * n + 3], BF16)
+    return sums
+
+
+@triton.jit
+def weights(
+    words: tl.tuple, steps: tl.tuple, PAIR: tl.constexpr, HALF: tl.constexpr, PLANES: tl.constexpr, BF16: tl.constexpr
+) -> tl.tensor:
+    """The weights of output r + 8 HALF for the two inputs in bits 11 + PAIR and 27 + PAIR."""
+    w = steps[4 * PLANES]
+    for p in tl.static_range(PLANES):
+        bits = words[2 * p + HALF] & (0x00010001 << (11 + PAIR))
+        w = fma_pair(bits, steps[4 * p + PAIR], w, HALF, HALF if p == 0 else 2, BF16)
+    return w
+
+
+def launch(
+    x: Tensor,
+    planes: Tensor,
+    coefficients: Tensor,
+    scales: Tensor,
+    group_size: int,
+    bias: Tensor | None,
+    y: Tensor,
+    config: Gemm,
+) -> None:
+    """Write X W^T + bias into y [M, N]: x [M, K] fp16 or bf16, rows contiguous and 16-byte aligned (8 divides K); the
+    layer as in `bpdq_kernels.layout.Tiles`."""
+    (tokens, in_features), out_features = x.shape, y.shape[1]
+    tiles_per_block = config.tiles * config.warps // config.split
+    gemm_kernel[(cdiv(tokens, config.tokens), cdiv(out_features, 16 * tiles_per_block))](
+        x,
+        planes,
+        coefficients.view(torch.int32),
+        scales,
+        bias,
+        y,
+        tokens,
+        out_features,
+        in_features,
+        x.stride(0),
+        PLANES=coefficients.shape[3] - 1,
+        GROUP=group_size,
+        BF16=x.dtype == torch.bfloat16,
+        TOKENS=config.tokens,
+        TILES=config.tiles,
+        WARPS=config.warps,
+        SPLIT=config.split,
+        WHOLE=in_features % 128 == 0,
+        num_warps=config.warps,
+    )

@@ -1,0 +1,280 @@
+"""y = W x for one token on CUDA: bit-planes of the weights times bit-planes of the activation.
+
+A group's dot product is  sum_p c_p sum_i bit_p[i] x[i]  +  c0 sum_i x[i].  Written in fixed point, x[i] is itself
+a sum of bit-planes, x[i] = 2^s sum_j 2^j bit_j(x[i]), so that the inner sums are counts of common ones:
+
+    sum_i bit_p[i] x[i]  =  2^s sum_j 2^j popcount(plane p of the weights & plane j of x)
+
+which is what the binary tensor cores compute (mma m16n8k128 b1 and.popc, sm_80 to sm_90). No weight is ever
+dequantized: the stored words are the operand.
+
+    unit = 128 inputs                          16 bits of x in fixed point, two MMAs of 8
+   .------------------------------.      .-----------------.
+   | 16 outputs (rows r, r + 8)   |      | bits 0..7       |  lane 4r + q: bit r (bit 8 + r) of the inputs of word q,
+   | lane 4r + q: word q of both  |  x   | bits 8..15      |  made in the warp by a 32 x 32 bit transposition
+   '------------------------------'      '-----------------'
+
+    counts: lane 4r + q holds bits 2q, 2q + 1 (and 8 higher) of rows r, r + 8; weighed by 2^j in integers, times c_p
+    and 2^s in fp32; the factor 4^q and the sum over q and over the warps, which take units in turn, come at the end.
+
+Fixed point: per unit, 16 bits relative to the power of two above its largest |x|, rounded to nearest. The error is at
+most 2^-16 of that largest, where rounding weights to fp16 costs 2^-12 of each; and bf16 can't overflow. Infinity and
+NaN in x give NaN.
+
+Budget, RTX 3090, k = 2, G = 128 (sm_86 SASS): 1.2 thread instructions a weight with 64 outputs per block, 2.2 with
+16, where 5.6 fit into the time DRAM needs for it: issue 0.21 to 0.39 of DRAM time, every other pipe less.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bpdq_kernels.tuning import Gemv, cdiv
+from bpdq_kernels.warp import (
+    exchange,
+    load_planes,
+    mma_bits,
+    rotate_left,
+    select_bits,
+    select_bytes,
+    stack,
+    unpack_pair,
+    warp_max,
+    warp_sum,
+)
+
+
+@triton.jit
+def gemv_kernel(
+    x_ptr: tl.tensor,
+    planes_ptr: tl.tensor,
+    coefficients_ptr: tl.tensor,
+    scales_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    y_ptr: tl.tensor,
+    N: tl.tensor,
+    K: tl.tensor,
+    PLANES: tl.constexpr,
+    GROUP: tl.constexpr,
+    TILES: tl.constexpr,
+    WARPS: tl.constexpr,
+    WHOLE: tl.constexpr,  # 128 divides K
+) -> None:
+    thread = tl.arange(0, 32 * WARPS)
+    warp = thread // 32
+    lane = thread % 32
+    q = lane % 4
+    units = tl.cdiv(K, 128)
+    PARTS: tl.constexpr = 128 // GROUP if GROUP < 128 else 1  # groups in a unit
+    planes_stride = units * (64 * PLANES)
+    c_stride = tl.cdiv(units * 128, GROUP) * (8 * (PLANES + 1))
+    tile = (tl.program_id(0) * TILES).to(tl.int64)
+    planes_ptr += tile * planes_stride + warp * (64 * PLANES) + lane * (2 if PLANES % 2 else 4)
+    coefficients_ptr += tile * c_stride + lane // 4 * (PLANES + 1)
+    x_ptr += warp * 128 + input_of_lane(lane)
+    inputs_left = K - warp * 128 - (0 if WHOLE else input_of_lane(lane))
+    sign = tl.where(q == 3, -2, 2)  # bit 15 counts negative
+    acc = (tl.zeros([32 * WARPS], tl.float32),) * (2 * TILES)
+    u = warp
+    next_words = load_planes(planes_ptr, planes_stride, u < units, PLANES, TILES)
+    next_c = load_coefficients(coefficients_ptr, c_stride, u, u < units, PLANES, GROUP, TILES)
+    next_x = load_inputs(x_ptr, inputs_left, WHOLE)
+    for _ in range(0, units, WARPS):
+        words = next_words
+        c = next_c
+        x = next_x
+        u += WARPS
+        planes_ptr += WARPS * 64 * PLANES
+        x_ptr += WARPS * 128
+        inputs_left -= WARPS * 128
+        next_words = load_planes(planes_ptr, planes_stride, u < units, PLANES, TILES)
+        next_c = load_coefficients(coefficients_ptr, c_stride, u, u < units, PLANES, GROUP, TILES)
+        next_x = load_inputs(x_ptr, inputs_left, WHOLE)
+        low, high, sums, scale = slice_bits(x, lane, q, GROUP)
+        sums_of_products = ()
+        for t in tl.static_range(TILES):
+            z, z8 = dot_unit(
+                words[2 * PLANES * t : 2 * PLANES * (t + 1)],
+                c[PARTS * (PLANES + 1) * t : PARTS * (PLANES + 1) * (t + 1)],
+                low,
+                high,
+                sums,
+                q,
+                sign,
+                PLANES,
+                GROUP,
+            )
+            sums_of_products = sums_of_products + (acc[2 * t] + scale * z, acc[2 * t + 1] + scale * z8)
+        acc = sums_of_products
+    y = tl.reshape(stack(acc), [WARPS, 8, 4, 2 * TILES])
+    four_to_the_q = (1 << (2 * tl.arange(0, 4))).to(tl.float32)
+    y = tl.sum(tl.sum(y * four_to_the_q[None, None, :, None], 2), 0)
+    row = tile * 16 + 8 * tl.arange(0, 2 * TILES)[None, :] + tl.arange(0, 8)[:, None]
+    y *= tl.load(scales_ptr + row, row < N, 0)
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + row, row < N, 0).to(tl.float32)
+    tl.store(y_ptr + row, y.to(y_ptr.dtype.element_ty), row < N)
+
+
+@triton.jit
+def input_of_lane(lane: tl.tensor) -> tl.tensor:
+    """Which input of a word a lane loads, so that `transpose_bits` puts it where the weights have it."""
+    bit = ((lane & 2) << 3) | ((lane & 1) << 3) | (lane >> 2)
+    rank = (14 - bit) & 31
+    return (((rank & 15) ^ 3) << 1) | (rank >> 4)
+
+
+@triton.jit
+def load_coefficients(
+    ptr: tl.tensor,
+    stride: tl.tensor,
+    u: tl.tensor,
+    live: tl.tensor,
+    PLANES: tl.constexpr,
+    GROUP: tl.constexpr,
+    TILES: tl.constexpr,
+) -> tl.tuple:
+    """Pairs (rows r, r + 8) of each tile's coefficients in unit u, group after group."""
+    PARTS: tl.constexpr = 128 // GROUP if GROUP < 128 else 1
+    ptr += u * 128 // GROUP * (8 * (PLANES + 1))
+    c = ()
+    for _ in tl.static_range(TILES):
+        for part in tl.static_range(PARTS):
+            for p in tl.static_range(PLANES + 1):
+                c = c + (tl.load(ptr + part * 8 * (PLANES + 1) + p, live, 0),)
+        ptr += stride
+    return c
+
+
+@triton.jit
+def load_inputs(ptr: tl.tensor, inputs_left: tl.tensor, WHOLE: tl.constexpr) -> tl.tuple:
+    """One input of each of the unit's four words, in fp32; zeros past K."""
+    x = ()
+    for word in tl.static_range(4):
+        live = inputs_left > 0 if WHOLE else inputs_left > 32 * word
+        x = x + (tl.load(ptr + 32 * word, live, 0).to(tl.float32),)
+    return x
+
+
+@triton.jit
+def slice_bits(x: tl.tuple, lane: tl.tensor, q: tl.tensor, GROUP: tl.constexpr) -> tl.tuple:
+    """Bit-planes of a unit's inputs in fixed point: the operands of `mma_bits` for bits 0..7 and 8..15, the sum of
+    the integers of each group (in lanes with q = 0, else 0; fp32), and the unit's power of two."""
+    top = tl.maximum(tl.maximum(tl.abs(x[0]), tl.abs(x[1])), tl.maximum(tl.abs(x[2]), tl.abs(x[3])))
+    exponent = tl.maximum(warp_max(top.to(tl.int32, bitcast=True)) >> 23, 16)  # biased by 127, as fp32 has it
+    scale = ((exponent - 14) << 23).to(tl.float32, bitcast=True)
+    inverse = ((268 - exponent) << 23).to(tl.float32, bitcast=True)
+    scale = tl.where(exponent == 255, float("nan"), scale)
+    # adding 1.5 * 2^23 rounds to an integer and leaves its two's complement in the low bits
+    i0 = (x[0] * inverse + 12582912.0).to(tl.int32, bitcast=True)
+    i1 = (x[1] * inverse + 12582912.0).to(tl.int32, bitcast=True)
+    i2 = (x[2] * inverse + 12582912.0).to(tl.int32, bitcast=True)
+    i3 = (x[3] * inverse + 12582912.0).to(tl.int32, bitcast=True)
+    if GROUP >= 128:
+        sums = (sum_of_integers(i0 + i1 + i2 + i3, 4, q),)
+    elif GROUP == 64:
+        sums = (sum_of_integers(i0 + i1, 2, q), sum_of_integers(i2 + i3, 2, q))
+    else:
+        sums = (
+            sum_of_integers(i0, 1, q),
+            sum_of_integers(i1, 1, q),
+            sum_of_integers(i2, 1, q),
+            sum_of_integers(i3, 1, q),
+        )
+    i01 = select_bytes(i0, i1, tl.full([], 0x5140, tl.int32))
+    i23 = select_bytes(i2, i3, tl.full([], 0x5140, tl.int32))
+    low = select_bytes(i01, i23, tl.full([], 0x5410, tl.int32))
+    high = select_bytes(i01, i23, tl.full([], 0x7632, tl.int32))
+    return transpose_bits(low, lane), transpose_bits(high, lane), sums, scale
+
+
+@triton.jit
+def sum_of_integers(i: tl.tensor, WORDS: tl.constexpr, q: tl.tensor) -> tl.tensor:
+    # what 1.5 * 2^23 left above the integers, modulo 2^32
+    excess: tl.constexpr = ((32 * WORDS * 0x4B400000 + (1 << 31)) & 0xFFFFFFFF) - (1 << 31)
+    return tl.where(q == 0, warp_sum(i) - excess, 0).to(tl.float32)
+
+
+@triton.jit
+def transpose_bits(v: tl.tensor, lane: tl.tensor) -> tl.tensor:
+    """Bits of bytes to words: lane 4r + q gets bit r of byte q of all 32 lanes. Five swaps of a bit of the bit's
+    number with a bit of the lane's: 4 with 1, 3 with 0 (whole bytes), 2 with 4, 1 with 3, 0 with 2."""
+    v = select_bytes(v, exchange(v, 1), tl.where((lane & 2) == 0, 0x5410, 0x3276))
+    v = select_bytes(v, exchange(v, 0), tl.where((lane & 1) == 0, 0x6240, 0x3715))
+    v = swap_bits(v, lane, 2, 4, 0x0F0F0F0F)
+    v = swap_bits(v, lane, 1, 3, 0x33333333)
+    return swap_bits(v, lane, 0, 2, 0x55555555)
+
+
+@triton.jit
+def swap_bits(
+    v: tl.tensor, lane: tl.tensor, BIT: tl.constexpr, LANE_BIT: tl.constexpr, CLEAR: tl.constexpr
+) -> tl.tensor:
+    """Swap bit BIT of the bits' numbers with bit LANE_BIT of the lanes'; CLEAR marks the bits where it is 0."""
+    upper = (lane >> LANE_BIT) & 1
+    other = rotate_left(exchange(v, LANE_BIT), tl.where(upper == 1, 32 - (1 << BIT), 1 << BIT))
+    return select_bits(CLEAR ^ -upper, v, other)
+
+
+@triton.jit
+def dot_unit(
+    words: tl.tuple,
+    c: tl.tuple,
+    low: tl.tensor,
+    high: tl.tensor,
+    sums: tl.tuple,
+    q: tl.tensor,
+    sign: tl.tensor,
+    PLANES: tl.constexpr,
+    GROUP: tl.constexpr,
+) -> tl.tuple:
+    """This lane's part, over 4^q, of one unit's dot products with rows r and r + 8."""
+    PARTS: tl.constexpr = 128 // GROUP if GROUP < 128 else 1
+    z = tl.zeros_like(sums[0])
+    z8 = z
+    for part in tl.static_range(PARTS):
+        low_part = low if PARTS == 1 else tl.where(q // (4 // PARTS) == part, low, 0)
+        high_part = high if PARTS == 1 else tl.where(q // (4 // PARTS) == part, high, 0)
+        for p in tl.static_range(PLANES):
+            d0, d1, d2, d3 = mma_bits(words[2 * p], words[2 * p + 1], low_part)
+            e0, e1, e2, e3 = mma_bits(words[2 * p], words[2 * p + 1], high_part)
+            dot = d0 + 2 * d1 + 256 * (e0 + sign * e1)
+            dot8 = d2 + 2 * d3 + 256 * (e2 + sign * e3)
+            c_p, c_p8 = unpack_pair(c[part * (PLANES + 1) + p], False)
+            z += c_p * dot.to(tl.float32)
+            z8 += c_p8 * dot8.to(tl.float32)
+        c_0, c_08 = unpack_pair(c[part * (PLANES + 1) + PLANES], False)
+        z += c_0 * sums[part]
+        z8 += c_08 * sums[part]
+    return z, z8
+
+
+def launch(
+    x: Tensor,
+    planes: Tensor,
+    coefficients: Tensor,
+    scales: Tensor,
+    group_size: int,
+    bias: Tensor | None,
+    y: Tensor,
+    config: Gemv,
+) -> None:
+    """Write W x + bias into y [N]: x [K] contiguous, fp16 or bf16; the layer as in `bpdq_kernels.layout.Tiles`."""
+    in_features, out_features = x.numel(), y.numel()
+    gemv_kernel[(cdiv(out_features, 16 * config.tiles),)](
+        x,
+        planes,
+        coefficients.view(torch.int32),
+        scales,
+        bias,
+        y,
+        out_features,
+        in_features,
+        PLANES=coefficients.shape[3] - 1,
+        GROUP=group_size,
+        TILES=config.tiles,
+        WARPS=config.warps,
+        WHOLE=in_features % 128 == 0,
+        num_warps=config.warps,
+    )

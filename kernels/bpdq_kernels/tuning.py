@@ -1,0 +1,61 @@
+"""Which kernel, tile and split a layer and a batch get: computed from their sizes, never timed at run time.
+
+A block computes some tiles of 16 outputs; its warps share the inputs among them where that leaves enough blocks. The
+largest tile is taken that still gives every multiprocessor about the same number of blocks.
+"""
+
+from typing import NamedTuple
+
+from bpdq_kernels.layout import TILE_INPUTS, TILE_ROWS
+
+MIN_BALANCE = 0.85  # of the multiprocessors' time, if a block takes as long on each
+
+
+class Gemv(NamedTuple):
+    """One token: tiles of 16 outputs per block, warps that share the inputs."""
+
+    tiles: int
+    warps: int
+
+
+class Gemm(NamedTuple):
+    """Tokens per block, tiles of 16 outputs per warp, warps, and how many of those share the inputs of a tile."""
+
+    tokens: int
+    tiles: int
+    warps: int
+    split: int
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def balance(blocks: int, multiprocessors: int) -> float:
+    """The mean share of the time in which a multiprocessor has work, as that of the busiest one is 1."""
+    return blocks / (cdiv(blocks, multiprocessors) * multiprocessors)
+
+
+def tiles_per_block(out_features: int, candidates: tuple[int, ...], multiprocessors: int) -> int:
+    """The first candidate that balances the blocks well enough, else the one that does best."""
+    blocks = {tiles: cdiv(out_features, TILE_ROWS * tiles) for tiles in candidates}
+    for tiles in candidates:
+        if blocks[tiles] >= multiprocessors and balance(blocks[tiles], multiprocessors) >= MIN_BALANCE:
+            return tiles
+    return max(
+        candidates, key=lambda tiles: min(1, blocks[tiles] / multiprocessors) * balance(blocks[tiles], multiprocessors)
+    )
+
+
+def gemv_config(out_features: int, in_features: int, multiprocessors: int) -> Gemv:
+    warps = 8 if in_features >= 16 * TILE_INPUTS else 4
+    return Gemv(tiles_per_block(out_features, (4, 2, 1), multiprocessors), warps)
+
+
+def gemm_config(tokens: int, out_features: int, multiprocessors: int) -> Gemm:
+    """Buckets of 2..8, 9..16, 17..32 and more tokens; 64 of those at a time."""
+    for bucket in (8, 16, 32):
+        if tokens <= bucket:
+            return Gemm(bucket, tiles_per_block(out_features, (2, 1), multiprocessors), warps=8, split=8)
+    enough = cdiv(tokens, 64) * cdiv(out_features, 4 * 2 * TILE_ROWS) >= multiprocessors
+    return Gemm(64, tiles=2, warps=4, split=1 if enough else 4)
