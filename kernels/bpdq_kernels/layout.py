@@ -91,6 +91,7 @@ def refine(c: Tensor, group_size: int, finer: int) -> Tensor:
 
 
 TILE_ROWS, TILE_INPUTS = 16, 128  # of the tensor-core operand that a warp holds
+_TILED_AT_ONCE = 1 << 24  # words: 64 MiB
 
 
 class Tiles(NamedTuple):
@@ -120,19 +121,26 @@ def to_tiles(B: Tensor, c: Tensor, group_size: int) -> Tiles:
     """Rearrange B [ceil(K/32), k, N] and c [ceil(K/G), k+1, N] (floating point, finite) for the CUDA kernels.
 
     Exact, but for coefficients below 2^-14 of their output's largest, which fp16 holds with an error of 2^-25 of it.
+    Needs a few times `_TILED_AT_ONCE` words beside the result.
     """
     words, k, n = B.shape
     units, tiles = -(-words * WORD // TILE_INPUTS), -(-n // (4 * TILE_ROWS)) * 4
-    pad_rows = tiles * TILE_ROWS - n
-    planes = torch.nn.functional.pad(_interleave_pairs(B), (0, pad_rows, 0, 0, 0, units * 4 - words))
     v = 2 - k % 2
-    planes = planes.view(units, 4, k // v, v, tiles, 2, 8).permute(4, 0, 2, 6, 1, 3, 5)  # [T, U, k/v, r, q, v, h]
-    planes = planes.reshape(tiles, units, k // v, 32, v, 2)
+    planes = torch.empty(tiles, units, k // v, 32, v, 2, dtype=torch.int32, device=B.device)
+    step = max(1, _TILED_AT_ONCE // (words * k * TILE_ROWS))
+    for start in range(0, tiles, step):
+        part = planes[start : start + step]
+        rows = B[:, :, start * TILE_ROWS : (start + len(part)) * TILE_ROWS]
+        missing = len(part) * TILE_ROWS - rows.shape[2]
+        rows = torch.nn.functional.pad(_interleave_pairs(rows), (0, missing, 0, 0, 0, units * 4 - words))
+        rows = rows.view(units, 4, k // v, v, len(part), 2, 8).permute(4, 0, 2, 6, 1, 3, 5)  # [T, U, k/v, r, q, v, h]
+        part.copy_(rows.reshape(part.shape))
 
     _, exponents = torch.frexp(c.float().abs().amax((0, 1)))
     scales = torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents)
     groups = -(-units * TILE_INPUTS // group_size)
-    coefficients = torch.nn.functional.pad((c / scales).half(), (0, pad_rows, 0, 0, 0, groups - c.shape[0]))
+    missing = tiles * TILE_ROWS - n
+    coefficients = torch.nn.functional.pad((c / scales).half(), (0, missing, 0, 0, 0, groups - c.shape[0]))
     coefficients = coefficients.view(groups, k + 1, tiles, 2, 8).permute(2, 0, 4, 1, 3).contiguous()
     return Tiles(planes, coefficients, scales)
 

@@ -13,6 +13,8 @@ _ALIGNED = 8  # activations of 16 bits in 16 bytes
 
 @cache
 def multiprocessors(device: torch.device) -> int:
+    if device.type == "cpu":  # Triton's interpreter
+        return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -40,7 +42,7 @@ def tiled_linear(
     with torch.cuda.device_of(x):
         sms = multiprocessors(x.device)
         if tokens == 1:
-            config = gemv_config(out_features, rows.shape[1], sms)
+            config = gemv_config(coefficients.shape[3] - 1, group_size, out_features, rows.shape[1], sms)
             triton_gemv.launch(rows[0].contiguous(), planes, coefficients, scales, group_size, bias, y.view(-1), config)
         else:
             config = gemm_config(tokens, out_features, sms)

@@ -24,8 +24,8 @@ def embedding_kernel(
     GROUP: tl.constexpr,
     UNITS: tl.constexpr,  # at a time
 ) -> None:
-    row = tl.load(ids_ptr + tl.program_id(0)).to(tl.int64)
-    live = (row >= 0) & (row < N)
+    number = tl.load(ids_ptr + tl.program_id(0)).to(tl.int64)
+    row = tl.minimum(tl.maximum(number, 0), N - 1)
     units = tl.cdiv(K, 128)
     groups = tl.cdiv(units * 128, GROUP)
     word = tl.arange(0, 4 * UNITS)[:, None]
@@ -35,10 +35,10 @@ def embedding_kernel(
     V: tl.constexpr = 1 if PLANES % 2 else 2
     tile_ptr = planes_ptr + row // 16 * units * (64 * PLANES) + (row % 8 * 4 + word % 4) * (2 * V) + row % 16 // 8
     c_ptr = coefficients_ptr + (row // 16 * groups * 8 + row % 8) * (2 * (PLANES + 1)) + row % 16 // 8
-    scale = tl.load(scales_ptr + row, live, 0)
+    scale = tl.where(number == row, tl.load(scales_ptr + row), 0)
     for first in range(0, units, UNITS):
         unit = first + word // 4
-        here = live & (unit < units)
+        here = unit < units
         group_ptr = c_ptr + (unit * 128 + word % 4 * 32) // GROUP * (16 * (PLANES + 1))
         w = tl.load(group_ptr + 2 * PLANES, here, 0).to(tl.float32)
         for p in tl.static_range(PLANES):

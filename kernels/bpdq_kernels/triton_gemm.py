@@ -205,6 +205,11 @@ def weights(
     return w
 
 
+def options(config: Gemm) -> dict[str, int]:
+    """Compiler options."""
+    return {"num_warps": config.warps}
+
+
 def launch(
     x: Tensor,
     planes: Tensor,
@@ -238,5 +243,5 @@ def launch(
         WARPS=config.warps,
         SPLIT=config.split,
         WHOLE=in_features % 128 == 0,
-        num_warps=config.warps,
+        **options(config),
     )

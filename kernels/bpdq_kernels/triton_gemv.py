@@ -17,9 +17,9 @@ dequantized: the stored words are the operand.
     counts: lane 4r + q holds bits 2q, 2q + 1 (and 8 higher) of rows r, r + 8; weighed by 2^j in integers, times c_p
     and 2^s in fp32; the factor 4^q and the sum over q and over the warps, which take units in turn, come at the end.
 
-Fixed point: per unit, 16 bits relative to the power of two above its largest |x|, rounded to nearest. The error is at
-most 2^-16 of that largest, where rounding weights to fp16 costs 2^-12 of each; and bf16 can't overflow. Infinity and
-NaN in x give NaN.
+Fixed point: per unit, 16 bits relative to the power of two above its largest |x|, rounded to nearest: an error of at
+most 2^-15 of that largest, where a weight rounded to fp16 is off by up to 2^-11 of itself. bf16 can't overflow.
+Infinity and NaN in x give NaN.
 
 Budget, RTX 3090, k = 2, G = 128 (sm_86 SASS): 1.2 thread instructions a weight with 64 outputs per block, 2.2 with
 16, where 5.6 fit into the time DRAM needs for it: issue 0.21 to 0.39 of DRAM time, every other pipe less.
@@ -161,7 +161,10 @@ def load_inputs(ptr: tl.tensor, inputs_left: tl.tensor, WHOLE: tl.constexpr) -> 
 def slice_bits(x: tl.tuple, lane: tl.tensor, q: tl.tensor, GROUP: tl.constexpr) -> tl.tuple:
     """Bit-planes of a unit's inputs in fixed point: the operands of `mma_bits` for bits 0..7 and 8..15, the sum of
     the integers of each group (in lanes with q = 0, else 0; fp32), and the unit's power of two."""
-    top = tl.maximum(tl.maximum(tl.abs(x[0]), tl.abs(x[1])), tl.maximum(tl.abs(x[2]), tl.abs(x[3])))
+    ALL: tl.constexpr = tl.PropagateNan.ALL
+    top01 = tl.maximum(tl.abs(x[0]), tl.abs(x[1]), propagate_nan=ALL)
+    top23 = tl.maximum(tl.abs(x[2]), tl.abs(x[3]), propagate_nan=ALL)
+    top = tl.maximum(top01, top23, propagate_nan=ALL)
     exponent = tl.maximum(warp_max(top.to(tl.int32, bitcast=True)) >> 23, 16)  # biased by 127, as fp32 has it
     scale = ((exponent - 14) << 23).to(tl.float32, bitcast=True)
     inverse = ((268 - exponent) << 23).to(tl.float32, bitcast=True)
@@ -250,6 +253,11 @@ def dot_unit(
     return z, z8
 
 
+def options(config: Gemv) -> dict[str, int | None]:
+    """Compiler options. For one tile, ptxas would rather spill a register (k = 3, G = 64) than take more than 80."""
+    return {"num_warps": config.warps, "maxnreg": 128 if config.tiles == 1 else None}
+
+
 def launch(
     x: Tensor,
     planes: Tensor,
@@ -276,5 +284,5 @@ def launch(
         TILES=config.tiles,
         WARPS=config.warps,
         WHOLE=in_features % 128 == 0,
-        num_warps=config.warps,
+        **options(config),
     )

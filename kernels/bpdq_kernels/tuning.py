@@ -9,6 +9,7 @@ from typing import NamedTuple
 from bpdq_kernels.layout import TILE_INPUTS, TILE_ROWS
 
 MIN_BALANCE = 0.85  # of the multiprocessors' time, if a block takes as long on each
+MAX_COEFFICIENTS = 20  # registers of a thread for one unit's; as many are on their way for the next
 
 
 class Gemv(NamedTuple):
@@ -47,9 +48,12 @@ def tiles_per_block(out_features: int, candidates: tuple[int, ...], multiprocess
     )
 
 
-def gemv_config(out_features: int, in_features: int, multiprocessors: int) -> Gemv:
+def gemv_config(planes: int, group_size: int, out_features: int, in_features: int, multiprocessors: int) -> Gemv:
+    """One tile always fits the registers; more only while a unit's coefficients leave room."""
+    coefficients = (planes + 1) * max(1, TILE_INPUTS // group_size)
+    candidates = tuple(tiles for tiles in (4, 2, 1) if tiles == 1 or tiles * coefficients <= MAX_COEFFICIENTS)
     warps = 8 if in_features >= 16 * TILE_INPUTS else 4
-    return Gemv(tiles_per_block(out_features, (4, 2, 1), multiprocessors), warps)
+    return Gemv(tiles_per_block(out_features, candidates, multiprocessors), warps)
 
 
 def gemm_config(tokens: int, out_features: int, multiprocessors: int) -> Gemm:

@@ -1,0 +1,407 @@
+"""The fast CUDA kernels, in three ways: interpreted from their source (inline assembly by its portable twins), as the
+PTX that Triton emits for sm_86 executed on the CPU, and for real (-m gpu)."""
+
+import itertools
+import multiprocessing
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from typing import NamedTuple
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
+
+import bpdq_kernels
+from bpdq_kernels import layout, reference, triton_embedding, triton_gemm, triton_gemv
+from bpdq_kernels.layout import to_tiles
+from bpdq_kernels.tiled_linear import aligned, tiled_linear
+from bpdq_kernels.tuning import MAX_COEFFICIENTS, Gemm, Gemv, balance, cdiv, gemm_config, gemv_config
+from tests.ptx import launch
+
+FP16, BF16 = torch.float16, torch.bfloat16
+GEMV = [Gemv(tiles, warps) for tiles in (1, 2, 4) for warps in (4, 8)]
+GEMM = [Gemm(tokens, tiles, 8, 8) for tokens in (8, 16, 32) for tiles in (1, 2)]
+GEMM += [Gemm(64, 2, 4, 1), Gemm(64, 2, 4, 4)]
+
+
+class Layer(NamedTuple):
+    """The fields print as the test's name."""
+
+    planes: int
+    group: int
+    N: int
+    K: int
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"k{self.planes}-G{self.group}-N{self.N}-K{self.K}-{str(self.dtype)[6:]}"
+
+
+class Problem(NamedTuple):
+    x: torch.Tensor
+    B: torch.Tensor
+    c: torch.Tensor
+    bias: torch.Tensor | None
+
+
+def problem(layer: Layer, tokens: int, bias: bool, device: str = "cpu") -> Problem:
+    """Random bits past K too; activations and coefficients of several magnitudes, as some layers have them."""
+    generator = torch.Generator().manual_seed(tokens + layer.planes)
+    shape = layout.plane_shape(layer.K, layer.N, layer.planes)
+    B = torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, generator=generator)
+    shape = layout.coefficient_shape(layer.K, layer.N, layer.planes, layer.group)
+    c = torch.randn(shape, generator=generator) * torch.logspace(-3, 2, layer.N)
+    x = torch.randn(tokens, layer.K, generator=generator) * torch.logspace(-2, 1, tokens).unsqueeze(1)
+    b = torch.randn(layer.N, generator=generator).to(device, layer.dtype) if bias else None
+    return Problem(x.to(device, layer.dtype), B.to(device), c.to(device, FP16), b)
+
+
+def tolerance(layer: Layer, p: Problem, y: torch.Tensor) -> torch.Tensor:
+    """What each output may be off by: rounding of y, fp32 sums, and the rounding of x (one token) or of the weights."""
+    magnitudes = reference.dequantize(torch.full_like(p.B, -1), p.c.abs(), layer.group, layer.K).double()  # sum |c|
+    x = p.x.double().abs()
+    if len(x) == 1:
+        units = torch.nn.functional.pad(x[0], (0, -layer.K % 128)).view(-1, 128)
+        largest = units.amax(1, keepdim=True).expand_as(units).flatten()[: layer.K]
+        rounding = 2**-15 * largest @ magnitudes.T
+    else:
+        rounding = (layer.planes + 2) * torch.finfo(layer.dtype).eps / 2 * x @ magnitudes.T
+    own = 0 if y.dtype == torch.float32 else torch.finfo(y.dtype).eps * y.double().abs()
+    return rounding + 2e-6 * x @ magnitudes.T + own + 1e-30
+
+
+def compare(layer: Layer, p: Problem, y: torch.Tensor) -> None:
+    expected = p.x.double() @ reference.dequantize(p.B, p.c, layer.group, layer.K).double().T
+    if p.bias is not None:
+        expected += p.bias.double()
+    excess = (y.double() - expected).abs() / tolerance(layer, p, y)
+    assert y.shape == expected.shape
+    assert (excess <= 1).all(), f"{layer}: error {excess.max():.2f} of what rounding explains"
+
+
+# --- the layout -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", range(32))
+def test_tiles_put_an_input_where_the_drawing_says(number: int):
+    bits = torch.zeros(1, 1, 32, dtype=torch.int32)
+    bits[0, 0, number] = 1
+    planes = to_tiles(layout.pack(bits), torch.ones(1, 2, 1), 32).planes
+    rotation, pair, odd = number // 8, number % 8 // 2, number % 2
+    assert planes[0, 0, 0, 0, 0, 0].item() & 0xFFFFFFFF == 1 << (11 + pair + 16 * odd - 4 * rotation) % 32
+
+
+@pytest.mark.parametrize("planes", [1, 2, 3, 4])
+def test_tiles_put_words_and_coefficients_where_the_drawing_says(planes: int):
+    layer = Layer(planes, 64, 200, 400, FP16)
+    B = torch.arange(13 * planes * 200, dtype=torch.int32).view(13, planes, 200)
+    c = torch.randn(7, planes + 1, 200).half()
+    tiles = to_tiles(B, c, layer.group)
+    assert tiles.planes.shape[:2] == (16, 4)  # 13 tiles up to a multiple of 4
+    v = 2 - planes % 2
+    for t, u, r, q, p, h in [(0, 0, 0, 0, 0, 0), (3, 1, 5, 2, planes - 1, 1), (12, 3, 7, 0, 0, 0), (6, 2, 1, 3, 0, 1)]:
+        word = tiles.planes[t, u, p // v, 4 * r + q, p % v, h]
+        own = to_tiles(B[4 * u + q : 4 * u + q + 1, p : p + 1, 16 * t + 8 * h + r :][..., :1], c[:1, :2, :1], 64)
+        assert word == own.planes[0, 0, 0, 0, 0, 0]
+        for group in (0, 2 * u):
+            stored = tiles.coefficients[t, group, r, p, h] * tiles.scales[16 * t + 8 * h + r]
+            assert stored == c[group, p, 16 * t + 8 * h + r]
+    assert tiles.coefficients.abs().max() <= 1
+    assert tiles.planes.numel() == 16 * 4 * 64 * planes
+
+
+def test_layers_larger_than_one_step_are_tiled_alike(monkeypatch: pytest.MonkeyPatch):
+    p = problem(Layer(3, 64, 300, 400, FP16), 1, bias=False)
+    whole = to_tiles(p.B, p.c, 64)
+    monkeypatch.setattr(layout, "_TILED_AT_ONCE", 13 * 3 * 16 * 7)  # 7 tiles, so that 4 x 5 don't divide
+    assert torch.equal(to_tiles(p.B, p.c, 64).planes, whole.planes)
+
+
+# --- interpreted ----------------------------------------------------------------------------------------------------
+
+INTERPRETED = [
+    (Layer(2, 128, 40, 256, BF16), 1),
+    (Layer(2, 64, 70, 333, FP16), 1),
+    (Layer(1, 32, 17, 100, BF16), 1),
+    (Layer(3, 256, 33, 520, FP16), 1),
+    (Layer(4, 128, 16, 384, BF16), 1),
+    (Layer(2, 128, 40, 256, BF16), 3),
+    (Layer(2, 256, 17, 136, FP16), 8),
+    (Layer(1, 32, 40, 100, FP16), 11),
+    (Layer(4, 64, 33, 72, BF16), 16),
+    (Layer(3, 32, 20, 40, FP16), 19),
+    (Layer(3, 64, 36, 136, BF16), 70),
+]
+
+
+def interpret(layer: Layer, tokens: int) -> None:
+    p = problem(layer, tokens, bias=tokens % 2 == 1)
+    y = tiled_linear(p.x, *to_tiles(p.B, p.c, layer.group), layer.N, layer.group, p.bias)
+    assert y.dtype == layer.dtype
+    compare(layer, p, y)
+
+
+def interpret_views() -> None:
+    """Any view of x gives the same rows, and other leading dimensions their shape."""
+    layer = Layer(2, 64, 20, 64, FP16)
+    p = problem(layer, 6, bias=True)
+    tiles = to_tiles(p.B, p.c, layer.group)
+
+    def linear(x: torch.Tensor) -> torch.Tensor:
+        return tiled_linear(x, *tiles, layer.N, layer.group, p.bias)
+
+    y = linear(p.x)
+    wide = torch.full((6, 3 * layer.K), float("nan"), dtype=FP16)
+    wide[:, 1 : layer.K + 1] = p.x
+    assert torch.equal(linear(wide[:, 1 : layer.K + 1]), y), "rows of a wider tensor, not aligned"
+    assert torch.equal(linear(p.x.T.contiguous().T), y), "transposed"
+    assert torch.equal(linear(p.x.view(2, 3, layer.K)).view(6, -1), y)
+    assert linear(p.x[:0]).shape == (0, layer.N)
+    assert torch.equal(linear(wide[3, 1 : layer.K + 1]), linear(p.x[3:4])[0]), "one token without batch dimension"
+
+
+def interpret_infinity() -> None:
+    layer = Layer(2, 128, 16, 256, BF16)
+    p = problem(layer, 1, bias=False)
+    for bad in (float("inf"), float("-inf"), float("nan")):
+        p.x[0, 130] = bad
+        y = tiled_linear(p.x, *to_tiles(p.B, p.c, layer.group), layer.N, layer.group, None)
+        assert y.isnan().all(), f"{bad} in x became {y}"
+    p.x[0] = 0
+    assert not tiled_linear(p.x, *to_tiles(p.B, p.c, layer.group), layer.N, layer.group, None).any()
+
+
+def interpret_embedding() -> None:
+    for layer in (Layer(4, 64, 40, 200, BF16), Layer(3, 256, 33, 640, FP16), Layer(1, 32, 17, 40, BF16)):
+        p = problem(layer, 1, bias=False)
+        ids = torch.tensor([0, layer.N - 1, 7, 8, 7, -1, layer.N])
+        y = torch.full((7, layer.K), float("nan"))
+        triton_embedding.launch(ids, *to_tiles(p.B, p.c, layer.group), layer.group, y)
+        W = reference.dequantize(p.B, p.c, layer.group, layer.K)
+        torch.testing.assert_close(y[:5], W[ids[:5]], rtol=2e-6, atol=1e-6 * W.abs().max().item())
+        assert not y[5:].any(), "rows that the table does not have"
+
+
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[ProcessPoolExecutor]:
+    """A process in which Triton was imported as an interpreter: that is decided at import, so not in this one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        pool = ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn"))
+        pool.submit(int).result()
+    with pool:
+        yield pool
+
+
+@pytest.mark.parametrize(("layer", "tokens"), INTERPRETED, ids=str)
+def test_interpreted_kernels_agree_with_the_oracle(layer: Layer, tokens: int, interpreter: ProcessPoolExecutor):
+    interpreter.submit(interpret, layer, tokens).result()
+
+
+def test_interpreted_kernels_take_any_view_of_x(interpreter: ProcessPoolExecutor):
+    interpreter.submit(interpret_views).result()
+
+
+def test_infinity_and_nan_are_passed_on_and_zeros_give_zeros(interpreter: ProcessPoolExecutor):
+    interpreter.submit(interpret_infinity).result()
+
+
+def test_embedding_rows_are_those_of_the_oracle(interpreter: ProcessPoolExecutor):
+    interpreter.submit(interpret_embedding).result()
+
+
+# --- compiled for sm_86, executed on the CPU ------------------------------------------------------------------------
+
+TRITON_TYPES = {FP16: "*fp16", BF16: "*bf16"}
+
+
+def compile_offline(config: Gemv | Gemm, layer: Layer, bias: bool, arch: int = 86) -> CompiledKernel:
+    """The kernel as its `launch` would start it for a layer of these sizes, but for an fp32 result."""
+    module = triton_gemv if isinstance(config, Gemv) else triton_gemm
+    kernel = module.gemv_kernel if isinstance(config, Gemv) else module.gemm_kernel
+    x = TRITON_TYPES[layer.dtype]
+    types = {"x_ptr": x, "planes_ptr": "*i32", "coefficients_ptr": "*i32", "scales_ptr": "*fp32", "bias_ptr": x}
+    types |= {"y_ptr": "*fp32", "M": "i32", "N": "i32", "K": "i32", "stride_x": "i32"}
+    constants = {"PLANES": layer.planes, "GROUP": layer.group, "WHOLE": layer.K % 128 == 0, "TILES": config.tiles}
+    constants |= {"WARPS": config.warps, "BF16": layer.dtype == BF16}
+    if isinstance(config, Gemm):
+        constants |= {"TOKENS": config.tokens, "SPLIT": config.split}
+    if not bias:
+        constants["bias_ptr"] = None
+    names = kernel.arg_names
+    divisible = {name for name in names if name.endswith("_ptr") and name not in constants}
+    divisible |= {"N"} if layer.N % 16 == 0 else set()
+    divisible |= {"K", "stride_x"} if layer.K % 16 == 0 else set()
+    source = ASTSource(
+        kernel,
+        signature={name: "constexpr" if name in constants else types[name] for name in names},
+        constexprs={name: constants[name] for name in names if name in constants},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in divisible if name in names},
+    )
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=module.options(config))
+
+
+def emulate(config: Gemv | Gemm, layer: Layer, tokens: int, bias: bool) -> None:
+    """Compile for sm_86, assert that no register is spilled, run the PTX on the CPU and compare."""
+    kernel = compile_offline(config, layer, bias)
+    assert not re.findall(r"\b(?:STL|LDL)\b", kernel.asm["sass"]), "spilled registers"
+    assert kernel.metadata.shared <= 99 * 1024
+    p = problem(layer, tokens, bias)
+    x = aligned(p.x) if isinstance(config, Gemm) else p.x
+    tiles = to_tiles(p.B, p.c, layer.group)
+    y = torch.full((tokens, layer.N), float("nan"))
+    pointers = [x, tiles.planes, tiles.coefficients.view(torch.int32), tiles.scales, *([p.bias] if bias else []), y]
+    if isinstance(config, Gemv):
+        grid, sizes = (cdiv(layer.N, 16 * config.tiles),), [layer.N, layer.K]
+    else:
+        blocks = cdiv(layer.N, 16 * config.tiles * config.warps // config.split)
+        grid, sizes = (cdiv(tokens, config.tokens), blocks), [tokens, layer.N, x.shape[1], x.stride(0)]
+    report = launch(kernel.asm["ptx"], grid, 32 * config.warps, pointers + sizes, kernel.metadata.shared)
+    assert not report.uninitialised
+    assert not report.races
+    assert not report.partial_warps
+    compare(layer, p, y)
+
+
+def table(groups: tuple[int, ...]) -> Iterator[tuple[Gemv | Gemm, Layer, int, bool]]:
+    """Every configuration that the dispatch can pick with every number of planes; the rest takes turns."""
+    turns = itertools.cycle(
+        [(BF16, 384, 72, True), (FP16, 333, 33, False), (BF16, 136, 100, False), (FP16, 256, 64, True)]
+    )
+    sizes = itertools.cycle(groups)
+    for config in GEMV + GEMM:
+        for planes in (1, 2, 3, 4):
+            dtype, K, N, bias = next(turns)
+            tokens = 1 if isinstance(config, Gemv) else max(2, config.tokens - planes)
+            group = next(sizes)
+            while not fits(config, planes, group):
+                group = next(sizes)
+            yield config, Layer(planes, group, N, K, dtype), tokens, bias
+
+
+def fits(config: Gemv | Gemm, planes: int, group: int) -> bool:
+    """Whether the dispatch may pick this configuration for such a layer: not if its coefficients fill the registers."""
+    parts = max(1, 128 // group)
+    return isinstance(config, Gemm) or config.tiles == 1 or config.tiles * parts * (planes + 1) <= MAX_COEFFICIENTS
+
+
+def name(value: object) -> str:
+    if isinstance(value, Gemv | Gemm):
+        return type(value).__name__ + "x".join(str(field) for field in value)
+    return str(value)
+
+
+@pytest.mark.parametrize(("config", "layer", "tokens", "bias"), table((128, 64, 256, 32, 128, 256)), ids=name)
+def test_ptx_for_rtx_3090_agrees_with_the_oracle_and_spills_no_register(
+    config: Gemv | Gemm, layer: Layer, tokens: int, bias: bool
+):
+    emulate(config, layer, tokens, bias)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [FP16, BF16], ids=str)
+@pytest.mark.parametrize("planes", [1, 2, 3, 4])
+@pytest.mark.parametrize("config", GEMV + GEMM, ids=name)
+def test_ptx_of_every_group_size_and_dtype_agrees_with_the_oracle(config: Gemv | Gemm, planes: int, dtype: torch.dtype):
+    tokens = 1 if isinstance(config, Gemv) else max(2, config.tokens - planes)
+    for group, K in itertools.product((32, 64, 128, 256), (136, 512)):
+        if fits(config, planes, group):
+            emulate(config, Layer(planes, group, 72, K, dtype), tokens, bias=True)
+
+
+@pytest.mark.parametrize("arch", [80, 89, 90])
+@pytest.mark.parametrize("config", [Gemv(2, 8), Gemm(8, 2, 8, 8), Gemm(64, 2, 4, 1)], ids=name)
+def test_kernels_compile_for_other_architectures_without_spills(arch: int, config: Gemv | Gemm):
+    sass = compile_offline(config, Layer(2, 128, 4096, 4096, BF16), bias=True, arch=arch).asm["sass"]
+    assert ("BMMA" if isinstance(config, Gemv) else "HMMA") in sass
+    assert not re.findall(r"\b(?:STL|LDL)\b", sass)
+
+
+# --- dispatch -------------------------------------------------------------------------------------------------------
+
+SHAPES_7B = [(4608, 3584), (3584, 3584), (37888, 3584), (3584, 18944), (152064, 3584)]
+SHAPES_72B = [(10240, 8192), (8192, 8192), (59136, 8192), (8192, 29568), (152064, 8192)]
+
+
+@pytest.mark.parametrize(("N", "K"), SHAPES_7B + SHAPES_72B, ids=str)
+def test_decode_fills_an_rtx_3090(N: int, K: int):
+    multiprocessors = 82
+    for blocks in (
+        cdiv(N, 16 * gemv_config(2, 128, N, K, multiprocessors).tiles),
+        cdiv(N, 16 * gemm_config(8, N, multiprocessors).tiles),
+    ):
+        assert blocks >= multiprocessors
+        assert balance(blocks, multiprocessors) >= 0.85
+
+
+def test_dispatch_picks_only_what_the_tests_run():
+    N, sms = range(16, 20000, 400), (1, 46, 82, 132)
+    for planes, group in itertools.product((1, 2, 3, 4), (32, 64, 128, 256)):
+        picked = {gemv_config(planes, group, n, K, s) for n, K, s in itertools.product(N, (64, 4096), sms)}
+        assert picked == {config for config in GEMV if fits(config, planes, group)}
+    tokens = [2, 8, 9, 16, 17, 32, 33, 64, 65, 4096]
+    assert {gemm_config(M, n, s) for M, n, s in itertools.product(tokens, N, sms)} == set(GEMM)
+
+
+def test_fp32_activations_of_a_layer_prepared_for_16_bits_are_refused():
+    p = problem(Layer(2, 64, 16, 64, FP16), 2, bias=False)
+    with pytest.raises(ValueError, match=r"prepared for 16-bit activations, not torch.float32: pass dtype to prepare"):
+        tiled_linear(p.x.float(), *to_tiles(p.B, p.c, 64), 16, 64, None)
+
+
+# --- for real -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 2, 8, 9, 16, 31, 64, 65, 200])
+@pytest.mark.parametrize("group", [32, 64, 128, 256])
+@pytest.mark.parametrize("planes", [1, 2, 3, 4])
+@pytest.mark.parametrize("dtype", [FP16, BF16], ids=str)
+def test_kernels_on_a_gpu_agree_with_the_oracle(dtype: torch.dtype, planes: int, group: int, tokens: int):
+    for N, K in ((3584, 3584), (1000, 1100), (70, 333)):
+        layer = Layer(planes, group, N, K, dtype)
+        p = problem(layer, tokens, bias=tokens % 2 == 1, device="cuda")
+        packed = bpdq_kernels.prepare(p.B, p.c, group, K, dtype, "cuda")
+        compare(layer, p, bpdq_kernels.linear(p.x, packed, p.bias))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 8, 70])
+def test_kernels_replay_from_a_cuda_graph_with_new_inputs(tokens: int):
+    layer = Layer(2, 128, 512, 1024, BF16)
+    p = problem(layer, tokens, bias=True, device="cuda")
+    packed = bpdq_kernels.prepare(p.B, p.c, layer.group, layer.K, layer.dtype, "cuda")
+    bpdq_kernels.linear(p.x, packed, p.bias)  # compiles outside the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = bpdq_kernels.linear(p.x, packed, p.bias)
+    p.x.normal_()
+    graph.replay()
+    assert torch.equal(y, bpdq_kernels.linear(p.x, packed, p.bias))
+
+
+@pytest.mark.gpu
+def test_embedding_on_a_gpu_gives_the_oracles_rows():
+    layer = Layer(4, 64, 1000, 1100, BF16)
+    p = problem(layer, 1, bias=False, device="cuda")
+    packed = bpdq_kernels.prepare(p.B, p.c, layer.group, layer.K, layer.dtype, "cuda")
+    ids = torch.randint(0, layer.N, (3, 7), device="cuda")
+    y = torch.ops.bpdq.embedding(ids, *packed[:3], layer.K, layer.group, torch.float32)
+    W = reference.dequantize(p.B, p.c, layer.group, layer.K)
+    torch.testing.assert_close(y, W[ids], rtol=2e-6, atol=1e-6 * W.abs().max().item())
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("compute-sanitizer"), reason="compute-sanitizer is not installed")
+def test_compute_sanitizer_finds_no_bad_access():
+    tests = f"{__file__}::test_kernels_on_a_gpu_agree_with_the_oracle"
+    command = ["compute-sanitizer", "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q", "-m", "gpu"]
+    done = subprocess.run([*command, tests, "-k", "2-128"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
