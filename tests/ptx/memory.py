@@ -126,7 +126,7 @@ def load(machine: Machine, instruction: Instruction) -> Run:
     own = [_own_type(operand, kind) for operand in targets]
     indices = [machine.target(operand, its, instruction) for operand, its in zip(targets, own, strict=True)]
     if space == "param":
-        return _load_parameter(machine, instruction, indices[0])
+        return _load_parameter(machine, instruction, indices[0], own[0])
     address = address_of(machine, instruction, instruction.operands[1], space)
     R, width, count = machine.R, SIZES[kind], len(targets)
 
@@ -149,15 +149,16 @@ def load(machine: Machine, instruction: Instruction) -> Run:
     return run
 
 
-def _load_parameter(machine: Machine, instruction: Instruction, target: int) -> Run:
-    address = instruction.operands[1]
+def _load_parameter(machine: Machine, instruction: Instruction, target: int, own: str) -> Run:
+    address, kind = instruction.operands[1], instruction.op[-1]
     name = address.base if isinstance(address, Address) and address.offset == 0 else None
     if name not in machine.parameters:
         raise PtxError(f"{instruction}: no such parameter")
-    value = machine.parameters[name]
-    if machine.R[value].dtype != machine.R[target].dtype:
-        raise PtxError(f"{instruction}: the parameter has another size")
-    return lambda mask: machine.write(target, machine.R[value], mask)
+    parameter = machine.R[machine.parameters[name]]
+    if parameter.itemsize < SIZES[kind]:
+        raise PtxError(f"{instruction}: the parameter has {parameter.itemsize} bytes")
+    value = widen(parameter.astype(dtype_of(kind)), kind).astype(dtype_of(own))
+    return lambda mask: machine.write(target, value, mask)
 
 
 def store(machine: Machine, instruction: Instruction) -> Run:
