@@ -8,7 +8,7 @@ import numpy as np
 from tests.ptx import convert, floating, integer, memory, mma, warp
 from tests.ptx.integer import Array, Pure
 from tests.ptx.parse import SIZES, Instruction, Negated, PtxError, Register, vector
-from tests.ptx.state import Machine, Mask, Run
+from tests.ptx.state import Machine, Mask, Run, dtype_of
 
 PLAIN, BRANCH, BARRIER, COLLECTIVE = range(4)
 _NOTHING = {"membar", "fence", "prefetch", "prefetchu", "discard", "applypriority", "nanosleep"}
@@ -113,23 +113,28 @@ def _apply(machine: Machine, instruction: Instruction, pure: Pure) -> Run:
     operands = instruction.operands
     if len(operands) != 1 + len(pure.sources):
         raise PtxError(f"{instruction}: expected {1 + len(pure.sources)} operands")
-    own = instruction.op[0] == "cvt" and isinstance(operands[0], Register)
-    result = operands[0].type if own else pure.result  # cvt extends to the width of its register
-    target = machine.target(operands[0], result, instruction)
+    converts = instruction.op[0] == "cvt"  # it alone takes registers wider than its types
+    its = operands[0].type if converts and isinstance(operands[0], Register) else pure.result
+    target = machine.target(operands[0], its, instruction)
     function = pure.run
-    if SIZES[result] != SIZES[pure.result]:
-        kind, dtype = pure.result, integer.UNSIGNED[SIZES[result]]
-        function = lambda *sources: integer.widen(pure.run(*sources), kind).astype(dtype)  # noqa: E731
+    if SIZES[its] != SIZES[pure.result]:
+        function = _extended(function, pure.result, its)
     indices = []
     for operand, kind in zip(operands[1:], pure.sources, strict=True):
-        if own and isinstance(operand, Register) and SIZES[operand.type] != SIZES[kind]:
-            index = machine.source(operand, operand.type, instruction)
-            wide, dtype = function, integer.UNSIGNED[SIZES[kind]]
-            function = lambda a, wide=wide, dtype=dtype: wide(a.astype(dtype))  # noqa: E731
+        if converts and isinstance(operand, Register) and SIZES[operand.type] != SIZES[kind]:
+            indices.append(machine.source(operand, operand.type, instruction))
+            function = _truncating(function, kind)
         else:
-            index = machine.source(operand, kind, instruction)
-        indices.append(index)
+            indices.append(machine.source(operand, kind, instruction))
     return _bind(machine, function, target, indices)
+
+
+def _extended(function: Callable[..., Array], kind: str, to: str) -> Callable[..., Array]:
+    return lambda *sources: integer.widen(function(*sources), kind).astype(dtype_of(to))
+
+
+def _truncating(function: Callable[..., Array], kind: str) -> Callable[..., Array]:
+    return lambda a: function(a.astype(dtype_of(kind)))
 
 
 def _bind(machine: Machine, function: Callable[..., Array], target: int, indices: list[int]) -> Run:

@@ -1,4 +1,5 @@
-"""Loads, stores, atomics and cp.async. Global buffers lie 2^40 bytes apart in a made-up address space."""
+"""Loads, stores, atomics and cp.async. Global buffers lie 2^40 bytes apart in a made-up address space; an address
+belongs to the nearest."""
 
 from collections.abc import Callable, Iterator
 
@@ -42,7 +43,7 @@ def rows_of(
     step = U64(size[0] * size[1])
     if (addresses & (step - U64(1))).any():
         raise PtxError(f"{instruction}: global address is not aligned to {step} bytes")
-    indices = addresses >> U64(GAP)
+    indices = (addresses + U64(1 << GAP - 1)) >> U64(GAP)
     same = len(indices) > 0 and (indices == indices[0]).all()
     for index in indices[:1] if same else np.unique(indices):
         chosen = slice(None) if same else np.flatnonzero(indices == index)
