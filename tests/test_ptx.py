@@ -220,7 +220,7 @@ def test_lanes_that_do_not_access_cause_no_bank_conflicts():
 NOT_EMULATED = [
     "wgmma.fence.sync.aligned;",
     "frobnicate.b32 %r0, %r1;",
-    "add.rz.f32 %r0, %r1, %r2;",
+    "sqrt.rz.f32 %r0, %r1;",
     "add.s32 %r0, %q1, %r0;",
     "cvt.f32.e4m3 %r0, %r1;",
     "ld.global.frob.u32 %r0, [%q0];",

@@ -271,6 +271,22 @@ def test_sums_and_products_keep_subnormals(kind: str, name: str):
     check(f"{name}.{kind} %y0, %x0, %x1;", [a, b], f"u{width // 8}", oracle)
 
 
+def test_sums_and_products_toward_zero():
+    a, b, c = (finite(random_bits(32, 256) & np.uint32(0xBFFFFFFF), "f32") for _ in range(3))
+    c[::2] = a[::2] ^ np.uint32(0x80000007)
+
+    for body, exact in (
+        ("add.rz.f32 %y0, %x0, %x2;", lambda a, b, c: a + c),
+        ("mul.rz.f32 %y0, %x0, %x1;", lambda a, b, c: a * b),
+        ("fma.rz.f32 %y0, %x0, %x1, %x2;", lambda a, b, c: a * b + c),
+    ):
+        (got,) = evaluate(body, [a, b, c], ["u4"])
+        for x, y, z, result in zip(a.tolist(), b.tolist(), c.tolist(), got.tolist(), strict=True):
+            value = exact(*(number(bits, "f32") for bits in (x, y, z)))
+            wanted = rounded(value, "f32", "rz")
+            assert result in ((wanted, wanted | 1 << 31) if wanted in (0, 1 << 31) else (wanted,)), body
+
+
 def test_flush_to_zero_only_where_asked():
     a = np.array([1, 0x807FFFFF, 0x00800000, 0x3F800000] * 8, "u4")
     one = np.full(32, 0x3F800000, "u4")

@@ -5,12 +5,11 @@ from collections.abc import Callable
 import numpy as np
 
 from tests.ptx import floating
-from tests.ptx.floating import F32, F64, decode, encode, flush
-from tests.ptx.integer import U8, U16, U32, U64, UNSIGNED, Array, Pure, numbers, signed, unsigned, widen
+from tests.ptx.floating import DIRECTED, F32, F64, decode, directed, encode, flush
+from tests.ptx.integer import U8, U16, U32, U64, UNSIGNED, Array, Pure, numbers, unsigned, widen
 from tests.ptx.parse import SIZES
 
 _ROUND = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
-_DIRECTED = {"rz", "rm", "rp"}
 
 
 def _bits(kind: str) -> int:
@@ -59,20 +58,9 @@ def _float_to_integer(target: str, source: str, modifiers: set[str]) -> Callable
     return lambda a: to_integer(rounding(decode(a, source)), target, nan)
 
 
-def _directed(values: Array, kind: str, mode: str) -> Array:
-    """Raw bits of `values` (float64) rounded toward zero, down or up."""
-    bits = signed(encode(values, kind))
-    nearest = decode(unsigned(bits), kind).astype(F64)
-    toward_zero = {"rz": np.ones_like(values, bool), "rm": values > 0, "rp": values < 0}[mode]
-    magnitude, target = np.abs(nearest), np.abs(values)
-    too_large = toward_zero & (magnitude > target)
-    too_small = ~toward_zero & (magnitude < target)
-    return unsigned(bits - too_large.astype(bits.dtype) + too_small.astype(bits.dtype))
-
-
 def _to_float(target: str, modifiers: set[str]) -> Callable[[Array], Array]:
     """Numbers -> raw bits of `target`."""
-    directed = modifiers & _DIRECTED
+    mode = next(iter(modifiers & DIRECTED), None)
 
     def run(values: Array) -> Array:
         if values.dtype == np.float16:
@@ -81,8 +69,8 @@ def _to_float(target: str, modifiers: set[str]) -> Callable[[Array], Array]:
             values = np.where(np.isnan(values), 0, np.clip(values, 0, 1)).astype(values.dtype)
         if "relu" in modifiers:
             values = np.where(values < 0, 0, values).astype(values.dtype)
-        if directed:
-            return _directed(values.astype(F64), target, next(iter(directed)))
+        if mode:
+            return directed(values.astype(F64), target, mode)
         return encode(values, target)
 
     return run
@@ -129,7 +117,7 @@ def lookup(op: tuple[str, ...]) -> Pure | None:
     if op[:2] == ("cvt", "pack"):
         return _pack(op)
     target, source, modifiers = op[-2], op[-1], set(op[1:-2])
-    allowed = _ROUND.keys() | _DIRECTED | {"rn", "rna", "sat", "ftz", "relu", "satfinite"}
+    allowed = _ROUND.keys() | DIRECTED | {"rn", "rna", "sat", "ftz", "relu", "satfinite"}
     if target not in SIZES or source not in SIZES or not modifiers <= allowed:
         return None
     if target == "tf32":

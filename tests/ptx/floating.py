@@ -8,13 +8,14 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tests.ptx.integer import U16, U32, U64, UNSIGNED, Array, Pure
+from tests.ptx.integer import SIGNED, U16, U32, U64, UNSIGNED, Array, Pure
 from tests.ptx.parse import SIZES
 
 F16, F32, F64 = np.float16, np.float32, np.float64
 TYPES = ("f16", "bf16", "f32", "f64", "f16x2", "bf16x2")
 _SIGN = {"f16": U16(0x8000), "f32": U32(1 << 31), "f64": U64(1 << 63)}
 _SIGN |= {"bf16": U16(0x8000), "f16x2": U32(0x80008000), "bf16x2": U32(0x80008000)}
+DIRECTED = {"rz", "rm", "rp"}
 _NAN = {"f16": 0x7FFF, "bf16": 0x7FFF, "f32": 0x7FFFFFFF, "f64": 0x7FFFFFFFFFFFFFFF}
 
 
@@ -77,6 +78,18 @@ def fused(a: Array, b: Array, c: Array) -> Array:
     return np.where(inexact & ((bits & 1) == 0), bits + np.where(away, 1, -1), bits).view(F64)
 
 
+def directed(values: Array, kind: str, mode: str) -> Array:
+    """Raw bits of `values` (float64) rounded toward zero, down or up."""
+    unit = UNSIGNED[SIZES[scalar(kind)]]
+    bits = encode(values, scalar(kind)).view(SIGNED[SIZES[scalar(kind)]])
+    nearest = decode(bits.view(unit), scalar(kind)).astype(F64)
+    toward_zero = {"rz": np.ones_like(values, bool), "rm": values > 0, "rp": values < 0}[mode]
+    magnitude, target = np.abs(nearest), np.abs(values)
+    too_large = toward_zero & (magnitude > target)
+    too_small = ~toward_zero & (magnitude < target)
+    return to_bits((bits - too_large.astype(bits.dtype) + too_small.astype(bits.dtype)).view(unit), kind)
+
+
 def flush(bits: Array, kind: str) -> Array:
     """Subnormal numbers become zeros of their sign."""
     kind = scalar(kind)
@@ -130,22 +143,32 @@ _ARITHMETIC: dict[str, Callable[..., Array]] = {
     "cos": _double(np.cos),
     "tanh": _double(np.tanh),
 }
+_ODD: dict[str, Callable[..., Array]] = {
+    "add": lambda a, b: fused(a, np.ones_like(a), b),
+    "sub": lambda a, b: fused(a, np.ones_like(a), -b),
+    "mul": lambda a, b: fused(a, b, np.zeros_like(a)),
+    "fma": fused,
+}
 _COUNT = {"add": 2, "sub": 2, "mul": 2, "div": 2, "fma": 3, "mad": 3}
-_MODIFIERS = {"rn", "approx", "full", "ftz", "noftz", "sat", "relu"}
+_MODIFIERS = {"rn", "approx", "full", "ftz", "noftz", "sat", "relu"} | DIRECTED
 
 
 def _arithmetic(name: str, modifiers: set[str], kind: str) -> Pure | None:
     if not modifiers <= _MODIFIERS or (kind == "f64" and name in ("fma", "mad")):
         return None
-    function, count = _ARITHMETIC[name], _COUNT.get(name, 1)
+    count = _COUNT.get(name, 1)
+    mode = next(iter(modifiers & DIRECTED), None)
+    if mode and (name not in _ODD or kind == "f64"):
+        return None
+    function = _ODD[name] if mode else _ARITHMETIC[name]
     if modifiers & {"sat", "relu"}:
         plain, limit = function, _saturate if "sat" in modifiers else _relu
         function = lambda *sources: limit(plain(*sources))  # noqa: E731
-    run = {
-        1: lambda a: encode(function(decode(a, kind)), kind),
-        2: lambda a, b: encode(function(decode(a, kind), decode(b, kind)), kind),
-        3: lambda a, b, c: encode(function(decode(a, kind), decode(b, kind), decode(c, kind)), kind),
-    }[count]
+
+    def run(*sources: Array) -> Array:
+        values = function(*(decode(source, kind) for source in sources))
+        return directed(values, kind, mode) if mode else encode(values, kind)
+
     return Pure(_flushing(run, kind) if "ftz" in modifiers else run, kind, (kind,) * count)
 
 

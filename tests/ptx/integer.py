@@ -253,6 +253,12 @@ def _dot4(modifiers: tuple[str, ...], kind: str) -> Pure:
     return Pure(run, "u32", (modifiers[0], kind, "u32"))
 
 
+def _absolute_difference(modifiers: tuple[str, ...], kind: str) -> Pure:
+    """sad: |a - b| + c"""
+    view = numbers(kind)
+    return Pure(lambda a, b, c: np.where(view(a) < view(b), b - a, a - b) + c, kind, (kind, kind, kind))
+
+
 COMPARISONS = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal}
 COMPARISONS |= {"gt": np.greater, "ge": np.greater_equal}
 COMPARISONS |= {"lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal}
@@ -291,5 +297,6 @@ _TABLE: dict[str, Callable[[tuple[str, ...], str], Pure | None]] = {
     "prmt": _permute,
     "lop3": _logic,
     "dp4a": _dot4,
+    "sad": _absolute_difference,
     "selp": lambda modifiers, kind: Pure(lambda a, b, p: np.where(p, a, b), kind, (kind, kind, "pred")),
 }
