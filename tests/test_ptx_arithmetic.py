@@ -152,8 +152,10 @@ def permuted(a: int, b: int, c: int, mode: str) -> int:
 @pytest.mark.parametrize("mode", ["", "f4e", "b4e", "rc8", "ecl", "ecr", "rc16"])
 def test_prmt(mode: str):
     op = f"prmt.b32.{mode}".rstrip(".")
-    inputs = [random_bits(32) for _ in range(3)]
-    check(f"{op} %y0, %x0, %x1, %x2;", inputs, "u4", lambda a, b, c: permuted(a, b, c, mode))
+    a, b, c = (random_bits(32) for _ in range(3))
+    check(f"{op} %y0, %x0, %x1, %x2;", [a, b, c], "u4", lambda a, b, c: permuted(a, b, c, mode))
+    for same in (0x5410, 0x7632, 0xFEDC, 0x0123):
+        check(f"{op} %y0, %x0, %x1, {same};", [a, b], "u4", lambda a, b, c=same: permuted(a, b, c, mode))
 
 
 def test_comparisons_and_predicates():
