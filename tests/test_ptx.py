@@ -212,7 +212,7 @@ def test_bank_conflicts_are_counted(stride: int, access: str, extra: int):
 
 
 def test_lanes_that_do_not_access_cause_no_bank_conflicts():
-    body = "mad.lo.u32 %r0, %t, 128, %s; setp.lt.u32 %p0, %t, {}; @%p0 st.shared.u32 [%r0], %t;"
+    body = "mad.lo.u32 %r0, %t, 128, %s; setp.lt.u32 %p0, %t, {}; @%p0 st.shared.u32 [%r0+124], %t;"
     for lanes in (1, 2, 5):
         assert sum(run(body.format(lanes), shared=4096).bank_conflicts.values()) == lanes - 1
 

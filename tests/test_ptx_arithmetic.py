@@ -230,6 +230,27 @@ def test_fma_is_rounded_once(kind: str):
         check(f"{op} %y0, %x0, %x1, %x2;", [a, b, c], f"u{width // 8}", oracle)
 
 
+def test_fma_decides_ties_by_what_a_double_drops():
+    """A product halfway between two numbers, and a c below the last bit of a double; and a halfway sum of subnormals."""
+
+    def bits(value: float) -> int:
+        return int(np.array([value], "f4").view("u4")[0])
+
+    for kind, half, width in (("f32", 12, 32), ("bf16", 4, 16)):
+        a = bits(1 + 2.0**-half) >> 32 - width
+        tiny = [bits(sign * 2.0**-100) >> 32 - width for sign in (-1, 0, 1)]
+        cases = [(a, a, c) for c in tiny] + [(a | 1 << width - 1, a, c) for c in tiny]
+        if kind == "f32":
+            scaled = bits((1 + 2.0**-23) * 2.0**-75), bits((1 - 2.0**-23) * 2.0**-75)
+            cases += [(*scaled, 0x00400001), (*scaled, 0x00400002), (*scaled, 0x80400001)]
+        inputs = [np.array((cases * 32)[:64], f"u{width // 8}")[:, i].copy() for i in range(3)]
+
+        def oracle(a: int, b: int, c: int, kind: str = kind) -> int:
+            return rounded(number(a, kind) * number(b, kind) + number(c, kind), kind)
+
+        check(f"fma.rn.{kind} %y0, %x0, %x1, %x2;", inputs, f"u{width // 8}", oracle)
+
+
 @pytest.mark.parametrize("kind", ["f16", "bf16"])
 def test_packed_fma_handles_both_halves_and_subnormals(kind: str):
     def pair(bits: np.ndarray) -> np.ndarray:

@@ -286,7 +286,6 @@ def atomic(machine: Machine, instruction: Instruction) -> Run:
         old = R[target].copy() if returns else np.zeros(machine.threads, dtype_of(kind))
         while len(lanes):
             _, first = np.unique(addresses, return_index=True)
-            first.sort()
             now, at = lanes[first], addresses[first]
             if space == "shared":
                 values = shared.load(instruction, at, now, width, 1)[:, 0]
