@@ -254,6 +254,13 @@ def test_lanes_part_meet_and_wait_for_each_other():
     assert result.tolist() == [1001 + t if t % 2 == 0 else 3 * (t - 1) for t in range(64)]
 
 
+def test_lanes_that_meet_go_on_together():
+    body = """and.b32 %r0, %t, 1; setp.eq.u32 %p0, %r0, 1; @%p0 bra meet; add.u32 %r0, %r0, 1;
+    meet: xor.b32 %r0, %r0, 1;"""
+    report = run(body)
+    assert report.instructions["add.u32"] == report.instructions["xor.b32"] == 1
+
+
 def test_whole_warps_may_skip_collective_instructions():
     body = """setp.ge.u32 %p0, %t, 32; @%p0 bra skip; redux.sync.add.s32 %r0, %t, -1; st.global.u32 [%a0], %r0; skip:"""
     result = np.zeros(1, "u4")
