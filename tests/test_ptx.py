@@ -212,7 +212,7 @@ def test_bank_conflicts_are_counted(stride: int, access: str, extra: int):
 
 
 def test_lanes_that_do_not_access_cause_no_bank_conflicts():
-    body = "mad.lo.u32 %r0, %t, 128, %s; setp.lt.u32 %p0, %t, {}; @%p0 st.shared.u32 [%r0], %t;"
+    body = "mad.lo.u32 %r0, %t, 128, %s; setp.lt.u32 %p0, %t, {}; @%p0 st.shared.u32 [%r0+124], %t;"
     for lanes in (1, 2, 5):
         assert sum(run(body.format(lanes), shared=4096).bank_conflicts.values()) == lanes - 1
 
@@ -252,6 +252,13 @@ def test_lanes_part_meet_and_wait_for_each_other():
     result = np.zeros(64, "u4")
     run(body, result, threads=64)
     assert result.tolist() == [1001 + t if t % 2 == 0 else 3 * (t - 1) for t in range(64)]
+
+
+def test_lanes_that_meet_go_on_together():
+    body = """and.b32 %r0, %t, 1; setp.eq.u32 %p0, %r0, 1; @%p0 bra meet; add.u32 %r0, %r0, 1;
+    meet: xor.b32 %r0, %r0, 1;"""
+    report = run(body)
+    assert report.instructions["add.u32"] == report.instructions["xor.b32"] == 1
 
 
 def test_whole_warps_may_skip_collective_instructions():

@@ -152,8 +152,10 @@ def permuted(a: int, b: int, c: int, mode: str) -> int:
 @pytest.mark.parametrize("mode", ["", "f4e", "b4e", "rc8", "ecl", "ecr", "rc16"])
 def test_prmt(mode: str):
     op = f"prmt.b32.{mode}".rstrip(".")
-    inputs = [random_bits(32) for _ in range(3)]
-    check(f"{op} %y0, %x0, %x1, %x2;", inputs, "u4", lambda a, b, c: permuted(a, b, c, mode))
+    a, b, c = (random_bits(32) for _ in range(3))
+    check(f"{op} %y0, %x0, %x1, %x2;", [a, b, c], "u4", lambda a, b, c: permuted(a, b, c, mode))
+    for same in (0x5410, 0x7632, 0xFEDC, 0x0123):
+        check(f"{op} %y0, %x0, %x1, {same};", [a, b], "u4", lambda a, b, c=same: permuted(a, b, c, mode))
 
 
 def test_comparisons_and_predicates():
@@ -195,7 +197,7 @@ def test_blocks_scope_registers_and_labels():
       mov.u32 v, 0;
       again: add.u32 v, v, 1; setp.lt.u32 p, v, %x0; @p bra again;
       mov.u32 %y0, v; }
-    { .reg .b32 v; .reg .pred p;
+    again: { .reg .b32 v; .reg .pred p;
       mov.u32 v, 100;
       again: sub.u32 v, v, 1; setp.gt.u32 p, v, %x0; @p bra again;
       add.u32 %y0, %y0, v; }
@@ -226,6 +228,31 @@ def test_fma_is_rounded_once(kind: str):
             return rounded(exact, kind) | negative_zero << (width - 1)
 
         check(f"{op} %y0, %x0, %x1, %x2;", [a, b, c], f"u{width // 8}", oracle)
+
+
+def test_fma_decides_ties_by_what_a_double_drops():
+    """A product halfway between two numbers plus a c below the last bit of a double; a halfway sum of subnormals."""
+
+    def bits(value: float) -> int:
+        return int(np.array([value], "f4").view("u4")[0])
+
+    for kind, half, width in (("f32", 12, 32), ("bf16", 4, 16)):
+        a = bits(1 + 2.0**-half) >> 32 - width
+        tiny = [bits(sign * 2.0**-100) >> 32 - width for sign in (-1, 0, 1)]
+        cases = [(a, a, c) for c in tiny] + [(a | 1 << width - 1, a, c) for c in tiny]
+        check_fma(cases, kind, width)
+    scaled = bits((1 + 2.0**-23) * 2.0**-75), bits((1 - 2.0**-23) * 2.0**-75)
+    check_fma([(*scaled, 0x00400001), (*scaled, 0x00400002), (*scaled, 0x80400001)], "f32", 32)
+
+
+def check_fma(cases: list[tuple[int, int, int]], kind: str, width: int) -> None:
+    inputs = [np.array((cases * 32)[:64], f"u{width // 8}")[:, i].copy() for i in range(3)]
+    check(
+        f"fma.rn.{kind} %y0, %x0, %x1, %x2;",
+        inputs,
+        f"u{width // 8}",
+        lambda a, b, c: rounded(number(a, kind) * number(b, kind) + number(c, kind), kind),
+    )
 
 
 @pytest.mark.parametrize("kind", ["f16", "bf16"])
@@ -354,7 +381,9 @@ def test_conversions_to_and_from_integers():
     n = random_bits(32)
     check("cvt.rn.f32.s32 %y0, %x0;", [n], "u4", lambda n: rounded(Fraction(signed(n, 32)), "f32"))
     check("cvt.rn.f16.u32 %y0, %x0;", [n % 70000], "u2", lambda n: rounded(Fraction(n), "f16"))
-    check("cvt.rn.f32.u64 %y0, %x0;", [random_bits(64)], "u4", lambda n: rounded(Fraction(n), "f32"))
+    long = random_bits(64)
+    long[-3:] = (1 << 63 | 1 << 39) + np.arange(3, dtype="u8")  # ties, but for what a double drops
+    check("cvt.rn.f32.u64 %y0, %x0;", [long], "u4", lambda n: rounded(Fraction(n), "f32"))
     check("cvt.s64.s32 %y0, %x0;", [n], "u8", lambda n: signed(n, 32) & (1 << 64) - 1)
     check("cvt.s32.s8 %y0, %x0;", [n], "u4", lambda n: signed(n & 255, 8) & U32)
     check("cvt.u32.u16 %y0, %x0;", [random_bits(16)], "u4", lambda n: n)

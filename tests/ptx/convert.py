@@ -126,7 +126,7 @@ def lookup(op: tuple[str, ...]) -> Pure | None:
         return None
     if target in ("f16x2", "bf16x2"):
         half = _scalar(floating.scalar(target), source, modifiers)
-        return Pure(lambda a, b: half(a).astype(U32) << U32(16) | half(b), target, (source, source))
+        return Pure(lambda a, b: half(np.stack([b, a], axis=1).reshape(-1)).view(U32), target, (source, source))
     run = _scalar(target, source, modifiers)
     if run and "ftz" in modifiers and "f32" in (target, source):
         plain = run

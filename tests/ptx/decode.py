@@ -218,8 +218,8 @@ def _compare(machine: Machine, instruction: Instruction) -> Run:
 
 def _barrier(machine: Machine, instruction: Instruction) -> Run:
     """bar.sync a{, threads} of the whole CTA."""
-    plain = instruction.op in (("bar", "sync"), ("barrier", "sync"), ("barrier", "sync", "aligned"))
-    if not plain or (len(instruction.operands) == 2 and instruction.operands[1] != str(machine.threads)):
+    plain = [part for part in instruction.op[1:] if part not in ("cta", "aligned")] == ["sync"]
+    if not plain or instruction.operands[1:] not in ((), (str(machine.threads),)):
         raise PtxError(f"unknown instruction: {instruction}")
     return lambda mask: machine.shared.barrier()
 

@@ -215,6 +215,8 @@ def _permute(op_modifiers: tuple[str, ...], kind: str) -> Pure:
 
     def run(a: Array, b: Array, c: Array) -> Array:
         octets = np.concatenate([a.view(U8).reshape(-1, 4), b.view(U8).reshape(-1, 4)], axis=1)
+        if (c == c[0]).all() and not (mode == () and c[0] & U32(0x8888)):
+            return np.take(octets, _permute_selectors(mode, c[:1])[0].astype(np.int64), axis=1).view(U32)[:, 0]
         selectors = _permute_selectors(mode, c).astype(np.int64)
         chosen = np.take_along_axis(octets, selectors & 7, axis=1)
         signs = (chosen.view(np.int8) >> 7).view(U8)

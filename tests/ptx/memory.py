@@ -38,15 +38,14 @@ class Buffer:
 
 def rows_of(
     machine: Machine, instruction: Instruction, addresses: Array, lanes: Array, size: tuple[int, int]
-) -> Iterator[tuple[Array, Array | slice, Array]]:
+) -> Iterator[tuple[Array, Array, Array]]:
     """(view, which of the addresses, their rows) for each buffer accessed; what is out of bounds is left out."""
     step = U64(size[0] * size[1])
     if (addresses & (step - U64(1))).any():
         raise PtxError(f"{instruction}: global address is not aligned to {step} bytes")
-    indices = (addresses + U64(1 << GAP - 1)) >> U64(GAP)
-    same = len(indices) > 0 and (indices == indices[0]).all()
-    for index in indices[:1] if same else np.unique(indices):
-        chosen = slice(None) if same else np.flatnonzero(indices == index)
+    nearest = (addresses + U64(1 << GAP - 1)) >> U64(GAP)
+    for index in np.unique(nearest):
+        chosen = np.flatnonzero(nearest == index)
         if not 1 <= index <= len(machine.buffers):
             _out_of_bounds(machine, instruction, lanes[chosen][0], f"the unmapped address {addresses[chosen][0]:#x}")
             continue
@@ -58,8 +57,20 @@ def rows_of(
             offset = int(addresses[chosen][outside][0]) - buffer.base
             where = f"offset {offset} of buffer {buffer.index}, which has {len(buffer.data)} bytes"
             _out_of_bounds(machine, instruction, lanes[chosen][outside][0], where)
-            chosen, rows = np.arange(len(addresses))[chosen][~outside], rows[~outside]
-        yield view, chosen, rows
+        yield view, chosen[~outside], rows[~outside]
+
+
+def one_buffer(machine: Machine, addresses: Array, size: tuple[int, int]) -> tuple[Array, Array] | None:
+    """(view, rows) where all addresses are aligned and in bounds of one buffer, which is the common case."""
+    index = (int(addresses[0]) >> GAP) - 1 if len(addresses) else -1
+    if not 0 <= index < len(machine.buffers):
+        return None
+    step = size[0] * size[1]
+    view, start = machine.buffers[index].view(*size)
+    offsets = addresses - U64(start)  # below the start it wraps to a huge offset
+    if len(view) == 0 or offsets.max() > (len(view) - 1) * step or (step > 1 and (offsets & U64(step - 1)).any()):
+        return None
+    return view, (offsets >> U64(step.bit_length() - 1)).view(np.int64)
 
 
 def _out_of_bounds(machine: Machine, instruction: Instruction, lane: int, where: str) -> None:
@@ -70,6 +81,9 @@ def load_global(
     machine: Machine, instruction: Instruction, addresses: Array, lanes: Array, width: int, count: int
 ) -> Array:
     """[lanes, count] elements of `width` bytes; zeros where out of bounds."""
+    common = one_buffer(machine, addresses, (width, count))
+    if common:
+        return common[0][common[1]]
     values = np.zeros((len(addresses), count), UNSIGNED[width])
     for view, chosen, rows in rows_of(machine, instruction, addresses, lanes, (width, count)):
         values[chosen] = view[rows]
@@ -77,6 +91,10 @@ def load_global(
 
 
 def store_global(machine: Machine, instruction: Instruction, addresses: Array, lanes: Array, values: Array) -> None:
+    common = one_buffer(machine, addresses, (values.itemsize, values.shape[1]))
+    if common:
+        common[0][common[1]] = values
+        return
     for view, chosen, rows in rows_of(machine, instruction, addresses, lanes, (values.itemsize, values.shape[1])):
         view[rows] = values[chosen]
 
@@ -200,8 +218,8 @@ def async_copy(machine: Machine, instruction: Instruction) -> Run:
     size = int(instruction.operands[2], 0)
     if size not in ((16,) if action == "cg" else (4, 8, 16)):
         raise PtxError(f"{instruction}: can't copy {size} bytes")
-    operand = instruction.operands[3] if len(instruction.operands) > 3 else str(size)
-    length = machine.source(operand, "u32", instruction)
+    operands = instruction.operands[: -1 if "L2::cache_hint" in instruction.op else None]
+    length = machine.source(operands[3] if len(operands) > 3 else str(size), "u32", instruction)
 
     def run(mask: Mask) -> None:
         lanes = lanes_of(machine, mask)
@@ -268,7 +286,6 @@ def atomic(machine: Machine, instruction: Instruction) -> Run:
         old = R[target].copy() if returns else np.zeros(machine.threads, dtype_of(kind))
         while len(lanes):
             _, first = np.unique(addresses, return_index=True)
-            first.sort()
             now, at = lanes[first], addresses[first]
             if space == "shared":
                 values = shared.load(instruction, at, now, width, 1)[:, 0]

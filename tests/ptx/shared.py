@@ -1,4 +1,4 @@
-"""Shared memory of a CTA, byte by byte: data, what is initialised, who wrote and read it since the last barrier.
+"""Shared memory of a CTA, byte by byte: data, and who wrote and read it since the last barrier.
 
 A race is an access that only a barrier could order after another warp's (write then read, read then write), or any
 access to the destination of a cp.async that its thread has not waited for. Lanes of one warp are taken to run in
@@ -15,7 +15,7 @@ from tests.ptx.parse import Instruction, PtxError
 if TYPE_CHECKING:
     from tests.ptx.state import Machine
 
-VALID, PENDING = 1, 2
+UNINITIALISED, PENDING = -1, -2
 
 
 class Copy(NamedTuple):
@@ -41,8 +41,7 @@ class Shared:
     def reset(self) -> None:
         """As a CTA finds it."""
         self.data = np.full(self.padded, 0xA5, np.uint8)
-        self.state = np.zeros(self.padded, np.uint8)
-        self.writer = np.full(self.padded, -1, np.int64)  # epoch * warps + warp
+        self.writer = np.full(self.padded, UNINITIALISED, np.int32)  # epoch * warps + warp
         self.reader = np.zeros((self.warps, self.padded), np.int32)  # epoch
         self.epoch = 1
         self.committed = np.zeros(self.warps * 32, np.int64)
@@ -57,7 +56,7 @@ class Shared:
             raise PtxError(f"{instruction}: shared address {addresses.max()} is outside of {self.size} bytes")
         if (addresses & (size - 1)).any():
             raise PtxError(f"{instruction}: shared address is not aligned to {size} bytes")
-        return addresses // size
+        return addresses >> (size.bit_length() - 1)
 
     def load(self, instruction: Instruction, addresses: Array, lanes: Array, width: int, count: int) -> Array:
         """[lanes, count] elements of `width` bytes."""
@@ -77,26 +76,27 @@ class Shared:
         self.mark_written(rows, lanes, size)
 
     def mark_written(self, rows: Array, lanes: Array, size: int) -> None:
-        self.state.reshape(-1, size)[rows] = VALID
         self.writer.reshape(-1, size)[rows] = (self.epoch * self.warps + self.warp_of[lanes])[:, None]
 
     def check_read(self, instruction: Instruction, rows: Array, lanes: Array, size: int) -> None:
-        report = self.machine.report
-        state = self.state.reshape(-1, size)[rows]
-        if (state != VALID).any():
-            if (state == PENDING).any():
-                self.machine.hazard(report.races, f"{instruction}: reads what cp.async has not been waited for")
-            else:
-                self.machine.hazard(report.uninitialised, f"{instruction}: reads uninitialised shared memory")
+        writer, now = self.writer.reshape(-1, size)[rows], self.epoch * self.warps
         warps = self.warp_of[lanes]
-        since = self.writer.reshape(-1, size)[rows] - self.epoch * self.warps
-        if ((since >= 0) & (since != warps[:, None])).any():
-            self.machine.hazard(report.races, f"{instruction}: reads what another warp wrote since the last barrier")
-        self.reader.reshape(self.warps, -1, size)[warps, rows] = self.epoch
+        readable = (writer >= 0) & ((writer < now) | (writer == (now + warps)[:, None]))
+        if not readable.all():
+            report = self.machine.report
+            if (writer == PENDING).any():
+                self.machine.hazard(report.races, f"{instruction}: reads what cp.async has not been waited for")
+            elif (writer == UNINITIALISED).any():
+                self.machine.hazard(report.uninitialised, f"{instruction}: reads uninitialised shared memory")
+            else:
+                message = f"{instruction}: reads what another warp wrote since the last barrier"
+                self.machine.hazard(report.races, message)
+        if self.warps > 1:
+            self.reader.reshape(self.warps, -1, size)[warps, rows] = self.epoch
 
     def check_write(self, instruction: Instruction, rows: Array, lanes: Array, size: int) -> None:
         report = self.machine.report
-        if (self.state.reshape(-1, size)[rows] == PENDING).any():
+        if (self.writer.reshape(-1, size)[rows] == PENDING).any():
             self.machine.hazard(report.races, f"{instruction}: writes where a cp.async has not been waited for")
         if self.warps > 1:
             read = self.reader.reshape(self.warps, -1, size)[:, rows] == self.epoch
@@ -111,7 +111,7 @@ class Shared:
         rows = self.rows(instruction, addresses, size)
         self.check_write(instruction, rows, lanes, size)
         self.count_conflicts(instruction, addresses, lanes, size)
-        self.state.reshape(-1, size)[rows] = PENDING
+        self.writer.reshape(-1, size)[rows] = PENDING
         self.copies.append(Copy(instruction, lanes, self.committed[lanes], rows, data))
 
     def commit(self, lanes: Array) -> None:
