@@ -14,11 +14,14 @@ from generate import PROMPTS, TOKENS, transformers_tokens, vllm_tokens
 from tiny import bpdq_checkpoint, tiny_model
 
 LAYERS = {f"model.layers.1.mlp.{name}_proj": {"bits": 3, "group_size": 32} for name in ("gate", "up")}
+TABLES = {name: {"bits": 4, "group_size": 32} for name in ("model.embed_tokens", "lm_head")}
 EAGER = {
     "llama": ({"group_size": 128, "layers": LAYERS, "ignore": ("model.layers.0.mlp.down_proj",)}, {}),
     "llama authors": ({"dialect": "authors", "group_size": 256, "bits": 3}, {"quantization": "bpdq"}),
     "qwen2": ({"group_size": 64, "coefficient_dtype": torch.float16}, {"quantization": "bpdq"}),
     "qwen2 authors": ({"dialect": "authors", "group_size": 128}, {}),
+    "llama tables": ({"group_size": 128, "layers": TABLES}, {}),
+    "tied tables": ({"group_size": 128, "layers": TABLES}, {}),
 }
 
 
@@ -31,6 +34,7 @@ def checkpoints(tmp_path_factory) -> dict[str, Path]:
     """BPDQ checkpoints of two tiny models; llama's and qwen2's FFN of 352 inputs ends in a short group."""
     folder = tmp_path_factory.mktemp("engine")
     models = {arch: tiny_model(folder / f"{arch}-model", arch) for arch in ("llama", "qwen2")}
+    models["tied"] = tiny_model(folder / "tied-model", "qwen2", tie_word_embeddings=True)
     return {
         name: bpdq_checkpoint(models[name.split()[0]], folder / name.replace(" ", "-"), **options)
         for name, (options, _) in EAGER.items()
@@ -87,8 +91,8 @@ def test_compiled_tokens_equal_transformers_and_every_linear_is_one_op(checkpoin
 
 
 def test_two_ranks_give_the_tokens_of_one(tmp_path):
-    """FFN 320 over 2 ranks: 160 inputs each, so the second starts inside a group of 128."""
-    model = bpdq_checkpoint(tiny_model(tmp_path / "model", ffn=320), tmp_path / "bpdq", group_size=128)
+    """FFN 320 over 2 ranks: 160 inputs each, so the second starts inside a group of 128. The vocabulary is cut too."""
+    model = bpdq_checkpoint(tiny_model(tmp_path / "model", ffn=320), tmp_path / "bpdq", group_size=128, layers=TABLES)
     (tokens,) = vllm_tokens([{"load": {"model": str(model), "tensor_parallel_size": 2}}], multiprocess=True)
     assert tokens == transformers_tokens(dequantized(model))
 

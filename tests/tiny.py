@@ -102,7 +102,8 @@ def bpdq_checkpoint(
     for name, tensor in load_file(model / "model.safetensors").items():
         layer = name.removesuffix(".weight")
         dequantized[name] = tensor
-        if not layer.endswith(LINEARS) or name.endswith(".bias") or layer in ignore:
+        table = layer in ("model.embed_tokens", "lm_head") and layer in (layers or {})
+        if not (layer.endswith(LINEARS) or table) or name.endswith(".bias") or layer in ignore:
             tensors[name] = tensor
             continue
         scheme = {"bits": bits, "group_size": group_size, **(layers or {}).get(layer, {})}
@@ -118,7 +119,7 @@ def bpdq_checkpoint(
     quantization["meta"] = {"bpdq": {"msbits": bits, "n_iters": 10, "alpha": 1e-4}}
     if dialect == "ours":
         quantization |= {"quant_method": "bpdq", "format_version": 1, "bits": bits}
-        quantization |= {"ignore": ["lm_head", *ignore], "layers": layers or {}}
+        quantization |= {"ignore": [*({"lm_head"} - set(layers or {})), *ignore], "layers": layers or {}}
     else:
         quantization |= {"quant_method": "gptq", "format": "bpdq", "bits": 8, "lm_head": False, "desc_act": False}
     config["quantization_config"] = quantization

@@ -73,14 +73,20 @@ class BPDQConfig(QuantizationConfig):
         )
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """The linear method of layer `prefix`; None for embeddings, LM head and attention, which stay in 16 bits.
+        """The method of layer `prefix`; None for attention, and for an embedding or LM head in 16 bits.
 
         Raises ValueError for mixture-of-experts layers and for fused layers whose parts differ in scheme.
         """
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+        from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
+        from vllm_bpdq.embedding import BPDQEmbeddingMethod
         from vllm_bpdq.linear import BPDQLinearMethod
 
+        if isinstance(layer, VocabParallelEmbedding):
+            name = prefix or self._embedding_name()
+            scheme = self.format.table_scheme(name)
+            return None if scheme is None else BPDQEmbeddingMethod(scheme, name, [name])
         if isinstance(layer, LinearBase):
             parts = self._parts(prefix)
             scheme = self._scheme(prefix, parts)
@@ -93,6 +99,10 @@ class BPDQConfig(QuantizationConfig):
                 f"'re:.*experts.*' in `ignore`, or serve a dense model"
             )
         return None
+
+    def _embedding_name(self) -> str:
+        """The embedding that `layers` names, for vLLM's models (Llama) that create theirs without a name."""
+        return next((name for name in self.format.layers if name.endswith("embed_tokens")), "")
 
     def _parts(self, prefix: str) -> list[str]:
         """Names in the checkpoint of the layers that vLLM fuses into `prefix`."""

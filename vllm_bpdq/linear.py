@@ -165,6 +165,9 @@ class BPDQLinearMethod(LinearMethodBase):
 
     def apply(self, layer: Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """y [..., N] = x [..., K] @ W.T + bias, of this rank's K and N."""
+        return linear(x, self.packed(layer), bias)
+
+    def packed(self, layer: Module) -> Packed:
+        """The layer for the kernels; only after `process_weights_after_loading`."""
         scales = getattr(layer, "scales", None)
-        packed = Packed(layer.B, layer.c, scales, self.in_features, self.out_features, self.group_size)
-        return linear(x, packed, bias)
+        return Packed(layer.B, layer.c, scales, self.in_features, self.out_features, self.group_size)

@@ -12,7 +12,9 @@ integer grid and whose number of planes is `meta.bpdq.msbits`:
     {"quant_method": "gptq", "checkpoint_format": "bpdq", "bits": 8, "group_size": 64,
      "meta": {"bpdq": {"msbits": 2, "n_iters": 10, "alpha": 0.0001}}, "dynamic": null, "lm_head": false}
 
-Layer names and `ignore` entries are exact module names or `re:` patterns, matched as compressed-tensors does.
+Layer names and `ignore` entries are exact module names or `re:` patterns, matched as compressed-tensors does. An
+embedding or LM head is in bit-planes where `layers` gives its exact name; tied ones are stored as the embedding, and
+`layers` names both.
 """
 
 from collections.abc import Iterable, Mapping
@@ -62,6 +64,10 @@ class Format:
             if _matches(name, (pattern,)):
                 return scheme
         return self.default
+
+    def table_scheme(self, name: str) -> Scheme | None:
+        """Scheme of the embedding or LM head called `name` in the checkpoint, or None if it is left in 16 bits."""
+        return None if _matches(name, self.ignore) else self.layers.get(name)
 
 
 def claims(config: Mapping[str, Any]) -> bool:

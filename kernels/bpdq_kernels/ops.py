@@ -103,13 +103,15 @@ def _embedding_cuda(
     ids: Tensor,
     planes: Tensor,
     coefficients: Tensor,
-    scales: Tensor,
+    scales: Tensor | None,
     in_features: int,
     group_size: int,
     dtype: torch.dtype,
 ) -> Tensor:
     from bpdq_kernels import triton_embedding
 
+    if scales is None:  # prepared for fp32
+        return _embedding_cpu(ids, planes, coefficients, scales, in_features, group_size, dtype)
     y = coefficients.new_empty((*ids.shape, in_features), dtype=dtype)
     with torch.cuda.device_of(y):
         triton_embedding.launch(ids.reshape(-1), planes, coefficients, scales, group_size, y.view(-1, in_features))
@@ -181,3 +183,9 @@ def linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
 def stored_linear(x: Tensor, B: Tensor, c: Tensor, group_size: int, bias: Tensor | None = None) -> Tensor:
     """As `linear`, for B and c as a checkpoint stores them: no preparation and no second copy, but slower."""
     return torch.ops.bpdq.stored_linear(x, trim(B, x.shape[-1]), c, group_size, bias)
+
+
+def embedding(ids: Tensor, packed: Packed, dtype: torch.dtype) -> Tensor:
+    """Rows `ids` (any shape, int32 or int64) of the weight [N, K]: [*ids.shape, K] in `dtype`."""
+    planes, coefficients, scales, in_features, _, group_size = packed
+    return torch.ops.bpdq.embedding(ids, planes, coefficients, scales, in_features, group_size, dtype)

@@ -253,9 +253,10 @@ def dot_unit(
     return z, z8
 
 
-def options(config: Gemv) -> dict[str, int | None]:
-    """Compiler options. For one tile, ptxas would rather spill a register (k = 3, G = 64) than take more than 80."""
-    return {"num_warps": config.warps, "maxnreg": 128 if config.tiles == 1 else None}
+def options(config: Gemv) -> dict[str, int]:
+    """Compiler options. ptxas would rather spill a register than take more than 80 of them for one tile of k = 3 at
+    G = 64, or give four tiles more than two blocks leave room for."""
+    return {"num_warps": config.warps, "maxnreg": 128}
 
 
 def launch(

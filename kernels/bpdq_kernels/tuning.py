@@ -9,7 +9,7 @@ from typing import NamedTuple
 from bpdq_kernels.layout import TILE_INPUTS, TILE_ROWS
 
 MIN_BALANCE = 0.85  # of the multiprocessors' time, if a block takes as long on each
-MAX_COEFFICIENTS = 20  # registers of a thread for one unit's; as many are on their way for the next
+MAX_COEFFICIENTS = 12  # registers of a thread for one unit's; as many are on their way for the next
 
 
 class Gemv(NamedTuple):
@@ -57,9 +57,14 @@ def gemv_config(planes: int, group_size: int, out_features: int, in_features: in
 
 
 def gemm_config(tokens: int, out_features: int, multiprocessors: int) -> Gemm:
-    """Buckets of 2..8, 9..16, 17..32 and more tokens; 64 of those at a time."""
+    """Buckets of 2..8, 9..16, 17..32 and more tokens; 64 of those at a time.
+
+    Two tiles wherever that gives every multiprocessor a block, balanced or not: each halves how often activations are
+    read, which with one tile are several times the weights' bytes.
+    """
     for bucket in (8, 16, 32):
         if tokens <= bucket:
-            return Gemm(bucket, tiles_per_block(out_features, (2, 1), multiprocessors), warps=8, split=8)
+            tiles = 2 if cdiv(out_features, 2 * TILE_ROWS) >= multiprocessors else 1
+            return Gemm(bucket, tiles, warps=8, split=8)
     enough = cdiv(tokens, 64) * cdiv(out_features, 4 * 2 * TILE_ROWS) >= multiprocessors
     return Gemm(64, tiles=2, warps=4, split=1 if enough else 4)

@@ -1,0 +1,42 @@
+"""Embedding and LM head of a BPDQ checkpoint in vLLM: sharded over the vocabulary, looked up and multiplied."""
+
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+from torch.nn import Module
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+from bpdq_kernels import embedding
+from vllm_bpdq.linear import BPDQLinearMethod, StoredParameter
+
+
+def load_vocabulary(layer: VocabParallelEmbedding, param: StoredParameter, loaded_weight: Tensor) -> None:
+    """Weight loader: this rank's rows of the vocabulary, and zeros in the rows that pad it."""
+    tensor = param.receive(loaded_weight, layer.org_vocab_size)
+    start, end = layer.shard_indices.org_vocab_start_index, layer.shard_indices.org_vocab_end_index
+    param.data.zero_()
+    param.data[..., : end - start] = tensor[..., start:end]
+
+
+class BPDQEmbeddingMethod(BPDQLinearMethod):
+    """The table `name` in `scheme`, with N = vocabulary and K = hidden size."""
+
+    def create_weights(self, layer: Module, *sizes: Any, **extra_weight_attrs: Any) -> None:
+        """Register `B` int32 and `c` (NaN until loaded) for this rank's part of the vocabulary."""
+        super().create_weights(
+            layer, *sizes, **{**extra_weight_attrs, "weight_loader": partial(load_vocabulary, layer)}
+        )
+
+    def embedding(self, layer: Module, input_: Tensor) -> Tensor:
+        """Rows `input_` (any shape, of this rank) of the table: [*input_.shape, K] in the layer's dtype."""
+        return embedding(input_, self.packed(layer), layer.params_dtype)
+
+    def tie_weights(self, layer: Module, embed_tokens: VocabParallelEmbedding) -> VocabParallelEmbedding:
+        """A tied LM head is the embedding itself. Raises ValueError if that is left in 16 bits."""
+        if not isinstance(embed_tokens.quant_method, BPDQEmbeddingMethod):
+            raise ValueError(
+                f"{self.name} is in bit-planes and tied to an embedding in 16 bits: name the embedding in "
+                f"`layers` of quantization_config too, or quantize the model again"
+            )
+        return embed_tokens
