@@ -61,7 +61,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", default=",".join(MODELS), metavar="NAMES", help="(%(default)s)")
+    parser.add_argument("--model", default=",".join(MODELS), metavar="LIST", help="(%(default)s)")
     parser.add_argument("--bits", type=int, default=2, metavar="K", help=f"bit-planes, 1 to {MAX_PLANES} (%(default)s)")
     parser.add_argument("--group-size", type=int, default=128, metavar="G", help=f"of {GROUP_SIZES} (%(default)s)")
     parser.add_argument("--tokens", metavar="LIST", help=f"batch sizes ({GPU_TOKENS}; static: {STATIC_TOKENS})")
