@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -85,6 +86,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         f"--group-size must be one of {GROUP_SIZES}": args.group_size not in GROUP_SIZES,
         "--dtype must be bfloat16 or float16": args.dtype not in ("bfloat16", "float16"),
         "--tokens must be numbers of at least 1, with commas between them": min(args.tokens) < 1,
+        "--plot needs matplotlib: pip install 'vllm-bpdq[bench]'": bool(args.plot) and not find_spec("matplotlib"),
+        "--json and --plot: no such folder": any(
+            f and not f.absolute().parent.is_dir() for f in (args.json, args.plot)
+        ),
         "--emit needs --static": bool(args.emit) and not args.static,
         "no CUDA GPU here: --static sm_86 predicts from compiled code": not gpu,
     }
@@ -146,7 +151,10 @@ def timed(args: argparse.Namespace) -> Row:
         device.L2_cache_size,
     )
     bandwidth = kernel_timing.copy_bandwidth("cuda", kernel_timing.graph_timer)
-    rows = list(kernel_timing.time_models(args.model, settings, bandwidth))
+    rows = []
+    for row in kernel_timing.time_models(args.model, settings, bandwidth):
+        rows.append(row)
+        print(f"{layer_name(row)}, {row['tokens']} tokens: {row['us']:.1f} us", file=sys.stderr, flush=True)
     print(f"{device.name}, torch {torch.__version__}, Triton {triton.__version__}; medians; copies within the GPU's")
     print(f"memory reach {bandwidth / 1e9:.0f} GB/s\n")
     print(timed_table(rows))
