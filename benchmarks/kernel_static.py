@@ -1,0 +1,267 @@
+"""Kernels compiled without a GPU, and the time their machine code and bytes allow: `kernel_bench --static`."""
+
+import json
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from benchmarks.sass import MACHINES, Code, Machine, clocks, ctas_per_sm, read_cubin
+from benchmarks.shapes import MODELS, Layer
+from bpdq_kernels.layout import GROUP_SIZES, MAX_PLANES, TILE_INPUTS, TILE_ROWS
+from bpdq_kernels.triton_gemm import gemm_kernel
+from bpdq_kernels.triton_gemv import gemv_kernel
+from bpdq_kernels.tuning import Gemm, Gemv, balance, cdiv, gemm_config, gemv_config
+
+SWEEP_TOKENS = (1, 8, 16, 64)
+MIN_IN_FLIGHT = 7000  # bytes per SM that cover DRAM latency on an RTX 3090: 936 GB/s x 0.6 us / 82
+MAX_IDLE = 0.15
+
+
+class Variant(NamedTuple):
+    """One compilation of a kernel: planes, group size, tile, and the activations' dtype (Triton's name)."""
+
+    planes: int
+    group: int
+    config: Gemv | Gemm
+    dtype: str = "bf16"
+
+    @property
+    def tokens(self) -> int:
+        """Tokens per block."""
+        return getattr(self.config, "tokens", 1)
+
+    @property
+    def name(self) -> str:
+        tile = f"t{self.config.tiles}-w{self.config.warps}-s{self.split}"
+        return f"{'gemv' if self.tokens == 1 else 'gemm'}-k{self.planes}-g{self.group}-m{self.tokens}-{tile}"
+
+    @property
+    def split(self) -> int:
+        """Warps among which a tile's inputs are divided."""
+        return getattr(self.config, "split", self.config.warps)
+
+    @property
+    def outputs(self) -> int:
+        """Outputs per block."""
+        return TILE_ROWS * self.config.tiles * self.config.warps // self.split
+
+    @property
+    def weights_per_trip(self) -> int:
+        """Weights that a block consumes in one trip of the main loop: a unit of each of its tiles per warp."""
+        return self.config.warps * self.config.tiles * TILE_ROWS * TILE_INPUTS
+
+    @property
+    def bits(self) -> float:
+        """Stored bits per weight."""
+        return self.planes + 16 * (self.planes + 1) / self.group
+
+    @property
+    def bytes_ahead(self) -> int:
+        """Bytes of planes and coefficients that a warp has requested and not yet received, at most."""
+        groups = max(1, TILE_INPUTS // self.group)
+        per_tile = TILE_ROWS * (TILE_INPUTS // 8 * self.planes + 2 * (self.planes + 1) * groups)
+        return self.config.tiles * per_tile
+
+
+class Kernel(NamedTuple):
+    """A compiled variant: its cubin and what it says; `shared` in bytes and `ctas` per SM."""
+
+    variant: Variant
+    cubin: bytes
+    code: Code
+    shared: int
+    ctas: int
+
+
+def config_for(tokens: int, layer: Layer, multiprocessors: int) -> Gemv | Gemm:
+    """What `bpdq_kernels.tiled_linear` dispatches to."""
+    if tokens == 1:
+        return gemv_config(layer.out_features, layer.in_features, multiprocessors)
+    return gemm_config(tokens, layer.out_features, multiprocessors)
+
+
+@cache
+def compile_kernel(variant: Variant, arch: str) -> Kernel:
+    """Compile for sizes and pointers that 16 divides and inputs that 128 divides, without a bias, as `launch` would."""
+    kernel = gemv_kernel if variant.tokens == 1 else gemm_kernel
+    activations = f"*{variant.dtype}"
+    types = {"x_ptr": activations, "planes_ptr": "*i32", "coefficients_ptr": "*i32", "scales_ptr": "*fp32"}
+    types |= {"y_ptr": activations, "M": "i32", "N": "i32", "K": "i32", "stride_x": "i32"}
+    constants: dict[str, Any] = {"PLANES": variant.planes, "GROUP": variant.group, "WHOLE": True, "bias_ptr": None}
+    constants |= {"TILES": variant.config.tiles, "WARPS": variant.config.warps, "SPLIT": variant.split}
+    constants |= {"TOKENS": variant.tokens, "BF16": variant.dtype == "bf16"}
+    names = kernel.arg_names
+    source = ASTSource(
+        kernel,
+        signature={name: types.get(name, "constexpr") for name in names},
+        constexprs={name: value for name, value in constants.items() if name in names},
+        attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in types and name != "M"},
+    )
+    target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+    compiled = triton.compile(source, target=target, options={"num_warps": variant.config.warps})
+    cubin, shared = compiled.asm["cubin"], compiled.metadata.shared
+    code = read_cubin(cubin)
+    ctas = ctas_per_sm(code.registers, shared, variant.config.warps, MACHINES[arch])
+    return Kernel(variant, cubin, code, shared, ctas)
+
+
+def dispatched(models: Sequence[str], tokens: Sequence[int], multiprocessors: int) -> Iterator[Gemv | Gemm]:
+    """Every tile that the models' layers get for these token counts, each once."""
+    layers = [layer for name in models for layer in (*MODELS[name].layers, MODELS[name].head)]
+    yield from dict.fromkeys(config_for(m, layer, multiprocessors) for m in tokens for layer in layers)
+
+
+def variants(models: Sequence[str], tokens: Sequence[int], planes: int, group: int, machine: Machine) -> list[Variant]:
+    """The layers' kernels at `planes` and `group`; then k = 1..4 and G = 32..256 with the tile of a gate_up layer."""
+    chosen = [Variant(planes, group, config) for config in dispatched(models, tokens, machine.multiprocessors)]
+    widest = max((layer for name in models for layer in MODELS[name].layers), key=lambda layer: layer.out_features)
+    configs = [config_for(m, widest, machine.multiprocessors) for m in SWEEP_TOKENS]
+    chosen += [Variant(k, g, c) for k in range(1, MAX_PLANES + 1) for g in GROUP_SIZES for c in configs]
+    return list(dict.fromkeys(chosen))
+
+
+def over_dram(kernel: Kernel, machine: Machine) -> dict[str, float]:
+    """Time of the main loop on each pipe, over the time in which DRAM delivers its weights once."""
+    variant = kernel.variant
+    dram = variant.weights_per_trip * variant.bits / 8 / machine.bytes_per_clock
+    busy = clocks(kernel.code.trip, machine.rates)
+    return {pipe: variant.config.warps * time / dram for pipe, time in busy.items()}
+
+
+def instructions_per_weight(kernel: Kernel) -> float:
+    """Thread instructions of the main loop per weight."""
+    return kernel.code.trip["issue"] * 32 * kernel.variant.config.warps / kernel.variant.weights_per_trip
+
+
+def dequantization_share(kernel: Kernel, machine: Machine) -> float:
+    """Arithmetic other than the tensor cores', of the issue slots in the time that a trip's busiest pipe takes."""
+    arithmetic = sum(kernel.code.trip[pipe] for pipe in ("alu", "fmah", "fp32", "conv"))
+    return arithmetic / (max(clocks(kernel.code.trip, machine.rates).values()) * machine.rates["issue"])
+
+
+def bars(variant: Variant) -> tuple[float, float] | None:
+    """Upper bounds of HMMA and of every other pipe over DRAM time on an RTX 3090, where there are any."""
+    k, group, m = variant.planes, variant.group, variant.tokens
+    if m <= 8 and k in (3, 4) and group == 128:
+        return 0.70, 0.70
+    if m <= 8 and k == 2 and group in (64, 256):
+        return 0.80, 0.65
+    return {1: (0.50, 0.50), 8: (0.72, 0.60), 16: (1.43, 0.70)}.get(m) if (k, group) == (2, 128) else None
+
+
+def missed(kernel: Kernel, machine: Machine) -> list[str]:
+    """Bars that a kernel misses, in words: spills anywhere, pipes on an RTX 3090."""
+    found = [f"{kernel.code.spills} spills"] if kernel.code.spills else []
+    times, limits = over_dram(kernel, machine), bars(kernel.variant)
+    if machine.arch != "sm_86":
+        return found
+    if limits:
+        limit = {pipe: limits[not pipe.startswith("hmma")] for pipe in times}
+        found += [f"{pipe} {time:.2f} > {limit[pipe]:.2f}" for pipe, time in times.items() if time > limit[pipe]]
+    if kernel.variant.tokens == 64:
+        hmma = times["hmma32"]
+        found += [f"{p} {t / hmma:.0%} of HMMA" for p, t in times.items() if p != "hmma32" and t >= 0.6 * hmma]
+        share = dequantization_share(kernel, machine)
+        found += [f"dequantization {share:.0%} of issue slots"] if share > 0.15 else []
+    return found
+
+
+def kernel_row(kernel: Kernel, machine: Machine) -> dict[str, Any]:
+    """A kernel's figures for the table and the JSON file."""
+    times, variant = over_dram(kernel, machine), kernel.variant
+    return {
+        "name": variant.name,
+        "registers": kernel.code.registers,
+        "spills": kernel.code.spills,
+        "shared": kernel.shared,
+        "ctas_per_sm": kernel.ctas,
+        "warps_per_sm": kernel.ctas * variant.config.warps,
+        "instructions_per_weight": instructions_per_weight(kernel),
+        "over_dram": times | {"bmma_at_half_rate": 2 * times["bmma"]},
+        "dequantization_share": dequantization_share(kernel, machine),
+        "missed": missed(kernel, machine),
+    }
+
+
+def packed_bytes(layer: Layer, planes: int, group: int) -> int:
+    """Planes, coefficients and scales as `bpdq_kernels.layout.Tiles` holds them."""
+    units = cdiv(layer.in_features, TILE_INPUTS)
+    tiles = cdiv(layer.out_features, 4 * TILE_ROWS) * 4
+    per_tile = units * (TILE_INPUTS // 8 * planes) + cdiv(units * TILE_INPUTS, group) * 2 * (planes + 1)
+    return tiles * TILE_ROWS * per_tile + 4 * layer.out_features
+
+
+def layer_row(layer: Layer, tokens: int, planes: int, group: int, machine: Machine, dtype: str) -> dict[str, Any]:
+    """How a layer's kernel fills the machine, and its predicted time: the larger of DRAM's and the busiest pipe's.
+
+    Pipes: the SM with most blocks, all their instructions, those around the loop too. Bytes: the packed weights, once.
+    """
+    variant = Variant(planes, group, config_for(tokens, layer, machine.multiprocessors), dtype)
+    kernel, sms = compile_kernel(variant, machine.arch), machine.multiprocessors
+    token_blocks = cdiv(tokens, variant.tokens)
+    ctas = token_blocks * cdiv(layer.out_features, variant.outputs)
+    trips = cdiv(cdiv(layer.in_features, TILE_INPUTS), variant.split)
+    trip, once = (clocks(part, machine.rates) for part in (kernel.code.trip, kernel.code.once))
+    busy = {p: cdiv(ctas, sms) * variant.config.warps * (trips * trip[p] + once[p]) for p in machine.rates}
+    pipe = max(busy, key=lambda p: busy[p])
+    size = packed_bytes(layer, planes, group)
+    dram_us, pipe_us = size / machine.gbps / 1e3, busy[pipe] / machine.ghz / 1e3
+    in_flight = min(kernel.ctas, ctas / sms) * variant.config.warps * variant.bytes_ahead
+    idle = 1 - balance(ctas, sms)
+    flags = [f"{ctas} CTAs for {sms} SMs"] if ctas < sms else []
+    flags += [f"{idle:.0%} idle"] if idle > MAX_IDLE else []
+    flags += [f"{in_flight:.0f} bytes in flight"] if in_flight < MIN_IN_FLIGHT else []
+    return {
+        "layer": layer._asdict(),
+        "tokens": tokens,
+        "kernel": variant.name,
+        "ctas": ctas,
+        "waves": ctas / sms,
+        "idle": idle,
+        "trips": trips,
+        "bytes_in_flight": in_flight,
+        "activation_bytes_over_weights": ctas * min(tokens, variant.tokens) * layer.in_features * 2 / size,
+        "packed_bytes": size,
+        "dram_us": dram_us,
+        "pipe": pipe,
+        "pipe_us": pipe_us,
+        "predicted_us": max(dram_us, pipe_us),
+        "missed": flags if tokens == 1 and machine.arch == "sm_86" else [],
+    }
+
+
+def model_row(model: str, planes: int, group: int, machine: Machine, dtype: str) -> dict[str, Any]:
+    """Predicted tokens/s of one-token decoding and its DRAM roofline: all Linears and a 16-bit LM head only."""
+    blocks, layers, head = MODELS[model]
+    rows = [layer_row(layer, 1, planes, group, machine, dtype) for layer in layers]
+    head_bytes = 2 * head.out_features * head.in_features
+    size = blocks * sum(row["packed_bytes"] for row in rows) + head_bytes
+    seconds = blocks * sum(row["predicted_us"] for row in rows) / 1e6 + head_bytes / machine.gbps / 1e9
+    return {
+        "model": model,
+        "planes": planes,
+        "group_size": group,
+        "bytes_per_token": size,
+        "bytes_in_memory": size + head_bytes,  # the embedding is as large as the head
+        "tokens_per_s": 1 / seconds,
+        "roofline_tokens_per_s": machine.gbps * 1e9 / size,
+    }
+
+
+def emit(kernels: Sequence[Kernel], folder: Path) -> None:
+    """Write NAME.cubin for every kernel, and manifest.json for tools that read machine code."""
+    folder.mkdir(parents=True, exist_ok=True)
+    manifest = []
+    for kernel in kernels:
+        variant = kernel.variant
+        (folder / f"{variant.name}.cubin").write_bytes(kernel.cubin)
+        entry = {"name": variant.name, "m": variant.tokens, "k": variant.planes, "group_size": variant.group}
+        entry |= {"block_n": variant.outputs, "weights_per_trip": variant.weights_per_trip}
+        entry |= {"num_warps": variant.config.warps, "bits_per_weight": variant.bits, "loop": kernel.code.loop}
+        manifest.append(entry)
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")

@@ -1,0 +1,158 @@
+"""Kernels timed on a GPU against torch.matmul in 16 bits: `kernel_bench` without `--static`."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.kernel_static import Variant, config_for
+from benchmarks.shapes import MODELS, Layer
+from bpdq_kernels import Packed, dequantize, linear, prepare
+from bpdq_kernels.layout import coefficient_shape, plane_shape
+from bpdq_kernels.tuning import cdiv
+
+Call = Callable[[], object]
+Timer = Callable[[dict[str, list[Call]]], dict[str, float]]
+
+ROUNDS = 15  # replays of each graph
+MIN_CALLS = 20  # in a graph, so that starting it does not count
+L2_SIZES = 8  # other bytes that are read before a weight is read again, in sizes of the L2 cache
+COPY_BYTES = 1 << 30
+TOLERANCE = 0.01  # of the outputs' norm; rounding weights and outputs to bf16 costs 0.003
+
+
+class WrongResultError(RuntimeError):
+    """A kernel whose outputs are wrong: its time must not be reported."""
+
+
+class Settings(NamedTuple):
+    """What is timed where."""
+
+    bits: int
+    group_size: int
+    tokens: tuple[int, ...]
+    dtype: torch.dtype
+    device: str
+    multiprocessors: int
+    l2_bytes: int
+
+
+def graph_timer(contenders: dict[str, list[Call]]) -> dict[str, float]:
+    """Median seconds of a contender's call. Its calls run one after the other in a CUDA graph; the contenders' graphs
+    are replayed in turns, so that clocks and temperature are the same for all."""
+    graphs, seconds = {}, {name: [] for name in contenders}
+    for name, calls in contenders.items():
+        for call in calls:  # compiles, and lets cuBLAS choose, outside the capture
+            call()
+        torch.cuda.synchronize()
+        graphs[name] = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graphs[name]):
+            for i in range(rounded_up(MIN_CALLS, len(calls))):
+                calls[i % len(calls)]()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for _ in range(ROUNDS + 1):
+        for name, graph in graphs.items():
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            seconds[name].append(start.elapsed_time(end) / 1e3 / rounded_up(MIN_CALLS, len(contenders[name])))
+    return {name: median(times[1:]) for name, times in seconds.items()}  # the first round warms up
+
+
+def rounded_up(count: int, step: int) -> int:
+    return cdiv(count, step) * step
+
+
+def copies(size: int, l2_bytes: int) -> int:
+    """How many tensors of `size` bytes to use in turn so that none is still in L2 when its turn comes again."""
+    return max(2, 1 + cdiv(L2_SIZES * l2_bytes, size))
+
+
+def size_of(packed: Packed) -> int:
+    """Bytes of the planes, coefficients and scales."""
+    return sum(field.nbytes for field in packed if isinstance(field, Tensor))
+
+
+def clone(packed: Packed) -> Packed:
+    return Packed(*(field.clone() if isinstance(field, Tensor) else field for field in packed))
+
+
+def copy_bandwidth(device: str, timer: Timer, size: int = COPY_BYTES) -> float:
+    """Bytes per second of a copy within the device's memory, reads and writes counted."""
+    source, target = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
+    return 2 * size / timer({"copy": [partial(target.copy_, source)]})["copy"]
+
+
+def random_layer(layer: Layer, settings: Settings) -> tuple[Tensor, Tensor]:
+    """B and c of a layer with random planes and coefficients."""
+    n, k = layer.out_features, layer.in_features
+    shape = plane_shape(k, n, settings.bits)
+    B = torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, device=settings.device)
+    shape = coefficient_shape(k, n, settings.bits, settings.group_size)
+    return B, torch.randn(shape, device=settings.device).mul_(0.02).to(settings.dtype)
+
+
+def check_outputs(y: Tensor, x: Tensor, B: Tensor, c: Tensor, settings: Settings, name: str) -> None:
+    """Raise WrongResultError unless y's first and last outputs are x times the weights."""
+    n, in_features = B.shape[2], x.shape[1]
+    some = torch.cat([torch.arange(min(64, n)), torch.arange(max(0, n - 64), n)]).to(x.device)
+    weight = dequantize(B[..., some].contiguous(), c[..., some].contiguous(), settings.group_size, in_features)
+    expected = x.double() @ weight.double().T
+    error = float((y[:, some].double() - expected).norm() / expected.norm())
+    if not error < TOLERANCE:
+        raise WrongResultError(f"{name}: the outputs are off by {error:.3g} of their norm, so no time is reported")
+
+
+def time_layer(model: str, layer: Layer, settings: Settings, timer: Timer) -> Iterator[dict[str, Any]]:
+    """Time a layer for every number of tokens; raises WrongResultError."""
+    n, k, device = layer.out_features, layer.in_features, settings.device
+    B, c = random_layer(layer, settings)
+    packed = prepare(B, c, settings.group_size, k, settings.dtype, device)
+    size = size_of(packed)
+    clones = [clone(packed) for _ in range(copies(size, settings.l2_bytes))]
+    dense = [
+        torch.randn(n, k, dtype=settings.dtype, device=device) for _ in range(copies(2 * n * k, settings.l2_bytes))
+    ]
+    for tokens in settings.tokens:
+        x = torch.randn(tokens, k, device=device).to(settings.dtype)
+        variant = Variant(settings.bits, settings.group_size, config_for(tokens, layer, settings.multiprocessors))
+        check_outputs(linear(x, packed), x, B, c, settings, f"{model} {layer.name}, {tokens} tokens, {variant.name}")
+        contenders: dict[str, list[Call]] = {
+            "bpdq": [partial(linear, x, weight) for weight in clones],
+            "matmul": [partial(torch.matmul, x, weight.T) for weight in dense],
+        }
+        seconds = timer(contenders)
+        yield {
+            "model": model,
+            "layer": layer._asdict(),
+            "tokens": tokens,
+            "kernel": variant.name,
+            "packed_bytes": size,
+            "us": seconds["bpdq"] * 1e6,
+            "matmul_us": seconds["matmul"] * 1e6,
+            "bytes_per_s": size / seconds["bpdq"],
+        }
+
+
+def time_models(
+    models: Sequence[str], settings: Settings, bandwidth: float, timer: Timer = graph_timer
+) -> Iterator[dict[str, Any]]:
+    """Time all layers of the models; every row says which share of the copy `bandwidth` (bytes/s) it reached."""
+    for model in models:
+        for layer in (*MODELS[model].layers, MODELS[model].head):
+            for row in time_layer(model, layer, settings, timer):
+                yield row | {"of_copy_bandwidth": row["bytes_per_s"] / bandwidth}
+            if settings.device != "cpu":
+                torch.cuda.empty_cache()  # the next layer's copies need the room of this one's
+
+
+def decoder_ms(rows: Sequence[dict[str, Any]], model: str, tokens: int, key: str) -> float:
+    """Milliseconds of all decoder Linears of a model, without the LM head; key "us" or "matmul_us"."""
+    chosen = [
+        row for row in rows if (row["model"], row["tokens"]) == (model, tokens) and row["layer"]["name"] != "head"
+    ]
+    return MODELS[model].blocks * sum(row[key] for row in chosen) / 1e3
