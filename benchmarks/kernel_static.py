@@ -1,7 +1,7 @@
 """Kernels compiled without a GPU, and the time their machine code and bytes allow: `kernel_bench --static`."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,9 +12,8 @@ from triton.compiler import ASTSource
 
 from benchmarks.sass import MACHINES, Code, Machine, clocks, ctas_per_sm, read_cubin
 from benchmarks.shapes import MODELS, Layer
+from bpdq_kernels import triton_gemm, triton_gemv
 from bpdq_kernels.layout import GROUP_SIZES, MAX_PLANES, TILE_INPUTS, TILE_ROWS
-from bpdq_kernels.triton_gemm import gemm_kernel
-from bpdq_kernels.triton_gemv import gemv_kernel
 from bpdq_kernels.tuning import Gemm, Gemv, balance, cdiv, gemm_config, gemv_config
 
 SWEEP_TOKENS = (1, 8, 16, 64)
@@ -78,17 +77,18 @@ class Kernel(NamedTuple):
     ctas: int
 
 
-def config_for(tokens: int, layer: Layer, multiprocessors: int) -> Gemv | Gemm:
+def config_for(tokens: int, layer: Layer, planes: int, group: int, multiprocessors: int) -> Gemv | Gemm:
     """What `bpdq_kernels.tiled_linear` dispatches to."""
     if tokens == 1:
-        return gemv_config(layer.out_features, layer.in_features, multiprocessors)
+        return gemv_config(planes, group, layer.out_features, layer.in_features, multiprocessors)
     return gemm_config(tokens, layer.out_features, multiprocessors)
 
 
 @cache
 def compile_kernel(variant: Variant, arch: str) -> Kernel:
     """Compile for sizes and pointers that 16 divides and inputs that 128 divides, without a bias, as `launch` would."""
-    kernel = gemv_kernel if variant.tokens == 1 else gemm_kernel
+    module = triton_gemv if variant.tokens == 1 else triton_gemm
+    kernel = triton_gemv.gemv_kernel if variant.tokens == 1 else triton_gemm.gemm_kernel
     activations = f"*{variant.dtype}"
     types = {"x_ptr": activations, "planes_ptr": "*i32", "coefficients_ptr": "*i32", "scales_ptr": "*fp32"}
     types |= {"y_ptr": activations, "M": "i32", "N": "i32", "K": "i32", "stride_x": "i32"}
@@ -103,25 +103,20 @@ def compile_kernel(variant: Variant, arch: str) -> Kernel:
         attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in types and name != "M"},
     )
     target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
-    compiled = triton.compile(source, target=target, options={"num_warps": variant.config.warps})
+    compiled = triton.compile(source, target=target, options=module.options(variant.config))
     cubin, shared = compiled.asm["cubin"], compiled.metadata.shared
     code = read_cubin(cubin)
     ctas = ctas_per_sm(code.registers, shared, variant.config.warps, MACHINES[arch])
     return Kernel(variant, cubin, code, shared, ctas)
 
 
-def dispatched(models: Sequence[str], tokens: Sequence[int], multiprocessors: int) -> Iterator[Gemv | Gemm]:
-    """Every tile that the models' layers get for these token counts, each once."""
-    layers = [layer for name in models for layer in (*MODELS[name].layers, MODELS[name].head)]
-    yield from dict.fromkeys(config_for(m, layer, multiprocessors) for m in tokens for layer in layers)
-
-
 def variants(models: Sequence[str], tokens: Sequence[int], planes: int, group: int, machine: Machine) -> list[Variant]:
     """The layers' kernels at `planes` and `group`; then k = 1..4 and G = 32..256 with the tile of a gate_up layer."""
-    chosen = [Variant(planes, group, config) for config in dispatched(models, tokens, machine.multiprocessors)]
+    layers = [layer for name in models for layer in (*MODELS[name].layers, MODELS[name].head)]
     widest = max((layer for name in models for layer in MODELS[name].layers), key=lambda layer: layer.out_features)
-    configs = [config_for(m, widest, machine.multiprocessors) for m in SWEEP_TOKENS]
-    chosen += [Variant(k, g, c) for k in range(1, MAX_PLANES + 1) for g in GROUP_SIZES for c in configs]
+    wanted = [(planes, group, m, layer) for m in tokens for layer in layers]
+    wanted += [(k, g, m, widest) for k in range(1, MAX_PLANES + 1) for g in GROUP_SIZES for m in SWEEP_TOKENS]
+    chosen = [Variant(k, g, config_for(m, layer, k, g, machine.multiprocessors)) for k, g, m, layer in wanted]
     return list(dict.fromkeys(chosen))
 
 
@@ -201,7 +196,7 @@ def layer_row(layer: Layer, tokens: int, planes: int, group: int, machine: Machi
 
     Pipes: the SM with most blocks, all their instructions, those around the loop too. Bytes: the packed weights, once.
     """
-    variant = Variant(planes, group, config_for(tokens, layer, machine.multiprocessors), dtype)
+    variant = Variant(planes, group, config_for(tokens, layer, planes, group, machine.multiprocessors), dtype)
     kernel, sms = compile_kernel(variant, machine.arch), machine.multiprocessors
     token_blocks = cdiv(tokens, variant.tokens)
     ctas = token_blocks * cdiv(layer.out_features, variant.outputs)

@@ -119,7 +119,8 @@ def time_layer(model: str, layer: Layer, settings: Settings, timer: Timer) -> It
     ]
     for tokens in settings.tokens:
         x = torch.randn(tokens, k, device=device).to(settings.dtype)
-        variant = Variant(settings.bits, settings.group_size, config_for(tokens, layer, settings.multiprocessors))
+        planes, group = settings.bits, settings.group_size
+        variant = Variant(planes, group, config_for(tokens, layer, planes, group, settings.multiprocessors))
         check_outputs(linear(x, packed), x, B, c, settings, f"{model} {layer.name}, {tokens} tokens, {variant.name}")
         contenders: dict[str, list[Call]] = {
             "bpdq": [partial(linear, x, weight) for weight in clones],

@@ -16,7 +16,7 @@ def dequantize_t(B: Tensor, c: Tensor, group_size: int, in_features: int, dtype:
     B = trim(B, in_features)
     words, k, n = B.shape
     weight = torch.empty(words, WORD, n, dtype=dtype, device=B.device)
-    step = max(1, _CHUNK // (WORD * n))
+    step = max(1, _CHUNK // (WORD * max(1, n)))
     for start in range(0, words, step):
         block = slice(start, min(start + step, words))
         group = torch.arange(block.start, block.stop, device=B.device) * WORD // group_size

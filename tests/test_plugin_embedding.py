@@ -1,0 +1,91 @@
+"""Embedding and LM head in bit-planes in vLLM's own layers, over simulated tensor-parallel ranks, without an engine."""
+
+import pytest
+import torch
+from vllm.model_executor.layers import vocab_parallel_embedding
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+from bpdq_kernels.format import Format, Scheme
+from ranks import become, finish, load, stored
+from vllm_bpdq.config import BPDQConfig
+
+VOCABULARY, HIDDEN = 300, 96  # 300 rows: vLLM pads to 320, 160 on each of two ranks
+TABLE = Scheme(4, 32)
+
+
+def tables(*names: str, ignore: tuple[str, ...] = ()) -> BPDQConfig:
+    return BPDQConfig(Format(Scheme(2, 64), ignore, dict.fromkeys(names, TABLE)))
+
+
+@pytest.fixture
+def rank(monkeypatch):
+    def set_rank(tp_rank: int, tp_size: int) -> None:
+        become(monkeypatch, tp_rank, tp_size)
+        for name, value in (("rank", tp_rank), ("world_size", tp_size)):
+            function = f"get_tensor_model_parallel_{name}"
+            monkeypatch.setattr(vocab_parallel_embedding, function, lambda value=value: value)
+
+    set_rank(0, 1)
+    return set_rank
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_ranks_hold_and_look_up_their_part_of_the_vocabulary(rank, tp_size):
+    B, c, W = stored(VOCABULARY, HIDDEN, TABLE.group_size, TABLE.bits)
+    for tp_rank in range(tp_size):
+        rank(tp_rank, tp_size)
+        quant = tables("model.embed_tokens")
+        layer = VocabParallelEmbedding(VOCABULARY, HIDDEN, quant_config=quant, prefix="model.embed_tokens")
+        load(layer, B, c)
+        finish(layer)
+        rows = 320 // tp_size
+        own = W[tp_rank * rows : (tp_rank + 1) * rows]
+        ids = torch.randint(0, len(own), (3, 5))
+        assert torch.equal(layer.quant_method.embedding(layer, ids), own[ids])
+        assert not layer.quant_method.embedding(layer, torch.arange(len(own), rows)).any(), "padding rows"
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_ranks_of_the_lm_head_give_their_part_of_the_logits(rank, tp_size):
+    B, c, W = stored(VOCABULARY, HIDDEN, TABLE.group_size, TABLE.bits)
+    x = torch.randn(4, HIDDEN)
+    for tp_rank in range(tp_size):
+        rank(tp_rank, tp_size)
+        layer = ParallelLMHead(VOCABULARY, HIDDEN, quant_config=tables("lm_head"), prefix="lm_head")
+        load(layer, B, c)
+        logits = finish(layer).quant_method.apply(layer, x)
+        rows = 320 // tp_size
+        expected = x @ W[tp_rank * rows : (tp_rank + 1) * rows].T
+        assert logits.shape == (4, rows)
+        torch.testing.assert_close(logits[:, : expected.shape[1]], expected)
+
+
+def test_tables_stay_in_16_bits_unless_named(rank):
+    for quant in (tables(), tables("lm_head", ignore=("lm_head",)), tables("model.layers.0.mlp.up_proj")):
+        layer = ParallelLMHead(VOCABULARY, HIDDEN, quant_config=quant, prefix="lm_head")
+        assert hasattr(layer, "weight")
+
+
+def test_an_embedding_that_vllm_creates_without_a_name_is_found(rank):
+    layer = VocabParallelEmbedding(VOCABULARY, HIDDEN, quant_config=tables("lm_head", "model.embed_tokens"))
+    assert layer.quant_method.name == "model.embed_tokens"
+
+
+def test_a_missing_table_is_named(rank):
+    layer = ParallelLMHead(VOCABULARY, HIDDEN, quant_config=tables("lm_head"), prefix="lm_head")
+    with pytest.raises(ValueError, match=r"lm_head\.c holds NaN or infinity, or was not in the checkpoint"):
+        finish(layer)
+
+
+def test_a_table_of_another_vocabulary_is_refused(rank):
+    B, c, _ = stored(VOCABULARY - 1, HIDDEN, TABLE.group_size, TABLE.bits)
+    layer = ParallelLMHead(VOCABULARY, HIDDEN, quant_config=tables("lm_head"), prefix="lm_head")
+    with pytest.raises(ValueError, match=r"lm_head\.B is torch\.int32 \(3, 4, 299\), expected int32 \(3, 4, 300\)"):
+        load(layer, B, c)
+
+
+def test_tying_to_an_embedding_in_16_bits_is_refused(rank):
+    embedding = VocabParallelEmbedding(VOCABULARY, HIDDEN, quant_config=tables(), prefix="model.embed_tokens")
+    head = ParallelLMHead(VOCABULARY, HIDDEN, quant_config=tables("lm_head"), prefix="lm_head")
+    with pytest.raises(ValueError, match="lm_head is in bit-planes and tied to an embedding in 16 bits"):
+        head.tie_weights(embedding)
