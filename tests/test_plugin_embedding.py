@@ -57,7 +57,7 @@ def test_ranks_of_the_lm_head_give_their_part_of_the_logits(rank, tp_size):
         rows = 320 // tp_size
         expected = x @ W[tp_rank * rows : (tp_rank + 1) * rows].T
         assert logits.shape == (4, rows)
-        torch.testing.assert_close(logits[:, : expected.shape[1]], expected)
+        torch.testing.assert_close(logits[:, : expected.shape[1]], expected, rtol=1e-5, atol=1e-4)
 
 
 def test_tables_stay_in_16_bits_unless_named(rank):

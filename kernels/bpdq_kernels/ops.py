@@ -109,8 +109,9 @@ def _embedding_cuda(
 ) -> Tensor:
     from bpdq_kernels import triton_embedding
 
-    if scales is None:  # prepared for fp32
-        return _embedding_cpu(ids, planes, coefficients, scales, in_features, group_size, dtype)
+    if scales is None:  # prepared for fp32: as stored
+        B, c = planes[:, :, ids.flatten()], coefficients[:, :, ids.flatten()]
+        return reference.dequantize_t(B, c, group_size, in_features, dtype).T.unflatten(0, ids.shape)
     y = coefficients.new_empty((*ids.shape, in_features), dtype=dtype)
     with torch.cuda.device_of(y):
         triton_embedding.launch(ids.reshape(-1), planes, coefficients, scales, group_size, y.view(-1, in_features))
