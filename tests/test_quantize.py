@@ -18,7 +18,7 @@ from bpdq_kernels.format import Scheme
 from bpdq_quantizer import blocks, checkpoint
 from bpdq_quantizer.blocks import block_inputs, decoder_blocks, find_stages, run_block, stage_hessian
 from bpdq_quantizer.loader import BPDQLinear
-from bpdq_quantizer.pipeline import ALPHA, REFINEMENTS
+from bpdq_quantizer.pipeline import SOLVERS
 from bpdq_quantizer.solver import quantize_linear
 from tiny import TEXT, tiny_model, tiny_tokenizer
 
@@ -130,7 +130,7 @@ def test_each_layer_is_calibrated_on_the_quantized_prefix(quantized, text):
     for name in ("model.layers.0.mlp.down_proj", "model.layers.1.self_attn.q_proj"):
         stored, weight = model.get_submodule(name), original.get_submodule(name).weight.detach()
         H = stage_hessian(stored, lambda t: model.base_model(t, use_cache=False), [tokens])
-        solved = quantize_linear(weight, H, 2, 64, iterations=3, refinements=REFINEMENTS, alpha=ALPHA)
+        solved = quantize_linear(weight, H, 2, 64, iterations=3, **SOLVERS["refined"])
         D = weight.float() - stored.weight.detach().float()
         assert ((D @ H) * D).sum().item() == pytest.approx(solved.loss.sum().item(), rel=0.02)
         original_H = stage_hessian(

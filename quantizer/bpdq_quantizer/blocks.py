@@ -23,6 +23,7 @@ from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.hessian import accumulate, symmetrize
 from bpdq_quantizer.loader import BPDQLinear
 from bpdq_quantizer.solver import Solution, quantize_linear
+from bpdq_quantizer.tune import tune_block
 
 ACTIVATION_BYTES = 1 << 30  # a calibration batch is as many windows as keep a block's activations within this
 
@@ -218,12 +219,21 @@ def quantize_in_one_pass(
 
 @torch.no_grad()
 def quantize_blocks(
-    model: PreTrainedModel, tokens: Tensor, scheme: Scheme, device: torch.device, **solver: Any
+    model: PreTrainedModel,
+    tokens: Tensor,
+    scheme: Scheme,
+    device: torch.device,
+    *,
+    tune_steps: int = 0,
+    seed: int = 0,
+    **solver: Any,
 ) -> Iterator[LayerReport]:
     """Quantize the model's decoder blocks in place (Linear -> BPDQLinear), yielding a report for each Linear.
 
     tokens: [W, L]; `solver`: options of `quantize_linear`. The model is on the CPU, one block at a time on `device`.
     If all windows fit one batch, a block takes one forward pass, otherwise about two for the four usual stages.
+    With `tune_steps`, each block's coefficients are then tuned towards the hidden states that the 16-bit model has
+    after it, which also makes up for errors of the blocks before. The reports are of the untuned weights.
     """
     prefix, blocks = decoder_blocks(model)
     for index, block in enumerate(blocks):
@@ -231,10 +241,18 @@ def quantize_blocks(
     windows, calls = block_inputs(model, blocks, tokens)
     batches = in_batches(windows, blocks[0])
     solver["dtype"] = torch.float16 if model.dtype == torch.float16 else torch.bfloat16
+    targets = batches
     for index, block in enumerate(blocks):
         block.to(device)
         run = partial(run_block, block, send_to_device(calls[index], device), device)
-        batches, reports = quantize_block(f"{prefix}.{index}", block, run, batches, scheme, solver)
+        if tune_steps:
+            targets = [run(batch).cpu() for batch in targets]
+        inputs = batches
+        batches, reports = quantize_block(f"{prefix}.{index}", block, run, inputs, scheme, solver)
+        if tune_steps:
+            block.to(device)
+            tune_block(block, run, torch.cat(inputs), torch.cat(targets), steps=tune_steps, seed=seed)
+            batches = [run(batch).cpu() for batch in inputs]
         block.to("cpu")
         yield from reports
 
