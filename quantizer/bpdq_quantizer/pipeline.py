@@ -40,6 +40,7 @@ def quantize(
     solver: str = "refined",
     tune: str = "none",
     tune_steps: int | None = None,
+    tune_samples: int | None = None,
     seed: int = 0,
     device: str = "auto",
     resume: bool = False,
@@ -48,34 +49,36 @@ def quantize(
 
     calibration: `default`, FILE.txt, FILE.jsonl or hf:NAME, cut into `samples` windows of `seq_len` tokens;
     solver: a key of SOLVERS; tune: a key of TUNE_STEPS (`bpdq_quantizer.tune`), whose value is the default of
-    tune_steps; device: `auto`, `cpu` or `cuda`. Embeddings, norms, biases and the LM head stay in 16 bits. Returns the
-    report that is also saved as quantization_report.json. Raises InputError for input that can't be used; the folder
-    `output` appears only when everything is written. While it tunes, the folder `output`.tuning holds what `resume`
-    goes on from.
+    tune_steps; tune_samples: windows to tune the model on, by default `samples`; device: `auto`, `cpu` or `cuda`.
+    Embeddings, norms, biases and the LM head stay in 16 bits. Returns the report that is also saved as
+    quantization_report.json. Raises InputError for input that can't be used; the folder `output` appears only when
+    everything is written. While the model is tuned, the folder `output`.tuning holds what `resume` goes on from.
     """
     tune_steps = TUNE_STEPS[tune] if tune_steps is None else tune_steps
+    tune_samples = samples if tune_samples is None else tune_samples
     options = {k: v for k, v in locals().items() if k not in ("output", "resume")}
     scheme = _scheme(bits, group_size)
     if min(samples, seq_len, iterations) < 1 or tune_steps < (tune != "none"):
         raise InputError("--samples, --seq-len, --iterations and --tune-steps must be at least 1")
     target = _device(device)
-    if tune != "none" and samples < 2:
-        raise InputError(f"--tune {tune} needs two calibration windows or more: raise --samples")
+    if min(samples, tune_samples) < 1 + (tune != "none"):
+        raise InputError(f"--tune {tune} needs two calibration windows or more: raise --samples and --tune-samples")
     tuning = Path(f"{output}.tuning")
     solved = _stopped_run(tuning, options, resume)
     torch.manual_seed(seed)
     started, cpu_started = time.perf_counter(), time.process_time()
     with checkpoint.new_folder(Path(output)) as folder:
         tokenizer = load_tokenizer(model)
-        tokens = calibration_windows(calibration, tokenizer, samples, seq_len, seed)
-        if len(tokens) < samples:
-            tqdm.write(f"{calibration}: holds {len(tokens)} windows of {seq_len} tokens, --samples asked for {samples}")
+        wanted = max(samples, tune_samples) if tune == "model" else samples
+        tokens = calibration_windows(calibration, tokenizer, wanted, seq_len, seed)
+        if len(tokens) < wanted:
+            tqdm.write(f"{calibration}: holds {len(tokens)} windows of {seq_len} tokens, --samples asked for {wanted}")
         lm = _load_plain(model)
         if solved is None:
-            teacher = final_states(lm.to(target), tokens) if tune == "model" else None
+            teacher = final_states(lm.to(target), tokens[:tune_samples]) if tune == "model" else None
             lm.to("cpu")
             blockwise = {"tune_steps": tune_steps, "seed": seed} if tune == "block" else {}
-            layers = _solve(lm, tokens, scheme, target, iterations=iterations, **SOLVERS[solver], **blockwise)
+            layers = _solve(lm, tokens[:samples], scheme, target, iterations=iterations, **SOLVERS[solver], **blockwise)
         else:
             layers, teacher = solved["layers"], solved["teacher"]
             _restore_planes(lm, solved["planes"], scheme)
@@ -87,10 +90,12 @@ def quantize(
                 solved = {"options": options, "layers": layers, "planes": planes, "teacher": teacher}
                 save_atomically(solved, tuning / "solved.pt")
             state = tuning / "state.pt"
-            report["tuning"] = tune_model(lm.to(target), tokens, teacher, steps=tune_steps, seed=seed, state=state)
+            report["tuning"] = tune_model(
+                lm.to(target), tokens[:tune_samples], teacher, steps=tune_steps, seed=seed, state=state
+            )
             lm.to("cpu")
         report |= {
-            "calibration_tokens": tokens.numel(),
+            "calibration_tokens": tokens[:samples].numel(),
             "bits_per_weight": scheme.bits_per_weight,
             "seconds": time.perf_counter() - started,
             "cpu_seconds": time.process_time() - cpu_started,

@@ -104,17 +104,18 @@ class DistillationLoss(torch.autograd.Function):
     """Sum over tokens of KL(teacher || student) from final hidden states [T, D], a chunk of logits at a time."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, head: nn.Module, softcap: float | None) -> Tensor:
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, head: nn.Module, cap: float | None) -> Tensor:
         gradient = torch.empty_like(student)
         total = torch.zeros((), device=student.device)
         step = max(1, LOSS_ELEMENTS // head.weight.shape[0])
         for start in range(0, len(student), step):
             rows = slice(start, start + step)
-            log_p = log_probabilities(teacher[rows], head, softcap)
-            with torch.enable_grad():
-                hidden = student[rows].detach().requires_grad_()
-                log_q = log_probabilities(hidden, head, softcap)
+            log_p = log_probabilities(teacher[rows], head, cap)
+            with torch.set_grad_enabled(ctx.needs_input_grad[0]):
+                hidden = student[rows].detach().requires_grad_(ctx.needs_input_grad[0])
+                log_q = log_probabilities(hidden, head, cap)
                 loss = nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
+            if ctx.needs_input_grad[0]:
                 (gradient[rows],) = torch.autograd.grad(loss, hidden)
             total += loss.detach()
         ctx.save_for_backward(gradient)
@@ -126,11 +127,10 @@ class DistillationLoss(torch.autograd.Function):
         return grad * gradient, None, None, None
 
 
-def log_probabilities(hidden: Tensor, head: nn.Module, softcap: float | None) -> Tensor:
-    """Of the next token, fp32 [T, V]; `softcap` is Gemma's final_logit_softcapping."""
+def log_probabilities(hidden: Tensor, head: nn.Module, cap: float | None) -> Tensor:
     logits = head(hidden).float()
-    if softcap:
-        logits = softcap * torch.tanh(logits / softcap)
+    if cap:
+        logits = cap * torch.tanh(logits / cap)
     return logits.log_softmax(-1)
 
 
@@ -160,8 +160,9 @@ def tune_model(
     interval = -(-steps // EVALUATIONS)
     layers = make_tunable(model)
     adam = optimizer(layers)
-    step, best, history = 0, snapshot(layers), [mean_kl(model, tokens[train:], teacher[train:])]
-    if state.is_file():
+    if not state.is_file():
+        step, best, history = 0, snapshot(layers), [mean_kl(model, tokens[train:], teacher[train:])]
+    else:
         saved = torch.load(state, map_location="cpu", weights_only=True)
         step, best, history = saved["step"], saved["best"], saved["history"]
         restore(layers, saved["current"])
@@ -281,9 +282,20 @@ def draw(windows: int, count: int, step: int, seed: int) -> Tensor:
 def distillation_loss(model: PreTrainedModel, tokens: Tensor, teacher: Tensor) -> Tensor:
     """Sum over all tokens of the windows [W, L] of KL(teacher || model)."""
     states = model.base_model(tokens.to(model.device), use_cache=False).last_hidden_state
-    softcap = getattr(model.config.get_text_config(decoder=True), "final_logit_softcapping", None)
     teacher = teacher.to(states.device, states.dtype)
-    return DistillationLoss.apply(states.flatten(0, 1), teacher.flatten(0, 1), model.get_output_embeddings(), softcap)
+    return DistillationLoss.apply(
+        states.flatten(0, 1), teacher.flatten(0, 1), model.get_output_embeddings(), softcap(model)
+    )
+
+
+def softcap(model: PreTrainedModel) -> float | None:
+    """Gemma's cap on the logits."""
+    return getattr(model.config.get_text_config(decoder=True), "final_logit_softcapping", None)
+
+
+def head_log_probabilities(model: PreTrainedModel, states: Tensor) -> Tensor:
+    """Log-probabilities of the next token, fp32 [T, V], from `final_states` [T, D]."""
+    return log_probabilities(states.to(model.device), model.get_output_embeddings(), softcap(model))
 
 
 @torch.no_grad()
