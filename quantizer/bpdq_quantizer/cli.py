@@ -43,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--seq-len", type=int, default=2048, help="tokens per window (%(default)s)")
     p.add_argument("--iterations", type=int, default=10, help="assign/refit rounds per group (%(default)s)")
     p.add_argument("--solver", choices=SOLVERS, default="refined", help="`paper` is the paper's algorithm alone")
+    p.add_argument("--asymmetric", type=float, metavar="SHARE", help="correct for shifted inputs (0.5; paper: 0)")
     p.add_argument("--tune", choices=("none", "block", "model"), default="none", help="train the coefficients too")
     p.add_argument(
         "--tune-steps", type=int, help=f"for each block ({TUNE_STEPS['block']}), or the model ({TUNE_STEPS['model']})"

@@ -24,6 +24,7 @@ SOLVERS = {  # options of `quantize_linear`
     "refined": {"refinements": 2, "alpha": 1e-6, "damping": 0.01},
     "paper": {"refinements": 0, "alpha": 1e-4, "damping": 0.05, "spread": 1.0},
 }
+ASYMMETRIC = {"refined": 0.5, "paper": 0.0}  # share of the shift of its inputs that a weight is corrected for
 TUNE_STEPS = {"none": 0, "block": 30, "model": 200}  # for each block, or for the model
 
 
@@ -38,6 +39,7 @@ def quantize(
     seq_len: int = 2048,
     iterations: int = 10,
     solver: str = "refined",
+    asymmetric: float | None = None,
     tune: str = "none",
     tune_steps: int | None = None,
     tune_samples: int | None = None,
@@ -48,18 +50,22 @@ def quantize(
     """Quantize a Hugging Face folder, hub id or `.gguf` file to a BPDQ checkpoint folder `output`.
 
     calibration: `default`, FILE.txt, FILE.jsonl or hf:NAME, cut into `samples` windows of `seq_len` tokens;
-    solver: a key of SOLVERS; tune: a key of TUNE_STEPS (`bpdq_quantizer.tune`), whose value is the default of
-    tune_steps; tune_samples: windows to tune the model on, by default `samples`; device: `auto`, `cpu` or `cuda`.
-    Embeddings, norms, biases and the LM head stay in 16 bits. Returns the report that is also saved as
-    quantization_report.json. Raises InputError for input that can't be used; the folder `output` appears only when
-    everything is written. While the model is tuned, the folder `output`.tuning holds what `resume` goes on from.
+    solver: a key of SOLVERS; asymmetric: 0 to 1, by default as in ASYMMETRIC; tune: a key of TUNE_STEPS
+    (`bpdq_quantizer.tune`), whose value is the default of tune_steps; tune_samples: windows to tune the model on, by
+    default `samples`; device: `auto`, `cpu` or `cuda`. Embeddings, norms, biases and the LM head stay in 16 bits.
+    Returns the report that is also saved as quantization_report.json. Raises InputError for input that can't be used;
+    the folder `output` appears only when everything is written. While the model is tuned, the folder `output`.tuning
+    holds what `resume` goes on from.
     """
     tune_steps = TUNE_STEPS[tune] if tune_steps is None else tune_steps
+    asymmetric = ASYMMETRIC[solver] if asymmetric is None else asymmetric
     tune_samples = samples if tune_samples is None else tune_samples
     options = {k: v for k, v in locals().items() if k not in ("output", "resume")}
     scheme = _scheme(bits, group_size)
     if min(samples, seq_len, iterations) < 1 or tune_steps < (tune != "none"):
         raise InputError("--samples, --seq-len, --iterations and --tune-steps must be at least 1")
+    if not 0 <= asymmetric <= 1:
+        raise InputError(f"--asymmetric {asymmetric}: expected 0 (off) to 1")
     target = _device(device)
     if min(samples, tune_samples) < 1 + (tune != "none"):
         raise InputError(f"--tune {tune} needs two calibration windows or more: raise --samples and --tune-samples")
@@ -77,8 +83,10 @@ def quantize(
         if solved is None:
             teacher = final_states(lm.to(target), tokens[:tune_samples]) if tune == "model" else None
             lm.to("cpu")
-            blockwise = {"tune_steps": tune_steps, "seed": seed} if tune == "block" else {}
-            layers = _solve(lm, tokens[:samples], scheme, target, iterations=iterations, **SOLVERS[solver], **blockwise)
+            settings = {"iterations": iterations, "asymmetric": asymmetric, **SOLVERS[solver]}
+            if tune == "block":
+                settings |= {"tune_steps": tune_steps, "seed": seed}
+            layers = _solve(lm, tokens[:samples], scheme, target, **settings)
         else:
             layers, teacher = solved["layers"], solved["teacher"]
             _restore_planes(lm, solved["planes"], scheme)
