@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -15,11 +16,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import bpdq_quantizer
 from bpdq_kernels import dequantize
 from bpdq_kernels.format import Scheme
-from bpdq_quantizer import blocks, checkpoint
-from bpdq_quantizer.blocks import block_inputs, decoder_blocks, find_stages, run_block, stage_hessian
+from bpdq_quantizer import activations, checkpoint
+from bpdq_quantizer.activations import block_inputs, capture, find_stages, run_block, stage_statistics
+from bpdq_quantizer.blocks import decoder_blocks
+from bpdq_quantizer.hessian import correction
 from bpdq_quantizer.loader import BPDQLinear
-from bpdq_quantizer.pipeline import ALPHA, REFINEMENTS
+from bpdq_quantizer.pipeline import ASYMMETRIC, SOLVERS
 from bpdq_quantizer.solver import quantize_linear
+from bpdq_quantizer.tune import final_states
 from tiny import TEXT, tiny_model, tiny_tokenizer
 
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text"]
@@ -129,24 +133,39 @@ def test_each_layer_is_calibrated_on_the_quantized_prefix(quantized, text):
     tokens = torch.tensor(ids).view(6, 32)
     for name in ("model.layers.0.mlp.down_proj", "model.layers.1.self_attn.q_proj"):
         stored, weight = model.get_submodule(name), original.get_submodule(name).weight.detach()
-        H = stage_hessian(stored, lambda t: model.base_model(t, use_cache=False), [tokens])
-        solved = quantize_linear(weight, H, 2, 64, iterations=3, refinements=REFINEMENTS, alpha=ALPHA)
-        D = weight.float() - stored.weight.detach().float()
+        inputs, _ = capture(original, [name], lambda t: original.base_model(t, use_cache=False), tokens)
+        run = partial(model.base_model, use_cache=False)
+        H, C = stage_statistics(stored, run, [tokens], lambda _, x=inputs[name]: x)
+        target = weight.float() + ASYMMETRIC["refined"] * weight.float() @ correction(H, C)
+        solved = quantize_linear(target, H, 2, 64, iterations=3, **SOLVERS["refined"])
+        D = target - stored.weight.detach().float()
         assert ((D @ H) * D).sum().item() == pytest.approx(solved.loss.sum().item(), rel=0.02)
-        original_H = stage_hessian(
-            original.get_submodule(name), lambda t: original.base_model(t, use_cache=False), [tokens]
-        )
+        original_run = partial(original.base_model, use_cache=False)
+        original_H, _ = stage_statistics(original.get_submodule(name), original_run, [tokens], None)
         assert (original_H - H).norm() > 0.05 * H.norm(), "the prefix makes a difference that the test can see"
 
 
 def test_one_pass_and_a_pass_per_stage_agree(quantized, tmp_path, text, monkeypatch):
     """A calibration set that fits one batch takes a shortcut, which must not change what is solved."""
     model, _, report = quantized
-    monkeypatch.setattr(blocks, "ACTIVATION_BYTES", 1)
+    monkeypatch.setattr(activations, "ACTIVATION_BYTES", 1)
     again = bpdq_quantizer.quantize(str(model), tmp_path / "out", **small(text))
     for a, b in zip(report["layers"][:7], again["layers"][:7], strict=True):  # later blocks drift by bf16 rounding
         assert a["name"] == b["name"]
         assert a["loss"] == pytest.approx(b["loss"], rel=0.03)
+
+
+def test_asymmetric_calibration_brings_the_model_closer_to_the_16_bit_one(quantized, tmp_path, text):
+    model_folder, out, _ = quantized
+    bpdq_quantizer.quantize(str(model_folder), tmp_path / "plain", **small(text, asymmetric=0.0))
+    original = AutoModelForCausalLM.from_pretrained(model_folder)
+    ids = AutoTokenizer.from_pretrained(out)(TEXT * 4, add_special_tokens=False)["input_ids"][: 6 * 32]
+    tokens = torch.tensor(ids).view(6, 32)
+    errors = []
+    for folder in (out, tmp_path / "plain"):
+        states = final_states(AutoModelForCausalLM.from_pretrained(folder), tokens)
+        errors.append((states - final_states(original, tokens)).float().square().mean().item())
+    assert errors[0] < 0.95 * errors[1]
 
 
 def test_fp16_models_get_fp16_coefficients(tmp_path, text):

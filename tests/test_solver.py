@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bpdq_quantizer import hessian
 from bpdq_quantizer.grid import assign_codes, fit_coefficients, most_significant_planes, quantize_group
-from bpdq_quantizer.hessian import accumulate, inverse_factor, symmetrize
+from bpdq_quantizer.hessian import accumulate, accumulate_shift, correction, inverse_factor, symmetrize
 from bpdq_quantizer.order import group_aware_order
 from bpdq_quantizer.refine import dequantize_columns, descend, joint_fit, refine
 from bpdq_quantizer.solver import quantize_linear
@@ -178,6 +179,17 @@ def test_hessian_is_twice_the_mean_outer_product():
         accumulate(H, part[None], 21)
     flat = x.reshape(21, 5).double()
     torch.testing.assert_close(symmetrize(H).double(), 2 / 21 * flat.T @ flat, rtol=1e-5, atol=1e-6)
+
+
+def test_correction_is_the_least_squares_answer_to_shifted_inputs(monkeypatch):
+    monkeypatch.setattr(hessian, "CORRECTION_DAMPING", 0.0)
+    original, W = torch.randn(2, 50, 6), torch.randn(4, 6)
+    x = original @ (torch.eye(6) + 0.3 * torch.randn(6, 6))
+    H, C = torch.zeros(6, 6), torch.zeros(6, 6)
+    accumulate(H, x, 100)
+    accumulate_shift(C, original, x, 100)
+    corrected = W + W @ correction(symmetrize(H), C)
+    torch.testing.assert_close(x @ corrected.T, original @ W.T, rtol=1e-2, atol=1e-2)
 
 
 def test_damping_grows_until_the_hessian_factorizes():

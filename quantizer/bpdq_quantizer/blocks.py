@@ -6,11 +6,11 @@ quantized, and the rows of its Linears are solved together, as they share H.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
@@ -19,12 +19,20 @@ from transformers import PreTrainedModel
 
 from bpdq_kernels import dequantize, layout
 from bpdq_kernels.format import Scheme
+from bpdq_quantizer.activations import (
+    Original,
+    block_inputs,
+    find_stages,
+    in_batches,
+    linear_layers,
+    run_block,
+    stage_statistics,
+)
 from bpdq_quantizer.errors import InputError
-from bpdq_quantizer.hessian import accumulate, symmetrize
+from bpdq_quantizer.hessian import accumulate, accumulate_shift, correction, symmetrize
 from bpdq_quantizer.loader import BPDQLinear
 from bpdq_quantizer.solver import Solution, quantize_linear
-
-ACTIVATION_BYTES = 1 << 30  # a calibration batch is as many windows as keep a block's activations within this
+from bpdq_quantizer.tune import tune_block
 
 SMALL_STAGE = 8192  # rows; torch splits an operation from 32768 elements on, and a column step has 2^k - 1 per row
 
@@ -47,36 +55,6 @@ class LayerReport:
     seconds: float
 
 
-class BlockInputs(NamedTuple):
-    """hidden: one tensor [1, L, D] per calibration window, on the CPU; calls: each block's other arguments."""
-
-    hidden: list[Tensor]
-    calls: list[tuple[tuple, dict[str, Any]]]
-
-
-class _Recorder(nn.Module):
-    """Stands in for a block while the inputs of all blocks are recorded: passes hidden states through."""
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.__dict__["block"] = block  # not a submodule
-        self.calls: list[tuple[Tensor, tuple, dict[str, Any]]] = []
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["block"], name)
-
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self.calls.append((hidden, args, kwargs))
-        return hidden
-
-
-class _StageReached(Exception):  # noqa: N818, control flow
-    pass
-
-
 def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """Name and list of the model's decoder blocks: the first ModuleList as long as config.num_hidden_layers."""
     depth = model.config.get_text_config(decoder=True).num_hidden_layers
@@ -84,10 +62,6 @@ def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         if isinstance(module, nn.ModuleList) and len(module) == depth and linear_layers(module):
             return name, module
     raise InputError(f"{type(model).__name__}: no list of {depth} decoder blocks with Linear layers found")
-
-
-def linear_layers(module: nn.Module) -> dict[str, nn.Linear]:
-    return {name: m for name, m in module.named_modules() if isinstance(m, nn.Linear)}
 
 
 def check_supported(name: str, block: nn.Module) -> None:
@@ -100,112 +74,25 @@ def check_supported(name: str, block: nn.Module) -> None:
             )
 
 
-@torch.no_grad()
-def block_inputs(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor) -> BlockInputs:
-    """Run the windows [W, L] through embedding and rotary tables, recording what each block would be called with.
-
-    The arguments besides hidden states (masks, position embeddings) must not depend on the tokens, so that the
-    first window's serve all; raises InputError for an architecture where they do.
-    """
-    originals = list(blocks)
-    recorders = [_Recorder(block) for block in originals]
-    _fill(blocks, recorders)
-    try:
-        for window in tokens:
-            model.base_model(input_ids=window[None], use_cache=False)
-    finally:
-        _fill(blocks, originals)
-    for recorder in recorders:
-        first, last = recorder.calls[0][1:], recorder.calls[-1][1:]
-        if not _same(first, last):
-            raise InputError(f"{type(model).__name__} passes token-dependent arguments to its blocks: not supported")
-    return BlockInputs([call[0] for call in recorders[0].calls], [r.calls[0][1:] for r in recorders])
-
-
-def _fill(blocks: nn.ModuleList, modules: Sequence[nn.Module]) -> None:
-    for i, module in enumerate(modules):
-        blocks[i] = module
-
-
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor):
-        return isinstance(b, Tensor) and torch.equal(a, b)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
-    return a is b or a == b
-
-
-def run_block(block: nn.Module, call: tuple[tuple, dict[str, Any]], device: torch.device, hidden: Tensor) -> Tensor:
-    args, kwargs = call
-    out = block(hidden.to(device), *args, **kwargs)
-    return out[0] if isinstance(out, tuple) else out
-
-
-def find_stages(block: nn.Module, run: Callable[[Tensor], Tensor], hidden: Tensor) -> list[list[str]]:
-    """Names of the block's Linears, grouped by the input tensor they share, in the order of the forward pass."""
-    stages: list[tuple[Tensor, list[str]]] = []
-
-    def record(name: str, x: Tensor) -> None:
-        if stages and stages[-1][0] is x:
-            stages[-1][1].append(name)
-        else:
-            stages.append((x, [name]))
-
-    linears = linear_layers(block)
-    hooks = [m.register_forward_pre_hook(lambda _, args, n=name: record(n, args[0])) for name, m in linears.items()]
-    run(hidden)
-    for hook in hooks:
-        hook.remove()
-    reached = [name for _, names in stages for name in names]
-    if sorted(reached) != sorted(linears):
-        odd = sorted(set(linears).symmetric_difference(reached)) or "a Linear that runs twice"
-        raise InputError(f"the forward pass does not reach each Linear of a block once: {odd}")
-    return [names for _, names in stages]
-
-
-def in_batches(windows: list[Tensor], block: nn.Module) -> list[Tensor]:
-    """Concatenate windows [1, L, D] to as few batches as keep a block's activations within ACTIVATION_BYTES."""
-    _, length, width = windows[0].shape
-    channels = 4 * width + sum(linear.out_features for linear in linear_layers(block).values())
-    count = max(1, ACTIVATION_BYTES // (length * channels * windows[0].element_size()))
-    return list(torch.cat(windows).split(count))
-
-
-@torch.no_grad()
-def stage_hessian(linear: nn.Linear, run: Callable[[Tensor], Tensor], batches: list[Tensor]) -> Tensor:
-    """H [K, K] fp32 of a Linear's inputs; each forward pass stops as soon as it reaches the Linear."""
-    tokens = sum(batch.shape[:2].numel() for batch in batches)
-    H = torch.zeros(linear.in_features, linear.in_features, device=linear.weight.device)
-
-    def collect(_: nn.Module, args: tuple) -> None:
-        accumulate(H, args[0], tokens)
-        raise _StageReached
-
-    hook = linear.register_forward_pre_hook(collect)
-    try:
-        for batch in batches:
-            with suppress(_StageReached):
-                run(batch)
-    finally:
-        hook.remove()
-    return symmetrize(H)
-
-
 def quantize_in_one_pass(
     block: nn.Module,
     stages: list[list[str]],
     run: Callable[[Tensor], Tensor],
     batch: Tensor,
-    quantize_stage: Callable[[list[str], Tensor], None],
+    original: Original | None,
+    quantize_stage: Callable[[list[str], Tensor, Tensor | None], None],
 ) -> Tensor:
     """The quantized block's output for a single batch: each stage is quantized while the pass waits in front of it."""
 
     def quantize_here(linear: nn.Linear, args: tuple, names: list[str]) -> None:
+        tokens = batch.shape[:2].numel()
         H = torch.zeros(linear.in_features, linear.in_features, device=linear.weight.device)
-        accumulate(H, args[0], batch.shape[:2].numel())
-        quantize_stage(names, symmetrize(H))
+        accumulate(H, args[0], tokens)
+        C = None
+        if original is not None:
+            C = torch.zeros_like(H)
+            accumulate_shift(C, original.input(names[0], 0), args[0], tokens)
+        quantize_stage(names, symmetrize(H), C)
 
     firsts = [(block.get_submodule(names[0]), names) for names in stages]
     hooks = [first.register_forward_pre_hook(partial(quantize_here, names=names)) for first, names in firsts]
@@ -218,23 +105,46 @@ def quantize_in_one_pass(
 
 @torch.no_grad()
 def quantize_blocks(
-    model: PreTrainedModel, tokens: Tensor, scheme: Scheme, device: torch.device, **solver: Any
+    model: PreTrainedModel,
+    tokens: Tensor,
+    scheme: Scheme,
+    device: torch.device,
+    *,
+    asymmetric: float = 0.0,
+    tune_steps: int = 0,
+    seed: int = 0,
+    **solver: Any,
 ) -> Iterator[LayerReport]:
     """Quantize the model's decoder blocks in place (Linear -> BPDQLinear), yielding a report for each Linear.
 
     tokens: [W, L]; `solver`: options of `quantize_linear`. The model is on the CPU, one block at a time on `device`.
     If all windows fit one batch, a block takes one forward pass, otherwise about two for the four usual stages.
+    With `asymmetric` > 0, every weight is first corrected for what quantization has done to its inputs, by that share
+    (`hessian.correction`). With `tune_steps`, each block's coefficients are then tuned towards the hidden states that
+    the 16-bit model has after it. The reports are of the corrected weights, before tuning.
     """
     prefix, blocks = decoder_blocks(model)
     for index, block in enumerate(blocks):
         check_supported(f"{prefix}.{index}", block)
     windows, calls = block_inputs(model, blocks, tokens)
-    batches = in_batches(windows, blocks[0])
+    batches = full = in_batches(windows, blocks[0])
     solver["dtype"] = torch.float16 if model.dtype == torch.float16 else torch.bfloat16
     for index, block in enumerate(blocks):
         block.to(device)
-        run = partial(run_block, block, send_to_device(calls[index], device), device)
-        batches, reports = quantize_block(f"{prefix}.{index}", block, run, batches, scheme, solver)
+        call = send_to_device(calls[index], device)
+        run = partial(run_block, block, call, device)
+        stages = find_stages(block, run, batches[0][:1])
+        original = None
+        if asymmetric or tune_steps:
+            original = Original(block, [names[0] for names in stages], call, device, full)
+            full = original.outputs
+        inputs, source = batches, original if asymmetric else None
+        name = f"{prefix}.{index}"
+        batches, reports = quantize_block(name, block, stages, run, inputs, source, asymmetric, scheme, solver)
+        if tune_steps:
+            block.to(device)
+            tune_block(block, run, torch.cat(inputs), torch.cat(full), steps=tune_steps, seed=seed)
+            batches = [run(batch).to("cpu") for batch in inputs]
         block.to("cpu")
         yield from reports
 
@@ -242,8 +152,11 @@ def quantize_blocks(
 def quantize_block(
     name: str,
     block: nn.Module,
+    stages: list[list[str]],
     run: Callable[[Tensor], Tensor],
     batches: list[Tensor],
+    original: Original | None,
+    asymmetric: float,
     scheme: Scheme,
     solver: dict[str, Any],
 ) -> tuple[list[Tensor], list[LayerReport]]:
@@ -251,10 +164,11 @@ def quantize_block(
     packed: dict[str, BPDQLinear] = {}
     reports: list[LayerReport] = []
 
-    def quantize_stage(stage: list[str], H: Tensor) -> None:
+    def quantize_stage(stage: list[str], H: Tensor, C: Tensor | None) -> None:
         started = time.perf_counter()
         linears = {f"{name}.{part}": block.get_submodule(part) for part in stage}
-        solution = solve_stage(linears, H, scheme, **solver)
+        shift = None if C is None else asymmetric * correction(H, C)
+        solution = solve_stage(linears, H, shift, scheme, **solver)
         seconds = time.perf_counter() - started
         first = 0
         for part, (full_name, linear) in zip(stage, linears.items(), strict=True):
@@ -263,20 +177,25 @@ def quantize_block(
             reports.append(report(full_name, solution, rows, linear, scheme, seconds))
             first = rows.stop
 
-    stages = find_stages(block, run, batches[0][:1])
     if len(batches) == 1:
-        outputs = [quantize_in_one_pass(block, stages, run, batches[0], quantize_stage)]
+        outputs = [quantize_in_one_pass(block, stages, run, batches[0], original, quantize_stage)]
     else:
         for stage in stages:
-            quantize_stage(stage, stage_hessian(block.get_submodule(stage[0]), run, batches))
+            lookup = None if original is None else partial(original.input, stage[0])
+            quantize_stage(stage, *stage_statistics(block.get_submodule(stage[0]), run, batches, lookup))
         outputs = [run(batch) for batch in batches]
     for part, module in packed.items():
         block.set_submodule(part, module)
     return [out.to("cpu") for out in outputs], reports
 
 
-def solve_stage(linears: dict[str, nn.Linear], H: Tensor, scheme: Scheme, **solver: Any) -> Solution:
-    """Quantize the stacked rows of Linears that share the input with Hessian H; raises InputError on NaN."""
+def solve_stage(
+    linears: dict[str, nn.Linear], H: Tensor, shift: Tensor | None, scheme: Scheme, **solver: Any
+) -> Solution:
+    """Quantize the stacked rows W of Linears that share the input with Hessian H; raises InputError on NaN.
+
+    `shift` [K, K]: quantize W + W shift instead of W.
+    """
     first = next(iter(linears))
     if not torch.isfinite(H).all():
         raise InputError(f"{first}: its calibration inputs hold NaN or infinity: check the model and its dtype")
@@ -284,6 +203,8 @@ def solve_stage(linears: dict[str, nn.Linear], H: Tensor, scheme: Scheme, **solv
         if not torch.isfinite(linear.weight).all():
             raise InputError(f"{name}.weight holds NaN or infinity: the model is damaged, download it again")
     W = torch.cat([linear.weight for linear in linears.values()])
+    if shift is not None:
+        W = W.float() + W.float() @ shift
     with one_thread() if len(W) < SMALL_STAGE else nullcontext():
         solution = quantize_linear(W, H, scheme.bits, scheme.group_size, **solver)
     if not torch.isfinite(solution.c).all():

@@ -31,9 +31,12 @@ def features(codes: Tensor, bits: int) -> Tensor:
     return X
 
 
-def most_significant_planes(W: Tensor, bits: int) -> Tensor:
-    """Codes [g, N] of the k most significant bits of an 8-bit min-max grid per row that contains zero."""
-    low, high = W.amin(0).clamp(max=0), W.amax(0).clamp(min=0)
+def most_significant_planes(W: Tensor, bits: int, spread: float = 1.0) -> Tensor:
+    """Codes [g, N] of the k most significant bits of an 8-bit min-max grid per row that contains zero.
+
+    `spread` < 1 narrows the grid to that share of the range; what lies beyond gets the outermost codes.
+    """
+    low, high = W.amin(0).clamp(max=0) * spread, W.amax(0).clamp(min=0) * spread
     scale = ((high - low) / (2**INITIAL_BITS - 1)).clamp(min=torch.finfo(W.dtype).tiny)
     zero = torch.round(-low / scale)
     q = (torch.round(W / scale) + zero).clamp(0, 2**INITIAL_BITS - 1).to(torch.uint8)
@@ -72,7 +75,7 @@ def assign_codes(W: Tensor, c: Tensor, U: Tensor, bits: int) -> Tensor:
 
 
 def quantize_group(
-    W: Tensor, U: Tensor, bits: int, iterations: int, alpha: float, dtype: torch.dtype
+    W: Tensor, U: Tensor, bits: int, iterations: int, alpha: float, dtype: torch.dtype, spread: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Planes and coefficients of one group; returns (codes [g, N], c [k+1, N], E [g, N]).
 
@@ -83,7 +86,7 @@ def quantize_group(
     """
     whiten = torch.linalg.solve_triangular(U.T, torch.eye(len(U), device=U.device), upper=False)
     table = level_table(bits, W.device)
-    codes = most_significant_planes(W, bits)
+    codes = most_significant_planes(W, bits, spread)
     c = fit_coefficients(codes, W, whiten, bits, alpha, dtype)
     best_codes, best_c, best_E = codes.clone(), c.clone(), torch.empty_like(W)
     best_loss = torch.full_like(W[0], torch.inf)

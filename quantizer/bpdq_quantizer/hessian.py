@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 MAX_DAMPING = 1.0
+CORRECTION_DAMPING = 0.1  # of the mean of diag(H)
 
 
 def accumulate(H: Tensor, x: Tensor, total_tokens: int) -> None:
@@ -22,6 +23,26 @@ def accumulate(H: Tensor, x: Tensor, total_tokens: int) -> None:
 def symmetrize(H: Tensor) -> Tensor:
     """H with its upper triangle made the mirror image of the lower one."""
     return H.tril() + H.tril(-1).T
+
+
+def accumulate_shift(C: Tensor, original: Tensor, x: Tensor, total_tokens: int) -> None:
+    """Add (2 / total_tokens) (original - x)^T x to C [K, K] fp32 in place.
+
+    original, x: [windows, L, K], a Linear's inputs in the 16-bit model and in the one that is quantized so far.
+    """
+    for before, now in zip(original, x, strict=True):
+        C += ((before - now).T @ now).float() * (2.0 / total_tokens)
+
+
+def correction(H: Tensor, C: Tensor) -> Tensor:
+    """S [K, K] such that W + W S applied to the inputs x comes closest to W applied to the original inputs.
+
+    The least squares solution S = C (H + d I)^-1 (QEP, arXiv 2504.09629; GPTAQ, arXiv 2504.02692, puts the same cross
+    term into the error propagation), with C from `accumulate_shift` and d = CORRECTION_DAMPING * mean(diag(H)).
+    """
+    damped = H.clone()
+    damped.diagonal().add_(CORRECTION_DAMPING * H.diagonal().mean())
+    return torch.linalg.solve(damped, C.T).T
 
 
 def inverse_factor(H: Tensor, damping: float) -> tuple[Tensor, float]:

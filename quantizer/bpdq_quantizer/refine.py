@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bpdq_quantizer.grid import features, level_table
 
+SWEEPS = 2  # of descent to a fit: 4 rounds of 2 end lower than 10 rounds of 1, in less time
 CHUNK_ELEMENTS = 1 << 26  # of the largest temporary: 256 MiB in fp32
 CACHE_ELEMENTS = 1 << 20  # likewise for the joint fit on a CPU, whose cache makes it 1.4 times as fast
 
@@ -39,7 +40,8 @@ def refine(
             parts = zip(row_codes.split(fit_rows, dim=1), w.split(fit_rows, dim=1), strict=True)
             fits = [joint_fit(*part, H, group_size, width - 1, alpha, dtype) for part in parts]
             row_c = torch.cat(fits, dim=2)
-            row_codes, loss = descend(row_codes, row_c, w, H, group_size)
+            for _ in range(SWEEPS):
+                row_codes, loss = descend(row_codes, row_c, w, H, group_size)
             better = loss < best_loss
             best_codes = torch.where(better, row_codes, best_codes)
             best_c = torch.where(better, row_c, best_c)

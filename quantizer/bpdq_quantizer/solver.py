@@ -10,6 +10,8 @@ from bpdq_quantizer.hessian import inverse_factor
 from bpdq_quantizer.order import group_aware_order
 from bpdq_quantizer.refine import dequantize_columns, refine
 
+SPREAD = {2: 0.8}  # by k: four levels leave the tails to the outer ones; with more levels the full range is better
+
 
 class Solution(NamedTuple):
     """Quantized rows. codes: uint8 [N, K], bit p is plane p; c: [ceil(K/G), k+1, N] in the stored dtype;
@@ -31,14 +33,17 @@ def quantize_linear(
     iterations: int = 10,
     refinements: int = 2,
     alpha: float = 1e-6,
-    damping: float = 0.05,
+    damping: float = 0.01,
+    spread: float | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Solution:
     """Quantize W [N, K] against the Hessian H [K, K] of its inputs (fp32, symmetric, not modified).
 
     Rows are independent given H, so the rows of several Linears that read the same input may be stacked.
-    `refinements` = 0 is the paper's algorithm; more rounds go on with `bpdq_quantizer.refine`.
+    `spread` is the share of a group's range that the initial grid spans, by default SPREAD. The paper's algorithm is
+    `refinements` = 0, `damping` = 0.05, `spread` = 1; more rounds go on with `bpdq_quantizer.refine`.
     """
+    spread = SPREAD.get(bits, 1.0) if spread is None else spread
     target = W.to(torch.float32, copy=True).T.contiguous()  # [K, N]
     diagonal = H.diagonal()
     target[diagonal == 0] = 0  # dead inputs: no calibration token ever used them
@@ -57,7 +62,7 @@ def quantize_linear(
         stop = start + len(columns)
         block = slice(start, stop)
         U_block = U[block, block]
-        codes[columns], c[group], E = quantize_group(weight[block], U_block, bits, iterations, alpha, dtype)
+        codes[columns], c[group], E = quantize_group(weight[block], U_block, bits, iterations, alpha, dtype, spread)
         weight[stop:].addmm_(U[block, stop:].T, E, alpha=-1)
         start = stop
 

@@ -1,0 +1,203 @@
+"""Quality benchmark: perplexity and closeness to the 16-bit model over models, methods, bits and group sizes.
+
+Quantizes every combination in a process of its own, evaluates each, and writes a JSON file, a table and a plot:
+
+    python -m benchmarks.quality_bench --models MODEL --calibration train.txt --text test.txt --output quality
+
+Finished checkpoints stay in OUTPUT/checkpoints and are not made again. KL and top-1 agreement compare a model's
+next-token distributions with those of its 16-bit original on the same text. GPTQ comes from llm-compressor, which
+needs versions that vLLM does not: give it an environment of its own and name its interpreter with --gptq-python.
+"""
+
+import argparse
+import json
+import math
+import shlex
+import subprocess
+import sys
+import time
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from benchmarks.serve_bench import COLORS, machine
+from bpdq_quantizer.calibration import read_text, tokenize, windows
+from bpdq_quantizer.errors import InputError
+from bpdq_quantizer.loader import load_model, load_tokenizer
+from bpdq_quantizer.tune import final_states, head_log_probabilities
+
+METHODS = {  # options of `bpdq quantize`; gptq has a script of its own
+    "paper": ["--solver", "paper"],
+    "bpdq": [],
+    "bpdq-block": ["--tune", "block"],
+    "bpdq-tuned": ["--tune", "model"],
+    "gptq": [],
+}
+CHUNK = 128  # tokens whose logits are held at a time
+Row = dict[str, Any]
+
+
+class BenchError(RuntimeError):
+    """A run that failed; the message is one sentence."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark; returns the exit status: 0 done, 1 a run failed, 2 bad input."""
+    args = parse_args(argv)
+    args.output.mkdir(parents=True, exist_ok=True)
+    report: dict[str, Any] = {
+        "command": shlex.join(["python", "-m", "benchmarks.quality_bench", *(sys.argv[1:] if argv is None else argv)]),
+        "machine": machine(),
+        "rows": [],
+    }
+    try:
+        for row in measure(args):
+            report["rows"].append(row)
+            (args.output / "quality.json").write_text(json.dumps(report, indent=2) + "\n")
+    except InputError as e:
+        print(f"quality_bench: error: {e}", file=sys.stderr)
+        return 2
+    except BenchError as e:
+        print(f"quality_bench: error: {e}", file=sys.stderr)
+        return 1
+    (args.output / "quality.md").write_text(table(report["rows"]) + "\n")
+    plot(report["rows"]).savefig(args.output / "quality.png", dpi=150)
+    print(table(report["rows"]))
+    print(f"\n{args.output}/quality.json, quality.md, quality.png")
+    return 0
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality_bench", description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", required=True, metavar="DIR", help="16-bit models")
+    parser.add_argument("--calibration", required=True, metavar="TEXT", help="as of `bpdq quantize`")
+    parser.add_argument("--text", required=True, metavar="FILE", help="what perplexity is measured on")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["paper", "bpdq"], help="(%(default)s)")
+    parser.add_argument("--bits", nargs="+", type=int, default=[2], metavar="K", help="(%(default)s)")
+    parser.add_argument("--group-sizes", nargs="+", type=int, default=[64], metavar="G", help="(%(default)s)")
+    parser.add_argument("--samples", type=int, default=128, help="calibration windows (%(default)s)")
+    parser.add_argument("--seq-len", type=int, default=512, help="tokens of a calibration window (%(default)s)")
+    parser.add_argument("--eval-seq-len", type=int, default=1024, help="tokens of a test window (%(default)s)")
+    parser.add_argument("--windows", type=int, default=20, help="test windows (%(default)s)")
+    parser.add_argument("--tune-steps", type=int, help="as of `bpdq quantize`")
+    parser.add_argument("--gptq-python", metavar="EXE", help="interpreter of an environment with llm-compressor")
+    parser.add_argument("--output", type=Path, default=Path("quality"), metavar="DIR", help="(%(default)s)")
+    args = parser.parse_args(argv)
+    if "gptq" in args.methods and not args.gptq_python:
+        parser.error(
+            "--methods gptq needs --gptq-python: python -m venv gptq-env && gptq-env/bin/pip install llmcompressor, "
+            "then --gptq-python gptq-env/bin/python"
+        )
+    names = [Path(model).name for model in args.models]
+    if len(set(names)) < len(names):
+        parser.error("--models: two folders have the same name, by which the results tell models apart; rename one")
+    return args
+
+
+def measure(args: argparse.Namespace) -> Any:
+    """Yield a row for each 16-bit model, then for each of its quantized versions."""
+    for model in args.models:
+        tokens = windows(
+            tokenize([read_text(args.text)], load_tokenizer(model)), args.eval_seq_len, args.windows, args.text
+        )
+        base = load_model(model, torch.float32)
+        states = final_states(base, tokens)
+        named = {"model": Path(model).name}
+        yield named | {"method": "16-bit", "bits_per_weight": 16.0} | evaluate(base, tokens, states)
+        del base
+        for method, bits, group_size in product(args.methods, args.bits, args.group_sizes):
+            print(f"{named['model']}: {method}, k = {bits}, G = {group_size}", flush=True)
+            checkpoint = args.output / "checkpoints" / f"{named['model']}-{method}-k{bits}-g{group_size}"
+            cost = quantize(model, method, bits, group_size, checkpoint, args)
+            quality = evaluate(load_model(str(checkpoint), torch.float32), tokens, states)
+            yield named | {"method": method, "bits": bits, "group_size": group_size} | cost | quality
+
+
+def quantize(model: str, method: str, bits: int, group_size: int, checkpoint: Path, args: argparse.Namespace) -> Row:
+    """Make `checkpoint` unless it is there; returns bits_per_weight, seconds and peak_memory_bytes."""
+    settings = ["--output", checkpoint, "--bits", bits, "--group-size", group_size, "--calibration", args.calibration]
+    settings += ["--samples", args.samples, "--seq-len", args.seq_len]
+    if method == "gptq":
+        command = [args.gptq_python, Path(__file__).with_name("gptq_peer.py"), model, *settings]
+    else:
+        command = [sys.executable, "-m", "bpdq_quantizer", "quantize", model, *settings, *METHODS[method], "--resume"]
+        if method.startswith("bpdq-") and args.tune_steps:
+            command += ["--tune-steps", args.tune_steps]
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    if not checkpoint.exists() and subprocess.run([str(part) for part in command]).returncode:
+        raise BenchError(f"{checkpoint.name}: quantizing failed, its message is above")
+    report = json.loads((checkpoint / "quantization_report.json").read_text())
+    return {
+        "bits_per_weight": report["bits_per_weight"],
+        "seconds": report["seconds"],
+        "peak_memory_bytes": report["peak_host_memory_bytes"],
+    }
+
+
+@torch.inference_mode()
+def evaluate(model: PreTrainedModel, tokens: Tensor, states: Tensor) -> Row:
+    """Perplexity, KL(16-bit || model) in nats and share of equal top tokens, over all but each window's last position.
+
+    tokens: [W, L]; states: `final_states` of the 16-bit model, whose LM head `model` shares.
+    """
+    started = time.perf_counter()
+    nll = kl = same = 0.0
+    for window, reference in zip(tokens, states, strict=True):
+        hidden = final_states(model, window[None])[0]
+        for start in range(0, len(window) - 1, CHUNK):
+            rows = slice(start, min(start + CHUNK, len(window) - 1))
+            log_p, log_q = (head_log_probabilities(model, h[rows]) for h in (reference, hidden))
+            nll -= log_q.gather(1, window[rows.start + 1 : rows.stop + 1, None]).sum().item()
+            kl += torch.nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True).item()
+            same += (log_p.argmax(1) == log_q.argmax(1)).sum().item()
+    count = tokens.shape[0] * (tokens.shape[1] - 1)
+    return {
+        "perplexity": math.exp(nll / count),
+        "kl": kl / count,
+        "top1_agreement": same / count,
+        "evaluation_seconds": time.perf_counter() - started,
+    }
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as a markdown table."""
+    lines = [
+        "| model | method | k | G | bits/weight | perplexity | KL, nats | same top token | seconds | peak GB |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        cost = [f"{r['seconds']:.0f}", f"{r['peak_memory_bytes'] / 1e9:.2f}"] if "seconds" in r else ["", ""]
+        cells = [r["model"], r["method"], r.get("bits", ""), r.get("group_size", ""), f"{r['bits_per_weight']:.3f}"]
+        cells += [f"{r['perplexity']:.2f}", f"{r['kl']:.4f}", f"{r['top1_agreement']:.1%}", *cost]
+        lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def plot(rows: list[Row]) -> Figure:
+    """Perplexity (log scale) against bits per weight: a line for each model and method, dashes for 16 bits."""
+    figure = Figure(figsize=(7, 4.4), layout="constrained")
+    axes = figure.subplots()
+    series = dict.fromkeys((r["model"], r["method"]) for r in rows)
+    for i, (model, method) in enumerate(series):
+        points = [(r["bits_per_weight"], r["perplexity"]) for r in rows if (r["model"], r["method"]) == (model, method)]
+        style: dict[str, Any] = {"color": COLORS[i % len(COLORS)], "label": f"{model}, {method}"}
+        if method == "16-bit":
+            axes.axhline(points[0][1], linestyle="--", **style)
+        else:
+            axes.plot(*zip(*sorted(points), strict=True), marker="o", **style)
+    axes.set_yscale("log")
+    axes.set_xlabel("bits per quantized weight")
+    axes.set_ylabel("perplexity")
+    axes.grid(alpha=0.25, which="both")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+if __name__ == "__main__":
+    sys.exit(main())

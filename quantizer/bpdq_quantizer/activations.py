@@ -1,0 +1,196 @@
+"""What flows through a model during calibration: block inputs, stages, and statistics of a Linear's inputs."""
+
+import copy
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from bpdq_quantizer.errors import InputError
+from bpdq_quantizer.hessian import accumulate, accumulate_shift, symmetrize
+
+ACTIVATION_BYTES = 1 << 30  # a calibration batch is as many windows as keep a block's activations within this
+
+
+def linear_layers(module: nn.Module) -> dict[str, nn.Linear]:
+    return {name: m for name, m in module.named_modules() if isinstance(m, nn.Linear)}
+
+
+class BlockInputs(NamedTuple):
+    """hidden: one tensor [1, L, D] per calibration window, on the CPU; calls: each block's other arguments."""
+
+    hidden: list[Tensor]
+    calls: list[tuple[tuple, dict[str, Any]]]
+
+
+class _Recorder(nn.Module):
+    """Stands in for a block while the inputs of all blocks are recorded: passes hidden states through."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["block"] = block  # not a submodule
+        self.calls: list[tuple[Tensor, tuple, dict[str, Any]]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["block"], name)
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.calls.append((hidden, args, kwargs))
+        return hidden
+
+
+class _StageReached(Exception):  # noqa: N818, control flow
+    pass
+
+
+@torch.no_grad()
+def block_inputs(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor) -> BlockInputs:
+    """Run the windows [W, L] through embedding and rotary tables, recording what each block would be called with.
+
+    The arguments besides hidden states (masks, position embeddings) must not depend on the tokens, so that the
+    first window's serve all; raises InputError for an architecture where they do.
+    """
+    originals = list(blocks)
+    recorders = [_Recorder(block) for block in originals]
+    _fill(blocks, recorders)
+    try:
+        for window in tokens:
+            model.base_model(input_ids=window[None], use_cache=False)
+    finally:
+        _fill(blocks, originals)
+    for recorder in recorders:
+        first, last = recorder.calls[0][1:], recorder.calls[-1][1:]
+        if not _same(first, last):
+            raise InputError(f"{type(model).__name__} passes token-dependent arguments to its blocks: not supported")
+    return BlockInputs([call[0] for call in recorders[0].calls], [r.calls[0][1:] for r in recorders])
+
+
+def _fill(blocks: nn.ModuleList, modules: Sequence[nn.Module]) -> None:
+    for i, module in enumerate(modules):
+        blocks[i] = module
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and torch.equal(a, b)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    return a is b or a == b
+
+
+def run_block(block: nn.Module, call: tuple[tuple, dict[str, Any]], device: torch.device, hidden: Tensor) -> Tensor:
+    args, kwargs = call
+    out = block(hidden.to(device), *args, **kwargs)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def find_stages(block: nn.Module, run: Callable[[Tensor], Tensor], hidden: Tensor) -> list[list[str]]:
+    """Names of the block's Linears, grouped by the input tensor they share, in the order of the forward pass."""
+    stages: list[tuple[Tensor, list[str]]] = []
+
+    def record(name: str, x: Tensor) -> None:
+        if stages and stages[-1][0] is x:
+            stages[-1][1].append(name)
+        else:
+            stages.append((x, [name]))
+
+    linears = linear_layers(block)
+    hooks = [m.register_forward_pre_hook(lambda _, args, n=name: record(n, args[0])) for name, m in linears.items()]
+    run(hidden)
+    for hook in hooks:
+        hook.remove()
+    reached = [name for _, names in stages for name in names]
+    if sorted(reached) != sorted(linears):
+        odd = sorted(set(linears).symmetric_difference(reached)) or "a Linear that runs twice"
+        raise InputError(f"the forward pass does not reach each Linear of a block once: {odd}")
+    return [names for _, names in stages]
+
+
+def in_batches(windows: list[Tensor], block: nn.Module) -> list[Tensor]:
+    """Concatenate windows [1, L, D] to as few batches as keep a block's activations within ACTIVATION_BYTES."""
+    _, length, width = windows[0].shape
+    channels = 4 * width + sum(linear.out_features for linear in linear_layers(block).values())
+    count = max(1, ACTIVATION_BYTES // (length * channels * windows[0].element_size()))
+    return list(torch.cat(windows).split(count))
+
+
+@torch.no_grad()
+def stage_statistics(
+    linear: nn.Linear,
+    run: Callable[[Tensor], Tensor],
+    batches: list[Tensor],
+    original: Callable[[int], Tensor] | None,
+) -> tuple[Tensor, Tensor | None]:
+    """H and C (`accumulate_shift`) of a Linear's inputs; `original(i)` gives the 16-bit model's inputs of batch i.
+
+    Each forward pass stops as soon as it reaches the Linear.
+    """
+    inputs = []
+
+    def collect(_: nn.Module, args: tuple) -> None:
+        inputs.append(args[0])
+        raise _StageReached
+
+    tokens = sum(batch.shape[:2].numel() for batch in batches)
+    H = torch.zeros(linear.in_features, linear.in_features, device=linear.weight.device)
+    C = None if original is None else torch.zeros_like(H)
+    hook = linear.register_forward_pre_hook(collect)
+    try:
+        for i, batch in enumerate(batches):
+            with suppress(_StageReached):
+                run(batch)
+            x = inputs.pop()
+            accumulate(H, x, tokens)
+            if C is not None:
+                accumulate_shift(C, original(i), x, tokens)
+    finally:
+        hook.remove()
+    return symmetrize(H), C
+
+
+def capture(
+    block: nn.Module, names: list[str], run: Callable[[Tensor], Tensor], batch: Tensor
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The inputs of the block's Linears `names` in a forward pass, and its output."""
+    inputs: dict[str, Tensor] = {}
+
+    def keep(_: nn.Module, args: tuple, name: str) -> None:
+        inputs[name] = args[0]
+
+    hooks = [block.get_submodule(name).register_forward_pre_hook(partial(keep, name=name)) for name in names]
+    output = run(batch)
+    for hook in hooks:
+        hook.remove()
+    return inputs, output
+
+
+class Original:
+    """The 16-bit block, to look up what the model that is not quantized feeds its Linears.
+
+    batches: that model's hidden states before the block, outputs: after it. Of a single batch all inputs are kept, of
+    several they are computed again when asked for.
+    """
+
+    def __init__(
+        self, block: nn.Module, names: list[str], call: tuple, device: torch.device, batches: list[Tensor]
+    ) -> None:
+        self.batches, self.inputs = batches, {}
+        self.block = block if len(batches) == 1 else copy.deepcopy(block)
+        self.run = partial(run_block, self.block, call, device)
+        if len(batches) == 1:
+            self.inputs, output = capture(block, names, self.run, batches[0])
+            self.outputs = [output.to("cpu")]
+        else:
+            self.outputs = [self.run(batch).to("cpu") for batch in batches]
+
+    def input(self, name: str, batch: int) -> Tensor:
+        return self.inputs[name] if self.inputs else capture(self.block, [name], self.run, self.batches[batch])[0][name]

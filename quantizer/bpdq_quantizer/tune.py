@@ -1,0 +1,331 @@
+"""Tuning after the solver: with the planes fixed W_hat is linear in c, so the coefficients are trained like weights.
+
+The whole model is distilled from its 16-bit self: forward KL of the next-token distributions. The LM head is neither
+quantized nor tuned, so the 16-bit model's final hidden states stand for its logits: they are computed once, kept on
+the CPU, and no second model is needed while tuning.
+
+Device memory for W quantized weights with P = W (k+1) / G coefficients: W k / 8 bytes of planes, 16 P of fp32
+coefficients with their gradient and Adam's moments, the embedding and head, one Linear's dense weight and its gradient
+at a time, and one hidden state per token and block. That is about 8 GB for a 7B model at k = 2, G = 128.
+"""
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from bpdq_kernels.layout import WORD, expand_words
+from bpdq_kernels.reference import dequantize_t
+from bpdq_quantizer.errors import InputError
+from bpdq_quantizer.loader import BPDQLinear
+
+LEARNING_RATE = 1e-3  # of Adam, times a Linear's root mean square coefficient; cosine decay to zero
+BATCH_TOKENS = 1024  # a step takes as many windows as hold these
+EVALUATIONS = 10  # of the held-out windows, evenly spread over the steps
+PATIENCE = 3  # evaluations without a new best before tuning stops
+ACTIVATION_BYTES = 1 << 30  # more than that in all blocks together, and they are recomputed in the backward pass
+LOSS_ELEMENTS = 1 << 23  # logits at a time in the distillation loss
+
+
+class PlaneMatmul(torch.autograd.Function):
+    """y [..., N] = x [..., K] @ W_hat^T, differentiable in x and in the fp32 coefficients c, not in the planes.
+
+    c is rounded to `dtype`, that of the checkpoint, on the way (its gradient passes as if it were not), so that what is
+    tuned is what will be stored. W_hat is rebuilt in the backward pass: no graph holds a dense weight.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, c: Tensor, B: Tensor, group_size: int, dtype: torch.dtype) -> Tensor:
+        c = c.to(dtype)
+        ctx.save_for_backward(x, c, B)
+        ctx.group_size = group_size
+        return x @ dequantize_t(B, c, group_size, x.shape[-1], x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        x, c, B = ctx.saved_tensors
+        grad_x = grad_c = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ dequantize_t(B, c, ctx.group_size, x.shape[-1], x.dtype).T
+        if ctx.needs_input_grad[1]:
+            grad_c = coefficient_gradient(x.flatten(0, -2).T @ grad.flatten(0, -2), B, ctx.group_size)
+        return grad_x, grad_c, None, None, None
+
+
+def coefficient_gradient(grad_W: Tensor, B: Tensor, group_size: int) -> Tensor:
+    """Gradient of c, fp32 [ceil(K/G), k+1, N], from that of W_hat^T [K, N]: sums over each group under its planes."""
+    K, N = grad_W.shape
+    grad_c = torch.empty(-(-K // group_size), B.shape[1] + 1, N, device=grad_W.device)
+    for g, part in enumerate(grad_W.split(group_size)):
+        part = part.float()
+        first = g * group_size // WORD
+        bits = expand_words(B[first : first + -(-len(part) // WORD)]).flatten(1, 2)[:, : len(part)]
+        for p, plane in enumerate(bits):
+            grad_c[g, p] = (part * plane).sum(0)
+        grad_c[g, -1] = part.sum(0)
+    return grad_c
+
+
+class TunableLinear(nn.Module):
+    """A BPDQLinear with trainable coefficients, held in fp32 [ceil(K/G), k+1, N].
+
+    The bias of a group moves with its planes as `middle` - sum_p c_p / 2: planes and middle of the grid are nearly
+    uncorrelated, planes and c0 are not, and Adam scales each by itself.
+    """
+
+    def __init__(self, linear: BPDQLinear) -> None:
+        super().__init__()
+        self.group_size, self.in_features, self.dtype = linear.group_size, linear.in_features, linear.c.dtype
+        self.register_buffer("B", linear.B)
+        c = linear.c.float()
+        self.planes = nn.Parameter(c[:, :-1].clone())
+        self.middle = nn.Parameter(c[:, -1] + c[:, :-1].sum(1) / 2)
+        self.bias = linear.bias
+
+    def coefficients(self) -> Tensor:
+        """c, fp32 [ceil(K/G), k+1, N]."""
+        return torch.cat([self.planes, (self.middle - self.planes.sum(1) / 2).unsqueeze(1)], dim=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = PlaneMatmul.apply(x, self.coefficients(), self.B, self.group_size, self.dtype)
+        return y if self.bias is None else y + self.bias
+
+
+class DistillationLoss(torch.autograd.Function):
+    """Sum over tokens of KL(teacher || student) from final hidden states [T, D], a chunk of logits at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, head: nn.Module, cap: float | None) -> Tensor:
+        gradient = torch.empty_like(student)
+        total = torch.zeros((), device=student.device)
+        step = max(1, LOSS_ELEMENTS // head.weight.shape[0])
+        for start in range(0, len(student), step):
+            rows = slice(start, start + step)
+            log_p = log_probabilities(teacher[rows], head, cap)
+            with torch.set_grad_enabled(ctx.needs_input_grad[0]):
+                hidden = student[rows].detach().requires_grad_(ctx.needs_input_grad[0])
+                log_q = log_probabilities(hidden, head, cap)
+                loss = nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
+            if ctx.needs_input_grad[0]:
+                (gradient[rows],) = torch.autograd.grad(loss, hidden)
+            total += loss.detach()
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return grad * gradient, None, None, None
+
+
+def log_probabilities(hidden: Tensor, head: nn.Module, cap: float | None) -> Tensor:
+    logits = head(hidden).float()
+    if cap:
+        logits = cap * torch.tanh(logits / cap)
+    return logits.log_softmax(-1)
+
+
+@torch.inference_mode()
+def final_states(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    """What the LM head would read for windows [W, L] of token ids: [W, L, D] in the model's dtype, on the CPU."""
+    states = [model.base_model(w[None].to(model.device), use_cache=False).last_hidden_state.cpu() for w in tokens]
+    return torch.cat(states).clone()
+
+
+def tune_model(
+    model: PreTrainedModel, tokens: Tensor, teacher: Tensor, *, steps: int, seed: int, state: Path
+) -> dict[str, Any]:
+    """Distill the coefficients of a quantized model's BPDQLinears in place; returns a report.
+
+    tokens: [W, L]; teacher: `final_states` of the 16-bit model for them. The last windows are held out: the state
+    with the lowest KL on them is kept, and PATIENCE evaluations without a new one end the run. At every evaluation all
+    that is needed to go on is written to the file `state`; a run that finds one there continues as if never stopped.
+    Raises InputError for less than two windows.
+    """
+    if len(tokens) < 2:
+        raise InputError("--tune model needs two calibration windows or more: raise --samples or bring more text")
+    started = time.perf_counter()
+    held_out = min(8, -(-len(tokens) // 16))
+    train = len(tokens) - held_out
+    per_step = min(train, max(1, BATCH_TOKENS // tokens.shape[1]))
+    interval = -(-steps // EVALUATIONS)
+    layers = make_tunable(model)
+    adam = optimizer(layers)
+    if not state.is_file():
+        step, best, history = 0, snapshot(layers), [mean_kl(model, tokens[train:], teacher[train:])]
+    else:
+        saved = torch.load(state, map_location="cpu", weights_only=True)
+        step, best, history = saved["step"], saved["best"], saved["history"]
+        restore(layers, saved["current"])
+        adam.load_state_dict(saved["adam"])
+    with checkpointed_blocks(model, tokens[:per_step]), tqdm(total=steps, initial=step, desc="tuning") as bar:
+        while step < steps and history.index(min(history)) >= len(history) - 1 - PATIENCE:
+            windows = draw(train, per_step, step, seed)
+            descend(adam, distillation_loss(model, tokens[windows], teacher[windows]), step / steps)
+            step += 1
+            bar.update()
+            if step % interval == 0 or step == steps:
+                history.append(mean_kl(model, tokens[train:], teacher[train:]))
+                if history[-1] == min(history):
+                    best = snapshot(layers)
+                current = {"step": step, "best": best, "history": history, "adam": adam.state_dict()}
+                save_atomically({**current, "current": snapshot(layers)}, state)
+            bar.set_postfix_str(f"held-out KL {history[-1]:.4f} (best {min(history):.4f})")
+    restore(layers, best)
+    make_packed(model, layers)
+    return {
+        "steps": step,
+        "tokens_per_step": per_step * tokens.shape[1],
+        "held_out_windows": held_out,
+        "held_out_kl": history,
+        "best_evaluation": history.index(min(history)),
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def tune_block(
+    block: nn.Module, run: Callable[[Tensor], Tensor], inputs: Tensor, targets: Tensor, *, steps: int, seed: int
+) -> tuple[float, float]:
+    """Fit the coefficients of a quantized block in place, so that run(inputs) comes close to `targets`.
+
+    inputs, targets: hidden states [W, L, D] on the CPU, W >= 2. Returns the mean squared error on the held-out last
+    windows before and after; the coefficients stay as they were if it did not fall.
+    """
+    held_out = min(8, -(-len(inputs) // 16))
+    train = len(inputs) - held_out
+    per_step = min(train, max(1, BATCH_TOKENS // inputs.shape[1]))
+    layers = make_tunable(block)
+    adam = optimizer(layers)
+    start = snapshot(layers)
+
+    def error(windows: Tensor) -> Tensor:
+        out = run(inputs[windows]).float()
+        return (out - targets[windows].to(out.device)).square().mean()
+
+    last = torch.arange(train, len(inputs))
+    with torch.no_grad():
+        before = error(last).item()
+    with torch.enable_grad():
+        for step in range(steps):
+            descend(adam, error(draw(train, per_step, step, seed)), step / steps)
+    with torch.no_grad():
+        after = error(last).item()
+    if not after < before:
+        restore(layers, start)
+    make_packed(block, layers)
+    return before, after
+
+
+def make_tunable(model: nn.Module) -> dict[str, TunableLinear]:
+    """Replace the BPDQLinears in `model`; nothing but their coefficients is left to train."""
+    model.requires_grad_(False)
+    layers = {name: TunableLinear(m) for name, m in model.named_modules() if isinstance(m, BPDQLinear)}
+    for name, layer in layers.items():
+        model.set_submodule(name, layer)
+    return layers
+
+
+def make_packed(model: nn.Module, layers: dict[str, TunableLinear]) -> None:
+    """Undo `make_tunable`, with the coefficients as they are now."""
+    for name, layer in layers.items():
+        c = layer.coefficients().detach().to(layer.dtype)
+        model.set_submodule(name, BPDQLinear(layer.B, c, layer.group_size, layer.in_features, layer.bias))
+
+
+def optimizer(layers: dict[str, TunableLinear]) -> torch.optim.Adam:
+    """Adam that knows each Linear's root mean square coefficient as the scale of its steps."""
+    groups = [
+        {"params": [m.planes, m.middle], "scale": m.coefficients().square().mean().sqrt().item()}
+        for m in layers.values()
+    ]
+    return torch.optim.Adam(groups, lr=0.0, eps=1e-12)
+
+
+def descend(adam: torch.optim.Adam, loss: Tensor, progress: float) -> None:
+    """One step at `progress` (0 to 1) of the cosine schedule."""
+    loss.backward()
+    for group in adam.param_groups:
+        group["lr"] = LEARNING_RATE * group["scale"] * (1 + math.cos(math.pi * progress)) / 2
+    adam.step()
+    adam.zero_grad()
+
+
+def snapshot(layers: dict[str, TunableLinear]) -> dict[str, tuple[Tensor, Tensor]]:
+    """A copy of the trained tensors on the CPU."""
+    return {name: tuple(p.detach().cpu().clone() for p in (m.planes, m.middle)) for name, m in layers.items()}
+
+
+@torch.no_grad()
+def restore(layers: dict[str, TunableLinear], tensors: dict[str, tuple[Tensor, Tensor]]) -> None:
+    for name, layer in layers.items():
+        for parameter, value in zip((layer.planes, layer.middle), tensors[name], strict=True):
+            parameter.copy_(value)
+
+
+def draw(windows: int, count: int, step: int, seed: int) -> Tensor:
+    """Indices of a step's windows: every epoch is a new permutation, and a step's windows depend on nothing else."""
+    steps = windows // count
+    order = torch.randperm(windows, generator=torch.Generator().manual_seed(seed + step // steps))
+    first = step % steps * count
+    return order[first : first + count]
+
+
+def distillation_loss(model: PreTrainedModel, tokens: Tensor, teacher: Tensor) -> Tensor:
+    """Sum over all tokens of the windows [W, L] of KL(teacher || model)."""
+    states = model.base_model(tokens.to(model.device), use_cache=False).last_hidden_state
+    teacher = teacher.to(states.device, states.dtype)
+    return DistillationLoss.apply(
+        states.flatten(0, 1), teacher.flatten(0, 1), model.get_output_embeddings(), softcap(model)
+    )
+
+
+def softcap(model: PreTrainedModel) -> float | None:
+    """Gemma's cap on the logits."""
+    return getattr(model.config.get_text_config(decoder=True), "final_logit_softcapping", None)
+
+
+def head_log_probabilities(model: PreTrainedModel, states: Tensor) -> Tensor:
+    """Log-probabilities of the next token, fp32 [T, V], from `final_states` [T, D]."""
+    return log_probabilities(states.to(model.device), model.get_output_embeddings(), softcap(model))
+
+
+@torch.no_grad()
+def mean_kl(model: PreTrainedModel, tokens: Tensor, teacher: Tensor) -> float:
+    """KL(teacher || model) per token in nats, over windows [W, L]."""
+    total = sum(distillation_loss(model, w[None], t[None]).item() for w, t in zip(tokens, teacher, strict=True))
+    return total / tokens.numel()
+
+
+@contextmanager
+def checkpointed_blocks(model: PreTrainedModel, batch: Tensor) -> Iterator[None]:
+    """Keep one hidden state per block, and recompute the rest in the backward pass, where all would be too much."""
+    linears = [module for module in model.modules() if isinstance(module, TunableLinear)]
+    channels = sum(linear.in_features + linear.B.shape[2] for linear in linears)
+    if batch.numel() * channels * model.dtype.itemsize <= ACTIVATION_BYTES:
+        yield
+        return
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for block in model.modules():
+        if isinstance(block, GradientCheckpointingLayer):
+            block.training = True  # what switches it on; the modules inside stay in eval mode, without dropout
+    try:
+        yield
+    finally:
+        model.gradient_checkpointing_disable()
+        model.eval()
+
+
+def save_atomically(value: dict[str, Any], file: Path) -> None:
+    """torch.save that leaves either the old file or the whole new one."""
+    partial = file.with_name(file.name + ".partial")
+    torch.save(value, partial)
+    os.replace(partial, file)

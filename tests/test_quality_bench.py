@@ -1,0 +1,88 @@
+"""The quality benchmark: what it measures, and that a matrix of runs ends in a table that can be read."""
+
+import json
+import math
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from benchmarks import quality_bench
+from bpdq_quantizer.tune import final_states
+from tiny import TEXT, bpdq_checkpoint, tiny_model, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("quality")
+    bpdq_checkpoint(tiny_model(root / "model"), root / "checkpoint")
+    (root / "text.txt").write_text(TEXT * 4)
+    return root
+
+
+def arguments(folder, output, *more):
+    text = str(folder / "text.txt")
+    fixed = ["--models", str(folder / "model"), "--calibration", text, "--text", text, "--output", str(output)]
+    return [*fixed, "--samples", "4", "--seq-len", "32", "--eval-seq-len", "40", "--windows", "2", *more]
+
+
+def test_quality_is_that_of_plain_logits(folder, monkeypatch):
+    monkeypatch.setattr(quality_bench, "CHUNK", 7)
+    base, model = (AutoModelForCausalLM.from_pretrained(folder / name) for name in ("model", "checkpoint-dequantized"))
+    tokens = torch.tensor(tiny_tokenizer()(TEXT * 4, add_special_tokens=False)["input_ids"][:80]).view(2, 40)
+    row = quality_bench.evaluate(model, tokens, final_states(base, tokens))
+    with torch.no_grad():
+        p, q = (m(tokens).logits[:, :-1].log_softmax(-1) for m in (base, model))
+    nll = -q.gather(2, tokens[:, 1:, None]).mean().item()
+    assert row["perplexity"] == pytest.approx(math.exp(nll), rel=1e-4)
+    assert row["kl"] == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-3)
+    assert row["top1_agreement"] == pytest.approx((p.argmax(-1) == q.argmax(-1)).float().mean().item())
+
+
+def test_a_matrix_gives_json_table_and_plot(folder, tmp_path, capsys):
+    assert quality_bench.main(arguments(folder, tmp_path, "--methods", "paper")) == 0
+    rows = json.loads((tmp_path / "quality.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == ["16-bit", "paper"]
+    assert rows[0]["kl"] == pytest.approx(0, abs=1e-5)
+    assert rows[0]["top1_agreement"] == 1
+    for row in rows[1:]:
+        assert row["kl"] > 0.01
+        assert row["bits_per_weight"] == 2 + 16 * 3 / 64
+        assert row["seconds"] > 0
+        assert row["peak_memory_bytes"] > 1e6
+    table = (tmp_path / "quality.md").read_text()
+    assert table.count("\n") == 2 + len(rows)
+    assert table.strip() in capsys.readouterr().out
+    assert (tmp_path / "quality.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_finished_checkpoint_is_not_made_again(folder, tmp_path, monkeypatch):
+    report = {"bits_per_weight": 2.75, "seconds": 1.0, "peak_host_memory_bytes": 2}
+    checkpoint = tmp_path / "checkpoints" / "model-bpdq-k2-g64"
+    checkpoint.parent.mkdir()
+    checkpoint.symlink_to(folder / "checkpoint")
+    (folder / "checkpoint" / "quantization_report.json").write_text(json.dumps(report))
+    monkeypatch.setattr(quality_bench.subprocess, "run", lambda *_: pytest.fail("quantized again"))
+    assert quality_bench.main(arguments(folder, tmp_path, "--methods", "bpdq")) == 0
+
+
+def test_gptq_without_its_environment_is_explained(folder, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        quality_bench.main(arguments(folder, tmp_path, "--methods", "gptq"))
+    assert stop.value.code == 2
+    assert "gptq-env/bin/pip install llmcompressor" in capsys.readouterr().err
+
+
+def test_a_failing_method_is_named(folder, tmp_path, capsys):
+    argv = arguments(folder, tmp_path, "--methods", "gptq", "--gptq-python", sys.executable)
+    assert quality_bench.main(argv) == 1
+    assert "model-gptq-k2-g64: quantizing failed" in capsys.readouterr().err
+    assert not (tmp_path / "checkpoints" / "model-gptq-k2-g64").exists()
+
+
+def test_a_missing_text_is_one_line(folder, tmp_path, capsys):
+    argv = arguments(folder, tmp_path)
+    argv[argv.index("--text") + 1] = "missing.txt"
+    assert quality_bench.main(argv) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "quality_bench: error: missing.txt: no such file"

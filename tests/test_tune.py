@@ -1,0 +1,222 @@
+"""Tuning the coefficients: its gradient, its loss, and that a stopped run goes on as if never stopped."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import bpdq_quantizer
+from bpdq_kernels import dequantize, layout
+from bpdq_kernels.format import Scheme
+from bpdq_quantizer import tune
+from bpdq_quantizer.blocks import quantize_blocks
+from bpdq_quantizer.loader import BPDQLinear
+from bpdq_quantizer.tune import (
+    DistillationLoss,
+    TunableLinear,
+    draw,
+    final_states,
+    make_packed,
+    make_tunable,
+    mean_kl,
+    tune_block,
+    tune_model,
+)
+from tiny import TEXT, bpdq_checkpoint, tiny_model, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("tune")
+    bpdq_checkpoint(tiny_model(root / "model"), root / "checkpoint")
+    (root / "text.txt").write_text(TEXT * 4)
+    return root
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    ids = tiny_tokenizer()(TEXT * 4, add_special_tokens=False)["input_ids"][: 8 * 32]
+    return torch.tensor(ids).view(8, 32)
+
+
+@pytest.fixture(scope="module")
+def teacher(folder, tokens):
+    return final_states(AutoModelForCausalLM.from_pretrained(folder / "model"), tokens)
+
+
+def student(folder):
+    return AutoModelForCausalLM.from_pretrained(folder / "checkpoint")
+
+
+@pytest.mark.parametrize(("k", "group_size", "in_features"), [(2, 64, 128), (1, 32, 80), (3, 128, 200)])
+def test_gradients_are_those_of_plain_autograd_on_dense_weights(k, group_size, in_features):
+    gen = torch.Generator().manual_seed(k)
+    codes = torch.randint(0, 2, (k, 24, in_features), generator=gen)
+    c = torch.randn(-(-in_features // group_size), k + 1, 24, generator=gen)
+    layer = TunableLinear(BPDQLinear(layout.pack(codes), c, group_size, in_features, None))
+    x, x_plain = (torch.randn(2, 7, in_features, generator=gen.manual_seed(1), requires_grad=True) for _ in range(2))
+    weight = torch.randn(2, 7, 24, generator=gen)
+    y = layer(x)
+    (y * weight).sum().backward()
+
+    planes, middle = (p.detach().clone().requires_grad_() for p in (layer.planes, layer.middle))
+    bias = middle - planes.sum(1) / 2
+    spread = [t.repeat_interleave(group_size, 0)[:in_features] for t in (planes, bias)]
+    W = (spread[0] * codes.permute(2, 0, 1)).sum(1) + spread[1]
+    (x_plain @ W * weight).sum().backward()
+    torch.testing.assert_close(y, x_plain @ W, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(x.grad, x_plain.grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(layer.planes.grad, planes.grad, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(layer.middle.grad, middle.grad, rtol=1e-4, atol=1e-3)
+
+
+def test_a_layer_goes_through_tuning_unchanged_if_nothing_is_tuned():
+    codes = torch.randint(0, 2, (2, 8, 64))
+    c = torch.randn(1, 3, 8).bfloat16()
+    layer = BPDQLinear(layout.pack(codes), c, 64, 64, None)
+    model = torch.nn.Sequential(layer)
+    make_packed(model, make_tunable(model))
+    again = model[0]
+    assert again.c.dtype == torch.bfloat16
+    torch.testing.assert_close(dequantize(again.B, again.c, 64, 64), dequantize(layer.B, c, 64, 64), rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_distillation_loss_is_the_kl_of_the_two_models_logits(softcap, monkeypatch):
+    monkeypatch.setattr(tune, "LOSS_ELEMENTS", 3 * 50)  # chunks of three tokens
+    head = torch.nn.Linear(16, 50, bias=False)
+    teacher = torch.randn(10, 16)
+    a, b = (torch.randn(10, 16, generator=torch.Generator().manual_seed(0)).requires_grad_() for _ in range(2))
+    loss = DistillationLoss.apply(a, teacher, head, softcap)
+    (loss * 2).backward()
+    cap = (lambda z: softcap * (z / softcap).tanh()) if softcap else (lambda z: z)
+    p, q = cap(head(teacher)).log_softmax(-1), cap(head(b)).log_softmax(-1)
+    expected = (p.exp() * (p - q)).sum()
+    (expected * 2).backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_final_states_of_the_16_bit_model_give_zero_kl(folder, tokens, teacher):
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    assert mean_kl(model, tokens, teacher) == pytest.approx(0, abs=1e-5)
+    assert mean_kl(student(folder), tokens, teacher) > 0.1
+
+
+def test_tuning_lowers_the_held_out_kl_and_keeps_the_planes(folder, tokens, teacher, tmp_path):
+    model, before = student(folder), student(folder)
+    report = tune_model(model, tokens, teacher, steps=20, seed=0, state=tmp_path / "state.pt")
+    assert min(report["held_out_kl"]) < 0.9 * report["held_out_kl"][0]
+    assert mean_kl(model, tokens[-1:], teacher[-1:]) == pytest.approx(min(report["held_out_kl"]), rel=1e-2)
+    for name, m in before.named_modules():
+        if isinstance(m, BPDQLinear):
+            tuned = model.get_submodule(name)
+            assert torch.equal(m.B, tuned.B)
+            assert m.c.dtype == tuned.c.dtype
+            assert not torch.equal(m.c, tuned.c)
+
+
+def test_a_diverging_run_stops_early_and_keeps_the_best_state(folder, tokens, teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(tune, "LEARNING_RATE", -1.0)  # uphill
+    model = student(folder)
+    report = tune_model(model, tokens, teacher, steps=100, seed=0, state=tmp_path / "state.pt")
+    assert report["steps"] < 100
+    assert report["best_evaluation"] == 0
+    assert mean_kl(model, tokens[-1:], teacher[-1:]) == pytest.approx(report["held_out_kl"][0], rel=1e-2)
+
+
+def test_recomputed_activations_change_nothing(folder, tokens, teacher, tmp_path, monkeypatch):
+    models = [student(folder), student(folder)]
+    kls = []
+    for limit, model in zip((1 << 30, 1), models, strict=True):
+        monkeypatch.setattr(tune, "ACTIVATION_BYTES", limit)
+        report = tune_model(model, tokens, teacher, steps=3, seed=0, state=tmp_path / f"{limit}.pt")
+        kls.append(report["held_out_kl"])
+    assert kls[0] == pytest.approx(kls[1], rel=1e-4)
+    assert not models[1].is_gradient_checkpointing
+
+
+def test_block_tuning_brings_the_model_closer_to_the_16_bit_one(folder, tokens, teacher):
+    errors = {}
+    for steps in (0, 30):
+        model = AutoModelForCausalLM.from_pretrained(folder / "model")
+        for _ in quantize_blocks(model, tokens, Scheme(2, 64), torch.device("cpu"), tune_steps=steps):
+            pass
+        states = final_states(model, tokens)
+        errors[steps] = (states - teacher).square().mean().item()
+        assert all(m.c.dtype == torch.bfloat16 for m in model.modules() if isinstance(m, BPDQLinear))
+    assert errors[30] < 0.9 * errors[0]
+
+
+def test_a_block_that_tuning_makes_worse_stays_as_it_was(folder, tokens, monkeypatch):
+    monkeypatch.setattr(tune, "LEARNING_RATE", -1.0)  # uphill
+    model = student(folder).model.layers[0].mlp
+    x = torch.randn(4, 32, 128)
+    before = model(x)
+    first, last = tune_block(model, model, x, torch.zeros_like(x), steps=5, seed=0)
+    assert last > first
+    torch.testing.assert_close(model(x), before, rtol=0.05, atol=0.05 * before.abs().max().item())
+
+
+def test_an_epoch_visits_every_window_once():
+    seen = torch.cat([draw(12, 3, step, seed=5) for step in range(4)])
+    assert sorted(seen.tolist()) == list(range(12))
+    assert not torch.equal(draw(12, 3, 0, seed=5), draw(12, 3, 4, seed=5))
+
+
+def quick(folder, **options):
+    text = str(folder / "text.txt")
+    solving = {"bits": 2, "group_size": 64, "calibration": text, "samples": 6, "seq_len": 32, "iterations": 2}
+    return {**solving, "tune": "model", "tune_steps": 20, **options}
+
+
+def stop_after(saves, monkeypatch):
+    """Let the next run die as if killed, right after it has written its state `saves` times."""
+    original, count = tune.save_atomically, iter(range(saves))
+
+    def save(value, file):
+        original(value, file)
+        if next(count, None) is None:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(tune, "save_atomically", save)
+
+
+def test_a_stopped_run_goes_on_as_if_never_stopped(folder, tmp_path, monkeypatch):
+    model = str(folder / "model")
+    whole = bpdq_quantizer.quantize(model, tmp_path / "whole", **quick(folder))
+    with monkeypatch.context() as patch:
+        stop_after(4, patch)
+        with pytest.raises(KeyboardInterrupt):
+            bpdq_quantizer.quantize(model, tmp_path / "out", **quick(folder))
+    assert {p.name for p in tmp_path.iterdir()} == {"whole", "out.tuning"}
+    resumed = bpdq_quantizer.quantize(model, tmp_path / "out", **quick(folder), resume=True)
+    assert resumed["tuning"]["held_out_kl"] == whole["tuning"]["held_out_kl"]
+    tensors = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "out")]
+    assert tensors[0] == tensors[1]
+    assert not (tmp_path / "out.tuning").exists()
+    assert json.loads((tmp_path / "out" / "quantization_report.json").read_text())["tuning"]["steps"] == 20
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, "add --resume, or remove the folder"),
+        ({"resume": True, "tune_steps": 7}, "other options, tune_steps = 20 (now 7)"),
+    ],
+)
+def test_a_stopped_run_is_neither_mixed_up_nor_lost(folder, tmp_path, monkeypatch, change, message):
+    with monkeypatch.context() as patch:
+        stop_after(0, patch)
+        with pytest.raises(KeyboardInterrupt):
+            bpdq_quantizer.quantize(str(folder / "model"), tmp_path / "out", **quick(folder))
+    with pytest.raises(bpdq_quantizer.InputError) as error:
+        bpdq_quantizer.quantize(str(folder / "model"), tmp_path / "out", **quick(folder, **change))
+    assert message in str(error.value)
+    assert (tmp_path / "out.tuning" / "state.pt").is_file()
+
+
+def test_one_window_is_too_few(folder, tmp_path):
+    with pytest.raises(bpdq_quantizer.InputError, match="needs two calibration windows"):
+        bpdq_quantizer.quantize(str(folder / "model"), tmp_path / "out", **quick(folder, samples=1))
