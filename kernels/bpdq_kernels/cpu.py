@@ -1,0 +1,152 @@
+"""y = x @ W.T + bias on a CPU: cpu_linear.cpp, compiled once for this machine's instruction set at first use.
+
+The library has a C interface and no part of torch or Python in it, so it compiles in seconds and outlives both. It
+sits in the user's cache folder; where there is no compiler, layers stay as stored and `reference` multiplies.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bpdq_kernels import reference
+from bpdq_kernels.layout import WORD
+
+_SOURCE = Path(__file__).with_name("cpu_linear.cpp")
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
+FLAGS = {"avx512_bf16": (*_AVX512, "-mavx512bf16"), "avx512": _AVX512, "avx2": _AVX2, "portable": ()}
+_TILE = 16
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum Dtype
+_FEW = {"avx512_bf16": 1, "avx512": 5, "avx2": 3, "portable": 1}  # tokens up to which look-ups beat multiplications
+
+_log = logging.getLogger(__name__)
+
+
+def instruction_set() -> str:
+    """The best of FLAGS that this machine has and torch may use (ATEN_CPU_CAPABILITY lowers it)."""
+    level = {"AVX512": "avx512", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capability(), "portable")
+    return "avx512_bf16" if level == "avx512" and torch.cpu._is_avx512_bf16_supported() else level
+
+
+def compile_library(isa: str) -> Path:
+    """Path of the library for one of FLAGS, compiled unless the cache folder has it.
+
+    Raises OSError or CalledProcessError. Processes that compile at the same time each put a whole file in place.
+    """
+    # not linked to an OpenMP library: GOMP_parallel is that of torch, whose threads and settings are then ours
+    command = [os.environ.get("CXX", "g++"), "-O3", "-std=c++17", "-fPIC", "-fopenmp", *FLAGS[isa], "-c", str(_SOURCE)]
+    key = hashlib.sha256(_SOURCE.read_bytes() + " ".join(command[:-1]).encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm-bpdq"
+    library = folder / f"cpu_linear-{isa}-{key}.so"
+    if not library.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            parts = [str(Path(scratch) / name) for name in ("linear.o", "linear.so")]
+            subprocess.run([*command, "-o", parts[0]], check=True, capture_output=True, text=True)
+            subprocess.run(
+                [command[0], "-shared", *parts[:1], "-o", parts[1]], check=True, capture_output=True, text=True
+            )
+            os.replace(parts[1], library)
+    return library
+
+
+def open_library(isa: str) -> ctypes.CDLL:
+    """The library for one of FLAGS, with `few`: the most tokens that go to its look-up kernel, and
+    `bfloat`: whether it multiplies in bf16.
+    """
+    library = ctypes.CDLL(str(compile_library(isa)))
+    pointer, integer = ctypes.c_void_p, ctypes.c_int64
+    library.bpdq_linear.restype = None
+    library.bpdq_linear.argtypes = [pointer, pointer, ctypes.c_int, *[integer] * 4]
+    library.bpdq_linear.argtypes += [pointer, ctypes.c_bool, integer, integer, pointer, pointer, ctypes.c_bool]
+    library.few, library.bfloat = _FEW[isa], isa == "avx512_bf16"
+    return library
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The library for this machine; None, after one line in the log, where it can't be compiled."""
+    try:
+        return open_library(instruction_set())
+    except (OSError, subprocess.CalledProcessError) as e:
+        reason = (getattr(e, "stderr", None) or str(e)).strip().splitlines()[0]
+        _log.warning("BPDQ layers run slowly on this CPU, as their kernel can't be compiled (install g++): %s", reason)
+        return None
+
+
+def prepare(B: Tensor, c: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """B [ceil(K/32), k, N] and c [ceil(K/G), k+1, N] in tiles of 16 outputs, as drawn in cpu_linear.cpp.
+
+    Returns planes int32 and coefficients in c's dtype, with N padded to tiles; their other sizes are kept, but say
+    nothing of the order inside. Without a library, B and c themselves.
+    """
+    if library() is None:
+        return B.contiguous(), c.contiguous()
+    padding = -B.shape[2] % _TILE
+    B, c = (torch.nn.functional.pad(tensor, (0, padding)) for tensor in (B, c))
+    groups = B.unflatten(2, (-1, _TILE)).split(group_size // WORD)  # each [words of the group, k, tiles, 16]
+    planes = torch.cat([group.permute(2, 0, 1, 3).flatten() for group in groups])
+    coefficients = c.unflatten(2, (-1, _TILE)).transpose(1, 2).contiguous()
+    return planes.view_as(B), coefficients.view_as(c)
+
+
+def stored_rows(planes: Tensor, coefficients: Tensor, group_size: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """B [ceil(K/32), k, R] and c [ceil(K/G), k+1, R] of the outputs `rows` [R], from what `prepare` returned."""
+    if library() is None:
+        return planes[:, :, rows], coefficients[:, :, rows]
+    words, k, n = planes.shape
+    word, tile, lane = torch.arange(words).view(-1, 1, 1), rows // _TILE, rows % _TILE
+    start = word // (group_size // WORD) * (group_size // WORD)  # of the word's group
+    length = (words - start).clamp_max(group_size // WORD)
+    plane = torch.arange(k).view(-1, 1)
+    B = planes.view(-1)[start * k * n + ((tile * length + word - start) * k + plane) * _TILE + lane]
+    return B, coefficients.view(-1, n // _TILE, k + 1, _TILE)[:, tile, :, lane].permute(1, 2, 0)
+
+
+@torch.no_grad()
+def linear(
+    x: Tensor, planes: Tensor, coefficients: Tensor, group_size: int, out_features: int, bias: Tensor | None
+) -> Tensor:
+    """y [..., N] = x [..., K] @ W.T + bias in x.dtype; planes and coefficients from `prepare`.
+
+    Sums are fp32. W is exact, or rounded to bf16 where bf16 x is multiplied in bf16 pairs.
+    """
+    compiled = library()
+    if compiled is None:
+        return reference.linear(x, planes, coefficients, group_size, bias)
+    in_features = x.shape[-1]
+    rows = x.reshape(-1, in_features)
+    tokens = rows.shape[0]
+    few = tokens <= compiled.few
+    bfloat = x.dtype == torch.bfloat16 and (few or compiled.bfloat)
+    if x.dtype != torch.float32 and not bfloat:
+        rows = rows.float()
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    bias = None if bias is None else bias.float()
+    y = torch.empty(*x.shape[:-1], out_features)
+    compiled.bpdq_linear(
+        planes.data_ptr(),
+        coefficients.data_ptr(),
+        _DTYPES[coefficients.dtype],
+        in_features,
+        out_features,
+        group_size,
+        planes.shape[1],
+        rows.data_ptr(),
+        bfloat,
+        rows.stride(0),
+        tokens,
+        None if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        few,
+    )
+    return y.to(x.dtype)

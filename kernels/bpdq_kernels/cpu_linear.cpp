@@ -1,0 +1,312 @@
+/* y = x @ W.T + bias on a CPU, straight from bit-planes. Two kernels walk the same layout:
+
+     planes        [group][tile of 16 outputs][word of the group][plane][16]  uint32
+     coefficients  [group][tile of 16 outputs][plane .. , c0][16]             fp32, fp16 or bf16
+
+                 16 outputs = one AVX-512 register
+               .------.------.---   ---.------.
+     word t,   |  n   | n+1  |   ...   | n+15 |   bit j of a lane = plane bit of input 32t + j of that output
+     plane p   '------'------'---   ---'------'
+
+   Lookup, for few tokens: four inputs of a token have 16 possible partial sums, which fill one register. The low
+   four bits of every lane pick 16 outputs' sums in one permutation:
+
+     sums += permute(table[inputs 4j .. 4j+3], word);  word >>= 4         3 instructions for 64 plane bits
+
+   and once per group y += c0 * sum(x) + sum_p c_p * sums_p. AVX2 does the same with eight sums of three inputs.
+
+   Multiply, for many tokens: the 2^k possible weights of a group and tile are computed once; bit tests and blends
+   choose among them, and up to 16 tokens use the chosen weights. With AVX512_BF16 the weights are rounded to bf16, as a
+   16-bit layer would hold them, and the two halves of a word are the pairs of inputs that vdpbf16ps multiplies.
+
+   A thread owns a range of tiles, so no result depends on the number of threads. Inputs past K read as 0.
+   Compiled once for each instruction set (cpu.py has the flags); OpenMP's threads are those of torch. */
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <omp.h>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16, TABLE_BITS = 4;
+#elif defined(__AVX2__)
+constexpr int LANES = 8, TABLE_BITS = 3;
+#else
+constexpr int LANES = 4, TABLE_BITS = 4;
+#endif
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+
+constexpr int WORD = 32, TILE = 16, MAX_GROUP = 256;
+constexpr int BLOCK = 64;  // tiles between which a thread's tables and inputs stay in cache
+constexpr int ENTRIES = 1 << TABLE_BITS;
+constexpr int TABLES = (WORD + TABLE_BITS - 1) / TABLE_BITS;  // per word
+
+enum Dtype { FLOAT32, FLOAT16, BFLOAT16 };
+
+struct Layer {
+  const uint32_t* planes;
+  const char* coefficients;
+  Dtype dtype;  // of the coefficients
+  int64_t in_features, out_features, group_size;
+
+  int64_t tiles() const { return (out_features + TILE - 1) / TILE; }
+  int64_t words() const { return (in_features + WORD - 1) / WORD; }
+};
+
+template <class T>
+inline T load(const void* p) {
+  T value;
+  memcpy(&value, p, sizeof value);
+  return value;
+}
+
+/* LANES numbers of `dtype` from element `i` of `p`, as fp32. */
+inline Floats widen(const void* p, int64_t i, Dtype dtype) {
+  if (dtype == FLOAT32) return load<Floats>((const float*)p + i);
+  const uint16_t* half = (const uint16_t*)p + i;
+  if (dtype == BFLOAT16) return (Floats)(__builtin_convertvector(load<Halves>(half), Words) << 16);
+#if defined(__AVX512F__)
+  return (Floats)_mm512_cvtph_ps(load<__m256i>(half));
+#elif defined(__AVX2__)
+  return (Floats)_mm256_cvtph_ps(load<__m128i>(half));
+#else
+  Words bits = __builtin_convertvector(load<Halves>(half), Words);
+  return (Floats)((bits & 0x8000) << 16 | (bits & 0x7fff) << 13) * 0x1p112f;  // the exponents' bias differs by 112
+#endif
+}
+
+/* Where each lane's low TABLE_BITS bits point to in `table`. */
+inline Floats lookup(const float* table, Words index) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_permutexvar_ps((__m512i)index, _mm512_load_ps(table));
+#elif defined(__AVX2__)
+  return (Floats)_mm256_permutevar8x32_ps(_mm256_load_ps(table), (__m256i)index);
+#else
+  Floats found;
+  for (int lane = 0; lane < LANES; lane++) found[lane] = table[index[lane] % ENTRIES];
+  return found;
+#endif
+}
+
+/* Sums of all subsets of TABLE_BITS inputs, for each of the `words` x 32 inputs x. */
+inline void subset_sums(float* table, const float* x, int words) {
+  for (int word = 0; word < words; word++)
+    for (int first = 0; first < TABLES * TABLE_BITS; first += TABLE_BITS, table += ENTRIES) {
+      table[0] = 0;
+      for (int bit = 0; bit < TABLE_BITS; bit++) {
+        const float value = first + bit < WORD ? x[word * WORD + first + bit] : 0;
+        for (int i = 0; i < 1 << bit; i++) table[i + (1 << bit)] = table[i] + value;
+      }
+    }
+}
+
+/* What one thread knows of the tokens' inputs in one group, and how a tile uses it. */
+template <int PLANES, class Input>
+struct Lookup {
+  static constexpr int TOKENS = 8;
+  alignas(64) float table[TOKENS][MAX_GROUP / WORD * TABLES * ENTRIES];
+  float total[TOKENS];
+
+  void take(int token, const Input* x, int words) {
+    alignas(64) float values[MAX_GROUP];
+    for (int i = 0; i < words * WORD; i += LANES) {
+      const Floats v = widen(x, i, sizeof(Input) == 4 ? FLOAT32 : BFLOAT16);
+      memcpy(values + i, &v, sizeof v);
+    }
+    subset_sums(table[token], values, words);
+    total[token] = 0;
+    for (int i = 0; i < words * WORD; i++) total[token] += values[i];
+  }
+
+  void tile(const uint32_t* planes, const Floats* c, int words, int tokens, float* y) const {
+    for (int token = 0; token < tokens; token++, y += TILE) {
+      Floats sums[PLANES] = {};
+      const float* t = table[token];
+      for (int word = 0; word < words; word++) {
+        Words bits[PLANES];
+        for (int p = 0; p < PLANES; p++) bits[p] = load<Words>(planes + (word * PLANES + p) * TILE);
+#pragma GCC unroll 16
+        for (int j = 0; j < TABLES; j++, t += ENTRIES)
+          for (int p = 0; p < PLANES; p++) {
+            sums[p] += lookup(t, bits[p]);
+            bits[p] >>= TABLE_BITS;
+          }
+      }
+      Floats result = load<Floats>(y) + c[PLANES] * total[token];
+      for (int p = 0; p < PLANES; p++) result += c[p] * sums[p];
+      memcpy(y, &result, sizeof result);
+    }
+  }
+};
+
+/* How Multiply holds weights and multiplies them: one input of fp32 at a time ... */
+struct OneFloat {
+  using Input = float;
+  using Weights = Floats;
+  using Mask = Words;
+  using Activation = float;
+  static constexpr int STEPS = WORD;  // per word
+  static Weights round(Floats w) { return w; }
+  static Mask test(Words bits, int step) { return (Words)((bits & (1u << step)) != 0); }
+  static Weights blend(Mask bit, Weights off, Weights on) { return bit ? on : off; }
+  static Activation pick(const Input* x, int step) { return x[step]; }
+  static Floats multiply(Floats sum, Weights w, Activation x) { return sum + w * x; }
+};
+
+#ifdef __AVX512BF16__
+/* ... or two of bf16, from the two halves of a word. */
+struct TwoBfloats {
+  using Input = uint16_t;
+  using Weights = __m512i;
+  using Mask = __mmask32;
+  using Activation = uint32_t;
+  static constexpr int STEPS = WORD / 2;
+  static Weights round(Floats w) {
+    const __m512i half = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)w));
+    return _mm512_or_si512(half, _mm512_slli_epi32(half, 16));
+  }
+  static Mask test(Words bits, int step) { return _mm512_test_epi16_mask((__m512i)bits, _mm512_set1_epi16(1 << step)); }
+  static Weights blend(Mask bit, Weights off, Weights on) { return _mm512_mask_blend_epi16(bit, off, on); }
+  static Activation pick(const Input* x, int step) { return x[step] | (uint32_t)x[step + STEPS] << 16; }
+  static Floats multiply(Floats sum, Weights w, Activation x) {
+    return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)_mm512_set1_epi32(x));
+  }
+};
+#endif
+
+template <int PLANES, class Arithmetic>
+struct Multiply {
+  static constexpr int TOKENS = LANES == 16 ? 16 : 8;  // their sums stay in registers
+  using Weights = typename Arithmetic::Weights;
+  alignas(64) typename Arithmetic::Activation x[MAX_GROUP / WORD * Arithmetic::STEPS][TOKENS];
+
+  void take(int token, const typename Arithmetic::Input* values, int words) {
+    for (int word = 0; word < words; word++)
+      for (int step = 0; step < Arithmetic::STEPS; step++)
+        x[word * Arithmetic::STEPS + step][token] = Arithmetic::pick(values + word * WORD, step);
+  }
+
+  template <int BITS>
+  static Weights choose(const Weights* level, const typename Arithmetic::Mask* bit) {
+    if constexpr (BITS == 0)
+      return level[0];
+    else
+      return Arithmetic::blend(bit[BITS - 1], choose<BITS - 1>(level, bit),
+                               choose<BITS - 1>(level + (1 << (BITS - 1)), bit));
+  }
+
+  template <int COUNT>
+  void tile_of(const uint32_t* planes, const Floats* c, int words, float* y) const {
+    Floats exact[1 << PLANES] = {c[PLANES]};
+    for (int p = 0; p < PLANES; p++)
+      for (int i = 0; i < 1 << p; i++) exact[i + (1 << p)] = exact[i] + c[p];
+    Weights level[1 << PLANES];
+    for (int i = 0; i < 1 << PLANES; i++) level[i] = Arithmetic::round(exact[i]);
+    Floats sums[COUNT];
+    for (int token = 0; token < COUNT; token++) sums[token] = load<Floats>(y + token * TILE);
+    for (int word = 0; word < words; word++) {
+      Words bits[PLANES];
+      for (int p = 0; p < PLANES; p++) bits[p] = load<Words>(planes + (word * PLANES + p) * TILE);
+      for (int step = 0; step < Arithmetic::STEPS; step++) {
+        typename Arithmetic::Mask bit[PLANES];
+        for (int p = 0; p < PLANES; p++) bit[p] = Arithmetic::test(bits[p], step);
+        const Weights w = choose<PLANES>(level, bit);
+        for (int token = 0; token < COUNT; token++)
+          sums[token] = Arithmetic::multiply(sums[token], w, x[word * Arithmetic::STEPS + step][token]);
+      }
+    }
+    for (int token = 0; token < COUNT; token++) memcpy(y + token * TILE, &sums[token], sizeof(Floats));
+  }
+
+  void tile(const uint32_t* planes, const Floats* c, int words, int tokens, float* y) const {
+    if (tokens > 8)
+      tile_of<TOKENS>(planes, c, words, y);
+    else if (tokens > 4)
+      tile_of<8>(planes, c, words, y);
+    else
+      tile_of<4>(planes, c, words, y);
+  }
+};
+
+/* Tiles [first, last) of y [tokens, N] fp32, from x [tokens, K] with rows `stride` elements apart. */
+template <int PLANES, class Kernel, class Input>
+void run_tiles(const Layer& layer, const Input* x, int64_t stride, int64_t tokens, const float* bias, float* y,
+               int64_t first, int64_t last) {
+  constexpr int TOKENS = Kernel::TOKENS;
+  struct Scratch {
+    Kernel kernel;
+    alignas(64) float sums[BLOCK][TOKENS][TILE];
+  };
+  auto scratch = std::make_unique<Scratch>();
+  const int64_t group_words = layer.group_size / WORD, tiles = layer.tiles();
+  const int64_t coefficient_bytes = layer.dtype == FLOAT32 ? 4 : 2;
+  for (int64_t token = 0; token < tokens; token += TOKENS)
+    for (int64_t block = first; block < last; block += BLOCK) {
+      const int64_t end = std::min(block + BLOCK, last);
+      const int count = std::min<int64_t>(TOKENS, tokens - token);
+      memset(scratch->sums, 0, sizeof scratch->sums);
+      for (int64_t word = 0, group = 0; word < layer.words(); word += group_words, group++) {
+        const int words = std::min(group_words, layer.words() - word);
+        for (int i = 0; i < count; i++) {
+          Input values[MAX_GROUP] = {};
+          const int64_t inputs = std::min<int64_t>(words * WORD, layer.in_features - word * WORD);
+          memcpy(values, x + (token + i) * stride + word * WORD, inputs * sizeof(Input));
+          scratch->kernel.take(i, values, words);
+        }
+        for (int64_t tile = block; tile < end; tile++) {
+          const uint32_t* planes = layer.planes + (word * tiles + tile * words) * PLANES * TILE;
+          const char* coefficients =
+              layer.coefficients + (group * tiles + tile) * (PLANES + 1) * TILE * coefficient_bytes;
+          for (int lane = 0; lane < TILE; lane += LANES) {
+            Floats c[PLANES + 1];
+            for (int p = 0; p <= PLANES; p++) c[p] = widen(coefficients, p * TILE + lane, layer.dtype);
+            scratch->kernel.tile(planes + lane, c, words, count, &scratch->sums[tile - block][0][lane]);
+          }
+        }
+      }
+      for (int i = 0; i < count; i++)
+        for (int64_t n = block * TILE; n < std::min(end * TILE, layer.out_features); n++)
+          y[(token + i) * layer.out_features + n] =
+              scratch->sums[n / TILE - block][i][n % TILE] + (bias ? bias[n] : 0);
+    }
+}
+
+template <class Kernel, int PLANES, class Input>
+void run(const Layer& layer, const Input* x, int64_t stride, int64_t tokens, const float* bias, float* y) {
+#pragma omp parallel
+  {
+    const int64_t share = (layer.tiles() + omp_get_num_threads() - 1) / omp_get_num_threads();
+    const int64_t first = std::min(share * omp_get_thread_num(), layer.tiles());
+    run_tiles<PLANES, Kernel>(layer, x, stride, tokens, bias, y, first, std::min(first + share, layer.tiles()));
+  }
+}
+
+template <int PLANES>
+void run_planes(const Layer& layer, const void* x, bool bfloat, int64_t stride, int64_t tokens, const float* bias,
+                float* y, bool few) {
+  const float* floats = (const float*)x;
+  const uint16_t* bfloats = (const uint16_t*)x;
+#ifdef __AVX512BF16__
+  if (bfloat && !few) return run<Multiply<PLANES, TwoBfloats>, PLANES>(layer, bfloats, stride, tokens, bias, y);
+#endif
+  if (bfloat) return run<Lookup<PLANES, uint16_t>, PLANES>(layer, bfloats, stride, tokens, bias, y);
+  if (few) return run<Lookup<PLANES, float>, PLANES>(layer, floats, stride, tokens, bias, y);
+  run<Multiply<PLANES, OneFloat>, PLANES>(layer, floats, stride, tokens, bias, y);
+}
+
+/* y fp32 [tokens, N] = x [tokens, K] @ W.T + bias; x is bf16 where `bfloat`, else fp32; bias fp32 [N] or null. */
+extern "C" void bpdq_linear(const uint32_t* planes, const char* coefficients, int dtype, int64_t in_features,
+                            int64_t out_features, int64_t group_size, int64_t plane_count, const void* x, bool bfloat,
+                            int64_t stride, int64_t tokens, const float* bias, float* y, bool few) {
+  const Layer layer{planes, coefficients, (Dtype)dtype, in_features, out_features, group_size};
+  if (plane_count == 1) run_planes<1>(layer, x, bfloat, stride, tokens, bias, y, few);
+  if (plane_count == 2) run_planes<2>(layer, x, bfloat, stride, tokens, bias, y, few);
+  if (plane_count == 3) run_planes<3>(layer, x, bfloat, stride, tokens, bias, y, few);
+  if (plane_count == 4) run_planes<4>(layer, x, bfloat, stride, tokens, bias, y, few);
+}
