@@ -5,6 +5,7 @@ sits in the user's cache folder; where there is no compiler, layers stay as stor
 """
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import logging
@@ -25,8 +26,6 @@ _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 FLAGS = {"avx512_bf16": (*_AVX512, "-mavx512bf16"), "avx512": _AVX512, "avx2": _AVX2, "portable": ()}
 _TILE = 16
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum Dtype
-_FEW = {"avx512_bf16": 1, "avx512": 5, "avx2": 3, "portable": 1}  # tokens up to which look-ups beat multiplications
-
 _log = logging.getLogger(__name__)
 
 
@@ -39,35 +38,36 @@ def instruction_set() -> str:
 def compile_library(isa: str) -> Path:
     """Path of the library for one of FLAGS, compiled unless the cache folder has it.
 
-    Raises OSError or CalledProcessError. Processes that compile at the same time each put a whole file in place.
+    Raises OSError or CalledProcessError. Of processes that start together, one compiles and the others wait.
     """
-    # not linked to an OpenMP library: GOMP_parallel is that of torch, whose threads and settings are then ours
-    command = [os.environ.get("CXX", "g++"), "-O3", "-std=c++17", "-fPIC", "-fopenmp", *FLAGS[isa], "-c", str(_SOURCE)]
-    key = hashlib.sha256(_SOURCE.read_bytes() + " ".join(command[:-1]).encode()).hexdigest()[:16]
+    # vectors are explicit in the source. No OpenMP library is linked: GOMP_parallel is that of torch, whose threads
+    # and settings are then ours
+    flags = ["-O3", "-fno-tree-vectorize", "-std=c++17", "-fPIC", "-fopenmp", *FLAGS[isa]]
+    compiler = os.environ.get("CXX", "g++")
+    key = hashlib.sha256(_SOURCE.read_bytes() + " ".join([compiler, *flags]).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm-bpdq"
     library = folder / f"cpu_linear-{isa}-{key}.so"
-    if not library.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            parts = [str(Path(scratch) / name) for name in ("linear.o", "linear.so")]
-            subprocess.run([*command, "-o", parts[0]], check=True, capture_output=True, text=True)
-            subprocess.run(
-                [command[0], "-shared", *parts[:1], "-o", parts[1]], check=True, capture_output=True, text=True
-            )
-            os.replace(parts[1], library)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                linked = Path(scratch) / "linear.so"
+                compile_object = [compiler, *flags, "-c", str(_SOURCE), "-o", f"{scratch}/linear.o"]
+                for command in (compile_object, [compiler, "-shared", f"{scratch}/linear.o", "-o", str(linked)]):
+                    subprocess.run(command, check=True, capture_output=True, text=True)
+                linked.rename(library)
     return library
 
 
 def open_library(isa: str) -> ctypes.CDLL:
-    """The library for one of FLAGS, with `few`: the most tokens that go to its look-up kernel, and
-    `bfloat`: whether it multiplies in bf16.
-    """
+    """The library for one of FLAGS, with `pairs`: whether it multiplies bf16 in pairs."""
     library = ctypes.CDLL(str(compile_library(isa)))
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
     library.bpdq_linear.restype = None
     library.bpdq_linear.argtypes = [pointer, pointer, ctypes.c_int, *[integer] * 4]
     library.bpdq_linear.argtypes += [pointer, ctypes.c_bool, integer, integer, pointer, pointer, ctypes.c_bool]
-    library.few, library.bfloat = _FEW[isa], isa == "avx512_bf16"
+    library.pairs = isa == "avx512_bf16"
     return library
 
 
@@ -111,6 +111,11 @@ def stored_rows(planes: Tensor, coefficients: Tensor, group_size: int, rows: Ten
     return B, coefficients.view(-1, n // _TILE, k + 1, _TILE)[:, tile, :, lane].permute(1, 2, 0)
 
 
+def is_few(tokens: int, pairs: bool) -> bool:
+    """Whether look-ups beat multiplications, in pairs of bf16 or in fp32."""
+    return tokens <= (2 if pairs else 8)
+
+
 @torch.no_grad()
 def linear(
     x: Tensor, planes: Tensor, coefficients: Tensor, group_size: int, out_features: int, bias: Tensor | None
@@ -125,9 +130,10 @@ def linear(
     in_features = x.shape[-1]
     rows = x.reshape(-1, in_features)
     tokens = rows.shape[0]
-    few = tokens <= compiled.few
-    bfloat = x.dtype == torch.bfloat16 and (few or compiled.bfloat)
-    if x.dtype != torch.float32 and not bfloat:
+    pairs = compiled.pairs and x.dtype == torch.bfloat16
+    few = is_few(tokens, pairs)
+    bfloat = x.dtype == torch.bfloat16 and (few or pairs)
+    if not bfloat:
         rows = rows.float()
     if rows.stride(1) != 1:
         rows = rows.contiguous()

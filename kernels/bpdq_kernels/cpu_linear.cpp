@@ -25,18 +25,19 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <memory>
 #include <omp.h>
 #ifdef __AVX2__
 #include <immintrin.h>
 #endif
+
+namespace {
 
 #if defined(__AVX512F__)
 constexpr int LANES = 16, TABLE_BITS = 4;
 #elif defined(__AVX2__)
 constexpr int LANES = 8, TABLE_BITS = 3;
 #else
-constexpr int LANES = 4, TABLE_BITS = 4;
+constexpr int LANES = 4, TABLE_BITS = 1;
 #endif
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
@@ -44,7 +45,6 @@ typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 
 constexpr int WORD = 32, TILE = 16, MAX_GROUP = 256;
 constexpr int BLOCK = 64;  // tiles between which a thread's tables and inputs stay in cache
-constexpr int ENTRIES = 1 << TABLE_BITS;
 constexpr int TABLES = (WORD + TABLE_BITS - 1) / TABLE_BITS;  // per word
 
 enum Dtype { FLOAT32, FLOAT16, BFLOAT16 };
@@ -88,53 +88,51 @@ inline Floats lookup(const float* table, Words index) {
 #elif defined(__AVX2__)
   return (Floats)_mm256_permutevar8x32_ps(_mm256_load_ps(table), (__m256i)index);
 #else
-  Floats found;
-  for (int lane = 0; lane < LANES; lane++) found[lane] = table[index[lane] % ENTRIES];
-  return found;
+  return (Floats)((Words)(table[1] + Floats{}) & -(index & 1));
 #endif
-}
-
-/* Sums of all subsets of TABLE_BITS inputs, for each of the `words` x 32 inputs x. */
-inline void subset_sums(float* table, const float* x, int words) {
-  for (int word = 0; word < words; word++)
-    for (int first = 0; first < TABLES * TABLE_BITS; first += TABLE_BITS, table += ENTRIES) {
-      table[0] = 0;
-      for (int bit = 0; bit < TABLE_BITS; bit++) {
-        const float value = first + bit < WORD ? x[word * WORD + first + bit] : 0;
-        for (int i = 0; i < 1 << bit; i++) table[i + (1 << bit)] = table[i] + value;
-      }
-    }
 }
 
 /* What one thread knows of the tokens' inputs in one group, and how a tile uses it. */
 template <int PLANES, class Input>
 struct Lookup {
   static constexpr int TOKENS = 8;
-  alignas(64) float table[TOKENS][MAX_GROUP / WORD * TABLES * ENTRIES];
+  alignas(64) float table[TOKENS][MAX_GROUP / WORD * TABLES][LANES];
   float total[TOKENS];
 
   void take(int token, const Input* x, int words) {
     alignas(64) float values[MAX_GROUP];
+    Floats sum = {};
     for (int i = 0; i < words * WORD; i += LANES) {
       const Floats v = widen(x, i, sizeof(Input) == 4 ? FLOAT32 : BFLOAT16);
       memcpy(values + i, &v, sizeof v);
+      sum += v;
     }
-    subset_sums(table[token], values, words);
     total[token] = 0;
-    for (int i = 0; i < words * WORD; i++) total[token] += values[i];
+    for (int lane = 0; lane < LANES; lane++) total[token] += sum[lane];
+    Floats member[TABLE_BITS];  // 1 in the lanes whose number has this bit
+    for (int bit = 0; bit < TABLE_BITS; bit++)
+      for (int lane = 0; lane < LANES; lane++) member[bit][lane] = lane >> bit & 1;
+    for (int word = 0; word < words; word++)
+      for (int j = 0; j < TABLES; j++) {
+        const float* first = values + word * WORD + j * TABLE_BITS;
+        Floats sums = {};
+        for (int bit = 0; bit < TABLE_BITS; bit++)
+          if (j * TABLE_BITS + bit < WORD) sums += member[bit] * first[bit];
+        memcpy(table[token][word * TABLES + j], &sums, sizeof sums);
+      }
   }
 
   void tile(const uint32_t* planes, const Floats* c, int words, int tokens, float* y) const {
     for (int token = 0; token < tokens; token++, y += TILE) {
       Floats sums[PLANES] = {};
-      const float* t = table[token];
+      const auto* t = table[token];
       for (int word = 0; word < words; word++) {
         Words bits[PLANES];
         for (int p = 0; p < PLANES; p++) bits[p] = load<Words>(planes + (word * PLANES + p) * TILE);
 #pragma GCC unroll 16
-        for (int j = 0; j < TABLES; j++, t += ENTRIES)
+        for (int j = 0; j < TABLES; j++, t++)
           for (int p = 0; p < PLANES; p++) {
-            sums[p] += lookup(t, bits[p]);
+            sums[p] += lookup(*t, bits[p]);
             bits[p] >>= TABLE_BITS;
           }
       }
@@ -145,16 +143,39 @@ struct Lookup {
   }
 };
 
+/* FIRST shifted left by 0 .. 31, in memory: the vector units load it without help of the integer units. */
+template <uint32_t FIRST>
+struct Shifted {
+  uint32_t by[WORD] = {};
+  constexpr Shifted() {
+    for (int i = 0; i < WORD; i++) by[i] = FIRST << i;
+  }
+};
+constexpr Shifted<1> BIT;
+constexpr Shifted<0x10001> BIT_OF_BOTH_HALVES;
+
 /* How Multiply holds weights and multiplies them: one input of fp32 at a time ... */
 struct OneFloat {
   using Input = float;
   using Weights = Floats;
-  using Mask = Words;
   using Activation = float;
   static constexpr int STEPS = WORD;  // per word
   static Weights round(Floats w) { return w; }
-  static Mask test(Words bits, int step) { return (Words)((bits & (1u << step)) != 0); }
-  static Weights blend(Mask bit, Weights off, Weights on) { return bit ? on : off; }
+#if defined(__AVX512F__)
+  using Mask = __mmask16;
+  static Mask test(Words bits, int step) {
+    return _mm512_test_epi32_mask((__m512i)bits, _mm512_set1_epi32(BIT.by[step]));
+  }
+  static Weights blend(Mask bit, Weights off, Weights on) { return _mm512_mask_blend_ps(bit, off, on); }
+#elif defined(__AVX2__)
+  using Mask = Words;
+  static Mask test(Words bits, int step) { return bits << (31 - step); }  // blendv looks at the sign
+  static Weights blend(Mask bit, Weights off, Weights on) { return _mm256_blendv_ps(off, on, (__m256)bit); }
+#else
+  using Mask = Words;
+  static Mask test(Words bits, int step) { return (Words)((bits & BIT.by[step]) != 0); }
+  static Weights blend(Mask bit, Weights off, Weights on) { return (Floats)(((Words)on & bit) | ((Words)off & ~bit)); }
+#endif
   static Activation pick(const Input* x, int step) { return x[step]; }
   static Floats multiply(Floats sum, Weights w, Activation x) { return sum + w * x; }
 };
@@ -171,7 +192,9 @@ struct TwoBfloats {
     const __m512i half = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)w));
     return _mm512_or_si512(half, _mm512_slli_epi32(half, 16));
   }
-  static Mask test(Words bits, int step) { return _mm512_test_epi16_mask((__m512i)bits, _mm512_set1_epi16(1 << step)); }
+  static Mask test(Words bits, int step) {
+    return _mm512_test_epi16_mask((__m512i)bits, _mm512_set1_epi32(BIT_OF_BOTH_HALVES.by[step]));
+  }
   static Weights blend(Mask bit, Weights off, Weights on) { return _mm512_mask_blend_epi16(bit, off, on); }
   static Activation pick(const Input* x, int step) { return x[step] | (uint32_t)x[step + STEPS] << 16; }
   static Floats multiply(Floats sum, Weights w, Activation x) {
@@ -239,25 +262,24 @@ template <int PLANES, class Kernel, class Input>
 void run_tiles(const Layer& layer, const Input* x, int64_t stride, int64_t tokens, const float* bias, float* y,
                int64_t first, int64_t last) {
   constexpr int TOKENS = Kernel::TOKENS;
-  struct Scratch {
+  static thread_local struct {
     Kernel kernel;
     alignas(64) float sums[BLOCK][TOKENS][TILE];
-  };
-  auto scratch = std::make_unique<Scratch>();
+  } scratch;
   const int64_t group_words = layer.group_size / WORD, tiles = layer.tiles();
   const int64_t coefficient_bytes = layer.dtype == FLOAT32 ? 4 : 2;
   for (int64_t token = 0; token < tokens; token += TOKENS)
     for (int64_t block = first; block < last; block += BLOCK) {
       const int64_t end = std::min(block + BLOCK, last);
       const int count = std::min<int64_t>(TOKENS, tokens - token);
-      memset(scratch->sums, 0, sizeof scratch->sums);
+      memset(scratch.sums, 0, sizeof scratch.sums);
       for (int64_t word = 0, group = 0; word < layer.words(); word += group_words, group++) {
         const int words = std::min(group_words, layer.words() - word);
         for (int i = 0; i < count; i++) {
           Input values[MAX_GROUP] = {};
           const int64_t inputs = std::min<int64_t>(words * WORD, layer.in_features - word * WORD);
           memcpy(values, x + (token + i) * stride + word * WORD, inputs * sizeof(Input));
-          scratch->kernel.take(i, values, words);
+          scratch.kernel.take(i, values, words);
         }
         for (int64_t tile = block; tile < end; tile++) {
           const uint32_t* planes = layer.planes + (word * tiles + tile * words) * PLANES * TILE;
@@ -266,14 +288,17 @@ void run_tiles(const Layer& layer, const Input* x, int64_t stride, int64_t token
           for (int lane = 0; lane < TILE; lane += LANES) {
             Floats c[PLANES + 1];
             for (int p = 0; p <= PLANES; p++) c[p] = widen(coefficients, p * TILE + lane, layer.dtype);
-            scratch->kernel.tile(planes + lane, c, words, count, &scratch->sums[tile - block][0][lane]);
+            scratch.kernel.tile(planes + lane, c, words, count, &scratch.sums[tile - block][0][lane]);
           }
         }
       }
-      for (int i = 0; i < count; i++)
-        for (int64_t n = block * TILE; n < std::min(end * TILE, layer.out_features); n++)
-          y[(token + i) * layer.out_features + n] =
-              scratch->sums[n / TILE - block][i][n % TILE] + (bias ? bias[n] : 0);
+      for (int64_t tile = block; tile < end; tile++)
+        for (int i = 0; i < count; i++) {
+          float* out = y + (token + i) * layer.out_features + tile * TILE;
+          const int lanes = std::min<int64_t>(TILE, layer.out_features - tile * TILE);
+          for (int lane = 0; lane < lanes; lane++)
+            out[lane] = scratch.sums[tile - block][i][lane] + (bias ? bias[tile * TILE + lane] : 0);
+        }
     }
 }
 
@@ -299,6 +324,8 @@ void run_planes(const Layer& layer, const void* x, bool bfloat, int64_t stride, 
   if (few) return run<Lookup<PLANES, float>, PLANES>(layer, floats, stride, tokens, bias, y);
   run<Multiply<PLANES, OneFloat>, PLANES>(layer, floats, stride, tokens, bias, y);
 }
+
+}  // namespace
 
 /* y fp32 [tokens, N] = x [tokens, K] @ W.T + bias; x is bf16 where `bfloat`, else fp32; bias fp32 [N] or null. */
 extern "C" void bpdq_linear(const uint32_t* planes, const char* coefficients, int dtype, int64_t in_features,

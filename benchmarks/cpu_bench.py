@@ -1,0 +1,294 @@
+"""CPU benchmark: BPDQ linear layers against torch's 16-bit and fp32 ones, and BPDQ models against 16-bit ones in vLLM.
+
+    python -m benchmarks.cpu_bench                              # layers of Qwen2.5-7B and 72B
+    python -m benchmarks.cpu_bench --layers 8192x8192 --tokens 1 8
+    python -m benchmarks.cpu_bench --models MODEL MODEL-bpdq    # the first is the baseline
+    python -m benchmarks.cpu_bench --random-models              # of Qwen2.5-0.5B's shape, written to --output first
+
+Times are medians over rounds; a round times every candidate once, so that a slower minute of the machine hits all.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from benchmarks.serve_bench import COLORS, machine, versions
+from bpdq_kernels import cpu, layout, linear, prepare
+
+LAYERS = {
+    "7B qkv": (4608, 3584),
+    "7B o": (3584, 3584),
+    "7B gate_up": (37888, 3584),
+    "7B down": (3584, 18944),
+    "72B qkv": (10240, 8192),
+    "72B o": (8192, 8192),
+    "72B gate_up": (59136, 8192),
+    "72B down": (8192, 29568),
+}
+SECONDS_PER_ROW = 20  # after which no further round starts, but MIN_ROUNDS are always run
+MIN_ROUNDS = 3
+PREFILL_TOKENS, DECODE_TOKENS = 512, 32
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+Row = dict[str, Any]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark; returns the exit status."""
+    args = parse_args(argv)
+    args.output.mkdir(parents=True, exist_ok=True)
+    if args.engine:
+        print(json.dumps(measure_engine(args.engine)))
+        return 0
+    report: dict[str, Any] = {
+        "command": shlex.join(["python", "-m", "benchmarks.cpu_bench", *(sys.argv[1:] if argv is None else argv)]),
+        "machine": machine() | {"instruction_set": cpu.instruction_set(), "threads": torch.get_num_threads()},
+        "versions": versions(),
+    }
+    models = write_random_models(args.output, args.bits, args.group_size) if args.random_models else args.models
+    if models:
+        report["models"] = [run_engine(model) for model in models]
+        name, lines, figure = "cpu-models", model_table(report["models"]), None
+    else:
+        report["copy_gb_s"] = copy_bandwidth()
+        report["layers"] = []
+        for layer, (n, k_in) in args.layers.items():
+            report["layers"] += measure_layer(layer, n, k_in, args)
+        name, lines, figure = "cpu-layers", layer_table(report["layers"], report["copy_gb_s"]), plot(report)
+    (args.output / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n")
+    if figure:
+        figure.savefig(args.output / f"{name}.png", dpi=150)
+    print(f"{lines}\n\n{caption(report)}\n{args.output / name}.json")
+    return 0
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu_bench", description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", nargs="+", metavar="NxK", help="outputs x inputs (those of Qwen2.5-7B and 72B)")
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 2, 4, 8, 16, 64, 512], metavar="M")
+    parser.add_argument("--bits", type=int, default=2, choices=range(1, layout.MAX_PLANES + 1), help="(%(default)s)")
+    parser.add_argument("--group-size", type=int, default=128, choices=layout.GROUP_SIZES, help="(%(default)s)")
+    parser.add_argument("--rounds", type=int, default=15, help="at most, per layer and number of tokens (%(default)s)")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--models", nargs="+", metavar="DIR", help="serve these one after the other; first = baseline")
+    source.add_argument("--random-models", action="store_true", help="the same for models with random weights")
+    source.add_argument("--engine", metavar="DIR", help=argparse.SUPPRESS)  # one model, in a process of its own
+    parser.add_argument("--output", type=Path, default=Path("bench-output"), metavar="DIR", help="(%(default)s)")
+    args = parser.parse_args(argv)
+    if args.layers:
+        try:
+            args.layers = {shape: tuple(int(size) for size in shape.split("x", 1)) for shape in args.layers}
+        except ValueError:
+            parser.error("--layers: write outputs x inputs, such as 4096x4096")
+        if any(len(shape) != 2 for shape in args.layers.values()):
+            parser.error("--layers: write outputs x inputs, such as 4096x4096")
+    else:
+        args.layers = LAYERS
+    if min(args.rounds, *args.tokens) < 1:
+        parser.error("--tokens and --rounds must be at least 1")
+    return args
+
+
+def seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written per second by a copy much larger than the caches, in GB/s."""
+    source = torch.ones(1 << 26)
+    target = torch.empty_like(source)
+    times = [seconds(lambda: target.copy_(source)) for _ in range(15)]
+    return 2 * source.nbytes / statistics.median(times) / 1e9
+
+
+def measure_layer(name: str, n: int, k_in: int, args: argparse.Namespace) -> list[Row]:
+    """Milliseconds of one layer for every number of tokens: BPDQ and torch on bf16 x, torch on fp32 x."""
+    B, c = random_planes(n, k_in, args.bits, args.group_size)
+    packed = prepare(B, c, args.group_size, k_in)
+    half = torch.randn(n, k_in, dtype=torch.bfloat16)
+    full = half.float()
+    rows = []
+    for tokens in args.tokens:
+        x = torch.randn(tokens, k_in)
+        x_half = x.bfloat16()
+        candidates: dict[str, Callable[[], Tensor]] = {
+            "bpdq": lambda x=x_half: linear(x, packed),
+            "bf16": lambda x=x_half: torch.nn.functional.linear(x, half),
+            "fp32": lambda x=x: torch.nn.functional.linear(x, full),
+        }
+        times: dict[str, list[float]] = {candidate: [] for candidate in candidates}
+        for run in candidates.values():
+            run()
+        end = time.perf_counter() + SECONDS_PER_ROW
+        while len(times["bpdq"]) < args.rounds and (len(times["bpdq"]) < MIN_ROUNDS or time.perf_counter() < end):
+            for candidate, run in candidates.items():
+                times[candidate].append(seconds(run))
+        row = {"layer": name, "n": n, "k": k_in, "tokens": tokens, "rounds": len(times["bpdq"])}
+        row |= {f"{candidate}_ms": statistics.median(values) * 1e3 for candidate, values in times.items()}
+        row |= {f"{candidate}_min_ms": min(values) * 1e3 for candidate, values in times.items()}
+        row["packed_gb_s"] = (packed.planes.nbytes + packed.coefficients.nbytes) / row["bpdq_ms"] / 1e6
+        rows.append(row)
+        print(f"{name}, {tokens} tokens: {row['bpdq_ms']:.2f} ms, bf16 {row['bf16_ms']:.2f} ms", file=sys.stderr)
+    return rows
+
+
+def random_planes(n: int, k_in: int, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
+    """B and bf16 c of a layer with weights of about 0.02, as a trained model's."""
+    B = torch.randint(-(2**31), 2**31, layout.plane_shape(k_in, n, bits), dtype=torch.int32)
+    c = torch.randn(layout.coefficient_shape(k_in, n, bits, group_size)) * 0.02
+    return B, c.bfloat16()
+
+
+def write_random_models(folder: Path, bits: int, group_size: int) -> list[str]:
+    """Folders of a random model of Qwen2.5-0.5B's shape, in 16 bits and as BPDQ planes, without a tokenizer."""
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        "qwen2",
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=24,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        vocab_size=151936,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+    )
+    plain, packed = folder / "random-0.5B", folder / "random-0.5B-bpdq"
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(plain)
+    tensors = load_file(plain / "model.safetensors")
+    for name in [name for name in tensors if name.removesuffix(".weight").endswith(LINEARS)]:
+        B, c = random_planes(*tensors.pop(name).shape, bits, group_size)
+        layer = name.removesuffix(".weight")
+        tensors[f"{layer}.B"], tensors[f"{layer}.c"] = B, c
+    packed.mkdir(exist_ok=True)
+    save_file(tensors, packed / "model.safetensors", metadata={"format": "pt"})
+    settings = json.loads((plain / "config.json").read_text())
+    quantization = {"quant_method": "bpdq", "checkpoint_format": "bpdq", "format_version": 1, "bits": bits}
+    quantization |= {"group_size": group_size, "ignore": ["lm_head"], "meta": {"bpdq": {"msbits": bits}}}
+    (packed / "config.json").write_text(json.dumps(settings | {"quantization_config": quantization}))
+    return [str(plain), str(packed)]
+
+
+def run_engine(model: str) -> Row:
+    """`measure_engine` in a process of its own, so that memory is this model's alone."""
+    env = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "WARNING"} | os.environ
+    env |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    command = [sys.executable, "-m", "benchmarks.cpu_bench", "--engine", model]
+    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
+    return {"model": Path(model).name} | json.loads(done.stdout.splitlines()[-1])
+
+
+def measure_engine(model: str) -> Row:
+    """Prefill and decode tokens/s of a model in vLLM, bytes of its parameters, and resident memory after loading."""
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(
+        model,
+        dtype="bfloat16",
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        max_model_len=1024,
+        max_num_batched_tokens=1024,
+        kv_cache_memory_bytes=1 << 28,
+        enable_prefix_caching=False,
+    )
+    memory = psutil.Process().memory_info().rss
+    (weight_bytes,) = llm.apply_model(lambda network: sum(p.nbytes for p in network.parameters()))
+
+    def generate(batch: int, prompt_tokens: int, new_tokens: int) -> float:
+        prompts = [{"prompt_token_ids": [(7 * i + b) % 1000 + 10 for i in range(prompt_tokens)]} for b in range(batch)]
+        sampling = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
+        return seconds(lambda: llm.generate(prompts, sampling, use_tqdm=False))
+
+    row: Row = {"weight_bytes": weight_bytes, "resident_bytes": memory}
+    row["prefill_tokens_s"] = PREFILL_TOKENS / statistics.median(generate(1, PREFILL_TOKENS, 1) for _ in range(5))
+    for batch in (1, 8):
+        generate(batch, 16, 4)
+        # what the prompts take is in both times
+        times = [generate(batch, 16, 1 + DECODE_TOKENS) - generate(batch, 16, 1) for _ in range(5)]
+        row[f"decode_{batch}_tokens_s"] = batch * DECODE_TOKENS / statistics.median(times)
+    return row
+
+
+def layer_table(rows: Sequence[Row], copy_gb_s: float) -> str:
+    """Rows as markdown; `vs bf16` is how many times faster than torch's bf16 layer."""
+    lines = [
+        "| layer | N x K | tokens | BPDQ, ms | bf16, ms | fp32, ms | vs bf16 | packed GB/s | of copy |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['layer']} | {row['n']} x {row['k']} | {row['tokens']} | {row['bpdq_ms']:.2f} | "
+            f"{row['bf16_ms']:.2f} | {row['fp32_ms']:.2f} | {row['bf16_ms'] / row['bpdq_ms']:.2f} | "
+            f"{row['packed_gb_s']:.1f} | {row['packed_gb_s'] / copy_gb_s:.0%} |"
+        )
+    return "\n".join(lines)
+
+
+def model_table(rows: Sequence[Row]) -> str:
+    """Rows as markdown, with the ratio to the first model in brackets."""
+    lines = [
+        "| model | decode tokens/s, batch 1 | batch 8 | prefill tokens/s | parameters, MB | resident, MB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        speeds = [
+            f"{row[key]:.1f} ({row[key] / rows[0][key]:.2f})"
+            for key in ("decode_1_tokens_s", "decode_8_tokens_s", "prefill_tokens_s")
+        ]
+        sizes = [f"{row[key] / 1e6:.0f}" for key in ("weight_bytes", "resident_bytes")]
+        lines.append(f"| {row['model']} | " + " | ".join(speeds + sizes) + " |")
+    return "\n".join(lines)
+
+
+def caption(report: dict[str, Any]) -> str:
+    """One line that says what was measured where."""
+    hardware = report["machine"]
+    copy = f"; copy {report['copy_gb_s']:.1f} GB/s" if "copy_gb_s" in report else ""
+    return (
+        f"{hardware['cpu']}, {hardware['threads']} threads, {hardware['instruction_set']}{copy}; "
+        f"torch {report['versions']['torch']}; {report['command']}"
+    )
+
+
+def plot(report: dict[str, Any]) -> Figure:
+    """How many times faster than torch's bf16 layer, against the number of tokens; one line per layer."""
+    figure = Figure(figsize=(7, 4.4), layout="constrained")
+    axes = figure.subplots()
+    ticks = sorted({row["tokens"] for row in report["layers"]})
+    for i, layer in enumerate(dict.fromkeys(row["layer"] for row in report["layers"])):
+        rows = [row for row in report["layers"] if row["layer"] == layer]
+        ratios = [row["bf16_ms"] / row["bpdq_ms"] for row in rows]
+        style = {"color": COLORS[i % len(COLORS)], "linestyle": "-" if i < len(COLORS) else "--", "marker": "o"}
+        axes.plot([row["tokens"] for row in rows], ratios, label=layer, linewidth=2, **style)
+    axes.axhline(1, color="#666666", linewidth=1)
+    axes.set(title="Speed of a BPDQ layer over torch's bf16 layer", xlabel="tokens", ylabel="times faster")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, fontsize=8, ncols=2)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel(caption(report), fontsize=6, color="#666666")
+    return figure
+
+
+if __name__ == "__main__":
+    sys.exit(main())

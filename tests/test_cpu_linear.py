@@ -1,0 +1,181 @@
+"""The CPU kernels give the oracle's product on every instruction set, and are compiled once, or not at all."""
+
+import functools
+import os
+import subprocess
+import sys
+from contextlib import contextmanager
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bpdq_kernels import cpu, dequantize, layout, linear, prepare
+from products import assert_product
+
+ISAS = list(cpu.FLAGS)[list(cpu.FLAGS).index(cpu.instruction_set()) :]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+KERNELS = ["lookup", "multiply"]
+
+pytestmark = pytest.mark.skipif(cpu.library() is None, reason="no C++ compiler")
+
+
+@functools.cache
+def opened(isa: str):
+    return cpu.open_library(isa)
+
+
+@contextmanager
+def using(isa: str, kernel: str):
+    """Multiply on the instruction set `isa` with `kernel`."""
+    with mock.patch.multiple(cpu, library=lambda: opened(isa), is_few=lambda tokens, pairs: kernel == "lookup"):
+        yield
+
+
+def random_layer(k: int, group: int, n: int, in_features: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0):
+    """B of any bit pattern, past K too, and random coefficients."""
+    generator = torch.Generator().manual_seed(seed)
+    B = torch.randint(-(2**31), 2**31, layout.plane_shape(in_features, n, k), dtype=torch.int32, generator=generator)
+    return B, torch.randn(layout.coefficient_shape(in_features, n, k, group), generator=generator).to(dtype)
+
+
+def strided(x: torch.Tensor, how: str) -> torch.Tensor:
+    """The values of x [M, K] with other strides."""
+    if how == "columns apart":
+        return torch.stack([x, x + 1], dim=-1)[..., 0]
+    if how == "rows apart":
+        return torch.cat([x, x + 1], dim=-1)[:, : x.shape[1]]
+    return x.T.contiguous().T if how == "transposed" else x
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_products_are_the_oracles(isa, data):
+    k, group = data.draw(st.integers(1, 4)), data.draw(st.sampled_from(layout.GROUP_SIZES))
+    n, in_features = data.draw(st.integers(1, 70)), data.draw(st.integers(1, 700))
+    tokens = data.draw(st.sampled_from([*range(1, 10), 17, 64, 100]))
+    x_dtype, c_dtype = data.draw(st.sampled_from(DTYPES)), data.draw(st.sampled_from(DTYPES))
+    B, c = random_layer(k, group, n, in_features, c_dtype, seed=data.draw(st.integers(0, 9)))
+    x = torch.randn(tokens, in_features).to(x_dtype)
+    x = strided(x, data.draw(st.sampled_from(["contiguous", "columns apart", "rows apart", "transposed"])))
+    bias = torch.randn(n).to(x_dtype) if data.draw(st.booleans()) else None
+    with using(isa, data.draw(st.sampled_from(KERNELS))):
+        y = linear(x, prepare(B, c, group, in_features), bias)
+    assert_product(y, x, dequantize(B, c, group, in_features), bias)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("isa", ISAS)
+def test_threads_change_no_bit(isa, kernel):
+    B, c = random_layer(2, 128, 1000, 500)
+    x = torch.randn(5, 500)
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        with using(isa, kernel):
+            results.append(linear(x, prepare(B, c, 128, 500)))
+    torch.set_num_threads(1)
+    assert all(torch.equal(y, results[0]) for y in results[1:])
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("isa", ISAS)
+def test_bits_past_the_last_input_are_ignored(isa, kernel):
+    B, c = random_layer(3, 64, 20, 70)
+    zeroed = B.clone()
+    zeroed[-1] &= (1 << 70 % 32) - 1
+    x = torch.randn(3, 70)
+    with using(isa, kernel):
+        assert torch.equal(linear(x, prepare(B, c, 64, 70)), linear(x, prepare(zeroed, c, 64, 70)))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("isa", ISAS)
+def test_identity_gives_the_exact_weights(isa, kernel):
+    """More tokens than a block of either kernel, more outputs than a block of tiles."""
+    B, c = random_layer(2, 32, 1100, 96)
+    with using(isa, kernel):
+        W = linear(torch.eye(96), prepare(B, c, 32, 96)).T
+    torch.testing.assert_close(W, dequantize(B, c, 32, 96), rtol=0, atol=0 if kernel == "multiply" else 1e-6)
+
+
+def test_infinite_and_nan_activations_stay_in_their_token():
+    B, c = random_layer(2, 64, 40, 128)
+    x = torch.randn(4, 128)
+    x[1, 5], x[2, 100] = float("nan"), float("inf")
+    for kernel in KERNELS:
+        with using(cpu.instruction_set(), kernel):
+            y = linear(x, prepare(B, c, 64, 128))
+        assert torch.isfinite(y[[0, 3]]).all()
+        assert not torch.isfinite(y[1]).any()
+        assert not torch.isfinite(y[2]).any()
+
+
+@pytest.mark.parametrize(("n", "in_features"), [(24, 40), (16, 576), (1000, 29568 // 16)])
+@pytest.mark.parametrize("group", layout.GROUP_SIZES)
+def test_packed_layers_are_the_size_of_stored_ones(n, in_features, group):
+    B, c = random_layer(2, group, n, in_features, torch.float16)
+    packed = prepare(B, c, group, in_features)
+    rows = -(-n // 16) * 16 / n  # outputs come in tiles of 16
+    assert packed.planes.nbytes == B.nbytes * rows
+    assert packed.coefficients.nbytes == c.nbytes * rows
+    assert packed.coefficients.dtype == c.dtype
+
+
+@pytest.mark.parametrize(("k", "group", "n", "in_features"), [(1, 32, 17, 33), (2, 128, 40, 300), (4, 256, 64, 500)])
+def test_rows_can_be_read_back_as_stored(k, group, n, in_features):
+    """For embeddings, which pick rows."""
+    B, c = random_layer(k, group, n, in_features)
+    rows = torch.randint(0, n, (9,))
+    B_rows, c_rows = cpu.stored_rows(*cpu.prepare(B, c, group), group, rows)
+    assert torch.equal(B_rows, B[:, :, rows])
+    assert torch.equal(c_rows, c[:, :, rows])
+
+
+PROGRAM = """
+import torch
+from bpdq_kernels import linear, prepare
+B, c = torch.full((1, 1, 4), -1, dtype=torch.int32), torch.ones(1, 2, 4)
+for _ in range(3):
+    print(linear(torch.ones(1, 32), prepare(B, c, 32, 32)).tolist())
+"""
+
+
+def start(cache, **env: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM],
+        env=os.environ | {"XDG_CACHE_HOME": str(cache)} | env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
+def test_without_a_compiler_one_line_says_so_and_the_results_are_right(tmp_path, compiler):
+    out, err = start(tmp_path, CXX=compiler).communicate()
+    assert out.splitlines() == ["[[64.0, 64.0, 64.0, 64.0]]"] * 3
+    assert len(err.splitlines()) == 1
+    assert "BPDQ layers run slowly on this CPU" in err
+    assert compiler in err
+
+
+def test_a_cache_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    out, err = start(tmp_path / "file").communicate()
+    assert out.splitlines() == ["[[64.0, 64.0, 64.0, 64.0]]"] * 3
+    assert str(tmp_path / "file") in err
+
+
+def test_processes_that_start_together_share_one_library(tmp_path):
+    """As tensor-parallel ranks do."""
+    for process in [start(tmp_path) for _ in range(2)]:
+        out, err = process.communicate()
+        assert (out.splitlines(), err) == (["[[64.0, 64.0, 64.0, 64.0]]"] * 3, "")
+    (library,) = (tmp_path / "vllm-bpdq").glob("*.so")
+    built = library.stat().st_mtime_ns
+    assert start(tmp_path).wait() == 0
+    assert library.stat().st_mtime_ns == built
