@@ -47,6 +47,8 @@ def compile_library(isa: str) -> Path:
     key = hashlib.sha256(_SOURCE.read_bytes() + " ".join([compiler, *flags]).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm-bpdq"
     library = folder / f"cpu_linear-{isa}-{key}.so"
+    if library.exists():  # perhaps in a folder that can't be written
+        return library
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -116,7 +118,6 @@ def is_few(tokens: int, pairs: bool) -> bool:
     return tokens <= (2 if pairs else 8)
 
 
-@torch.no_grad()
 def linear(
     x: Tensor, planes: Tensor, coefficients: Tensor, group_size: int, out_features: int, bias: Tensor | None
 ) -> Tensor:
