@@ -45,13 +45,13 @@ class StoredParameter(ModelWeightParameter):
         self.stored_shape = data.shape
         # both immutable, as vLLM's reload restores a shallow copy of these attributes
         self.loaded: frozenset[int] = frozenset()
-        self.packed = False  # whether data is in the order of the kernels
+        self.prepared = False  # whether data is in the order of the kernels
 
     def receive(self, tensor: Tensor, out_features: int, start: int = 0) -> Tensor:
         """Check the part whose first output is `start` and whose outputs, of all ranks, are `out_features`."""
-        if self.packed:  # a load over weights in use
+        if self.prepared:  # a load over weights in use
             self.data = torch.empty(self.stored_shape, dtype=self.dtype, device=self.device)
-            self.packed = False
+            self.prepared = False
         name = self.parts[start]
         tensor = self.fit(name, tensor, out_features)
         if tensor.dtype != self.dtype:
@@ -146,7 +146,7 @@ class BPDQLinearMethod(LinearMethodBase):
         Loaders that fill parameters themselves (`--load-format dummy`) never call a weight loader; for them, only
         coefficients that are still NaN count as missing. Raises ValueError naming the tensor and the remedy.
         """
-        if layer.B.packed:
+        if layer.B.prepared:
             return
         stored = {"B": layer.B, "c": layer.c}
         if any(param.loaded for param in stored.values()):
@@ -168,7 +168,7 @@ class BPDQLinearMethod(LinearMethodBase):
         layer.B.data, layer.c.data = packed.planes, packed.coefficients
         if packed.scales is not None:
             layer.scales = Parameter(packed.scales, requires_grad=False)
-        layer.B.packed = layer.c.packed = True
+        layer.B.prepared = layer.c.prepared = True
         layer.B.loaded = layer.c.loaded = frozenset()  # a later reload is checked anew
 
     def apply(self, layer: Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
