@@ -120,8 +120,8 @@ def test_tuning_lowers_the_held_out_kl_and_keeps_the_planes(folder, tokens, teac
 def test_a_diverging_run_stops_early_and_keeps_the_best_state(folder, tokens, teacher, tmp_path, monkeypatch):
     monkeypatch.setattr(tune, "LEARNING_RATE", -1.0)  # uphill
     model = student(folder)
-    report = tune_model(model, tokens, teacher, steps=100, seed=0, state=tmp_path / "state.pt")
-    assert report["steps"] < 100
+    report = tune_model(model, tokens, teacher, steps=30, seed=0, state=tmp_path / "state.pt")
+    assert report["steps"] < 30
     assert report["best_evaluation"] == 0
     assert mean_kl(model, tokens[-1:], teacher[-1:]) == pytest.approx(report["held_out_kl"][0], rel=1e-2)
 
@@ -139,14 +139,14 @@ def test_recomputed_activations_change_nothing(folder, tokens, teacher, tmp_path
 
 def test_block_tuning_brings_the_model_closer_to_the_16_bit_one(folder, tokens, teacher):
     errors = {}
-    for steps in (0, 30):
+    for steps in (0, 10):
         model = AutoModelForCausalLM.from_pretrained(folder / "model")
         for _ in quantize_blocks(model, tokens, Scheme(2, 64), torch.device("cpu"), tune_steps=steps):
             pass
         states = final_states(model, tokens)
         errors[steps] = (states - teacher).square().mean().item()
         assert all(m.c.dtype == torch.bfloat16 for m in model.modules() if isinstance(m, BPDQLinear))
-    assert errors[30] < 0.9 * errors[0]
+    assert errors[10] < 0.9 * errors[0]
 
 
 def test_a_block_that_tuning_makes_worse_stays_as_it_was(folder, tokens, monkeypatch):
@@ -196,8 +196,7 @@ def test_a_stopped_run_goes_on_as_if_never_stopped(folder, tmp_path, monkeypatch
     tensors = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "out")]
     assert tensors[0] == tensors[1]
     assert not (tmp_path / "out.tuning").exists()
-    written = json.loads((tmp_path / "out" / "quantization_report.json").read_text())
-    assert written["tuning"]["steps"] == whole["tuning"]["steps"]
+    assert json.loads((tmp_path / "out" / "quantization_report.json").read_text())["tuning"] == resumed["tuning"]
 
 
 @pytest.mark.parametrize(

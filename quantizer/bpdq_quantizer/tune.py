@@ -160,11 +160,13 @@ def tune_model(
     interval = -(-steps // EVALUATIONS)
     layers = make_tunable(model)
     adam = optimizer(layers)
+    seconds = 0.0
     if not state.is_file():
         step, best, history = 0, snapshot(layers), [mean_kl(model, tokens[train:], teacher[train:])]
     else:
         saved = torch.load(state, map_location="cpu", weights_only=True)
         step, best, history = saved["step"], saved["best"], saved["history"]
+        seconds = saved["seconds"]
         restore(layers, saved["current"])
         adam.load_state_dict(saved["adam"])
     with checkpointed_blocks(model, tokens[:per_step]), tqdm(total=steps, initial=step, desc="tuning") as bar:
@@ -177,8 +179,9 @@ def tune_model(
                 history.append(mean_kl(model, tokens[train:], teacher[train:]))
                 if history[-1] == min(history):
                     best = snapshot(layers)
-                current = {"step": step, "best": best, "history": history, "adam": adam.state_dict()}
-                save_atomically({**current, "current": snapshot(layers)}, state)
+                reached = {"step": step, "best": best, "history": history, "current": snapshot(layers)}
+                spent = seconds + time.perf_counter() - started
+                save_atomically({**reached, "adam": adam.state_dict(), "seconds": spent}, state)
             bar.set_postfix_str(f"held-out KL {history[-1]:.4f} (best {min(history):.4f})")
     restore(layers, best)
     make_packed(model, layers)
@@ -188,7 +191,7 @@ def tune_model(
         "held_out_windows": held_out,
         "held_out_kl": history,
         "best_evaluation": history.index(min(history)),
-        "seconds": time.perf_counter() - started,
+        "seconds": seconds + time.perf_counter() - started,
     }
 
 
