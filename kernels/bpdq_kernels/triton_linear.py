@@ -1,4 +1,7 @@
-"""y = x @ W.T + bias on CUDA: one Triton kernel that dequantizes a tile of bit-planes and multiplies it at once.
+"""y = x @ W.T + bias on CUDA from B and c as stored: a tile is dequantized and multiplied at once, in plain Triton.
+
+Used where no rearranged copy is at hand (transformers, whose models can be saved again) and for fp32 activations;
+vLLM's 16-bit path is `tiled_linear`.
 
 A program computes TILE_N outputs of TILE_M tokens and walks the inputs in steps of TILE_K, a divisor of G, so a
 step needs one set of coefficients:
