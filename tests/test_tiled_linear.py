@@ -279,10 +279,9 @@ def table(groups: tuple[int, ...]) -> Iterator[tuple[Gemv | Gemm, Layer, int, bo
         for planes in (1, 2, 3, 4):
             dtype, K, N, bias = next(turns)
             tokens = 1 if isinstance(config, Gemv) else max(2, config.tokens - planes)
-            group = next(sizes)
-            while not fits(config, planes, group):
-                group = next(sizes)
-            yield config, Layer(planes, group, N, K, dtype), tokens, bias
+            group = next((g for g in itertools.islice(sizes, len(groups)) if fits(config, planes, g)), None)
+            if group:
+                yield config, Layer(planes, group, N, K, dtype), tokens, bias
 
 
 def fits(config: Gemv | Gemm, planes: int, group: int) -> bool:
