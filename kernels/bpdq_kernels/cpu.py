@@ -9,6 +9,7 @@ import fcntl
 import functools
 import hashlib
 import logging
+import mmap
 import os
 import subprocess
 import tempfile
@@ -24,7 +25,7 @@ _SOURCE = Path(__file__).with_name("cpu_linear.cpp")
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 FLAGS = {"avx512_bf16": (*_AVX512, "-mavx512bf16"), "avx512": _AVX512, "avx2": _AVX2, "portable": ()}
-_TILE = 16
+_TILE = 32
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum Dtype
 _log = logging.getLogger(__name__)
 
@@ -85,7 +86,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def prepare(B: Tensor, c: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """B [ceil(K/32), k, N] and c [ceil(K/G), k+1, N] in tiles of 16 outputs, as drawn in cpu_linear.cpp.
+    """B [ceil(K/32), k, N] and c [ceil(K/G), k+1, N] in tiles of 32 outputs, as drawn in cpu_linear.cpp.
 
     Returns planes int32 and coefficients in c's dtype, with N padded to tiles; their other sizes are kept, but say
     nothing of the order inside. Without a library, B and c themselves.
@@ -94,10 +95,24 @@ def prepare(B: Tensor, c: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
         return B.contiguous(), c.contiguous()
     padding = -B.shape[2] % _TILE
     B, c = (torch.nn.functional.pad(tensor, (0, padding)) for tensor in (B, c))
-    groups = B.unflatten(2, (-1, _TILE)).split(group_size // WORD)  # each [words of the group, k, tiles, 16]
-    planes = torch.cat([group.permute(2, 0, 1, 3).flatten() for group in groups])
-    coefficients = c.unflatten(2, (-1, _TILE)).transpose(1, 2).contiguous()
-    return planes.view_as(B), coefficients.view_as(c)
+    planes = huge_pages(B.shape)
+    start = 0
+    for group in B.unflatten(2, (-1, _TILE)).split(group_size // WORD):  # [words of the group, k, tiles, 32]
+        group = group.permute(2, 0, 1, 3)
+        planes.view(-1)[start : start + group.numel()].view(group.shape).copy_(group)
+        start += group.numel()
+    return planes, c.unflatten(2, (-1, _TILE)).transpose(1, 2).contiguous().view_as(c)
+
+
+def huge_pages(shape: torch.Size) -> Tensor:
+    """An int32 tensor that Linux may hold in pages of 2 MiB: a token reads it once, and small pages stall each time."""
+    tensor = torch.empty(shape, dtype=torch.int32)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = tensor.data_ptr() + tensor.nbytes - start
+        if length > 0:  # advice: where it is refused, nothing is lost
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE)
+    return tensor
 
 
 def stored_rows(planes: Tensor, coefficients: Tensor, group_size: int, rows: Tensor) -> tuple[Tensor, Tensor]:

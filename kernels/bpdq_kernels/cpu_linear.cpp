@@ -1,9 +1,9 @@
 /* y = x @ W.T + bias on a CPU, straight from bit-planes. Two kernels walk the same layout:
 
-     planes        [group][tile of 16 outputs][word of the group][plane][16]  uint32
-     coefficients  [group][tile of 16 outputs][plane .. , c0][16]             fp32, fp16 or bf16
+     planes        [group][tile of 32 outputs][word of the group][plane][32]  uint32
+     coefficients  [group][tile of 32 outputs][plane .. , c0][32]             fp32, fp16 or bf16
 
-                 16 outputs = one AVX-512 register
+                 16 outputs = one AVX-512 register, two to a tile
                .------.------.---   ---.------.
      word t,   |  n   | n+1  |   ...   | n+15 |   bit j of a lane = plane bit of input 32t + j of that output
      plane p   '------'------'---   ---'------'
@@ -16,8 +16,8 @@
    and once per group y += c0 * sum(x) + sum_p c_p * sums_p. AVX2 does the same with eight sums of three inputs.
 
    Multiply, for many tokens: the 2^k possible weights of a group and tile are computed once; bit tests and blends
-   choose among them, and up to 16 tokens use the chosen weights. With AVX512_BF16 the weights are rounded to bf16, as a
-   16-bit layer would hold them, and the two halves of a word are the pairs of inputs that vdpbf16ps multiplies.
+   choose among them, once for up to 96 tokens. With AVX512_BF16 the weights are rounded to bf16, as a 16-bit layer
+   would hold them, and the two halves of a word are the pairs of inputs that vdpbf16ps multiplies.
 
    A thread owns a range of tiles, so no result depends on the number of threads. Inputs past K read as 0.
    Compiled once for each instruction set (cpu.py has the flags); OpenMP's threads are those of torch. */
@@ -25,6 +25,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <omp.h>
 #ifdef __AVX2__
 #include <immintrin.h>
@@ -43,9 +44,11 @@ typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 
-constexpr int WORD = 32, TILE = 16, MAX_GROUP = 256;
-constexpr int BLOCK = 64;  // tiles between which a thread's tables and inputs stay in cache
+constexpr int WORD = 32, TILE = 32, MAX_GROUP = 256;
+constexpr int BLOCK = 32;  // tiles between which a thread's tables and inputs stay in cache
 constexpr int TABLES = (WORD + TABLE_BITS - 1) / TABLE_BITS;  // per word
+
+constexpr int PREFETCH = 768;  // words of planes, 3 KiB
 
 enum Dtype { FLOAT32, FLOAT16, BFLOAT16 };
 
@@ -92,6 +95,12 @@ inline Floats lookup(const float* table, Words index) {
 #endif
 }
 
+/* Of LANES outputs in one group: those of the planes, then c0. */
+template <int PLANES>
+struct Coefficients {
+  Floats of[PLANES + 1];
+};
+
 /* What one thread knows of the tokens' inputs in one group, and how a tile uses it. */
 template <int PLANES, class Input>
 struct Lookup {
@@ -122,24 +131,25 @@ struct Lookup {
       }
   }
 
-  void tile(const uint32_t* planes, const Floats* c, int words, int tokens, float* y) const {
-    for (int token = 0; token < tokens; token++, y += TILE) {
-      Floats sums[PLANES] = {};
-      const auto* t = table[token];
-      for (int word = 0; word < words; word++) {
-        Words bits[PLANES];
-        for (int p = 0; p < PLANES; p++) bits[p] = load<Words>(planes + (word * PLANES + p) * TILE);
+  void tile(const uint32_t* planes, const Coefficients<PLANES>* c, int words, int tokens, float* y) const {
+    for (int lane = 0; lane < TILE; lane += LANES, c++)
+      for (int token = 0; token < tokens; token++) {
+        Floats sums[PLANES] = {};
+        const auto* t = table[token];
+        for (int word = 0; word < words; word++) {
+          Words bits[PLANES];
+          for (int p = 0; p < PLANES; p++) bits[p] = load<Words>(planes + (word * PLANES + p) * TILE + lane);
 #pragma GCC unroll 16
-        for (int j = 0; j < TABLES; j++, t++)
-          for (int p = 0; p < PLANES; p++) {
-            sums[p] += lookup(*t, bits[p]);
-            bits[p] >>= TABLE_BITS;
-          }
+          for (int j = 0; j < TABLES; j++, t++)
+            for (int p = 0; p < PLANES; p++) {
+              sums[p] += lookup(*t, bits[p]);
+              bits[p] >>= TABLE_BITS;
+            }
+        }
+        Floats result = load<Floats>(y + token * TILE + lane) + c->of[PLANES] * total[token];
+        for (int p = 0; p < PLANES; p++) result += c->of[p] * sums[p];
+        memcpy(y + token * TILE + lane, &result, sizeof result);
       }
-      Floats result = load<Floats>(y) + c[PLANES] * total[token];
-      for (int p = 0; p < PLANES; p++) result += c[p] * sums[p];
-      memcpy(y, &result, sizeof result);
-    }
   }
 };
 
@@ -205,14 +215,16 @@ struct TwoBfloats {
 
 template <int PLANES, class Arithmetic>
 struct Multiply {
-  static constexpr int TOKENS = LANES == 16 ? 16 : 8;  // their sums stay in registers
+  static constexpr int ROW = LANES == 16 ? 12 : 4;  // tokens whose sums for two registers of outputs stay in registers
+  static constexpr int TOKENS = 8 * ROW;
+  static constexpr int STEPS = Arithmetic::STEPS;
   using Weights = typename Arithmetic::Weights;
-  alignas(64) typename Arithmetic::Activation x[MAX_GROUP / WORD * Arithmetic::STEPS][TOKENS];
+  alignas(64) typename Arithmetic::Activation x[TOKENS / ROW][MAX_GROUP / WORD * STEPS][ROW];
 
   void take(int token, const typename Arithmetic::Input* values, int words) {
     for (int word = 0; word < words; word++)
-      for (int step = 0; step < Arithmetic::STEPS; step++)
-        x[word * Arithmetic::STEPS + step][token] = Arithmetic::pick(values + word * WORD, step);
+      for (int step = 0; step < STEPS; step++)
+        x[token / ROW][word * STEPS + step][token % ROW] = Arithmetic::pick(values + word * WORD, step);
   }
 
   template <int BITS>
@@ -224,36 +236,60 @@ struct Multiply {
                                choose<BITS - 1>(level + (1 << (BITS - 1)), bit));
   }
 
-  template <int COUNT>
-  void tile_of(const uint32_t* planes, const Floats* c, int words, float* y) const {
-    Floats exact[1 << PLANES] = {c[PLANES]};
-    for (int p = 0; p < PLANES; p++)
-      for (int i = 0; i < 1 << p; i++) exact[i + (1 << p)] = exact[i] + c[p];
-    Weights level[1 << PLANES];
-    for (int i = 0; i < 1 << PLANES; i++) level[i] = Arithmetic::round(exact[i]);
-    Floats sums[COUNT];
-    for (int token = 0; token < COUNT; token++) sums[token] = load<Floats>(y + token * TILE);
-    for (int word = 0; word < words; word++) {
-      Words bits[PLANES];
-      for (int p = 0; p < PLANES; p++) bits[p] = load<Words>(planes + (word * PLANES + p) * TILE);
-      for (int step = 0; step < Arithmetic::STEPS; step++) {
-        typename Arithmetic::Mask bit[PLANES];
-        for (int p = 0; p < PLANES; p++) bit[p] = Arithmetic::test(bits[p], step);
-        const Weights w = choose<PLANES>(level, bit);
-        for (int token = 0; token < COUNT; token++)
-          sums[token] = Arithmetic::multiply(sums[token], w, x[word * Arithmetic::STEPS + step][token]);
+  struct Pair {
+    Weights of[2];  // neighbouring registers of outputs
+  };
+
+  /* Adds the products of COUNT tokens from `first`, a multiple of 4, to y; `weights(word, step)` gives a Pair. */
+  template <int COUNT, class Source>
+  void accumulate(Source weights, int words, int first, float* y) const {
+    Floats sums[COUNT][2];
+    y += first * TILE;
+#pragma GCC unroll 32
+    for (int i = 0; i < 2 * COUNT; i++) sums[i / 2][i % 2] = load<Floats>(y + i / 2 * TILE + i % 2 * LANES);
+    for (int word = 0; word < words; word++)
+      for (int step = 0; step < STEPS; step++) {
+        const Pair w = weights(word, step);
+        const auto* inputs = x[first / ROW][word * STEPS + step] + first % ROW;
+#pragma GCC unroll 32
+        for (int i = 0; i < 2 * COUNT; i++)
+          sums[i / 2][i % 2] = Arithmetic::multiply(sums[i / 2][i % 2], w.of[i % 2], inputs[i / 2]);
       }
-    }
-    for (int token = 0; token < COUNT; token++) memcpy(y + token * TILE, &sums[token], sizeof(Floats));
+#pragma GCC unroll 32
+    for (int i = 0; i < 2 * COUNT; i++) memcpy(y + i / 2 * TILE + i % 2 * LANES, &sums[i / 2][i % 2], sizeof(Floats));
   }
 
-  void tile(const uint32_t* planes, const Floats* c, int words, int tokens, float* y) const {
-    if (tokens > 8)
-      tile_of<TOKENS>(planes, c, words, y);
-    else if (tokens > 4)
-      tile_of<8>(planes, c, words, y);
-    else
-      tile_of<4>(planes, c, words, y);
+  void tile(const uint32_t* planes, const Coefficients<PLANES>* c, int words, int tokens, float* y) const {
+    for (int lane = 0; lane < TILE; lane += 2 * LANES, c += 2) two(planes + lane, c, words, tokens, y + lane);
+  }
+
+  void two(const uint32_t* planes, const Coefficients<PLANES>* c, int words, int tokens, float* y) const {
+    Weights level[2][1 << PLANES];
+    for (int half = 0; half < 2; half++) {
+      Floats exact[1 << PLANES] = {c[half].of[PLANES]};
+      for (int p = 0; p < PLANES; p++)
+        for (int i = 0; i < 1 << p; i++) exact[i + (1 << p)] = exact[i] + c[half].of[p];
+      for (int i = 0; i < 1 << PLANES; i++) level[half][i] = Arithmetic::round(exact[i]);
+    }
+    const auto chosen = [&](int word, int step) __attribute__((always_inline)) {
+      Pair w;
+      for (int half = 0; half < 2; half++) {
+        typename Arithmetic::Mask bit[PLANES];
+        for (int p = 0; p < PLANES; p++)
+          bit[p] = Arithmetic::test(load<Words>(planes + (word * PLANES + p) * TILE + half * LANES), step);
+        w.of[half] = choose<PLANES>(level[half], bit);
+      }
+      return w;
+    };
+    if (tokens <= 4) return accumulate<4>(chosen, words, 0, y);
+    if (ROW >= 8 && tokens <= 8) return accumulate<8>(chosen, words, 0, y);
+    Pair all[MAX_GROUP / WORD * STEPS];
+    for (int word = 0; word < words; word++)
+      for (int step = 0; step < STEPS; step++) all[word * STEPS + step] = chosen(word, step);
+    const auto kept = [&](int word, int step) { return all[word * STEPS + step]; };
+    int token = 0;
+    for (; tokens - token > ROW - 4; token += ROW) accumulate<ROW>(kept, words, token, y);
+    for (; token < tokens; token += 4) accumulate<4>(kept, words, token, y);
   }
 };
 
@@ -262,34 +298,36 @@ template <int PLANES, class Kernel, class Input>
 void run_tiles(const Layer& layer, const Input* x, int64_t stride, int64_t tokens, const float* bias, float* y,
                int64_t first, int64_t last) {
   constexpr int TOKENS = Kernel::TOKENS;
-  static thread_local struct {
+  struct Scratch {
     Kernel kernel;
     alignas(64) float sums[BLOCK][TOKENS][TILE];
-  } scratch;
+  };
+  const std::unique_ptr<Scratch> scratch(new Scratch);
   const int64_t group_words = layer.group_size / WORD, tiles = layer.tiles();
   const int64_t coefficient_bytes = layer.dtype == FLOAT32 ? 4 : 2;
   for (int64_t token = 0; token < tokens; token += TOKENS)
     for (int64_t block = first; block < last; block += BLOCK) {
       const int64_t end = std::min(block + BLOCK, last);
       const int count = std::min<int64_t>(TOKENS, tokens - token);
-      memset(scratch.sums, 0, sizeof scratch.sums);
+      for (auto& sums : scratch->sums) memset(sums, 0, count * sizeof *sums);
       for (int64_t word = 0, group = 0; word < layer.words(); word += group_words, group++) {
         const int words = std::min(group_words, layer.words() - word);
         for (int i = 0; i < count; i++) {
           Input values[MAX_GROUP] = {};
           const int64_t inputs = std::min<int64_t>(words * WORD, layer.in_features - word * WORD);
           memcpy(values, x + (token + i) * stride + word * WORD, inputs * sizeof(Input));
-          scratch.kernel.take(i, values, words);
+          scratch->kernel.take(i, values, words);
         }
         for (int64_t tile = block; tile < end; tile++) {
           const uint32_t* planes = layer.planes + (word * tiles + tile * words) * PLANES * TILE;
           const char* coefficients =
               layer.coefficients + (group * tiles + tile) * (PLANES + 1) * TILE * coefficient_bytes;
-          for (int lane = 0; lane < TILE; lane += LANES) {
-            Floats c[PLANES + 1];
-            for (int p = 0; p <= PLANES; p++) c[p] = widen(coefficients, p * TILE + lane, layer.dtype);
-            scratch.kernel.tile(planes + lane, c, words, count, &scratch.sums[tile - block][0][lane]);
-          }
+          // to memory ahead: the hardware's own prefetching stops at every page
+          for (int i = 0; i < words * PLANES * TILE; i += 16) __builtin_prefetch(planes + PREFETCH + i);
+          Coefficients<PLANES> c[TILE / LANES];
+          for (int i = 0; i < TILE / LANES; i++)
+            for (int p = 0; p <= PLANES; p++) c[i].of[p] = widen(coefficients, p * TILE + i * LANES, layer.dtype);
+          scratch->kernel.tile(planes, c, words, count, scratch->sums[tile - block][0]);
         }
       }
       for (int64_t tile = block; tile < end; tile++)
@@ -297,7 +335,7 @@ void run_tiles(const Layer& layer, const Input* x, int64_t stride, int64_t token
           float* out = y + (token + i) * layer.out_features + tile * TILE;
           const int lanes = std::min<int64_t>(TILE, layer.out_features - tile * TILE);
           for (int lane = 0; lane < lanes; lane++)
-            out[lane] = scratch.sums[tile - block][i][lane] + (bias ? bias[tile * TILE + lane] : 0);
+            out[lane] = scratch->sums[tile - block][i][lane] + (bias ? bias[tile * TILE + lane] : 0);
         }
     }
 }
