@@ -138,7 +138,7 @@ def linear(
 ) -> Tensor:
     """y [..., N] = x [..., K] @ W.T + bias in x.dtype; planes and coefficients from `prepare`.
 
-    Sums are fp32. W is exact, or rounded to bf16 where bf16 x is multiplied in bf16 pairs.
+    Sums are fp32. W is exact, or rounded to bf16 where bf16 x is multiplied in bf16.
     """
     compiled = library()
     if compiled is None:

@@ -52,16 +52,6 @@ constexpr int PREFETCH = 768;  // words of planes, 3 KiB
 
 enum Dtype { FLOAT32, FLOAT16, BFLOAT16 };
 
-struct Layer {
-  const uint32_t* planes;
-  const char* coefficients;
-  Dtype dtype;  // of the coefficients
-  int64_t in_features, out_features, group_size;
-
-  int64_t tiles() const { return (out_features + TILE - 1) / TILE; }
-  int64_t words() const { return (in_features + WORD - 1) / WORD; }
-};
-
 template <class T>
 inline T load(const void* p) {
   T value;
@@ -84,6 +74,42 @@ inline Floats widen(const void* p, int64_t i, Dtype dtype) {
 #endif
 }
 
+struct Layer {
+  const uint32_t* planes;
+  const char* coefficients;
+  Dtype dtype;  // of the coefficients
+  int64_t in_features, out_features, group_size;
+
+  int64_t tiles() const { return (out_features + TILE - 1) / TILE; }
+  int64_t words() const { return (in_features + WORD - 1) / WORD; }
+};
+
+/* Of LANES outputs in one group: those of the planes, then c0. */
+template <int PLANES>
+struct Coefficients {
+  Floats of[PLANES + 1];
+};
+
+/* What `layer` holds of one tile in one group. */
+template <int PLANES>
+struct TileGroup {
+  int words;
+  const uint32_t* planes;
+  Coefficients<PLANES> c[TILE / LANES];
+
+  TileGroup(const Layer& layer, int64_t group, int64_t tile) {
+    const int64_t first = group * layer.group_size / WORD;
+    words = std::min(layer.group_size / WORD, layer.words() - first);
+    planes = layer.planes + (first * layer.tiles() + tile * words) * PLANES * TILE;
+    // to memory ahead: the hardware's own prefetching stops at every page
+    for (int i = 0; i < words * PLANES * TILE; i += 16) __builtin_prefetch(planes + PREFETCH + i);
+    const int64_t row = (group * layer.tiles() + tile) * (PLANES + 1) * TILE;
+    for (int i = 0; i < TILE / LANES; i++)
+      for (int p = 0; p <= PLANES; p++)
+        c[i].of[p] = widen(layer.coefficients, row + p * TILE + i * LANES, layer.dtype);
+  }
+};
+
 /* Where each lane's low TABLE_BITS bits point to in `table`. */
 inline Floats lookup(const float* table, Words index) {
 #if defined(__AVX512F__)
@@ -94,12 +120,6 @@ inline Floats lookup(const float* table, Words index) {
   return (Floats)((Words)(table[1] + Floats{}) & -(index & 1));
 #endif
 }
-
-/* Of LANES outputs in one group: those of the planes, then c0. */
-template <int PLANES>
-struct Coefficients {
-  Floats of[PLANES + 1];
-};
 
 /* What one thread knows of the tokens' inputs in one group, and how a tile uses it. */
 template <int PLANES, class Input>
@@ -131,14 +151,15 @@ struct Lookup {
       }
   }
 
-  void tile(const uint32_t* planes, const Coefficients<PLANES>* c, int words, int tokens, float* y) const {
+  void tile(const TileGroup<PLANES>& tile, int tokens, float* y) const {
+    const auto* c = tile.c;
     for (int lane = 0; lane < TILE; lane += LANES, c++)
       for (int token = 0; token < tokens; token++) {
         Floats sums[PLANES] = {};
         const auto* t = table[token];
-        for (int word = 0; word < words; word++) {
+        for (int word = 0; word < tile.words; word++) {
           Words bits[PLANES];
-          for (int p = 0; p < PLANES; p++) bits[p] = load<Words>(planes + (word * PLANES + p) * TILE + lane);
+          for (int p = 0; p < PLANES; p++) bits[p] = load<Words>(tile.planes + (word * PLANES + p) * TILE + lane);
 #pragma GCC unroll 16
           for (int j = 0; j < TABLES; j++, t++)
             for (int p = 0; p < PLANES; p++) {
@@ -213,6 +234,37 @@ struct TwoBfloats {
 };
 #endif
 
+/* The weights of LANES outputs in one group. */
+template <int PLANES, class Arithmetic>
+struct Chooser {
+  using Weights = typename Arithmetic::Weights;
+  using Mask = typename Arithmetic::Mask;
+  Weights level[1 << PLANES];  // bit p of the index = plane p
+
+  explicit Chooser(const Coefficients<PLANES>& c) {
+    Floats exact[1 << PLANES] = {c.of[PLANES]};
+    for (int p = 0; p < PLANES; p++)
+      for (int i = 0; i < 1 << p; i++) exact[i + (1 << p)] = exact[i] + c.of[p];
+    for (int i = 0; i < 1 << PLANES; i++) level[i] = Arithmetic::round(exact[i]);
+  }
+
+  /* Those of inputs `step` of the word that starts at `planes`. */
+  __attribute__((always_inline)) Weights at(const uint32_t* planes, int step) const {
+    Mask bit[PLANES];
+    for (int p = 0; p < PLANES; p++) bit[p] = Arithmetic::test(load<Words>(planes + p * TILE), step);
+    return choose<PLANES>(level, bit);
+  }
+
+  template <int BITS>
+  static Weights choose(const Weights* level, const Mask* bit) {
+    if constexpr (BITS == 0)
+      return level[0];
+    else
+      return Arithmetic::blend(bit[BITS - 1], choose<BITS - 1>(level, bit),
+                               choose<BITS - 1>(level + (1 << (BITS - 1)), bit));
+  }
+};
+
 template <int PLANES, class Arithmetic>
 struct Multiply {
   static constexpr int ROW = LANES == 16 ? 12 : 4;  // tokens whose sums for two registers of outputs stay in registers
@@ -225,15 +277,6 @@ struct Multiply {
     for (int word = 0; word < words; word++)
       for (int step = 0; step < STEPS; step++)
         x[token / ROW][word * STEPS + step][token % ROW] = Arithmetic::pick(values + word * WORD, step);
-  }
-
-  template <int BITS>
-  static Weights choose(const Weights* level, const typename Arithmetic::Mask* bit) {
-    if constexpr (BITS == 0)
-      return level[0];
-    else
-      return Arithmetic::blend(bit[BITS - 1], choose<BITS - 1>(level, bit),
-                               choose<BITS - 1>(level + (1 << (BITS - 1)), bit));
   }
 
   struct Pair {
@@ -259,27 +302,16 @@ struct Multiply {
     for (int i = 0; i < 2 * COUNT; i++) memcpy(y + i / 2 * TILE + i % 2 * LANES, &sums[i / 2][i % 2], sizeof(Floats));
   }
 
-  void tile(const uint32_t* planes, const Coefficients<PLANES>* c, int words, int tokens, float* y) const {
-    for (int lane = 0; lane < TILE; lane += 2 * LANES, c += 2) two(planes + lane, c, words, tokens, y + lane);
+  void tile(const TileGroup<PLANES>& tile, int tokens, float* y) const {
+    for (int i = 0; i < TILE / LANES; i += 2)
+      two(tile.planes + i * LANES, &tile.c[i], tile.words, tokens, y + i * LANES);
   }
 
   void two(const uint32_t* planes, const Coefficients<PLANES>* c, int words, int tokens, float* y) const {
-    Weights level[2][1 << PLANES];
-    for (int half = 0; half < 2; half++) {
-      Floats exact[1 << PLANES] = {c[half].of[PLANES]};
-      for (int p = 0; p < PLANES; p++)
-        for (int i = 0; i < 1 << p; i++) exact[i + (1 << p)] = exact[i] + c[half].of[p];
-      for (int i = 0; i < 1 << PLANES; i++) level[half][i] = Arithmetic::round(exact[i]);
-    }
+    const Chooser<PLANES, Arithmetic> left(c[0]), right(c[1]);
     const auto chosen = [&](int word, int step) __attribute__((always_inline)) {
-      Pair w;
-      for (int half = 0; half < 2; half++) {
-        typename Arithmetic::Mask bit[PLANES];
-        for (int p = 0; p < PLANES; p++)
-          bit[p] = Arithmetic::test(load<Words>(planes + (word * PLANES + p) * TILE + half * LANES), step);
-        w.of[half] = choose<PLANES>(level[half], bit);
-      }
-      return w;
+      const uint32_t* start = planes + word * PLANES * TILE;
+      return Pair{{left.at(start, step), right.at(start + LANES, step)}};
     };
     if (tokens <= 4) return accumulate<4>(chosen, words, 0, y);
     if (ROW >= 8 && tokens <= 8) return accumulate<8>(chosen, words, 0, y);
@@ -303,8 +335,7 @@ void run_tiles(const Layer& layer, const Input* x, int64_t stride, int64_t token
     alignas(64) float sums[BLOCK][TOKENS][TILE];
   };
   const std::unique_ptr<Scratch> scratch(new Scratch);
-  const int64_t group_words = layer.group_size / WORD, tiles = layer.tiles();
-  const int64_t coefficient_bytes = layer.dtype == FLOAT32 ? 4 : 2;
+  const int64_t group_words = layer.group_size / WORD;
   for (int64_t token = 0; token < tokens; token += TOKENS)
     for (int64_t block = first; block < last; block += BLOCK) {
       const int64_t end = std::min(block + BLOCK, last);
@@ -319,15 +350,8 @@ void run_tiles(const Layer& layer, const Input* x, int64_t stride, int64_t token
           scratch->kernel.take(i, values, words);
         }
         for (int64_t tile = block; tile < end; tile++) {
-          const uint32_t* planes = layer.planes + (word * tiles + tile * words) * PLANES * TILE;
-          const char* coefficients =
-              layer.coefficients + (group * tiles + tile) * (PLANES + 1) * TILE * coefficient_bytes;
-          // to memory ahead: the hardware's own prefetching stops at every page
-          for (int i = 0; i < words * PLANES * TILE; i += 16) __builtin_prefetch(planes + PREFETCH + i);
-          Coefficients<PLANES> c[TILE / LANES];
-          for (int i = 0; i < TILE / LANES; i++)
-            for (int p = 0; p <= PLANES; p++) c[i].of[p] = widen(coefficients, p * TILE + i * LANES, layer.dtype);
-          scratch->kernel.tile(planes, c, words, count, scratch->sums[tile - block][0]);
+          const TileGroup<PLANES> held(layer, group, tile);
+          scratch->kernel.tile(held, count, scratch->sums[tile - block][0]);
         }
       }
       for (int64_t tile = block; tile < end; tile++)
