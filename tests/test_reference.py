@@ -155,6 +155,18 @@ def test_op_is_registered_as_pytorch_asks(dtype: torch.dtype, bias: bool):
         assert set(results.values()) == {"SUCCESS"}
 
 
+@pytest.mark.parametrize("shape", [(), (5,), (2, 3), (0,)], ids=str)
+def test_embedding_gives_contiguous_rows_of_the_weight(shape: tuple[int, ...]):
+    B, c = random_layer(4, 64, 40, 96)
+    packed = bpdq_kernels.prepare(B, c, 64, 96)
+    ids = torch.randint(0, 40, shape)
+    rows = bpdq_kernels.embedding(ids, packed, torch.bfloat16)
+    assert torch.equal(rows, bpdq_kernels.dequantize(B, c, 64, 96).bfloat16()[ids])
+    assert rows.is_contiguous(), "vLLM's all-reduce takes no other"
+    arguments = (ids, packed.planes, packed.coefficients, None, 96, 64, torch.bfloat16)
+    assert set(torch.library.opcheck(torch.ops.bpdq.embedding.default, arguments).values()) == {"SUCCESS"}
+
+
 def test_compiled_models_keep_the_op_whole_and_serve_every_token_count_from_one_graph():
     graphs = []
 
