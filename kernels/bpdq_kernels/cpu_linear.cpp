@@ -16,7 +16,7 @@
    and once per group y += c0 * sum(x) + sum_p c_p * sums_p. AVX2 does the same with eight sums of three inputs.
 
    Multiply, for many tokens: the 2^k possible weights of a group and tile are computed once; bit tests and blends
-   choose among them, once for up to 96 tokens. With AVX512_BF16 the weights are rounded to bf16, as a 16-bit layer
+   choose among them, once for up to 64 tokens. With AVX512_BF16 the weights are rounded to bf16, as a 16-bit layer
    would hold them, and the two halves of a word are the pairs of inputs that vdpbf16ps multiplies.
 
    A thread owns a range of tiles, so no result depends on the number of threads. Inputs past K read as 0.
@@ -267,7 +267,7 @@ struct Chooser {
 
 template <int PLANES, class Arithmetic>
 struct Multiply {
-  static constexpr int ROW = LANES == 16 ? 12 : 4;  // tokens whose sums for two registers of outputs stay in registers
+  static constexpr int ROW = LANES == 16 ? 8 : 4;  // tokens whose sums for two registers of outputs stay in registers
   static constexpr int TOKENS = 8 * ROW;
   static constexpr int STEPS = Arithmetic::STEPS;
   using Weights = typename Arithmetic::Weights;
