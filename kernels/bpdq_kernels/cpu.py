@@ -26,7 +26,6 @@ _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 FLAGS = {"avx512_bf16": (*_AVX512, "-mavx512bf16"), "avx512": _AVX512, "avx2": _AVX2, "portable": ()}
 _TILE = 32
-_CACHED_TILES = 8  # whose weights in bf16 are multiplied while they are in cache: 4 MiB at K = 8192
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum Dtype
 _log = logging.getLogger(__name__)
 
@@ -67,14 +66,11 @@ def compile_library(isa: str) -> Path:
 def open_library(isa: str) -> ctypes.CDLL:
     """The library for one of FLAGS, with `pairs`: whether it multiplies bf16 in pairs."""
     library = ctypes.CDLL(str(compile_library(isa)))
-    pointer, integer, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_bool
-    layer = [pointer, pointer, ctypes.c_int, *[integer] * 4]
+    pointer, integer = ctypes.c_void_p, ctypes.c_int64
     library.bpdq_linear.restype = None
-    library.bpdq_linear.argtypes = [*layer, pointer, flag, integer, integer, pointer, pointer, flag]
+    library.bpdq_linear.argtypes = [pointer, pointer, ctypes.c_int, *[integer] * 4]
+    library.bpdq_linear.argtypes += [pointer, ctypes.c_bool, integer, integer, pointer, pointer, ctypes.c_bool]
     library.pairs = isa == "avx512_bf16"
-    if library.pairs:
-        library.bpdq_dequantize.restype = None
-        library.bpdq_dequantize.argtypes = [*layer, integer, integer, pointer]
     return library
 
 
@@ -132,11 +128,9 @@ def stored_rows(planes: Tensor, coefficients: Tensor, group_size: int, rows: Ten
     return B, coefficients.view(-1, n // _TILE, k + 1, _TILE)[:, tile, :, lane].permute(1, 2, 0)
 
 
-def kernel_for(tokens: int, pairs: bool) -> str:
-    """The fastest of "lookup", "multiply" and "dequantize" (for `pairs` of bf16 only)."""
-    if tokens <= (2 if pairs else 8):
-        return "lookup"
-    return "dequantize" if pairs and tokens >= 128 else "multiply"
+def is_few(tokens: int, pairs: bool) -> bool:
+    """Whether look-ups beat multiplications, in pairs of bf16 or in fp32."""
+    return tokens <= (2 if pairs else 8)
 
 
 def linear(
@@ -153,12 +147,8 @@ def linear(
     rows = x.reshape(-1, in_features)
     tokens = rows.shape[0]
     pairs = compiled.pairs and x.dtype == torch.bfloat16
-    kernel = kernel_for(tokens, pairs)
-    layer = (planes.data_ptr(), coefficients.data_ptr(), _DTYPES[coefficients.dtype])
-    layer += (in_features, out_features, group_size, planes.shape[1])
-    if kernel == "dequantize":
-        return _multiply_dequantized(rows, compiled, layer, bias).unflatten(0, x.shape[:-1])
-    bfloat = x.dtype == torch.bfloat16 and (pairs or kernel == "lookup")
+    few = is_few(tokens, pairs)
+    bfloat = x.dtype == torch.bfloat16 and (few or pairs)
     if not bfloat:
         rows = rows.float()
     if rows.stride(1) != 1:
@@ -166,28 +156,19 @@ def linear(
     bias = None if bias is None else bias.float()
     y = torch.empty(*x.shape[:-1], out_features)
     compiled.bpdq_linear(
-        *layer,
+        planes.data_ptr(),
+        coefficients.data_ptr(),
+        _DTYPES[coefficients.dtype],
+        in_features,
+        out_features,
+        group_size,
+        planes.shape[1],
         rows.data_ptr(),
         bfloat,
         rows.stride(0),
         tokens,
         None if bias is None else bias.data_ptr(),
         y.data_ptr(),
-        kernel == "lookup",
+        few,
     )
     return y.to(x.dtype)
-
-
-def _multiply_dequantized(rows: Tensor, compiled: ctypes.CDLL, layer: tuple[int, ...], bias: Tensor | None) -> Tensor:
-    """y [M, N] of rows [M, K], both bf16, with the weights of _CACHED_TILES tiles at a time in bf16."""
-    in_features, out_features = layer[3:5]
-    outputs = _CACHED_TILES * _TILE
-    weights = torch.empty(-(-in_features // WORD) * WORD * outputs, dtype=rows.dtype)
-    y = rows.new_empty(rows.shape[0], out_features)
-    for start in range(0, out_features, outputs):
-        part = slice(start, min(start + outputs, out_features))
-        tiles = -(-(part.stop - start) // _TILE)
-        compiled.bpdq_dequantize(*layer, start // _TILE, tiles, weights.data_ptr())
-        w = weights[: in_features * tiles * _TILE].view(in_features, tiles * _TILE)[:, : part.stop - start]
-        y[:, part] = rows @ w if bias is None else torch.addmm(bias[part], rows, w)
-    return y

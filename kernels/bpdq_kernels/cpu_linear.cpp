@@ -16,10 +16,8 @@
    and once per group y += c0 * sum(x) + sum_p c_p * sums_p. AVX2 does the same with eight sums of three inputs.
 
    Multiply, for many tokens: the 2^k possible weights of a group and tile are computed once; bit tests and blends
-   choose among them, once for up to 96 tokens. With AVX512_BF16 the weights are rounded to bf16, as a 16-bit layer
+   choose among them, once for up to 64 tokens. With AVX512_BF16 the weights are rounded to bf16, as a 16-bit layer
    would hold them, and the two halves of a word are the pairs of inputs that vdpbf16ps multiplies.
-
-   Dequantize, for very many tokens in bf16: writes weights of some tiles for torch to multiply while they are in cache.
 
    A thread owns a range of tiles, so no result depends on the number of threads. Inputs past K read as 0.
    Compiled once for each instruction set (cpu.py has the flags); OpenMP's threads are those of torch. */
@@ -269,7 +267,7 @@ struct Chooser {
 
 template <int PLANES, class Arithmetic>
 struct Multiply {
-  static constexpr int ROW = LANES == 16 ? 12 : 4;  // tokens whose sums for two registers of outputs stay in registers
+  static constexpr int ROW = LANES == 16 ? 8 : 4;  // tokens whose sums for two registers of outputs stay in registers
   static constexpr int TOKENS = 8 * ROW;
   static constexpr int STEPS = Arithmetic::STEPS;
   using Weights = typename Arithmetic::Weights;
@@ -389,28 +387,6 @@ void run_planes(const Layer& layer, const void* x, bool bfloat, int64_t stride, 
   run<Multiply<PLANES, OneFloat>, PLANES>(layer, floats, stride, tokens, bias, y);
 }
 
-#ifdef __AVX512BF16__
-/* W.T of `count` tiles from tile `first` as bf16 [K rounded up to words][count * 32]. */
-template <int PLANES>
-void dequantize(const Layer& layer, int64_t first, int64_t count, uint16_t* weights) {
-#pragma omp parallel for
-  for (int64_t tile = 0; tile < count; tile++)
-    for (int64_t start = 0, group = 0; start < layer.words(); start += layer.group_size / WORD, group++) {
-      const TileGroup<PLANES> held(layer, group, first + tile);
-      for (int i = 0; i < TILE / LANES; i++) {
-        const Chooser<PLANES, OneFloat> weight(held.c[i]);
-        for (int word = 0; word < held.words; word++)
-          for (int step = 0; step < WORD; step++) {
-            const Floats w = weight.at(held.planes + word * PLANES * TILE + i * LANES, step);
-            uint16_t* row = weights + ((start + word) * WORD + step) * count * TILE;
-            const __m256bh rounded = _mm512_cvtneps_pbh((__m512)w);
-            memcpy(row + tile * TILE + i * LANES, &rounded, sizeof rounded);
-          }
-      }
-    }
-}
-#endif
-
 }  // namespace
 
 /* y fp32 [tokens, N] = x [tokens, K] @ W.T + bias; x is bf16 where `bfloat`, else fp32; bias fp32 [N] or null. */
@@ -423,15 +399,3 @@ extern "C" void bpdq_linear(const uint32_t* planes, const char* coefficients, in
   if (plane_count == 3) run_planes<3>(layer, x, bfloat, stride, tokens, bias, y, few);
   if (plane_count == 4) run_planes<4>(layer, x, bfloat, stride, tokens, bias, y, few);
 }
-
-#ifdef __AVX512BF16__
-extern "C" void bpdq_dequantize(const uint32_t* planes, const char* coefficients, int dtype, int64_t in_features,
-                                int64_t out_features, int64_t group_size, int64_t plane_count, int64_t first,
-                                int64_t count, uint16_t* weights) {
-  const Layer layer{planes, coefficients, (Dtype)dtype, in_features, out_features, group_size};
-  if (plane_count == 1) dequantize<1>(layer, first, count, weights);
-  if (plane_count == 2) dequantize<2>(layer, first, count, weights);
-  if (plane_count == 3) dequantize<3>(layer, first, count, weights);
-  if (plane_count == 4) dequantize<4>(layer, first, count, weights);
-}
-#endif
