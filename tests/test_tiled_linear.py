@@ -2,7 +2,6 @@
 PTX that Triton emits for sm_86 executed on the CPU, and for real (-m gpu)."""
 
 import itertools
-import multiprocessing
 import re
 import shutil
 import subprocess
@@ -186,17 +185,6 @@ def interpret_embedding() -> None:
         W = reference.dequantize(p.B, p.c, layer.group, layer.K)
         torch.testing.assert_close(y[:5], W[ids[:5]], rtol=2e-6, atol=1e-6 * W.abs().max().item())
         assert not y[5:].any(), "rows that the table does not have"
-
-
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[ProcessPoolExecutor]:
-    """A process in which Triton was imported as an interpreter: that is decided at import, so not in this one."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        pool = ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn"))
-        pool.submit(int).result()
-    with pool:
-        yield pool
 
 
 @pytest.mark.parametrize(("layer", "tokens"), INTERPRETED, ids=str)

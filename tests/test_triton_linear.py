@@ -1,8 +1,6 @@
 """The plain Triton kernel: executed by Triton's interpreter, compiled offline for GPUs, and run for real (-m gpu)."""
 
-import multiprocessing
 import re
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from typing import NamedTuple
 
@@ -111,17 +109,6 @@ def any_view_of_x_gives_the_same_rows(device: str) -> None:
         assert torch.equal(stored_linear(view, B, c, case.group, bias).reshape(case.M, case.N), y), name
     assert torch.equal(stored_linear(x[4], B, c, case.group, bias), y[4])
     assert stored_linear(x[:0], B, c, case.group, bias).shape == (0, case.N)
-
-
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[ProcessPoolExecutor]:
-    """A process in which Triton was imported as an interpreter: that is decided at import, so not in this one."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        pool = ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn"))
-        pool.submit(int).result()
-    with pool:
-        yield pool
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -19,8 +19,8 @@ activations get bf16 weights by the same instructions, so they can't overflow; c
 fp16 and c_p' stays in range. `scales` multiplies the sums in fp32.
 
 Budget, RTX 3090, k = 2, G = 128 (sm_86 SASS): 3.1 to 3.3 thread instructions a weight up to 8 tokens, where 5.6 fit
-into the time DRAM needs for it; tensor cores, at the rate of fp32 accumulation, take 0.71 of DRAM time, issue 0.55 to
-0.59. Above 16 tokens the tensor cores are the bound; at 64, every other pipe has less than a sixth of their work.
+into the time DRAM needs for it; tensor cores, at the rate of fp32 accumulation, take 0.71 of DRAM time, the schedulers
+0.55 to 0.59. Above 16 tokens the tensor cores are the bound; at 64, no other pipe has a sixth of their work.
 """
 
 import torch
