@@ -290,7 +290,10 @@ def test_a_barrier_that_some_threads_never_reach_is_found():
 
 
 def test_threads_that_have_ended_are_not_waited_for():
-    run("setp.lt.u32 %p0, %t, 32; @%p0 ret; bar.sync 0;", threads=64)
+    result = np.zeros(64, "u4")
+    body = "setp.lt.u32 %p0, %t, 32; @%p0 ret; bar.sync 0; mad.wide.u32 %q0, %t, 4, %a0; st.global.u32 [%q0], %t;"
+    run(body, result, threads=64)
+    assert result.tolist() == [0] * 32 + list(range(32, 64))
 
 
 def test_endless_loops_end():

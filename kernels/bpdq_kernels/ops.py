@@ -95,7 +95,7 @@ def _embedding_cpu(
     dtype: torch.dtype,
 ) -> Tensor:
     B, c = cpu.stored_rows(planes, coefficients, group_size, ids.flatten())
-    return reference.dequantize_t(B, c, group_size, in_features, dtype).T.contiguous().view(*ids.shape, in_features)
+    return reference.rows(B, c, group_size, in_features, dtype, ids)
 
 
 def _embedding_cuda(
@@ -111,7 +111,7 @@ def _embedding_cuda(
 
     if scales is None:  # prepared for fp32: as stored
         B, c = planes[:, :, ids.flatten()], coefficients[:, :, ids.flatten()]
-        return reference.dequantize_t(B, c, group_size, in_features, dtype).T.contiguous().view(*ids.shape, in_features)
+        return reference.rows(B, c, group_size, in_features, dtype, ids)
     y = coefficients.new_empty((*ids.shape, in_features), dtype=dtype)
     with torch.cuda.device_of(y):
         triton_embedding.launch(ids.reshape(-1), planes, coefficients, scales, group_size, y.view(-1, in_features))

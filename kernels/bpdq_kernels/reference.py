@@ -37,6 +37,12 @@ def dequantize(B: Tensor, c: Tensor, group_size: int, in_features: int) -> Tenso
     return dequantize_t(B, c, group_size, in_features, torch.float32).T.contiguous()
 
 
+def rows(B: Tensor, c: Tensor, group_size: int, in_features: int, dtype: torch.dtype, ids: Tensor) -> Tensor:
+    """[*ids.shape, K] in `dtype`, contiguous: the weights of the outputs that B and c hold, one for each of `ids`."""
+    weight = dequantize_t(B, c, group_size, in_features, dtype)
+    return weight.T.contiguous().view(*ids.shape, in_features)
+
+
 @torch.no_grad()  # a graph would hold every layer's dequantized weights
 def linear(x: Tensor, B: Tensor, c: Tensor, group_size: int, bias: Tensor | None) -> Tensor:
     """y [..., N] = x [..., K] @ W.T + bias, with W rounded to x.dtype as a 16-bit layer would hold it."""
