@@ -130,7 +130,7 @@ def stored_rows(planes: Tensor, coefficients: Tensor, group_size: int, rows: Ten
 
 def is_few(tokens: int, pairs: bool) -> bool:
     """Whether look-ups beat multiplications, in pairs of bf16 or in fp32."""
-    return tokens <= (2 if pairs else 8)
+    return tokens <= (4 if pairs else 8)
 
 
 def linear(

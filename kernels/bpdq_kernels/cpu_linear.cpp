@@ -11,9 +11,10 @@
    Lookup, for few tokens: four inputs of a token have 16 possible partial sums, which fill one register. The low
    four bits of every lane pick 16 outputs' sums in one permutation:
 
-     sums += permute(table[inputs 4j .. 4j+3], word);  word >>= 4         3 instructions for 64 plane bits
+     sums += c_p * permute(table[inputs 4j .. 4j+3], word);  word >>= 4         3 instructions for 64 plane bits
 
-   and once per group y += c0 * sum(x) + sum_p c_p * sums_p. AVX2 does the same with eight sums of three inputs.
+   and once per group y += c0 * sum(x) + sum_p sums_p. The product costs nothing: where permutations, shifts and
+   additions would share pipes, multiply-adds have their own. AVX2 does the same with eight sums of three inputs.
 
    Multiply, for many tokens: the 2^k possible weights of a group and tile are computed once; bit tests and blends
    choose among them, once for up to 64 tokens. With AVX512_BF16 the weights are rounded to bf16, as a 16-bit layer
@@ -45,10 +46,10 @@ typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 
 constexpr int WORD = 32, TILE = 32, MAX_GROUP = 256;
-constexpr int BLOCK = 32;  // tiles between which a thread's tables and inputs stay in cache
+constexpr int BLOCK = 64;  // tiles between which a thread's tables and inputs stay in cache
 constexpr int TABLES = (WORD + TABLE_BITS - 1) / TABLE_BITS;  // per word
 
-constexpr int PREFETCH = 768;  // words of planes, 3 KiB
+constexpr int AHEAD = 512;  // words of planes between those in use and those fetched from memory
 
 enum Dtype { FLOAT32, FLOAT16, BFLOAT16 };
 
@@ -63,12 +64,14 @@ inline T load(const void* p) {
 inline Floats widen(const void* p, int64_t i, Dtype dtype) {
   if (dtype == FLOAT32) return load<Floats>((const float*)p + i);
   const uint16_t* half = (const uint16_t*)p + i;
-  if (dtype == BFLOAT16) return (Floats)(__builtin_convertvector(load<Halves>(half), Words) << 16);
 #if defined(__AVX512F__)
+  if (dtype == BFLOAT16) return (Floats)((Words)_mm512_cvtepu16_epi32(load<__m256i>(half)) << 16);
   return (Floats)_mm512_cvtph_ps(load<__m256i>(half));
 #elif defined(__AVX2__)
+  if (dtype == BFLOAT16) return (Floats)((Words)_mm256_cvtepu16_epi32(load<__m128i>(half)) << 16);
   return (Floats)_mm256_cvtph_ps(load<__m128i>(half));
 #else
+  if (dtype == BFLOAT16) return (Floats)(__builtin_convertvector(load<Halves>(half), Words) << 16);
   Words bits = __builtin_convertvector(load<Halves>(half), Words);
   return (Floats)((bits & 0x8000) << 16 | (bits & 0x7fff) << 13) * 0x1p112f;  // the exponents' bias differs by 112
 #endif
@@ -90,19 +93,25 @@ struct Coefficients {
   Floats of[PLANES + 1];
 };
 
-/* What `layer` holds of one tile in one group. */
+/* What `layer` holds of one tile in one group; `ahead`: the planes to fetch from memory meanwhile, where groups follow
+   each other and in each of them the tiles from `begin` to `end`. */
 template <int PLANES>
 struct TileGroup {
   int words;
-  const uint32_t* planes;
+  const uint32_t *planes, *ahead;
   Coefficients<PLANES> c[TILE / LANES];
 
-  TileGroup(const Layer& layer, int64_t group, int64_t tile) {
-    const int64_t first = group * layer.group_size / WORD;
-    words = std::min(layer.group_size / WORD, layer.words() - first);
-    planes = layer.planes + (first * layer.tiles() + tile * words) * PLANES * TILE;
-    // to memory ahead: the hardware's own prefetching stops at every page
-    for (int i = 0; i < words * PLANES * TILE; i += 16) __builtin_prefetch(planes + PREFETCH + i);
+  TileGroup(const Layer& layer, int64_t group, int64_t tile, int64_t begin, int64_t end) {
+    const int64_t whole = layer.group_size / WORD;
+    const auto start = [&](int64_t group, int64_t tile) {
+      const int64_t first = group * whole, words = std::min(whole, layer.words() - first);
+      return layer.planes + (first * layer.tiles() + tile * words) * PLANES * TILE;
+    };
+    words = std::min(whole, layer.words() - group * whole);
+    planes = start(group, tile);
+    const int64_t later = tile + AHEAD / (whole * PLANES * TILE);
+    const int64_t next = std::min(group + 1, (layer.words() - 1) / whole);
+    ahead = later < end ? start(group, later) : start(next, begin + later - end);
     const int64_t row = (group * layer.tiles() + tile) * (PLANES + 1) * TILE;
     for (int i = 0; i < TILE / LANES; i++)
       for (int p = 0; p <= PLANES; p++)
@@ -111,11 +120,11 @@ struct TileGroup {
 };
 
 /* Where each lane's low TABLE_BITS bits point to in `table`. */
-inline Floats lookup(const float* table, Words index) {
+inline Floats lookup(Floats table, Words index) {
 #if defined(__AVX512F__)
-  return (Floats)_mm512_permutexvar_ps((__m512i)index, _mm512_load_ps(table));
+  return (Floats)_mm512_permutexvar_ps((__m512i)index, (__m512)table);
 #elif defined(__AVX2__)
-  return (Floats)_mm256_permutevar8x32_ps(_mm256_load_ps(table), (__m256i)index);
+  return (Floats)_mm256_permutevar8x32_ps((__m256)table, (__m256i)index);
 #else
   return (Floats)((Words)(table[1] + Floats{}) & -(index & 1));
 #endif
@@ -125,6 +134,8 @@ inline Floats lookup(const float* table, Words index) {
 template <int PLANES, class Input>
 struct Lookup {
   static constexpr int TOKENS = 8;
+  static constexpr int ROOM = (LANES == 16 ? 31 : 15) / (2 * PLANES) - 2;  // tokens whose sums stay in registers
+  static constexpr int TOGETHER = ROOM >= 4 ? 4 : ROOM >= 2 ? 2 : 1;
   alignas(64) float table[TOKENS][MAX_GROUP / WORD * TABLES][LANES];
   float total[TOKENS];
 
@@ -151,26 +162,47 @@ struct Lookup {
       }
   }
 
-  void tile(const TileGroup<PLANES>& tile, int tokens, float* y) const {
-    const auto* c = tile.c;
-    for (int lane = 0; lane < TILE; lane += LANES, c++)
-      for (int token = 0; token < tokens; token++) {
-        Floats sums[PLANES] = {};
-        const auto* t = table[token];
-        for (int word = 0; word < tile.words; word++) {
-          Words bits[PLANES];
-          for (int p = 0; p < PLANES; p++) bits[p] = load<Words>(tile.planes + (word * PLANES + p) * TILE + lane);
-#pragma GCC unroll 16
-          for (int j = 0; j < TABLES; j++, t++)
-            for (int p = 0; p < PLANES; p++) {
-              sums[p] += lookup(*t, bits[p]);
-              bits[p] >>= TABLE_BITS;
-            }
+  /* Adds the products of COUNT tokens from `first` to y, for the tile's registers `i` and i + 1. Inlined it would
+     share its registers with its caller, and spill. */
+  template <int COUNT>
+  __attribute__((noinline)) void accumulate(const TileGroup<PLANES>& tile, int i, int first, float* y) const {
+    Floats sums[COUNT][2][PLANES] = {};
+    for (int word = 0; word < tile.words; word++) {
+      const int64_t start = word * PLANES * TILE + i * LANES;
+      Words bits[2][PLANES];
+      for (int p = 0; p < PLANES; p++)
+        for (int side = 0; side < 2; side++) {
+          bits[side][p] = load<Words>(tile.planes + start + p * TILE + side * LANES);
+          __builtin_prefetch(tile.ahead + start + p * TILE + side * LANES);
         }
-        Floats result = load<Floats>(y + token * TILE + lane) + c->of[PLANES] * total[token];
-        for (int p = 0; p < PLANES; p++) result += c->of[p] * sums[p];
-        memcpy(y + token * TILE + lane, &result, sizeof result);
+#pragma GCC unroll 16
+      for (int j = 0; j < TABLES; j++) {
+#pragma GCC unroll 4
+        for (int token = 0; token < COUNT; token++) {
+          const Floats held = load<Floats>(table[first + token][word * TABLES + j]);
+#pragma GCC unroll 8
+          for (int n = 0; n < 2 * PLANES; n++)
+            sums[token][n % 2][n / 2] += tile.c[i + n % 2].of[n / 2] * lookup(held, bits[n % 2][n / 2]);
+        }
+#pragma GCC unroll 8
+        for (int n = 0; n < 2 * PLANES; n++) bits[n % 2][n / 2] >>= TABLE_BITS;
       }
+    }
+    for (int token = 0; token < COUNT; token++)
+      for (int side = 0; side < 2; side++) {
+        float* out = y + (first + token) * TILE + (i + side) * LANES;
+        Floats result = load<Floats>(out) + tile.c[i + side].of[PLANES] * total[first + token];
+        for (int p = 0; p < PLANES; p++) result += sums[token][side][p];
+        memcpy(out, &result, sizeof result);
+      }
+  }
+
+  void tile(const TileGroup<PLANES>& tile, int tokens, float* y) const {
+    for (int i = 0; i < TILE / LANES; i += 2) {
+      int token = 0;
+      for (; token + TOGETHER <= tokens; token += TOGETHER) accumulate<TOGETHER>(tile, i, token, y);
+      for (; token < tokens; token++) accumulate<1>(tile, i, token, y);
+    }
   }
 };
 
@@ -292,7 +324,7 @@ struct Multiply {
     for (int i = 0; i < 2 * COUNT; i++) sums[i / 2][i % 2] = load<Floats>(y + i / 2 * TILE + i % 2 * LANES);
     for (int word = 0; word < words; word++)
       for (int step = 0; step < STEPS; step++) {
-        const Pair w = weights(word, step);
+        const Pair& w = weights(word, step);
         const auto* inputs = x[first / ROW][word * STEPS + step] + first % ROW;
 #pragma GCC unroll 32
         for (int i = 0; i < 2 * COUNT; i++)
@@ -314,11 +346,11 @@ struct Multiply {
       return Pair{{left.at(start, step), right.at(start + LANES, step)}};
     };
     if (tokens <= 4) return accumulate<4>(chosen, words, 0, y);
-    if (ROW >= 8 && tokens <= 8) return accumulate<8>(chosen, words, 0, y);
+    if (ROW >= 8 && PLANES <= 2 && tokens <= 8) return accumulate<8>(chosen, words, 0, y);
     Pair all[MAX_GROUP / WORD * STEPS];
     for (int word = 0; word < words; word++)
       for (int step = 0; step < STEPS; step++) all[word * STEPS + step] = chosen(word, step);
-    const auto kept = [&](int word, int step) { return all[word * STEPS + step]; };
+    const auto kept = [&](int word, int step) -> const Pair& { return all[word * STEPS + step]; };
     int token = 0;
     for (; tokens - token > ROW - 4; token += ROW) accumulate<ROW>(kept, words, token, y);
     for (; token < tokens; token += 4) accumulate<4>(kept, words, token, y);
@@ -350,7 +382,7 @@ void run_tiles(const Layer& layer, const Input* x, int64_t stride, int64_t token
           scratch->kernel.take(i, values, words);
         }
         for (int64_t tile = block; tile < end; tile++) {
-          const TileGroup<PLANES> held(layer, group, tile);
+          const TileGroup<PLANES> held(layer, group, tile, block, end);
           scratch->kernel.tile(held, count, scratch->sums[tile - block][0]);
         }
       }
