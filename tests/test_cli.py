@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bpdq_quantizer.cli import main
-from tiny import TEXT, bpdq_checkpoint, tiny_model, tiny_tokenizer
+from tiny import TEXT, bpdq_checkpoint, load_tensors, tiny_model, tiny_tokenizer
 
 QUICK = ["--samples", "4", "--seq-len", "32", "--iterations", "2", "--group-size", "64"]
 
@@ -45,7 +45,7 @@ def test_quantize_eval_inspect(folder, tmp_path, capsys):
     assert main(["inspect", str(out), "--json"]) == 0
     lines = capsys.readouterr().out.splitlines()
     found = json.loads(lines[-1])
-    tensors = load_file(out / "model.safetensors")
+    tensors = load_tensors(out)
     quantized = sum(t.nbytes for name, t in tensors.items() if name.endswith((".B", ".c")))
     assert found["quantized_bytes"] == quantized
     assert found["other_bytes"] == sum(t.nbytes for t in tensors.values()) - quantized

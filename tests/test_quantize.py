@@ -1,7 +1,11 @@
 """From a model folder to a checkpoint that transformers loads, on tiny models."""
 
+import itertools
 import json
 import os
+import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,21 +14,22 @@ from functools import partial
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import bpdq_quantizer
 from bpdq_kernels import dequantize
 from bpdq_kernels.format import Scheme
-from bpdq_quantizer import activations, checkpoint
+from bpdq_quantizer import activations, checkpoint, pipeline, work
 from bpdq_quantizer.activations import block_inputs, capture, find_stages, run_block, stage_statistics
-from bpdq_quantizer.blocks import decoder_blocks
+from bpdq_quantizer.blocks import quantize_blocks
 from bpdq_quantizer.hessian import correction
 from bpdq_quantizer.loader import BPDQLinear
 from bpdq_quantizer.pipeline import ASYMMETRIC, SOLVERS
 from bpdq_quantizer.solver import quantize_linear
+from bpdq_quantizer.stream import decoder_blocks, from_memory, open_model
 from bpdq_quantizer.tune import final_states
-from tiny import TEXT, tiny_model, tiny_tokenizer
+from tiny import TEXT, load_tensors, tiny_model, tiny_tokenizer
 
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text"]
 IDS = torch.tensor([tiny_tokenizer()(TEXT)["input_ids"][40:60]])
@@ -35,6 +40,11 @@ def text(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "calibration.txt"
     path.write_text(TEXT * 4)
     return str(path)
+
+
+def files(folder):
+    """Contents of a folder's tensor files, and of their index."""
+    return {file.name: file.read_bytes() for file in folder.glob("model*")}
 
 
 def small(text, **options):
@@ -72,7 +82,7 @@ def test_checkpoint_says_what_it_is(quantized):
     assert config["quant_method"] == config["checkpoint_format"] == "bpdq"
     assert config["bits"] == config["meta"]["bpdq"]["msbits"] == 2
     assert config["ignore"] == ["lm_head"]
-    tensors = load_file(out / "model.safetensors")
+    tensors = load_tensors(out)
     assert tensors["model.layers.0.mlp.down_proj.B"].shape == (11, 2, 128)
     assert tensors["model.layers.0.mlp.down_proj.c"].shape == (6, 3, 128)
     assert tensors["model.layers.0.mlp.down_proj.c"].dtype == torch.bfloat16
@@ -98,7 +108,7 @@ def test_report_has_loss_error_bits_and_time_of_every_layer(quantized):
 def test_same_seed_gives_identical_tensors(quantized, tmp_path, text):
     model, out, _ = quantized
     bpdq_quantizer.quantize(str(model), tmp_path / "again", **small(text))
-    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+    assert files(tmp_path / "again") == files(out)
 
 
 def test_linears_that_share_an_input_are_one_stage():
@@ -171,13 +181,16 @@ def test_asymmetric_calibration_brings_the_model_closer_to_the_16_bit_one(quanti
 def test_fp16_models_get_fp16_coefficients(tmp_path, text):
     tiny_model(tmp_path / "model", dtype=torch.float16)
     bpdq_quantizer.quantize(str(tmp_path / "model"), tmp_path / "out", **small(text, bits=1, group_size=32))
-    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    tensors = load_tensors(tmp_path / "out")
     assert tensors["model.layers.1.mlp.up_proj.c"].dtype == torch.float16
 
 
-@pytest.mark.parametrize("moment", [0.0, 0.3, 0.6, 0.9, 1.0])
-def test_a_killed_run_leaves_nothing_that_loads(moment, quantized, tmp_path, text):
-    model, _, report = quantized
+SOMETIME = [random.Random(number).random() for number in range(20)]
+
+
+@pytest.mark.parametrize("moment", [0.2, 0.6, 1.0, *(pytest.param(m, marks=pytest.mark.slow) for m in SOMETIME)])
+def test_a_killed_run_leaves_nothing_that_loads_and_goes_on(moment, quantized, tmp_path, text):
+    model, finished, report = quantized
     code = (
         "import sys, bpdq_quantizer; print('ready', flush=True); "
         f"bpdq_quantizer.quantize({str(model)!r}, {str(tmp_path / 'out')!r}, bits=2, group_size=64, "
@@ -188,52 +201,145 @@ def test_a_killed_run_leaves_nothing_that_loads(moment, quantized, tmp_path, tex
     time.sleep(moment * report["seconds"])
     os.kill(run.pid, signal.SIGKILL)
     run.wait()
-    for folder in tmp_path.iterdir():
-        if folder.name == "out":  # it was done before the kill
-            AutoModelForCausalLM.from_pretrained(folder)
-            continue
-        assert folder.name.startswith("out.partial-")
+    assert {folder.name for folder in tmp_path.iterdir()} <= {"out", "out.partial"}
+    if (tmp_path / "out.partial").exists():
         with pytest.raises((OSError, ValueError)):
-            AutoModelForCausalLM.from_pretrained(folder)
+            AutoModelForCausalLM.from_pretrained(tmp_path / "out.partial")
+    if not (tmp_path / "out").exists():
+        bpdq_quantizer.quantize(str(model), tmp_path / "out", **small(text), resume=True)
+    assert files(tmp_path / "out") == files(finished)
+    assert not (tmp_path / "out.partial").exists()
+    assert not (tmp_path / "out" / "resume").exists()
 
 
-def test_a_failed_run_removes_its_folder(tmp_path):
-    def fail():
-        with checkpoint.new_folder(tmp_path / "out") as folder:
-            (folder / "model.safetensors").write_bytes(b"half")
-            raise RuntimeError("disk full")
+class Stop(Exception):  # noqa: N818, stands for a crash
+    pass
 
-    with pytest.raises(RuntimeError, match="disk full"):
-        fail()
-    assert list(tmp_path.iterdir()) == []
+
+def stop_at(number, monkeypatch):
+    """Let the next run crash instead of writing tensors for the `number`th time."""
+    original, writes = work.write_tensors, itertools.count()
+
+    def write(*args):
+        if next(writes) == number:
+            raise Stop
+        original(*args)
+
+    for module in (work, pipeline, checkpoint):
+        monkeypatch.setattr(module, "write_tensors", write)
+
+
+@pytest.mark.parametrize("number", range(5))  # block 0, states, block 1, states, the rest of the model
+def test_a_run_that_stops_anywhere_goes_on_to_the_same_tensors(number, quantized, tmp_path, text, monkeypatch):
+    model, finished, report = quantized
+    with monkeypatch.context() as patch:
+        stop_at(number, patch)
+        with pytest.raises(Stop):
+            bpdq_quantizer.quantize(str(model), tmp_path / "out", **small(text))
+    assert (tmp_path / "out.partial").exists() == (number >= 2), "a folder without a finished block is worth nothing"
+    again = bpdq_quantizer.quantize(str(model), tmp_path / "out", **small(text), resume=True)
+    assert files(tmp_path / "out") == files(finished)
+    assert [layer["loss"] for layer in again["layers"]] == [layer["loss"] for layer in report["layers"]]
+
+
+def test_a_stopped_run_goes_on_with_nothing_but_its_own_options_model_and_text(quantized, tmp_path, text, monkeypatch):
+    model, _, _ = quantized
+    other = tmp_path / "other.txt"
+    other.write_text(TEXT[::-1] * 4)
+    copy = shutil.copytree(model, tmp_path / "model")
+    with monkeypatch.context() as patch:
+        stop_at(2, patch)
+        with pytest.raises(Stop) as stopped:
+            bpdq_quantizer.quantize(str(copy), tmp_path / "out", **small(text))
+    assert "repeat the command with --resume" in stopped.value.__notes__[0]
+
+    def message(resume=True, **changes):
+        with pytest.raises(bpdq_quantizer.InputError) as error:
+            bpdq_quantizer.quantize(str(copy), tmp_path / "out", **small(text, **changes), resume=resume)
+        return str(error.value)
+
+    assert "add --resume, or remove the folder" in message(resume=False)
+    assert "other options, bits = 2 (now 3)" in message(bits=3)
+    assert "iterations = 3 (now 4), seed = 0 (now 1)" in message(iterations=4, seed=1)
+    assert "calibration tokens = " in message(calibration=str(other))
+    os.utime(copy / "model.safetensors", (0, 0))
+    assert "model files = " in message()
+
+
+def test_a_full_disk_stops_the_run_with_its_work_kept(quantized, tmp_path, text, monkeypatch):
+    model, _, _ = quantized
+    original, writes = work.save_file, itertools.count()
+
+    def save(tensors, file, **kwargs):
+        if next(writes) == 3:
+            file.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        original(tensors, file, **kwargs)
+
+    monkeypatch.setattr(work, "save_file", save)
+    with pytest.raises(
+        bpdq_quantizer.InputError, match=r"No space left on device.*make room, then go on with --resume"
+    ):
+        bpdq_quantizer.quantize(str(model), tmp_path / "out", **small(text))
+    kept = {file.name for file in (tmp_path / "out.partial").rglob("*.safetensors*")}
+    assert kept == {"model-00002-of-00003.safetensors", "model-00003-of-00003.safetensors", "states.safetensors"}
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
+def test_a_weight_that_the_files_lack_is_named(name, quantized, tmp_path, text):
+    model, _, _ = quantized
+    copy = shutil.copytree(model, tmp_path / "model")
+    tensors = load_file(copy / "model.safetensors")
+    del tensors[name]
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(bpdq_quantizer.InputError, match=re.escape(f"{name} is not in its files")):
+        bpdq_quantizer.quantize(str(copy), tmp_path / "out", **small(text))
+
+
+def test_a_model_in_memory_gives_the_tensors_of_its_files(quantized, text):
+    """As GGUF files are read."""
+    model, out, _ = quantized
+    source = from_memory(AutoModelForCausalLM.from_pretrained(model))
+    ids = AutoTokenizer.from_pretrained(out)(TEXT * 4, add_special_tokens=False)["input_ids"][: 6 * 32]
+    options = {"iterations": 3, "asymmetric": ASYMMETRIC["refined"], **SOLVERS["refined"]}
+    stored = load_tensors(out)
+    done = quantize_blocks(source, torch.tensor(ids).view(6, 32), Scheme(2, 64), torch.device("cpu"), **options)
+    for index, (block, _, states) in enumerate(done):
+        assert states.block == index + 1
+        for name, tensor in block.state_dict().items():
+            assert torch.equal(tensor, stored[f"model.layers.{index}.{name}"])
+    assert all(p.is_meta for p in source.blocks.parameters()), "a block that was passed takes no memory"
 
 
 def test_config_is_the_last_file_written(quantized, tmp_path, monkeypatch):
     """Whatever is interrupted before config.json leaves a folder that no loader takes for a model."""
-    _, out, _ = quantized
-    model = AutoModelForCausalLM.from_pretrained(out)
+    model, out, _ = quantized
+    source = open_model(str(model))
     seen = []
 
     def record(folder, **kwargs):
         seen.append({p.name for p in tmp_path.iterdir()})
 
-    monkeypatch.setattr(model.config, "save_pretrained", record)
+    monkeypatch.setattr(source.model.config, "save_pretrained", record)
     config = checkpoint.quantization_config(Scheme(2, 64), 3, 1e-4, ["lm_head"])
-    checkpoint.save(tmp_path, model, AutoTokenizer.from_pretrained(out), config, {})
+    checkpoint.finish(tmp_path, source, AutoTokenizer.from_pretrained(out), config, {})
     assert len(seen) == 1
-    assert seen[0] >= {"model.safetensors", "tokenizer.json", "quantization_report.json", "generation_config.json"}
+    written = {"model.safetensors.index.json", "tokenizer.json", "quantization_report.json", "generation_config.json"}
+    assert seen[0] >= written | {"model-00001-of-00003.safetensors"}
 
 
-def test_large_models_are_sharded_with_an_index(quantized, tmp_path, monkeypatch):
-    _, out, _ = quantized
-    model = AutoModelForCausalLM.from_pretrained(out)
-    monkeypatch.setattr(checkpoint, "SHARD_SIZE", "60KB")
-    config = checkpoint.quantization_config(Scheme(2, 64), 3, 1e-4, ["lm_head"])
-    checkpoint.save(tmp_path, model, AutoTokenizer.from_pretrained(out), config, {})
-    assert (tmp_path / "model.safetensors.index.json").is_file()
-    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
-    again = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert torch.equal(again(IDS).logits, model(IDS).logits)
+@pytest.mark.slow
+def test_peak_memory_does_not_grow_with_depth(tmp_path, text):
+    """The deep model alone has 0.6 GB of 16-bit weights, about as much as the process needs without any."""
+    peaks = []
+    for layers in (12, 96):
+        model, out = tmp_path / f"model-{layers}", tmp_path / f"out-{layers}"
+        tiny_model(model, hidden=512, ffn=1408, layers=layers, heads=8, kv_heads=8, dtype=torch.bfloat16)
+        options = "--samples 4 --seq-len 64 --iterations 1 --solver paper --json".split()
+        command = [sys.executable, "-m", "bpdq_quantizer", "quantize", model, "--output", out, "--calibration", text]
+        done = subprocess.run([*map(str, command), *options], stdout=subprocess.PIPE, check=True)
+        peaks.append(json.loads(done.stdout.splitlines()[-1])["peak_host_memory_bytes"])
+    assert peaks[1] < 1.1 * peaks[0]
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from bpdq_kernels.format import Scheme
 from bpdq_quantizer import tune
 from bpdq_quantizer.blocks import quantize_blocks
 from bpdq_quantizer.loader import BPDQLinear
+from bpdq_quantizer.stream import fill_block, open_model
 from bpdq_quantizer.tune import (
     DistillationLoss,
     TunableLinear,
@@ -140,12 +141,14 @@ def test_recomputed_activations_change_nothing(folder, tokens, teacher, tmp_path
 def test_block_tuning_brings_the_model_closer_to_the_16_bit_one(folder, tokens, teacher):
     errors = {}
     for steps in (0, 10):
-        model = AutoModelForCausalLM.from_pretrained(folder / "model")
-        for _ in quantize_blocks(model, tokens, Scheme(2, 64), torch.device("cpu"), tune_steps=steps):
-            pass
-        states = final_states(model, tokens)
+        source = open_model(str(folder / "model"))
+        done = quantize_blocks(source, tokens, Scheme(2, 64), torch.device("cpu"), tune_steps=steps)
+        blocks = [block.state_dict() for block, *_ in done]
+        for block, tensors in zip(source.blocks, blocks, strict=True):
+            fill_block(block, tensors, Scheme(2, 64))
+        states = final_states(source.model, tokens)
         errors[steps] = (states - teacher).square().mean().item()
-        assert all(m.c.dtype == torch.bfloat16 for m in model.modules() if isinstance(m, BPDQLinear))
+        assert all(m.c.dtype == torch.bfloat16 for m in source.model.modules() if isinstance(m, BPDQLinear))
     assert errors[10] < 0.9 * errors[0]
 
 
@@ -190,12 +193,12 @@ def test_a_stopped_run_goes_on_as_if_never_stopped(folder, tmp_path, monkeypatch
         stop_after(1, patch)
         with pytest.raises(KeyboardInterrupt):
             bpdq_quantizer.quantize(model, tmp_path / "out", **quick(folder))
-    assert {p.name for p in tmp_path.iterdir()} == {"whole", "out.tuning"}
+    assert {p.name for p in tmp_path.iterdir()} == {"whole", "out.partial"}
     resumed = bpdq_quantizer.quantize(model, tmp_path / "out", **quick(folder), resume=True)
     assert resumed["tuning"]["held_out_kl"] == whole["tuning"]["held_out_kl"]
-    tensors = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "out")]
+    tensors = [{f.name: f.read_bytes() for f in (tmp_path / name).glob("model*")} for name in ("whole", "out")]
     assert tensors[0] == tensors[1]
-    assert not (tmp_path / "out.tuning").exists()
+    assert not (tmp_path / "out.partial").exists()
     assert json.loads((tmp_path / "out" / "quantization_report.json").read_text())["tuning"] == resumed["tuning"]
 
 
@@ -214,7 +217,7 @@ def test_a_stopped_run_is_neither_mixed_up_nor_lost(folder, tmp_path, monkeypatc
     with pytest.raises(bpdq_quantizer.InputError) as error:
         bpdq_quantizer.quantize(str(folder / "model"), tmp_path / "out", **quick(folder, **change))
     assert message in str(error.value)
-    assert (tmp_path / "out.tuning" / "state.pt").is_file()
+    assert (tmp_path / "out.partial" / "resume" / "tuning.pt").is_file()
 
 
 def test_one_window_is_too_few(folder, tmp_path):

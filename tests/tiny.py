@@ -68,6 +68,11 @@ def tiny_model(
     return folder
 
 
+def load_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a model folder, of however many files."""
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
 def round_to_planes(
     W: torch.Tensor, bits: int, group_size: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -72,6 +72,30 @@ def block_inputs(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor) 
     return BlockInputs([call[0] for call in recorders[0].calls], [r.calls[0][1:] for r in recorders])
 
 
+class _Output(nn.Module):
+    """Stands in for the last block: returns what it is given beforehand."""
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.output
+
+
+@torch.no_grad()
+def final_states(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor, hidden: list[Tensor]) -> Tensor:
+    """What the LM head would read for windows [W, L], where the last block's output is `hidden`, batches [n, L, D].
+
+    The blocks themselves are not run. Returns [W, L, D].
+    """
+    originals, last = list(blocks), _Output()
+    _fill(blocks, [*(_Recorder(block) for block in originals[:-1]), last])
+    states = []
+    try:
+        for window, last.output in zip(tokens, torch.cat(hidden).split(1), strict=True):
+            states.append(model.base_model(input_ids=window[None], use_cache=False).last_hidden_state)
+    finally:
+        _fill(blocks, originals)
+    return torch.cat(states)
+
+
 def _fill(blocks: nn.ModuleList, modules: Sequence[nn.Module]) -> None:
     for i, module in enumerate(modules):
         blocks[i] = module
@@ -176,8 +200,8 @@ def capture(
 class Original:
     """The 16-bit block, to look up what the model that is not quantized feeds its Linears.
 
-    batches: that model's hidden states before the block, outputs: after it. Of a single batch all inputs are kept, of
-    several they are computed again when asked for.
+    batches: that model's hidden states before the block, which `outputs` turns into those after it. Of a single batch
+    all inputs are kept, of several they are computed again when asked for.
     """
 
     def __init__(
@@ -187,10 +211,13 @@ class Original:
         self.block = block if len(batches) == 1 else copy.deepcopy(block)
         self.run = partial(run_block, self.block, call, device)
         if len(batches) == 1:
-            self.inputs, output = capture(block, names, self.run, batches[0])
-            self.outputs = [output.to("cpu")]
-        else:
-            self.outputs = [self.run(batch).to("cpu") for batch in batches]
+            self.inputs, self.output = capture(block, names, self.run, batches[0])
 
     def input(self, name: str, batch: int) -> Tensor:
         return self.inputs[name] if self.inputs else capture(self.block, [name], self.run, self.batches[batch])[0][name]
+
+    def outputs(self) -> list[Tensor]:
+        """The 16-bit model's hidden states after the block, on the CPU, in place of those before it."""
+        for i, batch in enumerate(self.batches):
+            self.batches[i] = (self.output if self.inputs else self.run(batch)).to("cpu")
+        return self.batches

@@ -15,16 +15,15 @@ from typing import Any
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from bpdq_kernels import dequantize, layout
 from bpdq_kernels.format import Scheme
 from bpdq_quantizer.activations import (
     Original,
     block_inputs,
+    final_states,
     find_stages,
     in_batches,
-    linear_layers,
     run_block,
     stage_statistics,
 )
@@ -32,7 +31,9 @@ from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.hessian import accumulate, accumulate_shift, correction, symmetrize
 from bpdq_quantizer.loader import BPDQLinear
 from bpdq_quantizer.solver import Solution, quantize_linear
+from bpdq_quantizer.stream import Streamed, load_block
 from bpdq_quantizer.tune import tune_block
+from bpdq_quantizer.work import States
 
 SMALL_STAGE = 8192  # rows; torch splits an operation from 32768 elements on, and a column step has 2^k - 1 per row
 
@@ -53,15 +54,6 @@ class LayerReport:
     relative_error: float
     damping: float
     seconds: float
-
-
-def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Name and list of the model's decoder blocks: the first ModuleList as long as config.num_hidden_layers."""
-    depth = model.config.get_text_config(decoder=True).num_hidden_layers
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth and linear_layers(module):
-            return name, module
-    raise InputError(f"{type(model).__name__}: no list of {depth} decoder blocks with Linear layers found")
 
 
 def check_supported(name: str, block: nn.Module) -> None:
@@ -105,48 +97,68 @@ def quantize_in_one_pass(
 
 @torch.no_grad()
 def quantize_blocks(
-    model: PreTrainedModel,
+    source: Streamed,
     tokens: Tensor,
     scheme: Scheme,
     device: torch.device,
     *,
+    start: States | None = None,
     asymmetric: float = 0.0,
     tune_steps: int = 0,
     seed: int = 0,
     **solver: Any,
-) -> Iterator[LayerReport]:
-    """Quantize the model's decoder blocks in place (Linear -> BPDQLinear), yielding a report for each Linear.
+) -> Iterator[tuple[nn.Module, list[LayerReport], States]]:
+    """Quantize the model's decoder blocks one after the other, from the first or from `start`.
 
+    Yields each block with its Linears replaced by BPDQLinear, a report for every one of them, and the states to go on
+    from; when the next block is asked for, this one's tensors are dropped.
     tokens: [W, L]; `solver`: options of `quantize_linear`. The model is on the CPU, one block at a time on `device`.
     If all windows fit one batch, a block takes one forward pass, otherwise about two for the four usual stages.
     With `asymmetric` > 0, every weight is first corrected for what quantization has done to its inputs, by that share
     (`hessian.correction`). With `tune_steps`, each block's coefficients are then tuned towards the hidden states that
     the 16-bit model has after it. The reports are of the corrected weights, before tuning.
     """
-    prefix, blocks = decoder_blocks(model)
-    for index, block in enumerate(blocks):
-        check_supported(f"{prefix}.{index}", block)
-    windows, calls = block_inputs(model, blocks, tokens)
-    batches = full = in_batches(windows, blocks[0])
-    solver["dtype"] = torch.float16 if model.dtype == torch.float16 else torch.bfloat16
-    for index, block in enumerate(blocks):
-        block.to(device)
+    for index, block in enumerate(source.blocks):
+        check_supported(f"{source.prefix}.{index}", block)
+    windows, calls = block_inputs(source.model, source.blocks, tokens)
+    if start is None:
+        batches = in_batches(windows, source.blocks[0])
+        start = States(0, batches, list(batches) if asymmetric or tune_steps else [])
+    first, batches, full = start
+    del windows, start
+    solver["dtype"] = torch.float16 if source.model.dtype == torch.float16 else torch.bfloat16
+    for index in range(first, len(source.blocks)):
+        block, name = load_block(source, index, device), f"{source.prefix}.{index}"
         call = send_to_device(calls[index], device)
         run = partial(run_block, block, call, device)
         stages = find_stages(block, run, batches[0][:1])
-        original = None
-        if asymmetric or tune_steps:
-            original = Original(block, [names[0] for names in stages], call, device, full)
-            full = original.outputs
-        inputs, source = batches, original if asymmetric else None
-        name = f"{prefix}.{index}"
-        batches, reports = quantize_block(name, block, stages, run, inputs, source, asymmetric, scheme, solver)
+        original = Original(block, [names[0] for names in stages], call, device, full) if full else None
+        lookup = original if asymmetric else None
+        inputs = list(batches) if tune_steps else []
+        reports = quantize_block(name, block, stages, run, batches, lookup, asymmetric, scheme, solver)
+        if original is not None:
+            full = original.outputs()
+            del original, lookup
         if tune_steps:
             block.to(device)
             tune_block(block, run, torch.cat(inputs), torch.cat(full), steps=tune_steps, seed=seed)
             batches = [run(batch).to("cpu") for batch in inputs]
-        block.to("cpu")
-        yield from reports
+        yield block, reports, States(index + 1, batches, full)
+        block.to("meta")
+
+
+@torch.no_grad()
+def original_states(source: Streamed, tokens: Tensor, device: torch.device) -> Tensor:
+    """What the LM head of the 16-bit model reads for windows [W, L]: [W, L, D] on the CPU, block by block."""
+    windows, calls = block_inputs(source.model, source.blocks, tokens)
+    hidden = in_batches(windows, source.blocks[0])
+    del windows
+    for index, call in enumerate(calls):
+        block, call = load_block(source, index, device), send_to_device(call, device)
+        for i, batch in enumerate(hidden):
+            hidden[i] = run_block(block, call, device, batch).to("cpu")
+        block.to("meta")
+    return final_states(source.model, source.blocks, tokens, hidden)
 
 
 def quantize_block(
@@ -159,8 +171,8 @@ def quantize_block(
     asymmetric: float,
     scheme: Scheme,
     solver: dict[str, Any],
-) -> tuple[list[Tensor], list[LayerReport]]:
-    """Quantize one block in place; returns its outputs, on the CPU, and a report for each Linear."""
+) -> list[LayerReport]:
+    """Quantize one block in place, and turn its inputs `batches` into its outputs; returns a report for each Linear."""
     packed: dict[str, BPDQLinear] = {}
     reports: list[LayerReport] = []
 
@@ -178,15 +190,16 @@ def quantize_block(
             first = rows.stop
 
     if len(batches) == 1:
-        outputs = [quantize_in_one_pass(block, stages, run, batches[0], original, quantize_stage)]
+        batches[0] = quantize_in_one_pass(block, stages, run, batches[0], original, quantize_stage).to("cpu")
     else:
         for stage in stages:
             lookup = None if original is None else partial(original.input, stage[0])
             quantize_stage(stage, *stage_statistics(block.get_submodule(stage[0]), run, batches, lookup))
-        outputs = [run(batch) for batch in batches]
+        for i, batch in enumerate(batches):
+            batches[i] = run(batch).to("cpu")
     for part, module in packed.items():
         block.set_submodule(part, module)
-    return [out.to("cpu") for out in outputs], reports
+    return reports
 
 
 def solve_stage(

@@ -2,24 +2,18 @@
 
 import json
 import math
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from accelerate import init_empty_weights
-from huggingface_hub import save_torch_state_dict
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from bpdq_kernels import format as bpdq_format
 from bpdq_kernels.format import FORMAT_VERSION, Scheme
 from bpdq_quantizer.errors import InputError
-from bpdq_quantizer.loader import quantized_linears, read_headers, stored_layer
-
-SHARD_SIZE = "5GB"
+from bpdq_quantizer.loader import Headers, quantized_linears, read_headers, stored_layer
+from bpdq_quantizer.stream import Streamed
+from bpdq_quantizer.work import shard, write_tensors
 
 
 def quantization_config(scheme: Scheme, iterations: int, alpha: float, ignore: list[str]) -> dict[str, Any]:
@@ -35,42 +29,28 @@ def quantization_config(scheme: Scheme, iterations: int, alpha: float, ignore: l
     }
 
 
-@contextmanager
-def new_folder(output: Path) -> Iterator[Path]:
-    """A temporary folder beside `output` that becomes `output` if the body succeeds and is removed if it raises."""
-    if output.exists():
-        raise InputError(f"--output {output} exists already: remove it or name another folder")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f"{output.name}.partial-", dir=output.parent))
-    except OSError as e:
-        raise InputError(f"--output {output} can't be written: {e}") from None
-    try:
-        yield partial
-        partial.chmod(0o777 & ~_umask())
-        os.rename(partial, output)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def save(
+def finish(
     folder: Path,
-    model: PreTrainedModel,
+    source: Streamed,
     tokenizer: PreTrainedTokenizerBase,
     config: dict[str, Any],
     report: dict[str, Any],
 ) -> None:
-    """Write the quantized model; config.json comes last, as neither transformers nor vLLM loads a folder without."""
-    tied = set(model.all_tied_weights_keys)
-    state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
-    save_torch_state_dict(state, folder, max_shard_size=SHARD_SIZE, metadata={"format": "pt"})
+    """Write what a folder with the blocks' files lacks; config.json, without which no loader takes it, comes last."""
+    model, prefix, blocks, _ = source
+    rest = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if not name.startswith(f"{prefix}.") and name not in model.all_tied_weights_keys
+    }
+    write_tensors(shard(folder, 1, len(blocks) + 1), rest)
+    files = sorted(folder.glob("model-*.safetensors"))
+    headers = {file.name: read_headers([file]) for file in files}
+    index = {
+        "metadata": {"total_size": sum(stored_bytes(stored) for stored in headers.values())},
+        "weight_map": {name: file for file, stored in headers.items() for name in stored},
+    }
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     tokenizer.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
@@ -79,6 +59,11 @@ def save(
     model.config.architectures = [type(model).__name__]
     model.config.dtype = model.dtype
     model.config.save_pretrained(folder)
+
+
+def stored_bytes(stored: Headers) -> int:
+    """Bytes of the tensors that headers describe."""
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in stored.values())
 
 
 def inspect(checkpoint: str | Path) -> dict[str, Any]:
@@ -111,7 +96,7 @@ def inspect(checkpoint: str | Path) -> dict[str, Any]:
         )
     weights = sum(layer["in_features"] * layer["out_features"] for layer in layers)
     quantized = sum(layer["bytes"] for layer in layers)
-    total = sum(math.prod(shape) * dtype.itemsize for shape, dtype in stored.values())
+    total = stored_bytes(stored)
     return {
         "checkpoint": str(checkpoint),
         "architecture": type(skeleton).__name__,

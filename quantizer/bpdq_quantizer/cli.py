@@ -22,7 +22,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         result = args.run(args)
     except InputError as e:
-        print(f"bpdq: error: {' '.join(str(e).split())}", file=sys.stderr)
+        reason = "; ".join([str(e), *getattr(e, "__notes__", [])])
+        print(f"bpdq: error: {' '.join(reason.split())}", file=sys.stderr)
         return 2
     if args.json:
         print(json.dumps(result))
@@ -49,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
         "--tune-steps", type=int, help=f"for each block ({TUNE_STEPS['block']}), or the model ({TUNE_STEPS['model']})"
     )
     p.add_argument("--tune-samples", type=int, help="windows to tune the model on (--samples)")
-    p.add_argument("--resume", action="store_true", help="go on with a run that was stopped while tuning")
+    p.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
     p.add_argument("--seed", type=int, default=0, help="shuffles hf: data sets and tuning (%(default)s)")
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     p.set_defaults(run=_quantize)

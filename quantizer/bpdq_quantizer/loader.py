@@ -156,21 +156,31 @@ def read_headers(files: list[str] | list[Path]) -> Headers:
     return stored
 
 
-def load_model(model: str, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
+def load_model(model: str, dtype: torch.dtype | str = "auto", **options: Any) -> PreTrainedModel:
     """A causal LM on the CPU from a Hugging Face folder, hub id, BPDQ checkpoint or `.gguf` file (dequantized).
 
-    Only safetensors (or GGUF) weights are read and no code from the folder runs. Raises InputError.
+    options: others of `from_pretrained`. Only safetensors (or GGUF) weights are read and no code from the folder runs.
+    Raises InputError.
     """
     source = gguf_arguments(model)
     quantization = {"quantization_config": GgufConfig(dequantize=True)} if "gguf_file" in source else {}
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            dtype=dtype, use_safetensors=True, trust_remote_code=False, **source, **quantization
-        ).eval()
+        lm, info = AutoModelForCausalLM.from_pretrained(
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **source,
+            **quantization,
+            **options,
+        )
     except InputError:
         raise
     except (OSError, ValueError, ImportError, KeyError) as e:
         raise InputError(f"{model}: can't be loaded as a causal language model: {e}") from e
+    if info["missing_keys"]:  # transformers would serve random numbers in their place
+        raise InputError(f"{model}: {min(info['missing_keys'])} is not in its files: download the model again")
+    return lm.eval()
 
 
 def load_tokenizer(model: str) -> Any:

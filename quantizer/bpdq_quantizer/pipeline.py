@@ -2,23 +2,24 @@
 
 import dataclasses
 import resource
-import shutil
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from safetensors.torch import load_file
+from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from bpdq_kernels.format import Scheme
 from bpdq_quantizer import checkpoint
-from bpdq_quantizer.blocks import decoder_blocks, linear_layers, quantize_blocks
+from bpdq_quantizer.activations import linear_layers
+from bpdq_quantizer.blocks import original_states, quantize_blocks
 from bpdq_quantizer.calibration import calibration_windows
 from bpdq_quantizer.errors import InputError
-from bpdq_quantizer.loader import BPDQLinear, load_model, load_tokenizer
-from bpdq_quantizer.tune import final_states, save_atomically, tune_model
+from bpdq_quantizer.loader import load_tokenizer
+from bpdq_quantizer.stream import Streamed, fill_block, fingerprint, open_model
+from bpdq_quantizer.tune import tune_model
+from bpdq_quantizer.work import Clock, digest, load_progress, save_progress, shard, work_folder, write_tensors
 
 SOLVERS = {  # options of `quantize_linear`
     "refined": {"refinements": 2, "alpha": 1e-6, "damping": 0.01},
@@ -54,8 +55,8 @@ def quantize(
     (`bpdq_quantizer.tune`), whose value is the default of tune_steps; tune_samples: windows to tune the model on, by
     default `samples`; device: `auto`, `cpu` or `cuda`. Embeddings, norms, biases and the LM head stay in 16 bits.
     Returns the report that is also saved as quantization_report.json. Raises InputError for input that can't be used;
-    the folder `output` appears only when everything is written. While the model is tuned, the folder `output`.tuning
-    holds what `resume` goes on from.
+    the folder `output` appears only when everything is written. Until then `output`.partial holds the finished blocks,
+    from which `resume` goes on (`bpdq_quantizer.work`). The model's blocks are read from its files one at a time.
     """
     tune_steps = TUNE_STEPS[tune] if tune_steps is None else tune_steps
     asymmetric = ASYMMETRIC[solver] if asymmetric is None else asymmetric
@@ -69,85 +70,94 @@ def quantize(
     target = _device(device)
     if min(samples, tune_samples) < 1 + (tune != "none"):
         raise InputError(f"--tune {tune} needs two calibration windows or more: raise --samples and --tune-samples")
-    tuning = Path(f"{output}.tuning")
-    solved = _stopped_run(tuning, options, resume)
     torch.manual_seed(seed)
-    started, cpu_started = time.perf_counter(), time.process_time()
-    with checkpoint.new_folder(Path(output)) as folder:
-        tokenizer = load_tokenizer(model)
-        wanted = max(samples, tune_samples) if tune == "model" else samples
-        tokens = calibration_windows(calibration, tokenizer, wanted, seq_len, seed)
-        if len(tokens) < wanted:
-            tqdm.write(f"{calibration}: holds {len(tokens)} windows of {seq_len} tokens, --samples asked for {wanted}")
-        lm = _load_plain(model)
-        if solved is None:
-            teacher = final_states(lm.to(target), tokens[:tune_samples]) if tune == "model" else None
-            lm.to("cpu")
-            settings = {"iterations": iterations, "asymmetric": asymmetric, **SOLVERS[solver]}
-            if tune == "block":
-                settings |= {"tune_steps": tune_steps, "seed": seed}
-            layers = _solve(lm, tokens[:samples], scheme, target, **settings)
-        else:
-            layers, teacher = solved["layers"], solved["teacher"]
-            _restore_planes(lm, solved["planes"], scheme)
+    tokenizer = load_tokenizer(model)
+    wanted = max(samples, tune_samples) if tune == "model" else samples
+    tokens = calibration_windows(calibration, tokenizer, wanted, seq_len, seed)
+    if len(tokens) < wanted:
+        tqdm.write(f"{calibration}: holds {len(tokens)} windows of {seq_len} tokens, --samples asked for {wanted}")
+    source = open_model(model)
+    run = options | {"model files": fingerprint(model, source.model), "calibration tokens": digest(tokens)}
+    with work_folder(Path(output), run, resume) as folder:
+        settings = {"iterations": iterations, "asymmetric": asymmetric, **SOLVERS[solver]}
+        if tune == "block":
+            settings |= {"tune_steps": tune_steps, "seed": seed}
+        teacher = _teacher(source, tokens[:tune_samples], target, folder) if tune == "model" else None
+        layers, cost = _solve(source, tokens[:samples], scheme, target, folder, **settings)
         report = {"model": model, "options": {k: v for k, v in options.items() if k != "model"}}
         if teacher is not None:
-            if solved is None:
-                tuning.mkdir(parents=True, exist_ok=True)
-                planes = {n: (m.B, m.c) for n, m in lm.named_modules() if isinstance(m, BPDQLinear)}
-                solved = {"options": options, "layers": layers, "planes": planes, "teacher": teacher}
-                save_atomically(solved, tuning / "solved.pt")
-            state = tuning / "state.pt"
-            report["tuning"] = tune_model(
-                lm.to(target), tokens[:tune_samples], teacher, steps=tune_steps, seed=seed, state=state
+            report["tuning"] = _tune(
+                source, tokens[:tune_samples], teacher, scheme, target, folder, steps=tune_steps, seed=seed
             )
-            lm.to("cpu")
+            cost = {key: value + report["tuning"][key] for key, value in cost.items()}
         report |= {
             "calibration_tokens": tokens[:samples].numel(),
             "bits_per_weight": scheme.bits_per_weight,
-            "seconds": time.perf_counter() - started,
-            "cpu_seconds": time.process_time() - cpu_started,
+            **cost,
             "peak_host_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "layers": layers,
         }
-        ignore = [name for name in linear_layers(lm) if name not in {layer["name"] for layer in layers}]
+        ignore = [name for name in linear_layers(source.model) if name not in {layer["name"] for layer in layers}]
         config = checkpoint.quantization_config(scheme, iterations, SOLVERS[solver]["alpha"], ignore)
-        checkpoint.save(folder, lm, tokenizer, config, report)
-    shutil.rmtree(tuning, ignore_errors=True)
+        checkpoint.finish(folder, source, tokenizer, config, report)
     return report
 
 
+def _teacher(source: Streamed, tokens: Tensor, device: torch.device, folder: Path) -> Tensor:
+    """What the 16-bit model's LM head reads, computed once."""
+    file = folder / "resume" / "teacher.safetensors"
+    if not file.is_file():
+        write_tensors(file, {"states": original_states(source, tokens, device)})
+    return load_file(file)["states"]
+
+
 def _solve(
-    lm: PreTrainedModel, tokens: Tensor, scheme: Scheme, device: torch.device, **solver: Any
-) -> list[dict[str, Any]]:
-    """Quantize the model's blocks in place with a progress bar; returns the layers' reports."""
-    layers = []
-    weights = sum(m.weight.numel() for m in linear_layers(decoder_blocks(lm)[1]).values())
-    with tqdm(total=weights, unit="weight", unit_scale=True, desc="quantizing") as bar:
-        for layer in quantize_blocks(lm, tokens, scheme, device, **solver):
-            layers.append(dataclasses.asdict(layer))
-            bar.update(layer.in_features * layer.out_features)
-            bar.set_postfix_str(f"{layer.name} loss {layer.loss:.3g} ({layer.relative_error:.2%})")
-    return layers
+    source: Streamed, tokens: Tensor, scheme: Scheme, device: torch.device, folder: Path, **solver: Any
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Write the quantized blocks that `folder` lacks; returns the reports of all layers, and what they cost."""
+    start, layers, before = load_progress(folder)
+    clock = Clock(before)
+    if start is not None and start.block == len(source.blocks):
+        return layers, before
+    shapes = [m.weight.shape for m in linear_layers(source.blocks).values()]
+    done = sum(layer["in_features"] * layer["out_features"] for layer in layers)
+    with tqdm(
+        total=sum(shape.numel() for shape in shapes), initial=done, unit="weight", unit_scale=True, desc="quantizing"
+    ) as bar:
+        for block, reports, states in quantize_blocks(source, tokens, scheme, device, start=start, **solver):
+            layers += [dataclasses.asdict(layer) for layer in reports]
+            _write_block(source, states.block - 1, block, folder)
+            save_progress(folder, states, layers, clock.read())
+            bar.update(sum(layer.in_features * layer.out_features for layer in reports))
+            last = reports[-1]
+            bar.set_postfix_str(f"{last.name} loss {last.loss:.3g} ({last.relative_error:.2%})")
+    return layers, clock.read()
 
 
-def _stopped_run(tuning: Path, options: dict[str, Any], resume: bool) -> dict[str, Any] | None:
-    """What a run with the same options left in its `.tuning` folder, or None; raises InputError if that is unclear."""
-    if not (tuning / "solved.pt").is_file():
-        return None
-    if not resume:
-        raise InputError(f"{tuning} is from a run that was stopped while tuning: add --resume, or remove the folder")
-    solved = torch.load(tuning / "solved.pt", map_location="cpu", weights_only=True)
-    changed = [f"{k} = {v!r} (now {options.get(k)!r})" for k, v in solved["options"].items() if v != options.get(k)]
-    if changed:
-        raise InputError(f"{tuning} is from a run with other options, {', '.join(changed)}: repeat them or remove it")
-    return solved
+def _write_block(source: Streamed, index: int, block: nn.Module, folder: Path) -> None:
+    tensors = {f"{source.prefix}.{index}.{name}": tensor for name, tensor in block.state_dict().items()}
+    write_tensors(shard(folder, index + 2, len(source.blocks) + 1), tensors)
 
 
-def _restore_planes(lm: PreTrainedModel, planes: dict[str, tuple[Tensor, Tensor]], scheme: Scheme) -> None:
-    for name, (B, c) in planes.items():
-        linear = lm.get_submodule(name)
-        lm.set_submodule(name, BPDQLinear(B, c, scheme.group_size, linear.in_features, linear.bias))
+def _tune(
+    source: Streamed,
+    tokens: Tensor,
+    teacher: Tensor,
+    scheme: Scheme,
+    device: torch.device,
+    folder: Path,
+    **options: Any,
+) -> dict[str, Any]:
+    """Tune the coefficients in the blocks' files; returns a report."""
+    lm, prefix, blocks, _ = source
+    for index, block in enumerate(blocks):
+        stored = load_file(shard(folder, index + 2, len(blocks) + 1))
+        fill_block(block, {name.removeprefix(f"{prefix}.{index}."): t for name, t in stored.items()}, scheme)
+    report = tune_model(lm.to(device), tokens, teacher, state=folder / "resume" / "tuning.pt", **options)
+    lm.to("cpu")
+    for index, block in enumerate(blocks):
+        _write_block(source, index, block, folder)
+    return report
 
 
 def _scheme(bits: int, group_size: int) -> Scheme:
@@ -163,11 +173,3 @@ def _device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch sees no CUDA device, use --device cpu")
     return torch.device(name)
-
-
-def _load_plain(model: str) -> Any:
-    is_gguf = model.endswith(".gguf")
-    lm = load_model(model, torch.bfloat16 if is_gguf else "auto")  # a GGUF file does not say which float was its own
-    if getattr(lm, "is_quantized", False) and not is_gguf:
-        raise InputError(f"{model} is quantized already: start from the 16-bit model")
-    return lm

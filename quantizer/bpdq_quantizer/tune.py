@@ -11,7 +11,6 @@ at a time, and one hidden state per token and block. That is about 8 GB for a 7B
 
 import math
 import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +26,7 @@ from bpdq_kernels.layout import WORD, expand_words
 from bpdq_kernels.reference import dequantize_t
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.loader import BPDQLinear
+from bpdq_quantizer.work import Clock
 
 LEARNING_RATE = 1e-3  # of Adam, times a Linear's root mean square coefficient; cosine decay to zero
 BATCH_TOKENS = 1024  # a step takes as many windows as hold these
@@ -153,22 +153,22 @@ def tune_model(
     """
     if len(tokens) < 2:
         raise InputError("--tune model needs two calibration windows or more: raise --samples or bring more text")
-    started = time.perf_counter()
     held_out = min(8, -(-len(tokens) // 16))
     train = len(tokens) - held_out
     per_step = min(train, max(1, BATCH_TOKENS // tokens.shape[1]))
     interval = -(-steps // EVALUATIONS)
     layers = make_tunable(model)
     adam = optimizer(layers)
-    seconds = 0.0
+    cost = {}
     if not state.is_file():
         step, best, history = 0, snapshot(layers), [mean_kl(model, tokens[train:], teacher[train:])]
     else:
         saved = torch.load(state, map_location="cpu", weights_only=True)
         step, best, history = saved["step"], saved["best"], saved["history"]
-        seconds = saved["seconds"]
+        cost = saved["cost"]
         restore(layers, saved["current"])
         adam.load_state_dict(saved["adam"])
+    clock = Clock(cost)
     with checkpointed_blocks(model, tokens[:per_step]), tqdm(total=steps, initial=step, desc="tuning") as bar:
         while step < steps and history.index(min(history)) >= len(history) - 1 - PATIENCE:
             windows = draw(train, per_step, step, seed)
@@ -180,8 +180,7 @@ def tune_model(
                 if history[-1] == min(history):
                     best = snapshot(layers)
                 reached = {"step": step, "best": best, "history": history, "current": snapshot(layers)}
-                spent = seconds + time.perf_counter() - started
-                save_atomically({**reached, "adam": adam.state_dict(), "seconds": spent}, state)
+                save_atomically({**reached, "adam": adam.state_dict(), "cost": clock.read()}, state)
             bar.set_postfix_str(f"held-out KL {history[-1]:.4f} (best {min(history):.4f})")
     restore(layers, best)
     make_packed(model, layers)
@@ -191,7 +190,7 @@ def tune_model(
         "held_out_windows": held_out,
         "held_out_kl": history,
         "best_evaluation": history.index(min(history)),
-        "seconds": seconds + time.perf_counter() - started,
+        **clock.read(),
     }
 
 

@@ -1,0 +1,107 @@
+"""A model whose decoder blocks stay in their files: a block's weights are read when it is its turn, then dropped."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+import torch
+from accelerate import init_empty_weights
+from accelerate.hooks import remove_hook_from_module
+from accelerate.utils import set_module_tensor_to_device
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from bpdq_kernels.format import Scheme
+from bpdq_quantizer.activations import linear_layers
+from bpdq_quantizer.errors import InputError
+from bpdq_quantizer.loader import BPDQLinear, load_model
+
+
+class Streamed(NamedTuple):
+    """A 16-bit causal LM whose blocks are on the meta device. prefix: their name; weights: their tensors by name, read
+    from the files on access."""
+
+    model: PreTrainedModel
+    prefix: str
+    blocks: nn.ModuleList
+    weights: Mapping[str, Tensor]
+
+
+def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """Name and list of the model's decoder blocks: the first ModuleList as long as config.num_hidden_layers."""
+    depth = model.config.get_text_config(decoder=True).num_hidden_layers
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth and linear_layers(module):
+            return name, module
+    raise InputError(f"{type(model).__name__}: no list of {depth} decoder blocks with Linear layers found")
+
+
+def open_model(model: str) -> Streamed:
+    """Open a Hugging Face folder, hub id or `.gguf` file. A GGUF file is dequantized to bf16 and held in memory.
+
+    Raises InputError for what `load_model` refuses, and for models that are quantized already.
+    """
+    if model.endswith(".gguf"):  # does not say which 16-bit float was the model's own
+        return from_memory(load_model(model, torch.bfloat16))
+    try:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+        with init_empty_weights():
+            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (OSError, ValueError, ImportError, KeyError) as e:
+        raise InputError(f"{model}: can't be loaded as a causal language model: {e}") from e
+    if getattr(config, "quantization_config", None):
+        raise InputError(f"{model} is quantized already: start from the 16-bit model")
+    prefix, _ = decoder_blocks(skeleton)
+    path = prefix.split(".")
+    around = [".".join(path[:depth]) for depth in range(len(path))]  # the modules that hold the blocks, "" first
+    siblings = [n for n, _ in skeleton.named_modules() if n and n.rpartition(".")[0] in around and n not in around]
+    device_map = {name: "disk" if name == prefix else "cpu" for name in siblings}
+    with TemporaryDirectory() as unused:  # safetensors files are read where they are
+        lm = load_model(model, "auto", device_map=device_map, offload_folder=unused)
+    hooks = [getattr(module, "_hf_hook", None) for module in lm.modules()]
+    weights = next(hook.weights_map.dataset for hook in hooks if getattr(hook, "weights_map", None))
+    remove_hook_from_module(lm, recurse=True)
+    return Streamed(lm, *decoder_blocks(lm), weights)
+
+
+def from_memory(lm: PreTrainedModel) -> Streamed:
+    """The same for a model in memory, which keeps it there."""
+    prefix, blocks = decoder_blocks(lm)
+    weights = {f"{prefix}.{name}": tensor for name, tensor in blocks.state_dict().items()}
+    blocks.to("meta")
+    return Streamed(lm, prefix, blocks, weights)
+
+
+def load_block(source: Streamed, index: int, device: torch.device) -> nn.Module:
+    """Block `index` with its weights on `device`; `.to("meta")` drops them. Raises InputError if one can't be read."""
+    block = source.blocks[index]
+    for name in block.state_dict():
+        full_name = f"{source.prefix}.{index}.{name}"
+        try:
+            value = source.weights[full_name]
+        except KeyError:
+            raise InputError(f"{full_name} is not in the model's files: download the model again") from None
+        except (OSError, SafetensorError) as e:
+            raise InputError(f"{full_name} can't be read ({e}): download the model again") from e
+        set_module_tensor_to_device(block, name, device, value=value)
+    return block
+
+
+def fill_block(block: nn.Module, tensors: Mapping[str, Tensor], scheme: Scheme) -> None:
+    """Give a block the tensors of a quantized one, by their names in it."""
+    for name in [key.removesuffix(".B") for key in tensors if key.endswith(".B")]:
+        linear = block.get_submodule(name)
+        B, c = tensors[f"{name}.B"], tensors[f"{name}.c"]
+        block.set_submodule(name, BPDQLinear(B, c, scheme.group_size, linear.in_features, linear.bias))
+    block.load_state_dict(tensors, assign=True)
+
+
+def fingerprint(model: str, lm: PreTrainedModel) -> dict[str, list[int]] | str:
+    """What tells whether a model is still the same: its hub commit, or the size and time of every file."""
+    path = Path(model)
+    if not path.exists():
+        return lm.config._commit_hash
+    files = [path] if path.is_file() else sorted([*path.glob("*.safetensors"), path / "config.json"])
+    return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
