@@ -335,7 +335,7 @@ def test_peak_memory_does_not_grow_with_depth(tmp_path, text):
     for layers in (12, 96):
         model, out = tmp_path / f"model-{layers}", tmp_path / f"out-{layers}"
         tiny_model(model, hidden=512, ffn=1408, layers=layers, heads=8, kv_heads=8, dtype=torch.bfloat16)
-        options = "--samples 4 --seq-len 64 --iterations 1 --solver paper --json".split()
+        options = ["--samples", "4", "--seq-len", "64", "--iterations", "1", "--solver", "paper", "--json"]
         command = [sys.executable, "-m", "bpdq_quantizer", "quantize", model, "--output", out, "--calibration", text]
         done = subprocess.run([*map(str, command), *options], stdout=subprocess.PIPE, check=True)
         peaks.append(json.loads(done.stdout.splitlines()[-1])["peak_host_memory_bytes"])
