@@ -26,7 +26,7 @@ from tests.ptx import launch
 FP16, BF16 = torch.float16, torch.bfloat16
 GEMV = [Gemv(tiles, warps) for tiles in (1, 2, 4) for warps in (4, 8)]
 GEMM = [Gemm(tokens, tiles, 8, 8) for tokens in (8, 16, 32) for tiles in (1, 2)]
-GEMM += [Gemm(64, 2, 4, 1), Gemm(64, 2, 4, 4)]
+GEMM += [Gemm(64, 2, 4, 1), Gemm(64, 2, 4, 4), Gemm(64, 1, 4, 4)]
 
 
 class Layer(NamedTuple):
@@ -323,6 +323,13 @@ def test_decode_fills_an_rtx_3090(N: int, K: int):
     assert blocks >= multiprocessors
     assert balance(blocks, multiprocessors) >= 0.85
     assert cdiv(N, 16 * gemm_config(8, N, multiprocessors).tiles) >= multiprocessors
+
+
+@pytest.mark.parametrize("tokens", [64, 128, 256, 1000])
+@pytest.mark.parametrize(("N", "K"), SHAPES_7B + SHAPES_72B, ids=str)
+def test_prefill_keeps_an_rtx_3090_busy(N: int, K: int, tokens: int):
+    config = gemm_config(tokens, N, 82)
+    assert balance(cdiv(tokens, 64) * cdiv(N, 16 * config.tiles * config.warps // config.split), 82) >= 0.85
 
 
 def test_dispatch_picks_only_what_the_tests_run():

@@ -37,9 +37,12 @@ def balance(blocks: int, multiprocessors: int) -> float:
     return blocks / (cdiv(blocks, multiprocessors) * multiprocessors)
 
 
-def tiles_per_block(out_features: int, candidates: tuple[int, ...], multiprocessors: int) -> int:
-    """The first candidate that balances the blocks well enough, else the one that does best."""
-    blocks = {tiles: cdiv(out_features, TILE_ROWS * tiles) for tiles in candidates}
+def tiles_per_block(out_features: int, candidates: tuple[int, ...], multiprocessors: int, copies: int = 1) -> int:
+    """The first candidate that balances the blocks well enough, else the one that does best.
+
+    copies: blocks that compute the same outputs, for other tokens.
+    """
+    blocks = {tiles: copies * cdiv(out_features, TILE_ROWS * tiles) for tiles in candidates}
     for tiles in candidates:
         if blocks[tiles] >= multiprocessors and balance(blocks[tiles], multiprocessors) >= MIN_BALANCE:
             return tiles
@@ -59,12 +62,12 @@ def gemv_config(planes: int, group_size: int, out_features: int, in_features: in
 def gemm_config(tokens: int, out_features: int, multiprocessors: int) -> Gemm:
     """Buckets of 2..8, 9..16, 17..32 and more tokens; 64 of those at a time.
 
-    Two tiles wherever that gives every multiprocessor a block, balanced or not: each halves how often activations are
-    read, which with one tile are several times the weights' bytes.
+    Up to 32 tokens two tiles wherever that gives every multiprocessor a block, balanced or not: each halves how often
+    activations are read, which with one tile are several times the weights' bytes.
     """
     for bucket in (8, 16, 32):
         if tokens <= bucket:
             tiles = 2 if cdiv(out_features, 2 * TILE_ROWS) >= multiprocessors else 1
             return Gemm(bucket, tiles, warps=8, split=8)
-    enough = cdiv(tokens, 64) * cdiv(out_features, 4 * 2 * TILE_ROWS) >= multiprocessors
-    return Gemm(64, tiles=2, warps=4, split=1 if enough else 4)
+    tiles = tiles_per_block(out_features, (8, 2, 1), multiprocessors, copies=cdiv(tokens, 64))
+    return Gemm(64, tiles=min(tiles, 2), warps=4, split=1 if tiles == 8 else 4)

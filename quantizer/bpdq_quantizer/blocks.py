@@ -31,7 +31,7 @@ from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.hessian import accumulate, accumulate_shift, correction, symmetrize
 from bpdq_quantizer.loader import BPDQLinear
 from bpdq_quantizer.solver import Solution, quantize_linear
-from bpdq_quantizer.stream import Streamed, load_block
+from bpdq_quantizer.stream import Streamed, drop_block, load_block
 from bpdq_quantizer.tune import tune_block
 from bpdq_quantizer.work import States
 
@@ -144,7 +144,7 @@ def quantize_blocks(
             tune_block(block, run, torch.cat(inputs), torch.cat(full), steps=tune_steps, seed=seed)
             batches = [run(batch).to("cpu") for batch in inputs]
         yield block, reports, States(index + 1, batches, full)
-        block.to("meta")
+        drop_block(block)
 
 
 @torch.no_grad()
@@ -157,7 +157,7 @@ def original_states(source: Streamed, tokens: Tensor, device: torch.device) -> T
         block, call = load_block(source, index, device), send_to_device(call, device)
         for i, batch in enumerate(hidden):
             hidden[i] = run_block(block, call, device, batch).to("cpu")
-        block.to("meta")
+        drop_block(block)
     return final_states(source.model, source.blocks, tokens, hidden)
 
 

@@ -1,5 +1,6 @@
 """A model whose decoder blocks stay in their files: a block's weights are read when it is its turn, then dropped."""
 
+import ctypes
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -63,6 +64,8 @@ def open_model(model: str) -> Streamed:
     hooks = [getattr(module, "_hf_hook", None) for module in lm.modules()]
     weights = next(hook.weights_map.dataset for hook in hooks if getattr(hook, "weights_map", None))
     remove_hook_from_module(lm, recurse=True)
+    for module in lm.modules():  # what the hooks leave behind is a reference cycle, which would keep replaced Linears
+        vars(module).pop("forward", None)
     return Streamed(lm, *decoder_blocks(lm), weights)
 
 
@@ -75,7 +78,7 @@ def from_memory(lm: PreTrainedModel) -> Streamed:
 
 
 def load_block(source: Streamed, index: int, device: torch.device) -> nn.Module:
-    """Block `index` with its weights on `device`; `.to("meta")` drops them. Raises InputError if one can't be read."""
+    """Block `index` with its weights on `device`; `drop_block` drops them. Raises InputError if one can't be read."""
     block = source.blocks[index]
     for name in block.state_dict():
         full_name = f"{source.prefix}.{index}.{name}"
@@ -87,6 +90,14 @@ def load_block(source: Streamed, index: int, device: torch.device) -> nn.Module:
             raise InputError(f"{full_name} can't be read ({e}): download the model again") from e
         set_module_tensor_to_device(block, name, device, value=value)
     return block
+
+
+def drop_block(block: nn.Module) -> None:
+    """Free a block's tensors, and return their memory to the system: glibc would keep it in pieces, more each time."""
+    block.to("meta")
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def fill_block(block: nn.Module, tensors: Mapping[str, Tensor], scheme: Scheme) -> None:
