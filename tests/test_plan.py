@@ -202,6 +202,7 @@ def test_what_would_fit_is_said_and_true(tmp_path, capsys):
     ("options", "message"),
     [
         (["--context", "32769"], "--context 32769: Qwen2ForCausalLM takes 1 to 32768 tokens"),
+        (["--gpu-memory", "nan"], "--gpu-memory nan: expected a number of GiB"),
         (["--gpu-memory", "-1"], "--gpu-memory -1.0: expected a number of GiB"),
         (["--embed-bits", "5"], "bits = 5 bit-planes are not supported"),
         (["--group-size", "48"], "group_size = 48 is not supported"),
@@ -223,12 +224,13 @@ def test_options_of_tied_tables_must_agree(tmp_path, capsys):
         ("gemma2", {}, "Gemma2ForCausalLM has sliding_attention"),
         ("mistral", {"sliding_window": 64}, "MistralForCausalLM has sliding_attention"),
         ("deepseek_v3", {"first_k_dense_replace": 9}, "DeepseekV3ForCausalLM has latent_attention"),
+        ("gpt_neox", {}, "says nothing of num_key_value_heads"),
         ("mixtral", {"num_local_experts": 2}, "mixture-of-experts"),
     ],
 )
 def test_other_models_are_refused_in_one_line(tmp_path, capsys, arch, config, message):
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    AutoConfig.for_model(arch, **sizes, num_key_value_heads=2, vocab_size=384, **config).save_pretrained(tmp_path)
+    AutoConfig.for_model(arch, **sizes, vocab_size=384, **config).save_pretrained(tmp_path)
     assert message in refusal(capsys, str(tmp_path))
 
 

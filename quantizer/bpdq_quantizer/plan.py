@@ -2,7 +2,7 @@
 
 from functools import cache, reduce
 from itertools import count
-from math import ceil, floor, prod
+from math import ceil, floor, inf, prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -108,7 +108,7 @@ def plan(
     context = min(DEFAULT_CONTEXT, m.max_positions) if context is None else context
     if not 1 <= context <= m.max_positions:
         raise InputError(f"--context {context}: {m.architecture} takes 1 to {m.max_positions} tokens")
-    if gpu_memory <= 0:
+    if not 0 < gpu_memory < inf:
         raise InputError(f"--gpu-memory {gpu_memory}: expected a number of GiB")
     try:
         scheme = Scheme(bits, group_size)
@@ -149,9 +149,9 @@ def plan(
 
 def read_model(model: str) -> Model:
     """Sizes of a model from its config.json; raises InputError for what `bpdq quantize` or this arithmetic refuses."""
-    source = model if model.endswith(".json") else gguf_arguments(model)["pretrained_model_name_or_path"]
+    source = {"pretrained_model_name_or_path": model} if model.endswith(".json") else gguf_arguments(model)
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(trust_remote_code=False, **source)
         with init_empty_weights():
             skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (OSError, ValueError, ImportError, KeyError) as e:
@@ -161,20 +161,20 @@ def read_model(model: str) -> Model:
     prefix, blocks = decoder_blocks(skeleton)
     for index, block in enumerate(blocks):
         check_supported(f"{prefix}.{index}", block)
-    linears = {f"{prefix}.{name}.weight": m.weight.shape for name, m in linear_layers(blocks).items()}
+    linears = [tuple(m.weight.shape) for m in linear_layers(blocks).values()]
     embedding, head = skeleton.get_input_embeddings().weight, skeleton.get_output_embeddings().weight
     tied = set(skeleton.all_tied_weights_keys)
     head_is_tied = bool(config.get_text_config(decoder=True).tie_word_embeddings)
     state = {name: t for name, t in skeleton.state_dict().items() if name not in tied}
     tables = embedding.numel() + (0 if head_is_tied else head.numel())
-    quantized = sum(prod(shape) for shape in linears.values())
+    quantized = sum(n * k for n, k in linears)
     return Model(
         architecture=type(skeleton).__name__,
-        linears=[tuple(shape) for shape in linears.values()],
+        linears=linears,
         embedding=tuple(embedding.shape),
         head=None if head_is_tied else tuple(head.shape),
         others=sum(t.numel() for t in state.values()) - tables - quantized,
-        itemsize=(config.dtype or torch.bfloat16).itemsize,
+        itemsize=(config.dtype or torch.bfloat16).itemsize,  # GGUF files and some old configs don't say
         attention=_attention(model, skeleton),
         max_positions=config.get_text_config(decoder=True).max_position_embeddings,
     )
@@ -191,6 +191,9 @@ def _attention(model: str, skeleton: PreTrainedModel) -> Attention:
             f"{model}: `bpdq plan` counts the KV cache of full attention only, and {type(skeleton).__name__} has "
             f"{', '.join(sorted(kinds - {'full_attention'}))}; `bpdq quantize` and vLLM may take it all the same"
         )
+    missing = [key for key in ("num_key_value_heads", "max_position_embeddings") if not getattr(config, key, None)]
+    if missing:
+        raise InputError(f"{model}: its config.json says nothing of {' or '.join(missing)}, which `bpdq plan` needs")
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return Attention(layers, config.num_key_value_heads, head_size)
 
@@ -201,7 +204,8 @@ def checkpoint_bytes(m: Model, settings: Settings) -> Weights:
 
 
 def card_bytes(m: Model, settings: Settings) -> Weights:
-    """The same in the arrangement of the CUDA kernels, vocabularies padded, everything else in 16 bits."""
+    """The same in the arrangement of the CUDA kernels, vocabularies padded, everything else in 16 bits. Layers that
+    vLLM fuses are padded one by one here, an upper bound where their outputs are no multiples of 64."""
     return _weights(m, settings, _tiled_bytes, 2, lambda n: -(-n // VOCABULARY_PADDING) * VOCABULARY_PADDING)
 
 
@@ -277,8 +281,8 @@ def serve_command(model: str, m: Model, settings: Settings, kv_type: str, eager:
     """`vllm serve` with as many sequences at once as fit at full length."""
     left = budget(settings.gpu_memory) - needed(m, settings, kv_type, graphs=not eager)
     more = left // (kv_cache.bytes_for(kv_type, m.attention, settings.context) + _sequence_bytes(m))
-    path = Path(model)
-    name = path.absolute().parent.name if path.suffix == ".json" else path.name or path.absolute().name
+    path = Path(model).absolute()
+    name = path.parent.name if path.suffix == ".json" else path.name.removesuffix(".gguf")
     flags = {
         "--max-model-len": settings.context,
         "--max-num-seqs": min(1 + more, MAX_SEQUENCES),
