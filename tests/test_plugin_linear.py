@@ -31,6 +31,8 @@ ROW_SHAPES = [  # K, G, ranks, whether B is padded to 256 inputs as the authors 
     (384, 256, 2, True),
     (352, 256, 1, True),
     (448, 256, 2, True),
+    (896, 256, 2, False),  # 3.5 groups, shares of 1.75: as Qwen2.5-72B's 29568 inputs, 115.5 groups, shares of 57.75
+    (896, 256, 2, True),
 ]
 
 
@@ -63,7 +65,7 @@ def test_row_parallel_ranks_hold_their_slice_of_the_inputs(rank, k_in, group_siz
 
 def test_groups_are_refined_only_where_a_rank_starts_inside_one(rank):
     rank(1, 2)
-    for k_in, group_size, expected in [(320, 128, 32), (384, 128, 64), (512, 128, 128)]:
+    for k_in, group_size, expected in [(320, 128, 32), (384, 128, 64), (512, 128, 128), (29568, 256, 64)]:
         layer = RowParallelLinear(k_in, 64, bias=False, quant_config=config(2, group_size), prefix="m.down_proj")
         assert layer.quant_method.group_size == expected
     rank(0, 1)

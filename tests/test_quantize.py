@@ -23,7 +23,7 @@ from bpdq_kernels.format import Scheme
 from bpdq_quantizer import activations, checkpoint, pipeline, work
 from bpdq_quantizer.activations import block_inputs, capture, find_stages, run_block, stage_statistics
 from bpdq_quantizer.blocks import quantize_blocks
-from bpdq_quantizer.hessian import correction
+from bpdq_quantizer.hessian import corrected
 from bpdq_quantizer.loader import BPDQLinear
 from bpdq_quantizer.pipeline import ASYMMETRIC, SOLVERS
 from bpdq_quantizer.solver import quantize_linear
@@ -146,7 +146,7 @@ def test_each_layer_is_calibrated_on_the_quantized_prefix(quantized, text):
         inputs, _ = capture(original, [name], lambda t: original.base_model(t, use_cache=False), tokens)
         run = partial(model.base_model, use_cache=False)
         H, C = stage_statistics(stored, run, [tokens], lambda _, x=inputs[name]: x)
-        target = weight.float() + ASYMMETRIC["refined"] * weight.float() @ correction(H, C)
+        target = corrected(weight, H, C, ASYMMETRIC["refined"])
         solved = quantize_linear(target, H, 2, 64, iterations=3, **SOLVERS["refined"])
         D = target - stored.weight.detach().float()
         assert ((D @ H) * D).sum().item() == pytest.approx(solved.loss.sum().item(), rel=0.02)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from bpdq_quantizer import hessian
 from bpdq_quantizer.grid import assign_codes, fit_coefficients, most_significant_planes, quantize_group
-from bpdq_quantizer.hessian import accumulate, accumulate_shift, correction, inverse_factor, symmetrize
+from bpdq_quantizer.hessian import accumulate, accumulate_shift, corrected, inverse_factor, symmetrize
 from bpdq_quantizer.order import group_aware_order
 from bpdq_quantizer.refine import dequantize_columns, descend, joint_fit, refine
 from bpdq_quantizer.solver import quantize_linear
@@ -75,7 +75,7 @@ def slow_row(
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_a_group_is_solved_as_the_paper_says(k):
     W, H = problem(5, 16, seed=k)
-    U, _ = inverse_factor(H, 0.05)
+    U, _ = inverse_factor(H, torch.arange(len(H)), 0.05)
     codes, c, E = quantize_group(W.T.contiguous(), U, k, 4, 1e-4, torch.bfloat16)
     for row in range(5):
         slow_codes, slow_c, slow_loss = slow_row(W[row].double().numpy(), U.double().numpy(), k, 4, 1e-4)
@@ -88,7 +88,7 @@ def test_a_group_is_solved_as_the_paper_says(k):
 @given(k=st.integers(1, 4), g=st.integers(2, 40), n=st.integers(1, 9), seed=st.integers(0, 99))
 def test_propagated_error_belongs_to_the_stored_weights(k, g, n, seed):
     W, H = problem(n, g, seed)
-    U, _ = inverse_factor(H, 0.05)
+    U, _ = inverse_factor(H, torch.arange(len(H)), 0.05)
     codes, c, E = quantize_group(W.T.contiguous(), U, k, 3, 1e-4, torch.bfloat16)
     W_hat = dequantize_columns(codes, c[None], g)
     assert torch.equal(c, c.to(torch.bfloat16).float())
@@ -99,7 +99,7 @@ def test_propagated_error_belongs_to_the_stored_weights(k, g, n, seed):
 @given(k=st.integers(1, 3), seed=st.integers(0, 99))
 def test_more_iterations_never_make_a_row_of_a_group_worse(k, seed):
     W, H = problem(8, 32, seed)
-    U, _ = inverse_factor(H, 0.05)
+    U, _ = inverse_factor(H, torch.arange(len(H)), 0.05)
     losses = [quantize_group(W.T.contiguous(), U, k, i, 1e-4, torch.bfloat16)[2].square().sum(0) for i in (1, 2, 5, 10)]
     for earlier, later in itertools.pairwise(losses):
         assert (later <= earlier).all()
@@ -188,14 +188,15 @@ def test_correction_is_the_least_squares_answer_to_shifted_inputs(monkeypatch):
     H, C = torch.zeros(6, 6), torch.zeros(6, 6)
     accumulate(H, x, 100)
     accumulate_shift(C, original, x, 100)
-    corrected = W + W @ correction(symmetrize(H), C)
-    torch.testing.assert_close(x @ corrected.T, original @ W.T, rtol=1e-2, atol=1e-2)
+    whole, half = (corrected(W, symmetrize(H), C, share) for share in (1.0, 0.5))
+    torch.testing.assert_close(x @ whole.T, original @ W.T, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(half, (W + whole) / 2)
 
 
 def test_damping_grows_until_the_hessian_factorizes():
     H = torch.eye(4)
     H[0, 0] = -0.15  # not positive definite: d = 0.05 * mean is not enough
-    U, damping = inverse_factor(H, 0.05)
+    U, damping = inverse_factor(H, torch.arange(len(H)), 0.05)
     assert damping > 0.05
     d = damping * H.diagonal().mean()
     torch.testing.assert_close(U.T @ U @ (H + d * torch.eye(4)), torch.eye(4), rtol=1e-3, atol=1e-3)
@@ -203,7 +204,7 @@ def test_damping_grows_until_the_hessian_factorizes():
 
 def test_a_hessian_with_nan_is_refused():
     with pytest.raises(ValueError, match="NaN or infinity"):
-        inverse_factor(torch.full((3, 3), torch.nan), 0.05)
+        inverse_factor(torch.full((3, 3), torch.nan), torch.arange(3), 0.05)
 
 
 def test_most_significant_planes_of_the_8_bit_grid():

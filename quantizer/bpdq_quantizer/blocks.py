@@ -28,7 +28,7 @@ from bpdq_quantizer.activations import (
     stage_statistics,
 )
 from bpdq_quantizer.errors import InputError
-from bpdq_quantizer.hessian import accumulate, accumulate_shift, correction, symmetrize
+from bpdq_quantizer.hessian import accumulate, accumulate_shift, corrected, symmetrize
 from bpdq_quantizer.loader import BPDQLinear
 from bpdq_quantizer.solver import Solution, quantize_linear
 from bpdq_quantizer.stream import Streamed, drop_block, load_block
@@ -72,7 +72,8 @@ def quantize_in_one_pass(
     run: Callable[[Tensor], Tensor],
     batch: Tensor,
     original: Original | None,
-    quantize_stage: Callable[[list[str], Tensor, Tensor | None], None],
+    stage_weights: Callable[[list[str], Tensor, Tensor | None], Tensor],
+    quantize_stage: Callable[[list[str], Tensor, Tensor], None],
 ) -> Tensor:
     """The quantized block's output for a single batch: each stage is quantized while the pass waits in front of it."""
 
@@ -84,7 +85,9 @@ def quantize_in_one_pass(
         if original is not None:
             C = torch.zeros_like(H)
             accumulate_shift(C, original.input(names[0], 0), args[0], tokens)
-        quantize_stage(names, symmetrize(H), C)
+        W = stage_weights(names, symmetrize(H), C)
+        del C
+        quantize_stage(names, H, W)
 
     firsts = [(block.get_submodule(names[0]), names) for names in stages]
     hooks = [first.register_forward_pre_hook(partial(quantize_here, names=names)) for first, names in firsts]
@@ -115,7 +118,7 @@ def quantize_blocks(
     tokens: [W, L]; `solver`: options of `quantize_linear`. The model is on the CPU, one block at a time on `device`.
     If all windows fit one batch, a block takes one forward pass, otherwise about two for the four usual stages.
     With `asymmetric` > 0, every weight is first corrected for what quantization has done to its inputs, by that share
-    (`hessian.correction`). With `tune_steps`, each block's coefficients are then tuned towards the hidden states that
+    (`hessian.corrected`). With `tune_steps`, each block's coefficients are then tuned towards the hidden states that
     the 16-bit model has after it. The reports are of the corrected weights, before tuning.
     """
     for index, block in enumerate(source.blocks):
@@ -176,11 +179,16 @@ def quantize_block(
     packed: dict[str, BPDQLinear] = {}
     reports: list[LayerReport] = []
 
-    def quantize_stage(stage: list[str], H: Tensor, C: Tensor | None) -> None:
+    def stage_weights(stage: list[str], H: Tensor, C: Tensor | None) -> Tensor:
+        weights = {f"{name}.{part}.weight": block.get_submodule(part).weight for part in stage}
+        check_finite(weights, H)
+        W = torch.cat(list(weights.values()))
+        return W if C is None else corrected(W, H, C, asymmetric)
+
+    def quantize_stage(stage: list[str], H: Tensor, W: Tensor) -> None:
         started = time.perf_counter()
         linears = {f"{name}.{part}": block.get_submodule(part) for part in stage}
-        shift = None if C is None else asymmetric * correction(H, C)
-        solution = solve_stage(linears, H, shift, scheme, **solver)
+        solution = solve_stage(f"{name}.{stage[0]}", W, H, scheme, **solver)
         seconds = time.perf_counter() - started
         first = 0
         for part, (full_name, linear) in zip(stage, linears.items(), strict=True):
@@ -190,11 +198,17 @@ def quantize_block(
             first = rows.stop
 
     if len(batches) == 1:
-        batches[0] = quantize_in_one_pass(block, stages, run, batches[0], original, quantize_stage).to("cpu")
+        batches[0] = quantize_in_one_pass(block, stages, run, batches[0], original, stage_weights, quantize_stage).to(
+            "cpu"
+        )
     else:
         for stage in stages:
             lookup = None if original is None else partial(original.input, stage[0])
-            quantize_stage(stage, *stage_statistics(block.get_submodule(stage[0]), run, batches, lookup))
+            H, C = stage_statistics(block.get_submodule(stage[0]), run, batches, lookup)
+            W = stage_weights(stage, H, C)
+            del C
+            quantize_stage(stage, H, W)
+            del H, W
         for i, batch in enumerate(batches):
             batches[i] = run(batch).to("cpu")
     for part, module in packed.items():
@@ -202,26 +216,22 @@ def quantize_block(
     return reports
 
 
-def solve_stage(
-    linears: dict[str, nn.Linear], H: Tensor, shift: Tensor | None, scheme: Scheme, **solver: Any
-) -> Solution:
-    """Quantize the stacked rows W of Linears that share the input with Hessian H; raises InputError on NaN.
-
-    `shift` [K, K]: quantize W + W shift instead of W.
-    """
-    first = next(iter(linears))
+def check_finite(weights: dict[str, Tensor], H: Tensor) -> None:
+    """Raise InputError for NaN or infinity in the weights, by name, or in the Hessian of their inputs."""
     if not torch.isfinite(H).all():
+        first = next(iter(weights)).removesuffix(".weight")
         raise InputError(f"{first}: its calibration inputs hold NaN or infinity: check the model and its dtype")
-    for name, linear in linears.items():
-        if not torch.isfinite(linear.weight).all():
-            raise InputError(f"{name}.weight holds NaN or infinity: the model is damaged, download it again")
-    W = torch.cat([linear.weight for linear in linears.values()])
-    if shift is not None:
-        W = W.float() + W.float() @ shift
+    for name, weight in weights.items():
+        if not torch.isfinite(weight).all():
+            raise InputError(f"{name} holds NaN or infinity: the model is damaged, download it again")
+
+
+def solve_stage(name: str, W: Tensor, H: Tensor, scheme: Scheme, **solver: Any) -> Solution:
+    """Quantize W [N, K], the stacked rows of Linears that share the input with Hessian H; `name`: of the first."""
     with one_thread() if len(W) < SMALL_STAGE else nullcontext():
         solution = quantize_linear(W, H, scheme.bits, scheme.group_size, **solver)
     if not torch.isfinite(solution.c).all():
-        raise InputError(f"{first}: its coefficients overflow {solution.c.dtype}: convert the model to bfloat16 first")
+        raise InputError(f"{name}: its coefficients overflow {solution.c.dtype}: convert the model to bfloat16 first")
     return solution
 
 

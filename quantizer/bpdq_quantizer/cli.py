@@ -12,8 +12,10 @@ from bpdq_quantizer import checkpoint
 from bpdq_quantizer.calibration import read_text, tokenize, windows
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.evaluate import perplexity
+from bpdq_quantizer.kv_cache import KV_TYPES
 from bpdq_quantizer.loader import load_model, load_tokenizer
 from bpdq_quantizer.pipeline import SOLVERS, TUNE_STEPS, quantize
+from bpdq_quantizer.plan import plan
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -65,6 +67,18 @@ def _parser() -> argparse.ArgumentParser:
     p = commands.add_parser("inspect", help="layers, bits per weight and bytes of a checkpoint")
     p.add_argument("checkpoint", metavar="CHECKPOINT")
     p.set_defaults(run=_inspect)
+
+    p = commands.add_parser(
+        "plan", help="does a model fit a card, and with how much context; needs its config.json only"
+    )
+    p.add_argument("model", metavar="MODEL", help="Hugging Face folder, config.json or hub id")
+    p.add_argument("--bits", type=int, default=2, help="bit-planes per weight, 1 to 4 (%(default)s)")
+    p.add_argument("--group-size", type=int, default=256, help="32, 64, 128 or 256 (%(default)s)")
+    p.add_argument("--embed-bits", type=int, help="bit-planes of the embedding (16-bit floats)")
+    p.add_argument("--head-bits", type=int, help="bit-planes of the LM head (16-bit floats)")
+    p.add_argument("--gpu-memory", type=float, default=24, metavar="GIB", help="of the card (%(default)s)")
+    p.add_argument("--context", type=int, metavar="TOKENS", help="that one request must be able to take (2048)")
+    p.set_defaults(run=_plan)
 
     for p in commands.choices.values():
         p.add_argument("--json", action="store_true", help="print one JSON object as the last line")
@@ -123,4 +137,35 @@ def _inspect(args: argparse.Namespace) -> dict[str, Any]:
         f"{found['bits_per_weight']:.3f} bits ({found['quantized_bytes'] / 1e6:.1f} MB), "
         f"other tensors {found['other_bytes'] / 1e6:.1f} MB"
     )
+    return found
+
+
+def _plan(args: argparse.Namespace) -> dict[str, Any]:
+    found = plan(**{k: v for k, v in vars(args).items() if k not in ("run", "json")})
+    print(f"{found['architecture']}: {found['bits_per_weight']:.4g} bits per quantized weight")
+    for label in ("linear", "embedding", "head", "other", "checkpoint"):
+        print(f"  {label:<43}{found[f'{label}_bytes'] / 1e9:>9.3f} GB")
+    print(f"card of {args.gpu_memory:g} GiB, one sequence, no CUDA graphs")
+    labels = {
+        "card_budget_bytes": "what vLLM may use",
+        "card_weight_bytes": "weights",
+        "card_overhead_bytes": "activations and workspaces",
+        "free_bytes": "left for the KV cache",
+    }
+    for key, label in labels.items():
+        print(f"  {label:<43}{found[key] / 2**30:>9.3f} GiB")
+    print(f"{'--kv-cache-dtype':<38}{'bytes/token':>12}{'tokens that fit':>17}  needs")
+    rows = defaultdict(list)
+    for name, kv_type in KV_TYPES.items():
+        rows[found["kv_bytes_per_token"][name], found["tokens_that_fit"][name], kv_type.needs].append(name)
+    for (size, tokens, needs), names in rows.items():
+        print(f"  {', '.join(names):<36}{size:>12}{tokens:>17}  {needs}")
+    print(
+        f"to quantize: {found['quantize_cpu_seconds'] / 3600:.2g} hours of one CPU core (extrapolated), "
+        f"{found['quantize_host_bytes'] / 1e9:.0f} GB of host memory"
+    )
+    print("assumptions")
+    for assumption in found["assumptions"]:
+        print(f"  - {assumption}")
+    print(f"for {found['context']} tokens\n  {found['serve_command']}")
     return found

@@ -21,8 +21,10 @@ def accumulate(H: Tensor, x: Tensor, total_tokens: int) -> None:
 
 
 def symmetrize(H: Tensor) -> Tensor:
-    """H with its upper triangle made the mirror image of the lower one."""
-    return H.tril() + H.tril(-1).T
+    """H, in place, with its upper triangle made the mirror image of the lower one."""
+    H.tril_()
+    H += H.tril(-1).T
+    return H
 
 
 def accumulate_shift(C: Tensor, original: Tensor, x: Tensor, total_tokens: int) -> None:
@@ -34,30 +36,40 @@ def accumulate_shift(C: Tensor, original: Tensor, x: Tensor, total_tokens: int) 
         C += ((before - now).T @ now).float() * (2.0 / total_tokens)
 
 
-def correction(H: Tensor, C: Tensor) -> Tensor:
-    """S [K, K] such that W + W S applied to the inputs x comes closest to W applied to the original inputs.
+def corrected(W: Tensor, H: Tensor, C: Tensor, share: float) -> Tensor:
+    """W [N, K] moved by `share` of the way to what, applied to the inputs x, comes closest to W on the original inputs.
 
-    The least squares solution S = C (H + d I)^-1 (QEP, arXiv 2504.09629; GPTAQ, arXiv 2504.02692, puts the same cross
-    term into the error propagation), with C from `accumulate_shift` and d = CORRECTION_DAMPING * mean(diag(H)).
+    That is W + share W C (H + d I)^-1, fp32, the least squares solution (QEP, arXiv 2504.09629; GPTAQ, arXiv
+    2504.02692, puts the same cross term into the error propagation), with C from `accumulate_shift` and
+    d = CORRECTION_DAMPING * mean(diag(H)).
     """
     damped = H.clone()
     damped.diagonal().add_(CORRECTION_DAMPING * H.diagonal().mean())
-    return torch.linalg.solve(damped, C.T).T
+    L = torch.linalg.cholesky(damped)
+    del damped
+    W = W.float()
+    return W + share * torch.cholesky_solve((W @ C).T, L).T
 
 
-def inverse_factor(H: Tensor, damping: float) -> tuple[Tensor, float]:
-    """Upper triangular U with (H + d I)^-1 = U^T U, and the damping that was needed (GPTQ, section 3.3).
+def inverse_factor(H: Tensor, order: Tensor, damping: float) -> tuple[Tensor, float]:
+    """Upper triangular U with (H' + d I)^-1 = U^T U, and the damping that was needed (GPTQ, section 3.3).
 
+    H' is H with its rows and columns in `order`, and 1 for zeros on its diagonal, the inputs that were never used.
     d = damping * mean(diag(H)); `damping` is doubled until both Cholesky factorizations succeed. Raises
     ValueError when even d = mean(diag(H)) is not enough, which means that H holds NaN or infinity.
     """
-    mean = H.diagonal().mean()
+    diagonal = H.diagonal()[order]
+    diagonal = diagonal.where(diagonal != 0, 1)
     while damping <= MAX_DAMPING:
-        damped = H.clone()
-        damped.diagonal().add_(damping * mean)
+        damped = H[order.unsqueeze(1), order]  # at K = 29568 a matrix has 3.5 GB: no more of them than need be
+        damped.diagonal().copy_(diagonal + damping * diagonal.mean())
         L, failed = torch.linalg.cholesky_ex(damped)
+        del damped
         if not failed:
-            U, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(L), upper=True)
+            inverse = torch.cholesky_inverse(L)
+            del L
+            U, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+            del inverse
             if not failed and torch.isfinite(U).all():
                 return U, damping
         damping *= 2

@@ -49,11 +49,7 @@ def quantize_linear(
     target[diagonal == 0] = 0  # dead inputs: no calibration token ever used them
     steps = group_aware_order(diagonal, group_size)
     order = torch.cat([columns for _, columns in steps])
-    H_ordered = H[order][:, order]
-    H_ordered.diagonal()[diagonal[order] == 0] = 1
-    U, damping = inverse_factor(H_ordered, damping)
-    del H_ordered
-
+    U, damping = inverse_factor(H, order, damping)
     weight = target[order]
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=W.device)
     c = torch.empty(len(steps), bits + 1, weight.shape[1], device=W.device)
