@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 from transformers import AutoConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -18,7 +17,7 @@ from bpdq_kernels.format import Scheme
 from bpdq_kernels.layout import to_tiles
 from bpdq_quantizer.cli import main
 from bpdq_quantizer.plan import _stored_bytes, _tiled_bytes, budget, plan
-from tiny import TEXT, bpdq_checkpoint, round_to_planes, tiny_model
+from tiny import TEXT, bpdq_checkpoint, load_tensors, round_to_planes, tiny_model
 
 QWEN = {  # Qwen2.5: hidden, FFN, layers, heads, key/value heads
     "7B": (3584, 18944, 28, 28, 4),
@@ -44,7 +43,7 @@ def qwen(folder, size, **changes):
 def written_bytes(folder):
     """Bytes of a checkpoint's tensors by part, and of all."""
     sizes = dict.fromkeys(("linear_bytes", "embedding_bytes", "head_bytes", "other_bytes"), 0)
-    for name, tensor in load_file(folder / "model.safetensors").items():
+    for name, tensor in load_tensors(folder).items():
         part = {"model.embed_tokens": "embedding_bytes", "lm_head": "head_bytes"}.get(name.rpartition(".")[0])
         sizes[part or ("linear_bytes" if name.endswith((".B", ".c")) else "other_bytes")] += tensor.nbytes
     return {**sizes, "checkpoint_bytes": sum(sizes.values())}

@@ -160,9 +160,10 @@ def _plan(args: argparse.Namespace) -> dict[str, Any]:
         rows[found["kv_bytes_per_token"][name], found["tokens_that_fit"][name], kv_type.needs].append(name)
     for (size, tokens, needs), names in rows.items():
         print(f"  {', '.join(names):<36}{size:>12}{tokens:>17}  {needs}")
+    host, device = (found[f"quantize_{place}_bytes"] / 1e9 for place in ("host", "device"))
     print(
         f"to quantize: {found['quantize_cpu_seconds'] / 3600:.2g} hours of one CPU core (extrapolated), "
-        f"{found['quantize_host_bytes'] / 1e9:.0f} GB of host memory"
+        f"{host:.0f} GB of host memory and {device:.0f} GB of the device's"
     )
     print("assumptions")
     for assumption in found["assumptions"]:

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from bpdq_kernels.format import Scheme
 from bpdq_kernels.layout import GROUP_SIZES, coefficient_shape, plane_shape, to_tiles
 from bpdq_quantizer import kv_cache
-from bpdq_quantizer.activations import linear_layers
+from bpdq_quantizer.activations import ACTIVATION_BYTES, linear_layers
 from bpdq_quantizer.blocks import check_supported
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.kv_cache import KV_TYPES, Attention
@@ -47,8 +47,9 @@ ASSUMPTIONS = (
     "one card, nothing offloaded; activations and unquantized tensors in 16 bits",
     "time: SmolLM2-135M's 342 CPU s for 106 M weights and 32 x 512 calibration tokens, in proportion to the weights: "
     "an extrapolation over sizes never tried; more calibration text takes longer",
-    f"host memory: the 16-bit model, hidden states of {CALIBRATION_TOKENS} calibration tokens twice, four fp32 "
-    "matrices [K, K] of the widest layer",
+    f"memory to quantize, without Python's and torch's own: on the device a block twice, four fp32 matrices [K, K] and "
+    f"[N, K] of the largest stage, {ACTIVATION_BYTES / GIB:.0f} GiB of activations; on the host the embedding and head, "
+    f"a block, and the hidden states of {CALIBRATION_TOKENS} calibration tokens twice; without a GPU the sum of both",
 )
 
 
@@ -143,6 +144,7 @@ def plan(
         "kv_cache_dtype": kv_type,
         "serve_command": serve_command(model, m, settings, kv_type, eager),
         "quantize_cpu_seconds": CPU_SECONDS_PER_WEIGHT * sum(n * k for n, k in m.linears),
+        "quantize_device_bytes": quantize_device_bytes(m),
         "quantize_host_bytes": quantize_host_bytes(m),
         "assumptions": list(ASSUMPTIONS),
     }
@@ -296,13 +298,22 @@ def serve_command(model: str, m: Model, settings: Settings, kv_type: str, eager:
     return " ".join([*parts, *(["--enforce-eager"] if eager else [])])
 
 
+def quantize_device_bytes(m: Model) -> int:
+    """What `bpdq quantize` needs where it solves: a block and its copy, one stage's matrices, a batch's activations.
+
+    A stage holds about four fp32 [K, K] (H and its factors) and four [N, K] (W, the target, what is left of it).
+    """
+    block = m.linears[: len(m.linears) // m.attention.layers]
+    rows = {k: sum(n for n, inputs in block if inputs == k) for _, k in block}
+    stage = max(4 * 4 * (k * k + n * k) for k, n in rows.items())
+    return 2 * m.itemsize * sum(n * k for n, k in block) + stage + ACTIVATION_BYTES
+
+
 def quantize_host_bytes(m: Model) -> int:
-    """Peak host memory of `bpdq quantize` as it is today, without Python's and torch's own."""
+    """What `bpdq quantize` needs of the host beside it: embedding and head, hidden states of both models, one block."""
     tables = prod(m.embedding) + (0 if m.head is None else prod(m.head))
-    elements = tables + m.others + sum(n * k for n, k in m.linears)
-    states = 2 * CALIBRATION_TOKENS * m.embedding[1]
-    widest = max(k for _, k in m.linears)
-    return m.itemsize * (elements + states) + 4 * 4 * widest**2
+    block = sum(n * k for n, k in m.linears) // m.attention.layers
+    return m.itemsize * (tables + block + 2 * CALIBRATION_TOKENS * m.embedding[1])
 
 
 def _four_bit_tables(settings: Settings) -> Settings:
