@@ -48,8 +48,8 @@ ASSUMPTIONS = (
     "time: SmolLM2-135M's 342 CPU s for 106 M weights and 32 x 512 calibration tokens, in proportion to the weights: "
     "an extrapolation over sizes never tried; more calibration text takes longer",
     f"memory to quantize, without Python's and torch's own: on the device a block twice, four fp32 matrices [K, K] and "
-    f"[N, K] of the largest stage, {ACTIVATION_BYTES / GIB:.0f} GiB of activations; on the host the embedding and head, "
-    f"a block, and the hidden states of {CALIBRATION_TOKENS} calibration tokens twice; without a GPU the sum of both",
+    f"[N, K] of the largest stage, {ACTIVATION_BYTES / GIB:.0f} GiB of activations; on the host the embedding, the "
+    f"head, a block and the hidden states of {CALIBRATION_TOKENS} calibration tokens twice; without a GPU the sum of both",
 )
 
 

@@ -66,6 +66,8 @@ def open_model(model: str) -> Streamed:
     remove_hook_from_module(lm, recurse=True)
     for module in lm.modules():  # what the hooks leave behind is a reference cycle, which would keep replaced Linears
         vars(module).pop("forward", None)
+    for parameter in lm.parameters():  # no longer mapped from files, of which all that was looked at would stay
+        parameter.data = parameter.data.clone()
     return Streamed(lm, *decoder_blocks(lm), weights)
 
 
