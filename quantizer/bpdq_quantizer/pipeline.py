@@ -18,6 +18,7 @@ from bpdq_quantizer.blocks import decoder_blocks, linear_layers, quantize_blocks
 from bpdq_quantizer.calibration import calibration_windows
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.loader import BPDQLinear, load_model, load_tokenizer
+from bpdq_quantizer.tables import quantize_tables, table_schemes
 from bpdq_quantizer.tune import final_states, save_atomically, tune_model
 
 SOLVERS = {  # options of `quantize_linear`
@@ -34,6 +35,8 @@ def quantize(
     *,
     bits: int = 2,
     group_size: int = 128,
+    embed_bits: int | None = None,
+    head_bits: int | None = None,
     calibration: str = "default",
     samples: int = 128,
     seq_len: int = 2048,
@@ -49,10 +52,11 @@ def quantize(
 ) -> dict[str, Any]:
     """Quantize a Hugging Face folder, hub id or `.gguf` file to a BPDQ checkpoint folder `output`.
 
-    calibration: `default`, FILE.txt, FILE.jsonl or hf:NAME, cut into `samples` windows of `seq_len` tokens;
-    solver: a key of SOLVERS; asymmetric: 0 to 1, by default as in ASYMMETRIC; tune: a key of TUNE_STEPS
-    (`bpdq_quantizer.tune`), whose value is the default of tune_steps; tune_samples: windows to tune the model on, by
-    default `samples`; device: `auto`, `cpu` or `cuda`. Embeddings, norms, biases and the LM head stay in 16 bits.
+    embed_bits, head_bits: bit-planes of the input embedding and the LM head (`bpdq_quantizer.tables`), by default left
+    in 16 bits, as norms and biases always are; calibration: `default`, FILE.txt, FILE.jsonl or hf:NAME, cut into
+    `samples` windows of `seq_len` tokens; solver: a key of SOLVERS; asymmetric: 0 to 1, by default as in ASYMMETRIC;
+    tune: a key of TUNE_STEPS (`bpdq_quantizer.tune`), whose value is the default of tune_steps; tune_samples: windows
+    to tune the model on, by default `samples`; device: `auto`, `cpu` or `cuda`.
     Returns the report that is also saved as quantization_report.json. Raises InputError for input that can't be used;
     the folder `output` appears only when everything is written. While the model is tuned, the folder `output`.tuning
     holds what `resume` goes on from.
@@ -61,7 +65,7 @@ def quantize(
     asymmetric = ASYMMETRIC[solver] if asymmetric is None else asymmetric
     tune_samples = samples if tune_samples is None else tune_samples
     options = {k: v for k, v in locals().items() if k not in ("output", "resume")}
-    scheme = _scheme(bits, group_size)
+    scheme, *_ = [_scheme(k, group_size) for k in (bits, embed_bits, head_bits) if k is not None]
     if min(samples, seq_len, iterations) < 1 or tune_steps < (tune != "none"):
         raise InputError("--samples, --seq-len, --iterations and --tune-steps must be at least 1")
     if not 0 <= asymmetric <= 1:
@@ -80,6 +84,7 @@ def quantize(
         if len(tokens) < wanted:
             tqdm.write(f"{calibration}: holds {len(tokens)} windows of {seq_len} tokens, --samples asked for {wanted}")
         lm = _load_plain(model)
+        tables = table_schemes(lm, embed_bits, head_bits, group_size)
         if solved is None:
             teacher = final_states(lm.to(target), tokens[:tune_samples]) if tune == "model" else None
             lm.to("cpu")
@@ -102,16 +107,18 @@ def quantize(
                 lm.to(target), tokens[:tune_samples], teacher, steps=tune_steps, seed=seed, state=state
             )
             lm.to("cpu")
+        found = quantize_tables(lm, tokens[:samples], tables, target, iterations=iterations, **SOLVERS[solver])
+        layers = layers + [dataclasses.asdict(table) for table in found]
         report |= {
             "calibration_tokens": tokens[:samples].numel(),
-            "bits_per_weight": scheme.bits_per_weight,
+            "bits_per_weight": _mean_bits(layers),
             "seconds": time.perf_counter() - started,
             "cpu_seconds": time.process_time() - cpu_started,
             "peak_host_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "layers": layers,
         }
         ignore = [name for name in linear_layers(lm) if name not in {layer["name"] for layer in layers}]
-        config = checkpoint.quantization_config(scheme, iterations, SOLVERS[solver]["alpha"], ignore)
+        config = checkpoint.quantization_config(scheme, iterations, SOLVERS[solver]["alpha"], ignore, tables)
         checkpoint.save(folder, lm, tokenizer, config, report)
     shutil.rmtree(tuning, ignore_errors=True)
     return report
@@ -129,6 +136,11 @@ def _solve(
             bar.update(layer.in_features * layer.out_features)
             bar.set_postfix_str(f"{layer.name} loss {layer.loss:.3g} ({layer.relative_error:.2%})")
     return layers
+
+
+def _mean_bits(layers: list[dict[str, Any]]) -> float:
+    weights = [layer["in_features"] * layer["out_features"] for layer in layers]
+    return sum(n * layer["bits_per_weight"] for n, layer in zip(weights, layers, strict=True)) / sum(weights)
 
 
 def _stopped_run(tuning: Path, options: dict[str, Any], resume: bool) -> dict[str, Any] | None:
@@ -154,7 +166,7 @@ def _scheme(bits: int, group_size: int) -> Scheme:
     try:
         return Scheme(bits, group_size)
     except ValueError as e:
-        raise InputError(f"--bits / --group-size: {e}") from None
+        raise InputError(f"--bits / --embed-bits / --head-bits / --group-size: {e}") from None
 
 
 def _device(name: str) -> torch.device:
