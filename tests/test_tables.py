@@ -171,10 +171,22 @@ def test_nan_in_a_table_is_named(tmp_path, text, name):
         tables.quantize_tables(lm, torch.arange(20)[None], schemes, torch.device("cpu"), iterations=1)
 
 
+def test_one_block_at_a_time_is_on_the_device(tmp_path):
+    lm = AutoModelForCausalLM.from_pretrained(tiny_model(tmp_path / "model"))
+    moves = []
+    for i, block in enumerate(lm.model.layers):
+        block.to = lambda device, i=i: moves.append((i, str(device)))
+    H = tables.head_hessian(lm, torch.arange(64).view(2, 32), torch.device("cpu:0"))
+    assert moves == 2 * [(0, "cpu:0"), (0, "cpu"), (1, "cpu:0"), (1, "cpu")]
+    x = final_states(lm, torch.arange(64).view(2, 32)).flatten(0, 1)
+    torch.testing.assert_close(H, 2 / len(x) * x.T @ x)
+    assert len(moves) == 8, "hooks are gone"
+
+
 @pytest.mark.gpu
 def test_the_head_hessian_on_cuda_is_that_of_the_cpu(tmp_path):
     lm = AutoModelForCausalLM.from_pretrained(tiny_model(tmp_path / "model"))
     tokens = torch.arange(64).view(2, 32)
-    on_gpu = tables.head_hessian(lm, tokens, torch.device("cuda"))
-    torch.testing.assert_close(on_gpu.cpu(), tables.head_hessian(lm, tokens, torch.device("cpu")), rtol=1e-2, atol=1e-2)
+    on_gpu, on_cpu = (tables.head_hessian(lm, tokens, torch.device(device)) for device in ("cuda", "cpu"))
+    torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=1e-2, atol=1e-2)
     assert {p.device.type for p in lm.parameters()} == {"cpu"}

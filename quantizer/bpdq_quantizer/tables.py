@@ -101,6 +101,7 @@ def quantize_tables(
     return reports
 
 
+@torch.no_grad()
 def head_hessian(model: PreTrainedModel, tokens: Tensor, device: torch.device) -> Tensor:
     """H [K, K] fp32 on `device` of what the LM head reads for the windows [W, L] of token ids."""
     width = model.get_output_embeddings().weight.shape[1]
