@@ -25,7 +25,9 @@ from bpdq_quantizer.loader import is_tied, replace, table_names
 from bpdq_quantizer.solver import quantize_linear
 
 CHUNK_ELEMENTS = 1 << 25  # weights solved at a time: about 2 GB of device memory
-TIED_SHARE = 0.1  # of the identity in the metric of tied tables, in units of the mean of diag(H)
+# Of the identity in the metric of tied tables, in units of the mean of diag(H). Perplexity of SmolLM2 at 4 bits: 39.99
+# with 0.1, 40.00 with 1, 40.14 with 0, 44.45 with the identity alone (39.32 with the table in 16 bits).
+TIED_SHARE = 0.1
 
 
 def table_schemes(
