@@ -55,6 +55,17 @@ def test_quantize_eval_inspect(folder, tmp_path, capsys):
     assert "perplexity" in capsys.readouterr().out
 
 
+def test_tables_appear_in_the_summary_and_in_inspect(folder, tmp_path, capsys):
+    argv = ["quantize", folder / "model", "--output", tmp_path / "out", "--calibration", folder / "text.txt", *QUICK]
+    assert main([str(a) for a in (*argv, "--embed-bits", "4", "--head-bits", "3")]) == 0
+    lines = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line}
+    assert (lines["embed_tokens"][2], lines["lm_head"][2]) == ("5.250", "4.000")
+    assert main(["inspect", str(tmp_path / "out")]) == 0
+    lines = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()}
+    assert lines["model.embed_tokens"][1:7] == ["384", "x", "128", "4", "64", "5.250"]
+    assert lines["lm_head"][1:7] == ["384", "x", "128", "3", "64", "4.000"]
+
+
 def test_perplexity_is_exp_of_the_mean_nll_of_all_but_the_first_token(folder, capsys):
     argv = ["eval", folder / "checkpoint", "--text", folder / "text.txt", "--seq-len", "40", "--windows", "3", "--json"]
     assert main([str(a) for a in argv]) == 0
@@ -99,6 +110,8 @@ def test_fewer_windows_than_asked_are_used_and_said(folder, tmp_path, capsys):
     [
         (["--bits", "5"], "bits = 5 bit-planes are not supported: use 1 to 4"),
         (["--group-size", "48"], "group_size = 48 is not supported"),
+        (["--embed-bits", "5"], "bits = 5 bit-planes are not supported: use 1 to 4"),
+        (["--head-bits", "0"], "bits = 0 bit-planes are not supported: use 1 to 4"),
         (["--calibration", "missing.txt"], "missing.txt: no such file"),
         (["--calibration", "text.csv"], "expected default, FILE.txt, FILE.jsonl or hf:NAME"),
         (["--seq-len", "100000000"], "lower --seq-len"),

@@ -9,12 +9,15 @@ from transformers import AutoModelForCausalLM, GPTQConfig
 from transformers.quantizers.auto import AutoQuantizationConfig
 
 import bpdq_quantizer  # noqa: F401, registers the loader
+from bpdq_quantizer.checkpoint import inspect
 from bpdq_quantizer.errors import InputError
-from bpdq_quantizer.loader import BPDQLinear
+from bpdq_quantizer.loader import BPDQEmbedding, BPDQLinear, TiedHead
 from tiny import bpdq_checkpoint, tiny_model
 
 IDS = torch.arange(30)[None] * 7 % 380
 LAYER = "model.layers.1.mlp.down_proj"
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+TABLE = {"bits": 4, "group_size": 32}
 
 
 @pytest.fixture
@@ -62,6 +65,73 @@ def test_weights_stay_packed(model):
     assert not [m for m in loaded.model.layers.modules() if isinstance(m, torch.nn.Linear)]
 
 
+def with_tables(folder, arch="llama", tie=False, names=(EMBEDDING, HEAD)):
+    """A checkpoint whose tables `names` are in bit-planes."""
+    tiny_model(folder / "model", arch, tie_word_embeddings=tie)
+    return bpdq_checkpoint(folder / "model", folder / "out", layers=dict.fromkeys(names, TABLE))
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma", "gemma3_text"])  # gemma scales what it looks up
+@pytest.mark.parametrize("tie", [False, True])
+def test_tables_give_the_logits_of_the_dequantized_weights(tmp_path, arch, tie):
+    out = with_tables(tmp_path, arch, tie)
+    torch.testing.assert_close(logits(out), logits(f"{out}-dequantized"), rtol=1e-4, atol=1e-4)
+    model = AutoModelForCausalLM.from_pretrained(out)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    assert isinstance(embedding, BPDQEmbedding)
+    assert type(head) is (TiedHead if tie else BPDQLinear)
+    assert not [name for name, p in model.named_parameters() if p.ndim == 2]
+    model.tie_weights()  # transformers calls it wherever weights may have moved
+    assert torch.equal(model(IDS).logits, logits(out))
+
+
+@pytest.mark.parametrize("names", [(EMBEDDING,), (HEAD,)])
+def test_one_table_alone_can_be_in_planes(tmp_path, names):
+    out = with_tables(tmp_path, names=names)
+    torch.testing.assert_close(logits(out), logits(f"{out}-dequantized"), rtol=1e-4, atol=1e-4)
+    tensors = load_file(out / "model.safetensors")
+    assert [f"{name}.B" in tensors for name in (EMBEDDING, HEAD)] == [name in names for name in (EMBEDDING, HEAD)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_embeddings_come_in_the_dtype_of_the_model(tmp_path, dtype):
+    out = with_tables(tmp_path, "gemma")
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=dtype)
+    plain = AutoModelForCausalLM.from_pretrained(f"{out}-dequantized", dtype=dtype)
+    assert torch.equal(model.get_input_embeddings()(IDS), plain.get_input_embeddings()(IDS))
+    other = {torch.float32: torch.bfloat16, torch.bfloat16: torch.float32}[dtype]
+    assert model.to(other).get_input_embeddings()(IDS).dtype == other
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_a_loaded_checkpoint_with_tables_saves_to_one_that_loads(tmp_path, tie):
+    out = with_tables(tmp_path, tie=tie)
+    AutoModelForCausalLM.from_pretrained(out).save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(out), logits(tmp_path / "again"))
+    names = load_file(tmp_path / "again" / "model.safetensors").keys()
+    assert names == load_file(out / "model.safetensors").keys()
+
+
+def test_tied_tables_of_different_schemes_stop_the_load(tmp_path):
+    out = with_tables(tmp_path, tie=True, names=(EMBEDDING,))
+    with pytest.raises(InputError, match=r"model\.embed_tokens and lm_head are tied.*`layers` must name both"):
+        AutoModelForCausalLM.from_pretrained(out)
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_inspect_lists_tables_and_counts_their_bytes(tmp_path, tie):
+    out = with_tables(tmp_path, tie=tie)
+    found = inspect(out)
+    stored = load_file(out / "model.safetensors")
+    names = (EMBEDDING,) if tie else (EMBEDDING, HEAD)
+    tables = {layer["name"]: layer for layer in found["layers"] if layer["name"] in (EMBEDDING, HEAD)}
+    assert tuple(tables) == names
+    for name, table in tables.items():
+        assert (table["out_features"], table["in_features"], table["bits"], table["group_size"]) == (384, 128, 4, 32)
+        assert table["bytes"] == stored[f"{name}.B"].nbytes + stored[f"{name}.c"].nbytes
+    assert found["other_bytes"] == sum(t.nbytes for name, t in stored.items() if not name.endswith((".B", ".c")))
+
+
 def test_other_gptq_configs_are_left_to_transformers():
     config = AutoQuantizationConfig.from_dict({"quant_method": "gptq", "bits": 4, "group_size": 128})
     assert type(config) is GPTQConfig
@@ -88,6 +158,23 @@ def test_a_damaged_tensor_stops_the_load_and_is_named(model, change, message):
     out = bpdq_checkpoint(model, model.parent / "out")
     damage(out, change)
     with pytest.raises(ValueError, match=message):
+        AutoModelForCausalLM.from_pretrained(out)
+
+
+@pytest.mark.parametrize("name", [EMBEDDING, HEAD])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t, name: t.pop(f"{name}.B"), r"\.B is not in the checkpoint"),
+        (lambda t, name: t.update({f"{name}.B": t[f"{name}.B"][..., 1:].clone()}), r"\.B is .* expected int32"),
+        (lambda t, name: t.update({f"{name}.c": t[f"{name}.c"][:, 1:].clone()}), r"\.c is .* expected"),
+        (lambda t, name: t[f"{name}.c"].fill_(float("nan")), r"\.c holds NaN"),
+    ],
+)
+def test_a_damaged_table_stops_the_load_and_is_named(tmp_path, name, change, message):
+    out = with_tables(tmp_path)
+    damage(out, lambda tensors: change(tensors, name))
+    with pytest.raises(ValueError, match=name.replace(".", r"\.") + message):
         AutoModelForCausalLM.from_pretrained(out)
 
 

@@ -1,7 +1,9 @@
 """Writing a BPDQ checkpoint folder, and reading what one holds."""
 
+import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,19 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 from bpdq_kernels import format as bpdq_format
 from bpdq_kernels.format import FORMAT_VERSION, Scheme
 from bpdq_quantizer.errors import InputError
-from bpdq_quantizer.loader import Headers, quantized_linears, read_headers, stored_layer
+from bpdq_quantizer.loader import Headers, quantized_layers, read_headers, stored_layer
 from bpdq_quantizer.stream import Streamed
 from bpdq_quantizer.work import shard, write_tensors
 
 
-def quantization_config(scheme: Scheme, iterations: int, alpha: float, ignore: list[str]) -> dict[str, Any]:
-    """The `quantization_config` of config.json. `checkpoint_format` and `meta` are what the authors' loader reads."""
+def quantization_config(
+    scheme: Scheme, iterations: int, alpha: float, ignore: list[str], layers: Mapping[str, Scheme] | None = None
+) -> dict[str, Any]:
+    """The `quantization_config` of config.json. `checkpoint_format` and `meta` are what the authors' loader reads.
+
+    layers: schemes of the layers that differ from `scheme`, and of the embedding and LM head, by name.
+    """
+    overrides = {"layers": {name: dataclasses.asdict(s) for name, s in layers.items()}} if layers else {}
     return {
         "quant_method": "bpdq",
         "checkpoint_format": "bpdq",
@@ -25,6 +33,7 @@ def quantization_config(scheme: Scheme, iterations: int, alpha: float, ignore: l
         "bits": scheme.bits,
         "group_size": scheme.group_size,
         "ignore": ignore,
+        **overrides,
         "meta": {"bpdq": {"msbits": scheme.bits, "n_iters": iterations, "alpha": alpha}},
     }
 
@@ -81,17 +90,18 @@ def inspect(checkpoint: str | Path) -> dict[str, Any]:
     with init_empty_weights():
         skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     layers = []
-    for name, (linear, scheme) in quantized_linears(skeleton, settings).items():
-        size = sum(t.nbytes for t in stored_layer(name, stored, linear, scheme))
+    for name, (module, scheme) in quantized_layers(skeleton, settings).items():
+        out_features, in_features = module.weight.shape
+        size = sum(t.nbytes for t in stored_layer(name, stored, module, scheme))
         layers.append(
             {
                 "name": name,
-                "in_features": linear.in_features,
-                "out_features": linear.out_features,
+                "in_features": in_features,
+                "out_features": out_features,
                 "bits": scheme.bits,
                 "group_size": scheme.group_size,
                 "bytes": size,
-                "bits_per_weight": 8 * size / linear.weight.numel(),
+                "bits_per_weight": 8 * size / module.weight.numel(),
             }
         )
     weights = sum(layer["in_features"] * layer["out_features"] for layer in layers)

@@ -41,6 +41,8 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--output", required=True, metavar="DIR", help="checkpoint folder to create")
     p.add_argument("--bits", type=int, default=2, help="bit-planes per weight, 1 to 4 (%(default)s)")
     p.add_argument("--group-size", type=int, default=128, help="32, 64, 128 or 256 (%(default)s)")
+    for option, table in (("--embed-bits", "input embedding"), ("--head-bits", "LM head")):
+        p.add_argument(option, type=int, help=f"likewise for the {table} (off: 16 bits; one for both if tied)")
     p.add_argument("--calibration", default="default", metavar="TEXT", help="default, FILE.txt, FILE.jsonl or hf:NAME")
     p.add_argument("--samples", type=int, default=128, help="calibration windows (%(default)s)")
     p.add_argument("--seq-len", type=int, default=2048, help="tokens per window (%(default)s)")

@@ -24,6 +24,7 @@ import bpdq_kernels
 from bpdq_kernels import format as bpdq_format
 from bpdq_kernels.format import Format, Scheme
 from bpdq_kernels.layout import trim
+from bpdq_kernels.reference import rows
 from bpdq_quantizer.errors import InputError
 
 Headers = dict[str, tuple[tuple[int, ...], torch.dtype]]  # shape and dtype of stored tensors, by name
@@ -47,6 +48,41 @@ class BPDQLinear(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bits={k}, group_size={self.group_size}"
         )
+
+
+class BPDQEmbedding(nn.Module):
+    """An embedding [N, K] of N tokens held as a BPDQLinear's B and c; rows come in `dtype`, times `scale` (Gemma)."""
+
+    def __init__(
+        self, B: Tensor, c: Tensor, group_size: int, in_features: int, dtype: torch.dtype, scale: float
+    ) -> None:
+        super().__init__()
+        self.group_size, self.in_features, self.out_features = group_size, in_features, B.shape[2]
+        self.register_buffer("B", B)
+        self.register_buffer("c", c)
+        self.embed_scale = scale
+        self.register_buffer("scale", torch.tensor(scale, dtype=dtype), persistent=False)  # follows model.to(dtype)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Rows `ids` (any shape): [*ids.shape, K]."""
+        B, c = self.B[:, :, ids.flatten()], self.c[:, :, ids.flatten()]
+        return rows(B, c, self.group_size, self.in_features, self.scale.dtype, ids) * self.scale
+
+    extra_repr = BPDQLinear.extra_repr
+
+
+class TiedHead(nn.Module):
+    """The LM head of a BPDQEmbedding. It holds no planes itself: buffers, unlike parameters, do not stay shared when a
+    model is moved, and transformers ties parameters only."""
+
+    def __init__(self, embedding: BPDQEmbedding, bias: Tensor | None) -> None:
+        super().__init__()
+        self.__dict__["embedding"] = embedding  # not a submodule
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [..., N] of x [..., K], in x.dtype."""
+        return bpdq_kernels.stored_linear(x, self.embedding.B, self.embedding.c, self.embedding.group_size, self.bias)
 
 
 @register_quantization_config("bpdq")
@@ -82,7 +118,7 @@ AUTO_QUANTIZATION_CONFIG_MAPPING["gptq"] = _GPTQOrBPDQConfig
 
 @register_quantizer("bpdq")
 class BPDQQuantizer(HfQuantizer):
-    """Replaces the Linears that the checkpoint holds as bit-planes, and checks that every tensor arrives."""
+    """Replaces the modules that the checkpoint holds as bit-planes, and checks that every tensor arrives."""
 
     requires_calibration = True
 
@@ -91,9 +127,8 @@ class BPDQQuantizer(HfQuantizer):
     ) -> None:
         stored = read_headers(checkpoint_files or [])
         self.schemes = {}
-        for name, (linear, scheme) in quantized_linears(model, self.quantization_config.format).items():
-            B, c = stored_layer(name, stored, linear, scheme)
-            model.set_submodule(name, BPDQLinear(B, c, scheme.group_size, linear.in_features, linear.bias))
+        for name, (module, scheme) in quantized_layers(model, self.quantization_config.format).items():
+            replace(model, name, *stored_layer(name, stored, module, scheme), scheme.group_size)
             self.schemes[name] = scheme
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -101,6 +136,8 @@ class BPDQQuantizer(HfQuantizer):
             m = model.get_submodule(name)
             bpdq_format.check(name, m.B, m.c, m.in_features, m.out_features, scheme)  # now with values: no NaN
             m.B = trim(m.B, m.in_features)
+            if isinstance(m, BPDQEmbedding):
+                m.scale.fill_(m.embed_scale)  # not stored: empty after loading
         return model
 
     def is_serializable(self) -> bool:
@@ -111,19 +148,61 @@ class BPDQQuantizer(HfQuantizer):
         return False
 
 
-def quantized_linears(model: PreTrainedModel, fmt: Format) -> dict[str, tuple[nn.Linear, Scheme]]:
-    """The Linears of a 16-bit skeleton that a checkpoint of format `fmt` holds as bit-planes, by name."""
+def table_names(model: PreTrainedModel) -> tuple[str, str]:
+    """Names of the model's tables: the input embedding and the LM head, "" for one that it lacks."""
+    names = {id(module): name for name, module in model.named_modules()}
+    return names.get(id(model.get_input_embeddings()), ""), names.get(id(model.get_output_embeddings()), "")
+
+
+def is_tied(model: PreTrainedModel) -> bool:
+    """Whether the LM head is the input embedding."""
+    return f"{table_names(model)[1]}.weight" in model.all_tied_weights_keys
+
+
+def quantized_layers(model: PreTrainedModel, fmt: Format) -> dict[str, tuple[nn.Module, Scheme]]:
+    """The Linears and tables of a 16-bit skeleton that a checkpoint of format `fmt` holds as bit-planes, by name.
+
+    Of tied tables only the embedding, by whose name both are stored; raises InputError where `fmt` tells them apart.
+    """
+    tables = table_names(model)
     found = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
-            scheme = fmt.scheme_for(name)
+        if name in tables or isinstance(module, nn.Linear):
+            scheme = fmt.table_scheme(name) if name in tables else fmt.scheme_for(name)
             if scheme is not None:
                 found[name] = (module, scheme)
+    if is_tied(model):
+        embedding, head = (fmt.table_scheme(name) for name in tables)
+        if embedding != head:
+            raise InputError(
+                f"{' and '.join(tables)} are tied, but quantization_config makes them {embedding} and {head}: "
+                "`layers` must name both, with the same bits and group_size"
+            )
+        found.pop(tables[1], None)
     return found
 
 
-def stored_layer(name: str, stored: Headers, linear: nn.Linear, scheme: Scheme) -> tuple[Tensor, Tensor]:
-    """B and c of a layer on the meta device, as the headers describe them; raises InputError unless they fit."""
+def replace(model: PreTrainedModel, name: str, B: Tensor, c: Tensor, group_size: int) -> None:
+    """Put bit-planes where the model has the Linear or table `name`; an LM head that is tied to it goes with it."""
+    module = model.get_submodule(name)
+    embedding, head = table_names(model)
+    width = module.weight.shape[1]
+    if name != embedding:
+        model.set_submodule(name, BPDQLinear(B, c, group_size, width, module.bias))
+        return
+    scale = getattr(module, "scalar_embed_scale", 1.0)
+    table = BPDQEmbedding(B, c, group_size, width, module.weight.dtype, scale)
+    if is_tied(model):
+        model.set_submodule(head, TiedHead(table, model.get_submodule(head).bias))
+        model._tied_weights_keys, model.all_tied_weights_keys = {}, {}  # no two tensors are left to tie
+    model.set_submodule(name, table)
+
+
+def stored_layer(name: str, stored: Headers, module: nn.Module, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """B and c of a layer on the meta device, as the headers describe them; raises InputError unless they fit.
+
+    module: the layer in 16 bits, with a weight [N, K].
+    """
     for key in (f"{name}.B", f"{name}.c"):
         if key not in stored:
             raise InputError(
@@ -131,8 +210,9 @@ def stored_layer(name: str, stored: Headers, linear: nn.Linear, scheme: Scheme) 
                 "download or quantize it again"
             )
     B, c = (torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in (stored[f"{name}.{t}"] for t in "Bc"))
+    out_features, in_features = module.weight.shape
     try:
-        bpdq_format.check(name, B, c, linear.in_features, linear.out_features, scheme)
+        bpdq_format.check(name, B, c, in_features, out_features, scheme)
     except ValueError as e:
         raise InputError(str(e)) from None
     return B, c

@@ -12,12 +12,13 @@ from tqdm import tqdm
 
 from bpdq_kernels.format import Scheme
 from bpdq_quantizer import checkpoint
-from bpdq_quantizer.activations import linear_layers
+from bpdq_quantizer.activations import final_states, linear_layers
 from bpdq_quantizer.blocks import original_states, quantize_blocks
 from bpdq_quantizer.calibration import calibration_windows
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.loader import load_tokenizer
 from bpdq_quantizer.stream import Streamed, fill_block, fingerprint, open_model
+from bpdq_quantizer.tables import quantize_tables, table_schemes
 from bpdq_quantizer.tune import tune_model
 from bpdq_quantizer.work import Clock, digest, load_progress, save_progress, shard, work_folder, write_tensors
 
@@ -35,6 +36,8 @@ def quantize(
     *,
     bits: int = 2,
     group_size: int = 128,
+    embed_bits: int | None = None,
+    head_bits: int | None = None,
     calibration: str = "default",
     samples: int = 128,
     seq_len: int = 2048,
@@ -50,10 +53,11 @@ def quantize(
 ) -> dict[str, Any]:
     """Quantize a Hugging Face folder, hub id or `.gguf` file to a BPDQ checkpoint folder `output`.
 
-    calibration: `default`, FILE.txt, FILE.jsonl or hf:NAME, cut into `samples` windows of `seq_len` tokens;
-    solver: a key of SOLVERS; asymmetric: 0 to 1, by default as in ASYMMETRIC; tune: a key of TUNE_STEPS
-    (`bpdq_quantizer.tune`), whose value is the default of tune_steps; tune_samples: windows to tune the model on, by
-    default `samples`; device: `auto`, `cpu` or `cuda`. Embeddings, norms, biases and the LM head stay in 16 bits.
+    embed_bits, head_bits: bit-planes of the input embedding and the LM head (`bpdq_quantizer.tables`), by default left
+    in 16 bits, as norms and biases always are; calibration: `default`, FILE.txt, FILE.jsonl or hf:NAME, cut into
+    `samples` windows of `seq_len` tokens; solver: a key of SOLVERS; asymmetric: 0 to 1, by default as in ASYMMETRIC;
+    tune: a key of TUNE_STEPS (`bpdq_quantizer.tune`), whose value is the default of tune_steps; tune_samples: windows
+    to tune the model on, by default `samples`; device: `auto`, `cpu` or `cuda`.
     Returns the report that is also saved as quantization_report.json. Raises InputError for input that can't be used;
     the folder `output` appears only when everything is written. Until then `output`.partial holds the finished blocks,
     from which `resume` goes on (`bpdq_quantizer.work`). The model's blocks are read from its files one at a time.
@@ -62,7 +66,7 @@ def quantize(
     asymmetric = ASYMMETRIC[solver] if asymmetric is None else asymmetric
     tune_samples = samples if tune_samples is None else tune_samples
     options = {k: v for k, v in locals().items() if k not in ("output", "resume")}
-    scheme = _scheme(bits, group_size)
+    scheme, *_ = [_scheme(k, group_size) for k in (bits, embed_bits, head_bits) if k is not None]
     if min(samples, seq_len, iterations) < 1 or tune_steps < (tune != "none"):
         raise InputError("--samples, --seq-len, --iterations and --tune-steps must be at least 1")
     if not 0 <= asymmetric <= 1:
@@ -77,6 +81,7 @@ def quantize(
     if len(tokens) < wanted:
         tqdm.write(f"{calibration}: holds {len(tokens)} windows of {seq_len} tokens, --samples asked for {wanted}")
     source = open_model(model)
+    tables = table_schemes(source.model, embed_bits, head_bits, group_size)
     run = options | {"model files": fingerprint(model, source.model), "calibration tokens": digest(tokens)}
     with work_folder(Path(output), run, resume) as folder:
         settings = {"iterations": iterations, "asymmetric": asymmetric, **SOLVERS[solver]}
@@ -90,15 +95,20 @@ def quantize(
                 source, tokens[:tune_samples], teacher, scheme, target, folder, steps=tune_steps, seed=seed
             )
             cost = {key: value + report["tuning"][key] for key, value in cost.items()}
+        clock = Clock(cost)
+        if tables:
+            states = final_states(source.model, source.blocks, tokens[:samples], load_progress(folder).states.quantized)
+            found = quantize_tables(source.model, states, tables, target, iterations=iterations, **SOLVERS[solver])
+            layers = layers + [dataclasses.asdict(table) for table in found]
         report |= {
             "calibration_tokens": tokens[:samples].numel(),
-            "bits_per_weight": scheme.bits_per_weight,
-            **cost,
+            "bits_per_weight": _mean_bits(layers),
+            **clock.read(),
             "peak_host_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "layers": layers,
         }
         ignore = [name for name in linear_layers(source.model) if name not in {layer["name"] for layer in layers}]
-        config = checkpoint.quantization_config(scheme, iterations, SOLVERS[solver]["alpha"], ignore)
+        config = checkpoint.quantization_config(scheme, iterations, SOLVERS[solver]["alpha"], ignore, tables)
         checkpoint.finish(folder, source, tokenizer, config, report)
     return report
 
@@ -139,6 +149,11 @@ def _write_block(source: Streamed, index: int, block: nn.Module, folder: Path) -
     write_tensors(shard(folder, index + 2, len(source.blocks) + 1), tensors)
 
 
+def _mean_bits(layers: list[dict[str, Any]]) -> float:
+    weights = [layer["in_features"] * layer["out_features"] for layer in layers]
+    return sum(n * layer["bits_per_weight"] for n, layer in zip(weights, layers, strict=True)) / sum(weights)
+
+
 def _tune(
     source: Streamed,
     tokens: Tensor,
@@ -164,7 +179,7 @@ def _scheme(bits: int, group_size: int) -> Scheme:
     try:
         return Scheme(bits, group_size)
     except ValueError as e:
-        raise InputError(f"--bits / --group-size: {e}") from None
+        raise InputError(f"--bits / --embed-bits / --head-bits / --group-size: {e}") from None
 
 
 def _device(name: str) -> torch.device:

@@ -49,7 +49,7 @@ ASSUMPTIONS = (
     "an extrapolation over sizes never tried; more calibration text takes longer",
     f"memory to quantize, without Python's and torch's own: on the device a block twice, four fp32 matrices [K, K] and "
     f"[N, K] of the largest stage, {ACTIVATION_BYTES / GIB:.0f} GiB of activations; on the host the embedding, the "
-    f"head, a block and the hidden states of {CALIBRATION_TOKENS} calibration tokens twice; without a GPU the sum of both",
+    f"head, a block and the hidden states of {CALIBRATION_TOKENS} calibration tokens twice; without a GPU their sum",
 )
 
 

@@ -1,8 +1,8 @@
 """Tuning after the solver: with the planes fixed W_hat is linear in c, so the coefficients are trained like weights.
 
-The whole model is distilled from its 16-bit self: forward KL of the next-token distributions. The LM head is neither
-quantized nor tuned, so the 16-bit model's final hidden states stand for its logits: they are computed once, kept on
-the CPU, and no second model is needed while tuning.
+The whole model is distilled from its 16-bit self: forward KL of the next-token distributions. The LM head is not
+tuned, and if at all quantized afterwards, so the 16-bit model's final hidden states stand for its logits: they are
+computed once, kept on the CPU, and no second model is needed while tuning.
 
 Device memory for W quantized weights with P = W (k+1) / G coefficients: W k / 8 bytes of planes, 16 P of fp32
 coefficients with their gradient and Adam's moments, the embedding and head, one Linear's dense weight and its gradient
