@@ -41,6 +41,7 @@ LAYERS = {
 SECONDS_PER_ROW = 20  # after which no further round starts, but MIN_ROUNDS are always run
 MIN_ROUNDS = 3
 PREFILL_TOKENS, DECODE_TOKENS = 512, 32
+TABLE_BITS = 4  # of the LM head, which a small model spends much of its time in
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 Row = dict[str, Any]
@@ -155,8 +156,9 @@ def random_planes(n: int, k_in: int, bits: int, group_size: int) -> tuple[Tensor
 
 
 def write_random_models(folder: Path, bits: int, group_size: int) -> list[str]:
-    """Folders of a random model of Qwen2.5-0.5B's shape, in 16 bits and as BPDQ planes, without a tokenizer."""
-    from safetensors.torch import load_file, save_file
+    """Folders of a random model of Qwen2.5-0.5B's shape, without a tokenizer: in 16 bits, with its blocks in planes,
+    and with the tied embedding and LM head in TABLE_BITS planes too."""
+    from safetensors.torch import load_file
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(
@@ -170,20 +172,37 @@ def write_random_models(folder: Path, bits: int, group_size: int) -> list[str]:
         max_position_embeddings=2048,
         tie_word_embeddings=True,
     )
-    plain, packed = folder / "random-0.5B", folder / "random-0.5B-bpdq"
+    plain = folder / "random-0.5B"
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(plain)
     tensors = load_file(plain / "model.safetensors")
-    for name in [name for name in tensors if name.removesuffix(".weight").endswith(LINEARS)]:
-        B, c = random_planes(*tensors.pop(name).shape, bits, group_size)
-        layer = name.removesuffix(".weight")
-        tensors[f"{layer}.B"], tensors[f"{layer}.c"] = B, c
-    packed.mkdir(exist_ok=True)
-    save_file(tensors, packed / "model.safetensors", metadata={"format": "pt"})
     settings = json.loads((plain / "config.json").read_text())
     quantization = {"quant_method": "bpdq", "checkpoint_format": "bpdq", "format_version": 1, "bits": bits}
     quantization |= {"group_size": group_size, "ignore": ["lm_head"], "meta": {"bpdq": {"msbits": bits}}}
-    (packed / "config.json").write_text(json.dumps(settings | {"quantization_config": quantization}))
-    return [str(plain), str(packed)]
+    pack(tensors, LINEARS, bits, group_size)
+    blocks = write_model(folder / "random-0.5B-bpdq", tensors, settings | {"quantization_config": quantization})
+    pack(tensors, ("embed_tokens",), TABLE_BITS, group_size)
+    scheme = {"bits": TABLE_BITS, "group_size": group_size}
+    quantization |= {"ignore": [], "layers": {"model.embed_tokens": scheme, "lm_head": scheme}}
+    everything = write_model(
+        folder / "random-0.5B-bpdq-head", tensors, settings | {"quantization_config": quantization}
+    )
+    return [str(plain), blocks, everything]
+
+
+def pack(tensors: dict[str, Tensor], layers: tuple[str, ...], bits: int, group_size: int) -> None:
+    """Put random planes in place of the weights of all `layers`."""
+    for name in [name for name in tensors if name.removesuffix(".weight").endswith(layers)]:
+        layer = name.removesuffix(".weight")
+        tensors[f"{layer}.B"], tensors[f"{layer}.c"] = random_planes(*tensors.pop(name).shape, bits, group_size)
+
+
+def write_model(folder: Path, tensors: dict[str, Tensor], settings: dict[str, Any]) -> str:
+    from safetensors.torch import save_file
+
+    folder.mkdir(exist_ok=True)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(settings))
+    return str(folder)
 
 
 def run_engine(model: str) -> Row:
@@ -209,7 +228,7 @@ def measure_engine(model: str) -> Row:
         kv_cache_memory_bytes=1 << 28,
         enable_prefix_caching=False,
     )
-    row: Row = {"resident_bytes": psutil.Process().memory_info().rss}
+    row: Row = {"weight_bytes": llm.apply_model(weight_bytes)[0], "resident_bytes": psutil.Process().memory_info().rss}
 
     def generate(batch: int, prompt_tokens: int, new_tokens: int) -> float:
         prompts = [{"prompt_token_ids": [(7 * i + b) % 1000 + 10 for i in range(prompt_tokens)]} for b in range(batch)]
@@ -223,6 +242,12 @@ def measure_engine(model: str) -> Row:
         times = [generate(batch, 16, 1 + DECODE_TOKENS) - generate(batch, 16, 1) for _ in range(5)]
         row[f"decode_{batch}_tokens_s"] = batch * DECODE_TOKENS / statistics.median(times)
     return row
+
+
+def weight_bytes(model: torch.nn.Module) -> int:
+    """Bytes of all that a model holds, tied tensors once."""
+    held = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
+    return sum(held.values())
 
 
 def layer_table(rows: Sequence[Row], copy_gb_s: float) -> str:
@@ -243,15 +268,16 @@ def layer_table(rows: Sequence[Row], copy_gb_s: float) -> str:
 def model_table(rows: Sequence[Row]) -> str:
     """Rows as markdown, with the ratio to the first model in brackets."""
     lines = [
-        "| model | decode tokens/s, batch 1 | batch 8 | prefill tokens/s | resident, MB |",
-        "|---|---|---|---|---|",
+        "| model | decode tokens/s, batch 1 | batch 8 | prefill tokens/s | weights, MB | resident, MB |",
+        "|---|---|---|---|---|---|",
     ]
     for row in rows:
         speeds = [
             f"{row[key]:.1f} ({row[key] / rows[0][key]:.2f})"
             for key in ("decode_1_tokens_s", "decode_8_tokens_s", "prefill_tokens_s")
         ]
-        lines.append(f"| {row['model']} | {' | '.join(speeds)} | {row['resident_bytes'] / 1e6:.0f} |")
+        memory = [f"{row[key] / 1e6:.0f}" for key in ("weight_bytes", "resident_bytes")]
+        lines.append(f"| {' | '.join([row['model'], *speeds, *memory])} |")
     return "\n".join(lines)
 
 

@@ -85,6 +85,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--eval-seq-len", type=int, default=1024, help="tokens of a test window (%(default)s)")
     parser.add_argument("--windows", type=int, default=20, help="test windows (%(default)s)")
     parser.add_argument("--tune-steps", type=int, help="as of `bpdq quantize`")
+    parser.add_argument("--tune-samples", type=int, help="likewise")
     parser.add_argument("--gptq-python", metavar="EXE", help="interpreter of an environment with llm-compressor")
     parser.add_argument("--output", type=Path, default=Path("quality"), metavar="DIR", help="(%(default)s)")
     args = parser.parse_args(argv)
@@ -126,8 +127,9 @@ def quantize(model: str, method: str, bits: int, group_size: int, checkpoint: Pa
         command = [args.gptq_python, Path(__file__).with_name("gptq_peer.py"), model, *settings]
     else:
         command = [sys.executable, "-m", "bpdq_quantizer", "quantize", model, *settings, *METHODS[method], "--resume"]
-        if method.startswith("bpdq-") and args.tune_steps:
-            command += ["--tune-steps", args.tune_steps]
+        for option in ("tune_steps", "tune_samples"):
+            if method.startswith("bpdq-") and getattr(args, option):
+                command += [f"--{option.replace('_', '-')}", getattr(args, option)]
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     if not checkpoint.exists() and subprocess.run([str(part) for part in command]).returncode:
         raise BenchError(f"{checkpoint.name}: quantizing failed, its message is above")

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from benchmarks import cpu_bench
 
@@ -30,10 +31,17 @@ def test_layer_table_gives_speed_over_bf16_and_the_share_of_copy_bandwidth():
 
 def test_model_table_gives_ratios_to_the_first_model():
     row = {"decode_1_tokens_s": 10.0, "decode_8_tokens_s": 40.0, "prefill_tokens_s": 100.0}
-    memory = {"resident_bytes": 2_000_000_000}
+    memory = {"weight_bytes": 300_000_000, "resident_bytes": 2_000_000_000}
     rows = [{"model": "base"} | row | memory, {"model": "bpdq"} | {key: 2 * row[key] for key in row} | memory]
     last = cpu_bench.model_table(rows).splitlines()[-1]
-    assert last == "| bpdq | 20.0 (2.00) | 80.0 (2.00) | 200.0 (2.00) | 2000 |"
+    assert last == "| bpdq | 20.0 (2.00) | 80.0 (2.00) | 200.0 (2.00) | 300 | 2000 |"
+
+
+def test_tied_tensors_are_weighed_once():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 4, bias=False), torch.nn.Linear(8, 4, bias=False))
+    model[1].weight = torch.nn.Parameter(model[0].weight.data)
+    model.register_buffer("extra", torch.zeros(3))
+    assert cpu_bench.weight_bytes(model) == 4 * (32 + 3)
 
 
 @pytest.mark.parametrize("argv", [["--layers", "64"], ["--layers", "axb"], ["--tokens", "0"], ["--rounds", "0"]])

@@ -52,6 +52,9 @@ def eager(checkpoints) -> dict[str, list[list[int]] | str]:
     save_file(tensors, without_b / "model.safetensors", metadata={"format": "pt"})
     runs = {name: {"load": {"model": str(checkpoints[name]), **flags}} for name, (_, flags) in EAGER.items()}
     runs["llama"]["reload_from"] = str(other)
+    cache = {"kv_cache_dtype": "fp8_e5m2"}
+    runs["8-bit cache"] = {"load": {"model": str(checkpoints["qwen2"]), **cache}}
+    runs["8-bit cache, 16 bits"] = {"load": {"model": str(dequantized(checkpoints["qwen2"])), **cache}}
     runs["dummy"] = {"load": {"model": str(base), "load_format": "dummy"}}
     runs["without B"] = {"load": {"model": str(without_b)}}
     runs["another method"] = {"load": {"model": str(base), "quantization": "awq"}}
@@ -67,6 +70,11 @@ def test_reloading_another_checkpoint_serves_the_other_weights(checkpoints, eage
     before, after = eager["llama"][: len(PROMPTS)], eager["llama"][len(PROMPTS) :]
     assert after == transformers_tokens(checkpoints["llama"].parent / "other-dequantized")
     assert after != before
+
+
+def test_an_8_bit_kv_cache_works_as_with_16_bit_weights(eager):
+    assert eager["8-bit cache"] == eager["8-bit cache, 16 bits"]
+    assert eager["8-bit cache"] != eager["qwen2"], "the cache makes a difference that the test can see"
 
 
 def test_dummy_weights_generate(eager):
