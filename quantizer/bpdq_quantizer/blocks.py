@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from bpdq_kernels import dequantize, layout
 from bpdq_kernels.format import Scheme
@@ -156,7 +157,7 @@ def original_states(source: Streamed, tokens: Tensor, device: torch.device) -> T
     windows, calls = block_inputs(source.model, source.blocks, tokens)
     hidden = in_batches(windows, source.blocks[0])
     del windows
-    for index, call in enumerate(calls):
+    for index, call in enumerate(tqdm(calls, desc="running the 16-bit model", unit="block")):
         block, call = load_block(source, index, device), send_to_device(call, device)
         for i, batch in enumerate(hidden):
             hidden[i] = run_block(block, call, device, batch).to("cpu")

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, GPTQConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, GPTQConfig, PreTrainedModel
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     register_quantization_config,
@@ -261,6 +262,21 @@ def load_model(model: str, dtype: torch.dtype | str = "auto", **options: Any) ->
     if info["missing_keys"]:  # transformers would serve random numbers in their place
         raise InputError(f"{model}: {min(info['missing_keys'])} is not in its files: download the model again")
     return lm.eval()
+
+
+def plain_skeleton(model: str) -> PreTrainedModel:
+    """A 16-bit model on the meta device, from its config.json alone: in a folder or by its own path, of a hub id or a
+    `.gguf` file. Raises InputError, also for models that are quantized already."""
+    source = {"pretrained_model_name_or_path": model} if model.endswith(".json") else gguf_arguments(model)
+    try:
+        config = AutoConfig.from_pretrained(trust_remote_code=False, **source)
+        with init_empty_weights():
+            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (OSError, ValueError, ImportError, KeyError) as e:
+        raise InputError(f"{model}: can't be loaded as a causal language model: {e}") from e
+    if getattr(config, "quantization_config", None):
+        raise InputError(f"{model} is quantized already: start from the 16-bit model")
+    return skeleton
 
 
 def load_tokenizer(model: str) -> Any:

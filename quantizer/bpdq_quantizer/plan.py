@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import init_empty_weights
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from bpdq_kernels.format import Scheme
 from bpdq_kernels.layout import GROUP_SIZES, coefficient_shape, plane_shape, to_tiles
@@ -17,7 +16,7 @@ from bpdq_quantizer.activations import ACTIVATION_BYTES, linear_layers
 from bpdq_quantizer.blocks import check_supported
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.kv_cache import KV_TYPES, Attention
-from bpdq_quantizer.loader import gguf_arguments
+from bpdq_quantizer.loader import plain_skeleton
 from bpdq_quantizer.stream import decoder_blocks
 
 GIB = 2**30
@@ -152,15 +151,8 @@ def plan(
 
 def read_model(model: str) -> Model:
     """Sizes of a model from its config.json; raises InputError for what `bpdq quantize` or this arithmetic refuses."""
-    source = {"pretrained_model_name_or_path": model} if model.endswith(".json") else gguf_arguments(model)
-    try:
-        config = AutoConfig.from_pretrained(trust_remote_code=False, **source)
-        with init_empty_weights():
-            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (OSError, ValueError, ImportError, KeyError) as e:
-        raise InputError(f"{model}: can't be planned as a causal language model: {e}") from e
-    if getattr(config, "quantization_config", None):
-        raise InputError(f"{model} is quantized already: start from the 16-bit model")
+    skeleton = plain_skeleton(model)
+    config = skeleton.config
     prefix, blocks = decoder_blocks(skeleton)
     for index, block in enumerate(blocks):
         check_supported(f"{prefix}.{index}", block)

@@ -7,17 +7,16 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import torch
-from accelerate import init_empty_weights
 from accelerate.hooks import remove_hook_from_module
 from accelerate.utils import set_module_tensor_to_device
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from bpdq_kernels.format import Scheme
 from bpdq_quantizer.activations import linear_layers
 from bpdq_quantizer.errors import InputError
-from bpdq_quantizer.loader import BPDQLinear, load_model
+from bpdq_quantizer.loader import BPDQLinear, load_model, plain_skeleton
 
 
 class Streamed(NamedTuple):
@@ -46,14 +45,7 @@ def open_model(model: str) -> Streamed:
     """
     if model.endswith(".gguf"):  # does not say which 16-bit float was the model's own
         return from_memory(load_model(model, torch.bfloat16))
-    try:
-        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
-        with init_empty_weights():
-            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (OSError, ValueError, ImportError, KeyError) as e:
-        raise InputError(f"{model}: can't be loaded as a causal language model: {e}") from e
-    if getattr(config, "quantization_config", None):
-        raise InputError(f"{model} is quantized already: start from the 16-bit model")
+    skeleton = plain_skeleton(model)
     prefix, _ = decoder_blocks(skeleton)
     path = prefix.split(".")
     around = [".".join(path[:depth]) for depth in range(len(path))]  # the modules that hold the blocks, "" first
