@@ -145,6 +145,18 @@ def test_loss_beats_rounding_each_weight_to_the_same_number_of_levels():
     assert quantize_linear(W, H, 2, 32).loss.sum() < 0.5 * rounding
 
 
+def test_every_row_keeps_the_outcome_of_its_best_grid():
+    W, H = torch.randn(40, 128), torch.eye(128) + 0.2
+    alone = [quantize_linear(W, H, 2, 64, spreads=(spread,)) for spread in (0.9, 0.5)]
+    both = quantize_linear(W, H, 2, 64, spreads=(0.9, 0.5))
+    losses = torch.stack([solution.loss for solution in alone])
+    torch.testing.assert_close(both.loss, losses.min(0).values)
+    assert set(losses.argmin(0).tolist()) == {0, 1}, "each grid is some row's best"
+    for row, best in enumerate(losses.argmin(0).tolist()):
+        assert torch.equal(both.codes[row], alone[best].codes[row])
+        assert torch.equal(both.c[:, :, row], alone[best].c[:, :, row])
+
+
 def test_scaling_the_calibration_inputs_changes_nothing():
     W, H = problem(8, 64)
     a, b = quantize_linear(W, H, 2, 32), quantize_linear(W, H * 2.0**-20, 2, 32)

@@ -24,7 +24,7 @@ from bpdq_quantizer.work import Clock, digest, load_progress, save_progress, sha
 
 SOLVERS = {  # options of `quantize_linear`
     "refined": {"refinements": 2, "alpha": 1e-6, "damping": 0.01},
-    "paper": {"refinements": 0, "alpha": 1e-4, "damping": 0.05, "spread": 1.0},
+    "paper": {"refinements": 0, "alpha": 1e-4, "damping": 0.05, "spreads": (1.0,)},
 }
 ASYMMETRIC = {"refined": 0.5, "paper": 0.0}  # share of the shift of its inputs that a weight is corrected for
 TUNE_STEPS = {"none": 0, "block": 30, "model": 200}  # for each block, or for the model

@@ -29,7 +29,7 @@ MAX_SEQUENCES = 256  # vLLM's default on such cards, engine/arg_utils.py: get_ba
 VOCABULARY_PADDING = 64  # model_executor/layers/vocab_parallel_embedding.py: DEFAULT_VOCAB_PADDING_SIZE
 DEFAULT_CONTEXT = 2048
 CALIBRATION_TOKENS = 128 * 2048  # defaults of `bpdq quantize`
-CPU_SECONDS_PER_WEIGHT = 342 / 106e6
+CPU_SECONDS_PER_WEIGHT = 485 / 106e6
 
 ASSUMPTIONS = (
     f"CUDA sees {VISIBLE:.1%} of a card's nominal GiB (RTX 3090: 23.69 of 24); nothing else uses the card, no display",
@@ -44,7 +44,7 @@ ASSUMPTIONS = (
     f"beside the cache: FlashInfer {kv_cache.FLASHINFER_WORKSPACE / GIB:.2f} GiB of workspace, TurboQuant one layer's "
     "16-bit cache",
     "one card, nothing offloaded; activations and unquantized tensors in 16 bits",
-    "time: SmolLM2-135M's 342 CPU s for 106 M weights and 32 x 512 calibration tokens, in proportion to the weights: "
+    "time: SmolLM2-135M's 485 CPU s for 106 M weights and 32 x 512 calibration tokens, in proportion to the weights: "
     "an extrapolation over sizes never tried; more calibration text takes longer",
     f"memory to quantize, without Python's and torch's own: on the device a block twice, four fp32 matrices [K, K] and "
     f"[N, K] of the largest stage, {ACTIVATION_BYTES / GIB:.0f} GiB of activations; on the host the embedding, the "

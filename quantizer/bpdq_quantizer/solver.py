@@ -10,7 +10,7 @@ from bpdq_quantizer.hessian import inverse_factor
 from bpdq_quantizer.order import group_aware_order
 from bpdq_quantizer.refine import dequantize_columns, refine
 
-SPREAD = {2: 0.8}  # by k: four levels leave the tails to the outer ones; with more levels the full range is better
+SPREADS = {2: (0.8, 0.6)}  # by k: four levels leave the tails to the outer ones; with more the full range is better
 
 
 class Solution(NamedTuple):
@@ -34,25 +34,50 @@ def quantize_linear(
     refinements: int = 2,
     alpha: float = 1e-6,
     damping: float = 0.01,
-    spread: float | None = None,
+    spreads: tuple[float, ...] | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Solution:
     """Quantize W [N, K] against the Hessian H [K, K] of its inputs (fp32, symmetric, not modified).
 
     Rows are independent given H, so the rows of several Linears that read the same input may be stacked.
-    `spread` is the share of a group's range that the initial grid spans, by default SPREAD. The paper's algorithm is
-    `refinements` = 0, `damping` = 0.05, `spread` = 1; more rounds go on with `bpdq_quantizer.refine`.
+    `spreads`: shares of a group's range that initial grids span, by default SPREADS; every row keeps the best outcome.
+    The paper's algorithm is `refinements` = 0, `damping` = 0.05, `spreads` = (1,); more rounds go on with
+    `bpdq_quantizer.refine`.
     """
-    spread = SPREAD.get(bits, 1.0) if spread is None else spread
+    spreads = SPREADS.get(bits, (1.0,)) if spreads is None else spreads
     target = W.to(torch.float32, copy=True).T.contiguous()  # [K, N]
     diagonal = H.diagonal()
     target[diagonal == 0] = 0  # dead inputs: no calibration token ever used them
     steps = group_aware_order(diagonal, group_size)
     order = torch.cat([columns for _, columns in steps])
     U, damping = inverse_factor(H, order, damping)
-    weight = target[order]
-    codes = torch.empty(weight.shape, dtype=torch.uint8, device=W.device)
-    c = torch.empty(len(steps), bits + 1, weight.shape[1], device=W.device)
+    passes = [one_pass(target, U, steps, bits, iterations, alpha, dtype, spread) for spread in spreads]
+    del U
+    if refinements:
+        damped = H.clone()
+        damped.diagonal().add_(damping * diagonal.mean())
+        passes = [refine(*found, target, damped, group_size, refinements, alpha, dtype) for found in passes]
+        del damped
+    target = W.to(torch.float32).T
+    codes, c, loss = best_rows(passes, target, H, group_size)
+    energy = ((H @ target) * target).sum(0)
+    return Solution(codes.T.contiguous(), c.to(dtype), loss, energy, damping)
+
+
+def one_pass(
+    target: Tensor,
+    U: Tensor,
+    steps: list[tuple[int, Tensor]],
+    bits: int,
+    iterations: int,
+    alpha: float,
+    dtype: torch.dtype,
+    spread: float,
+) -> tuple[Tensor, Tensor]:
+    """Codes [K, N] and c [ceil(K/G), k+1, N] of target [K, N]: group after group in the order of `steps`."""
+    weight = target[torch.cat([columns for _, columns in steps])]
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=target.device)
+    c = torch.empty(len(steps), bits + 1, weight.shape[1], device=target.device)
     start = 0
     for group, columns in steps:
         stop = start + len(columns)
@@ -61,14 +86,21 @@ def quantize_linear(
         codes[columns], c[group], E = quantize_group(weight[block], U_block, bits, iterations, alpha, dtype, spread)
         weight[stop:].addmm_(U[block, stop:].T, E, alpha=-1)
         start = stop
+    return codes, c
 
-    del U, weight
 
-    if refinements:
-        damped = H.clone()
-        damped.diagonal().add_(damping * diagonal.mean())
-        codes, c = refine(codes, c, target, damped, group_size, refinements, alpha, dtype)
-    target = W.to(torch.float32).T
-    error = target - dequantize_columns(codes, c, group_size)
-    loss, energy = (((H @ M) * M).sum(0) for M in (error, target))
-    return Solution(codes.T.contiguous(), c.to(dtype), loss, energy, damping)
+def best_rows(
+    found: list[tuple[Tensor, Tensor]], target: Tensor, H: Tensor, group_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each row's codes [K, N] and c [ceil(K/G), k+1, N] from the attempt with its lowest loss, and that loss [N]."""
+    codes, c, loss = None, None, None
+    for row_codes, row_c in found:
+        error = target - dequantize_columns(row_codes, row_c, group_size)
+        row_loss = ((H @ error) * error).sum(0)
+        if loss is None:
+            codes, c, loss = row_codes, row_c, row_loss
+        else:
+            better = row_loss < loss
+            codes, c = torch.where(better, row_codes, codes), torch.where(better, row_c, c)
+            loss = torch.where(better, row_loss, loss)
+    return codes, c, loss
