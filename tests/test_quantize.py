@@ -196,7 +196,8 @@ def test_a_killed_run_leaves_nothing_that_loads_and_goes_on(moment, quantized, t
         f"bpdq_quantizer.quantize({str(model)!r}, {str(tmp_path / 'out')!r}, bits=2, group_size=64, "
         f"calibration={text!r}, samples=6, seq_len=32, iterations=3)"
     )
-    run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # which sums depend on
+    run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=env)
     run.stdout.readline()
     time.sleep(moment * report["seconds"])
     os.kill(run.pid, signal.SIGKILL)
