@@ -80,7 +80,7 @@ class _Output(nn.Module):
 
 
 @torch.no_grad()
-def final_states(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor, hidden: list[Tensor]) -> Tensor:
+def head_inputs(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor, hidden: list[Tensor]) -> Tensor:
     """What the LM head would read for windows [W, L], where the last block's output is `hidden`, batches [n, L, D].
 
     The blocks themselves are not run. Returns [W, L, D].

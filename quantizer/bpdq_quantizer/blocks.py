@@ -22,8 +22,8 @@ from bpdq_kernels.format import Scheme
 from bpdq_quantizer.activations import (
     Original,
     block_inputs,
-    final_states,
     find_stages,
+    head_inputs,
     in_batches,
     run_block,
     stage_statistics,
@@ -162,7 +162,7 @@ def original_states(source: Streamed, tokens: Tensor, device: torch.device) -> T
         for i, batch in enumerate(hidden):
             hidden[i] = run_block(block, call, device, batch).to("cpu")
         drop_block(block)
-    return final_states(source.model, source.blocks, tokens, hidden)
+    return head_inputs(source.model, source.blocks, tokens, hidden)
 
 
 def quantize_block(
@@ -199,9 +199,8 @@ def quantize_block(
             first = rows.stop
 
     if len(batches) == 1:
-        batches[0] = quantize_in_one_pass(block, stages, run, batches[0], original, stage_weights, quantize_stage).to(
-            "cpu"
-        )
+        output = quantize_in_one_pass(block, stages, run, batches[0], original, stage_weights, quantize_stage)
+        batches[0] = output.to("cpu")
     else:
         for stage in stages:
             lookup = None if original is None else partial(original.input, stage[0])

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from bpdq_kernels.format import Scheme
 from bpdq_quantizer import checkpoint
-from bpdq_quantizer.activations import final_states, linear_layers
+from bpdq_quantizer.activations import head_inputs, linear_layers
 from bpdq_quantizer.blocks import original_states, quantize_blocks
 from bpdq_quantizer.calibration import calibration_windows
 from bpdq_quantizer.errors import InputError
@@ -97,7 +97,7 @@ def quantize(
             cost = {key: value + report["tuning"][key] for key, value in cost.items()}
         clock = Clock(cost)
         if tables:
-            states = final_states(source.model, source.blocks, tokens[:samples], load_progress(folder).states.quantized)
+            states = head_inputs(source.model, source.blocks, tokens[:samples], load_progress(folder).states.quantized)
             found = quantize_tables(source.model, states, tables, target, iterations=iterations, **SOLVERS[solver])
             layers = layers + [dataclasses.asdict(table) for table in found]
         report |= {

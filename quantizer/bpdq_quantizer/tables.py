@@ -58,7 +58,7 @@ def quantize_tables(
 ) -> list[LayerReport]:
     """Quantize the tables of `table_schemes` in place; returns a report for each, of tied ones for the embedding only.
 
-    states: [W, L, D], what the LM head reads of the calibration set (`activations.final_states`) in the model with
+    states: [W, L, D], what the LM head reads of the calibration set (`activations.head_inputs`) in the model with
     quantized blocks; `solver`: options of `quantize_linear`. The model is on the CPU. The metric of an embedding is the
     identity, as its rows are looked up and multiply nothing; that of an LM head is the Hessian of `states`; that of
     tied tables is the sum of both, with TIED_SHARE of the identity.
