@@ -3,7 +3,7 @@
     python -m benchmarks.cpu_bench                              # layers of Qwen2.5-7B and 72B
     python -m benchmarks.cpu_bench --layers 8192x8192 --tokens 1 8
     python -m benchmarks.cpu_bench --models MODEL MODEL-bpdq    # the first is the baseline
-    python -m benchmarks.cpu_bench --random-models              # of Qwen2.5-0.5B's shape, written to --output first
+    python -m benchmarks.cpu_bench --random-models 1.5B         # of Qwen2.5-1.5B's shape, written to --output first
 
 Times are medians over rounds; a round times every candidate once, so that a slower minute of the machine hits all.
 """
@@ -41,6 +41,10 @@ LAYERS = {
 SECONDS_PER_ROW = 20  # after which no further round starts, but MIN_ROUNDS are always run
 MIN_ROUNDS = 3
 PREFILL_TOKENS, DECODE_TOKENS = 512, 32
+RANDOM_MODELS = {  # shapes of Qwen2.5
+    "0.5B": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14},
+    "1.5B": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12},
+}
 TABLE_BITS = 4  # of the LM head, which a small model spends much of its time in
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -59,7 +63,9 @@ def main(argv: list[str] | None = None) -> int:
         "machine": machine() | {"instruction_set": cpu.instruction_set(), "threads": torch.get_num_threads()},
         "versions": versions(),
     }
-    models = write_random_models(args.output, args.bits, args.group_size) if args.random_models else args.models
+    models = args.models
+    if args.random_models:
+        models = write_random_models(args.random_models, args.output, args.bits, args.group_size)
     if models:
         report["models"] = [run_engine(model) for model in models]
         name, lines, figure = "cpu-models", model_table(report["models"]), None
@@ -85,7 +91,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=15, help="at most, per layer and number of tokens (%(default)s)")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--models", nargs="+", metavar="DIR", help="serve these one after the other; first = baseline")
-    source.add_argument("--random-models", action="store_true", help="the same for models with random weights")
+    source.add_argument("--random-models", choices=RANDOM_MODELS, help="the same for random weights of this shape")
     source.add_argument("--engine", metavar="DIR", help=argparse.SUPPRESS)  # one model, in a process of its own
     parser.add_argument("--output", type=Path, default=Path("bench-output"), metavar="DIR", help="(%(default)s)")
     args = parser.parse_args(argv)
@@ -155,36 +161,33 @@ def random_planes(n: int, k_in: int, bits: int, group_size: int) -> tuple[Tensor
     return B, c.bfloat16()
 
 
-def write_random_models(folder: Path, bits: int, group_size: int) -> list[str]:
-    """Folders of a random model of Qwen2.5-0.5B's shape, without a tokenizer: in 16 bits, with its blocks in planes,
+def write_random_models(size: str, folder: Path, bits: int, group_size: int) -> list[str]:
+    """Folders of a random model of Qwen2.5's shape `size`, without a tokenizer: in 16 bits, with its blocks in planes,
     and with the tied embedding and LM head in TABLE_BITS planes too."""
     from safetensors.torch import load_file
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(
         "qwen2",
-        hidden_size=896,
-        intermediate_size=4864,
-        num_hidden_layers=24,
-        num_attention_heads=14,
+        **RANDOM_MODELS[size],
         num_key_value_heads=2,
         vocab_size=151936,
         max_position_embeddings=2048,
         tie_word_embeddings=True,
     )
-    plain = folder / "random-0.5B"
+    plain = folder / f"random-{size}"
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(plain)
     tensors = load_file(plain / "model.safetensors")
     settings = json.loads((plain / "config.json").read_text())
     quantization = {"quant_method": "bpdq", "checkpoint_format": "bpdq", "format_version": 1, "bits": bits}
     quantization |= {"group_size": group_size, "ignore": ["lm_head"], "meta": {"bpdq": {"msbits": bits}}}
     pack(tensors, LINEARS, bits, group_size)
-    blocks = write_model(folder / "random-0.5B-bpdq", tensors, settings | {"quantization_config": quantization})
+    blocks = write_model(folder / f"random-{size}-bpdq", tensors, settings | {"quantization_config": quantization})
     pack(tensors, ("embed_tokens",), TABLE_BITS, group_size)
     scheme = {"bits": TABLE_BITS, "group_size": group_size}
     quantization |= {"ignore": [], "layers": {"model.embed_tokens": scheme, "lm_head": scheme}}
     everything = write_model(
-        folder / "random-0.5B-bpdq-head", tensors, settings | {"quantization_config": quantization}
+        folder / f"random-{size}-bpdq-head", tensors, settings | {"quantization_config": quantization}
     )
     return [str(plain), blocks, everything]
 
