@@ -14,6 +14,18 @@ from generate import PROMPTS, TOKENS, transformers_tokens, vllm_tokens
 from tiny import bpdq_checkpoint, tiny_model
 
 LAYERS = {f"model.layers.1.mlp.{name}_proj": {"bits": 3, "group_size": 32} for name in ("gate", "up")}
+MIXED = {  # k from 1 to 4 and two group sizes, in two blocks
+    f"model.layers.{layer}.{module}.{name}_proj": {"bits": bits, "group_size": group_size}
+    for layer, module, names, bits, group_size in (
+        (0, "self_attn", "qkv", 3, 64),
+        (0, "self_attn", "o", 4, 32),
+        (0, "mlp", ("gate", "up"), 1, 32),
+        (0, "mlp", ("down",), 4, 64),
+        (1, "self_attn", "qkv", 1, 64),
+        (1, "mlp", ("down",), 3, 32),
+    )
+    for name in names
+}
 TABLES = {name: {"bits": 4, "group_size": 32} for name in ("model.embed_tokens", "lm_head")}
 EAGER = {
     "llama": ({"group_size": 128, "layers": LAYERS, "ignore": ("model.layers.0.mlp.down_proj",)}, {}),
@@ -21,6 +33,7 @@ EAGER = {
     "qwen2": ({"group_size": 64, "coefficient_dtype": torch.float16}, {"quantization": "bpdq"}),
     "qwen2 authors": ({"dialect": "authors", "group_size": 128}, {}),
     "llama tables": ({"group_size": 128, "layers": TABLES}, {}),
+    "llama mixed": ({"group_size": 64, "layers": MIXED}, {}),
     "tied tables": ({"group_size": 128, "layers": TABLES}, {}),
 }
 
@@ -100,8 +113,19 @@ def test_compiled_tokens_equal_transformers_and_every_linear_is_one_op(checkpoin
 
 def test_two_ranks_give_the_tokens_of_one(tmp_path):
     """FFN 320 over 2 ranks: 160 inputs each, so the second starts inside a group of 128. The vocabulary is cut too."""
-    model = bpdq_checkpoint(tiny_model(tmp_path / "model", ffn=320), tmp_path / "bpdq", group_size=128, layers=TABLES)
+    model = bpdq_checkpoint(
+        tiny_model(tmp_path / "model", ffn=320), tmp_path / "bpdq", group_size=128, layers=TABLES | MIXED
+    )
     (tokens,) = vllm_tokens([{"load": {"model": str(model), "tensor_parallel_size": 2}}], multiprocess=True)
+    assert tokens == transformers_tokens(dequantized(model))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_compiled_mixed_checkpoints_give_the_tokens_of_transformers(tmp_path, ranks):
+    model = bpdq_checkpoint(tiny_model(tmp_path / "model", ffn=320), tmp_path / "bpdq", group_size=64, layers=MIXED)
+    load = {"model": str(model), "tensor_parallel_size": ranks, "enforce_eager": False}
+    (tokens,) = vllm_tokens([{"load": load}], multiprocess=True, VLLM_CACHE_ROOT=str(tmp_path / "cache"))
     assert tokens == transformers_tokens(dequantized(model))
 
 

@@ -16,7 +16,7 @@ import bpdq_quantizer
 from bpdq_kernels.format import Scheme
 from bpdq_kernels.layout import to_tiles
 from bpdq_quantizer.cli import main
-from bpdq_quantizer.plan import _stored_bytes, _tiled_bytes, budget, plan
+from bpdq_quantizer.plan import MOST_BITS, Settings, _tiled_bytes, budget, needed, plan, read_model
 from tiny import TEXT, bpdq_checkpoint, load_tensors, round_to_planes, tiny_model
 
 QWEN = {  # Qwen2.5: hidden, FFN, layers, heads, key/value heads
@@ -89,7 +89,7 @@ def test_bytes_of_an_embedding_and_head_in_planes(tmp_path, tied, options):
 def test_bytes_of_a_layer(n, k, bits, group):
     scheme = Scheme(bits, group)
     B, c = round_to_planes(torch.randn(n, k), bits, group, torch.bfloat16)
-    assert _stored_bytes(n, k, scheme) == B.nbytes + c.nbytes
+    assert scheme.stored_bytes(n, k) == B.nbytes + c.nbytes
     assert _tiled_bytes(n, k, scheme) == sum(t.nbytes for t in to_tiles(B, c, group))
 
 
@@ -170,7 +170,7 @@ def test_the_output_in_the_readme(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     kept = ("embedding", "head", "checkpoint", "weights", "left for", "auto", "int8", "fp8, ", "turboquant_3bit")
     assert "\n".join(line for line in lines if line.strip().startswith(kept)) in readme
-    assert "\n".join(lines[-2:]) in readme
+    assert "\n".join(lines[-3:]) in readme
 
 
 def refusal(capsys, *argv):
@@ -239,3 +239,19 @@ def test_a_checkpoint_and_a_missing_model_are_refused(tmp_path, capsys):
     assert "is quantized already" in refusal(capsys, str(tmp_path / "out"))
     assert "/no/such/model: no such folder" in refusal(capsys, "/no/such/model")
     assert "/no/such/config.json" in refusal(capsys, "/no/such/config.json")
+
+
+@pytest.mark.parametrize("group_size", [64, 256])
+def test_the_bits_that_fill_a_card_fit_and_more_do_not(tmp_path, group_size):
+    model = qwen(tmp_path / "32B", "32B")
+    for gpu_memory in (16, 20, 24):
+        found = plan(model, bits=2, group_size=group_size, gpu_memory=gpu_memory)
+        for bits in (2, 3, 4):
+            scheme = Scheme(bits, group_size)
+            settings = Settings(scheme, None, None, gpu_memory, found["context"])
+            fits = needed(read_model(model), settings, found["kv_cache_dtype"], graphs=False) <= budget(gpu_memory)
+            assert fits == (scheme.bits_per_weight <= found["fill_bpw"])
+
+
+def test_a_small_model_does_not_fill_the_card(tmp_path):
+    assert plan(qwen(tmp_path / "7B", "7B"))["fill_bpw"] == MOST_BITS

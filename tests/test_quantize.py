@@ -22,6 +22,7 @@ from bpdq_kernels import dequantize
 from bpdq_kernels.format import Scheme
 from bpdq_quantizer import activations, checkpoint, pipeline, work
 from bpdq_quantizer.activations import block_inputs, capture, find_stages, run_block, stage_statistics
+from bpdq_quantizer.allocate import uniform
 from bpdq_quantizer.blocks import quantize_blocks
 from bpdq_quantizer.hessian import corrected
 from bpdq_quantizer.loader import BPDQLinear
@@ -102,7 +103,8 @@ def test_report_has_loss_error_bits_and_time_of_every_layer(quantized):
         assert layer["loss"] > 0
         assert 0 < layer["relative_error"] < 1
         assert layer["seconds"] > 0
-        assert layer["bits_per_weight"] == 2 + 16 * 3 / 64
+        groups = -(-layer["in_features"] // 64)
+        assert layer["bits_per_weight"] == 2 + 16 * 3 * groups / layer["in_features"]
 
 
 def test_same_seed_gives_identical_tensors(quantized, tmp_path, text):
@@ -304,7 +306,9 @@ def test_a_model_in_memory_gives_the_tensors_of_its_files(quantized, text):
     ids = AutoTokenizer.from_pretrained(out)(TEXT * 4, add_special_tokens=False)["input_ids"][: 6 * 32]
     options = {"iterations": 3, "asymmetric": ASYMMETRIC["refined"], **SOLVERS["refined"]}
     stored = load_tensors(out)
-    done = quantize_blocks(source, torch.tensor(ids).view(6, 32), Scheme(2, 64), torch.device("cpu"), **options)
+    done = quantize_blocks(
+        source, torch.tensor(ids).view(6, 32), uniform(source, Scheme(2, 64)), torch.device("cpu"), **options
+    )
     for index, (block, _, states) in enumerate(done):
         assert states.block == index + 1
         for name, tensor in block.state_dict().items():

@@ -10,6 +10,8 @@ import bpdq_quantizer
 from bpdq_kernels import dequantize, layout
 from bpdq_kernels.format import Scheme
 from bpdq_quantizer import tune
+from bpdq_quantizer.activations import linear_layers
+from bpdq_quantizer.allocate import uniform
 from bpdq_quantizer.blocks import quantize_blocks
 from bpdq_quantizer.loader import BPDQLinear
 from bpdq_quantizer.stream import fill_block, open_model
@@ -142,10 +144,10 @@ def test_block_tuning_brings_the_model_closer_to_the_16_bit_one(folder, tokens, 
     errors = {}
     for steps in (0, 10):
         source = open_model(str(folder / "model"))
-        done = quantize_blocks(source, tokens, Scheme(2, 64), torch.device("cpu"), tune_steps=steps)
+        done = quantize_blocks(source, tokens, uniform(source, Scheme(2, 64)), torch.device("cpu"), tune_steps=steps)
         blocks = [block.state_dict() for block, *_ in done]
         for block, tensors in zip(source.blocks, blocks, strict=True):
-            fill_block(block, tensors, Scheme(2, 64))
+            fill_block(block, tensors, dict.fromkeys(linear_layers(block), Scheme(2, 64)))
         states = final_states(source.model, tokens)
         errors[steps] = (states - teacher).square().mean().item()
         assert all(m.c.dtype == torch.bfloat16 for m in source.model.modules() if isinstance(m, BPDQLinear))

@@ -19,6 +19,7 @@ embedding or LM head is in bit-planes where `layers` gives its exact name; tied 
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
@@ -46,6 +47,12 @@ class Scheme:
     def bits_per_weight(self) -> float:
         """Stored bits per weight, 16-bit coefficients included: k + 16 (k + 1) / G."""
         return self.bits + 16 * (self.bits + 1) / self.group_size
+
+    def stored_bytes(self, out_features: int, in_features: int) -> int:
+        """Bytes of a layer's B and c, ragged ends included."""
+        planes = plane_shape(in_features, out_features, self.bits)
+        coefficients = coefficient_shape(in_features, out_features, self.bits, self.group_size)
+        return 4 * prod(planes) + 2 * prod(coefficients)
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,6 @@ class _Output(nn.Module):
         return self.output
 
 
-@torch.no_grad()
 def head_inputs(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor, hidden: list[Tensor]) -> Tensor:
     """What the LM head would read for windows [W, L], where the last block's output is `hidden`, batches [n, L, D].
 

@@ -6,7 +6,7 @@ quantized, and the rows of its Linears are solved together, as they share H.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -103,7 +103,7 @@ def quantize_in_one_pass(
 def quantize_blocks(
     source: Streamed,
     tokens: Tensor,
-    scheme: Scheme,
+    schemes: Mapping[str, Scheme],
     device: torch.device,
     *,
     start: States | None = None,
@@ -116,8 +116,9 @@ def quantize_blocks(
 
     Yields each block with its Linears replaced by BPDQLinear, a report for every one of them, and the states to go on
     from; when the next block is asked for, this one's tensors are dropped.
-    tokens: [W, L]; `solver`: options of `quantize_linear`. The model is on the CPU, one block at a time on `device`.
-    If all windows fit one batch, a block takes one forward pass, otherwise about two for the four usual stages.
+    tokens: [W, L]; schemes: of every Linear, by name, one for all that read the same input; `solver`: options of
+    `quantize_linear`. The model is on the CPU, one block at a time on `device`. If all windows fit one batch, a block
+    takes one forward pass, otherwise about two for the four usual stages.
     With `asymmetric` > 0, every weight is first corrected for what quantization has done to its inputs, by that share
     (`hessian.corrected`). With `tune_steps`, each block's coefficients are then tuned towards the hidden states that
     the 16-bit model has after it. The reports are of the corrected weights, before tuning.
@@ -139,7 +140,7 @@ def quantize_blocks(
         original = Original(block, [names[0] for names in stages], call, device, full) if full else None
         lookup = original if asymmetric else None
         inputs = list(batches) if tune_steps else []
-        reports = quantize_block(name, block, stages, run, batches, lookup, asymmetric, scheme, solver)
+        reports = quantize_block(name, block, stages, run, batches, lookup, asymmetric, schemes, solver)
         if original is not None:
             full = original.outputs()
             del original, lookup
@@ -173,7 +174,7 @@ def quantize_block(
     batches: list[Tensor],
     original: Original | None,
     asymmetric: float,
-    scheme: Scheme,
+    schemes: Mapping[str, Scheme],
     solver: dict[str, Any],
 ) -> list[LayerReport]:
     """Quantize one block in place, and turn its inputs `batches` into its outputs; returns a report for each Linear."""
@@ -189,6 +190,7 @@ def quantize_block(
     def quantize_stage(stage: list[str], H: Tensor, W: Tensor) -> None:
         started = time.perf_counter()
         linears = {f"{name}.{part}": block.get_submodule(part) for part in stage}
+        scheme = schemes[f"{name}.{stage[0]}"]
         solution = solve_stage(f"{name}.{stage[0]}", W, H, scheme, **solver)
         seconds = time.perf_counter() - started
         first = 0
@@ -267,7 +269,7 @@ def report(
         out_features=linear.out_features,
         bits=scheme.bits,
         group_size=scheme.group_size,
-        bits_per_weight=scheme.bits_per_weight,
+        bits_per_weight=8 * scheme.stored_bytes(*linear.weight.shape) / linear.weight.numel(),
         loss=loss,
         relative_error=loss / energy if energy else 0.0,
         damping=solution.damping,

@@ -14,8 +14,9 @@ from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.evaluate import perplexity
 from bpdq_quantizer.kv_cache import KV_TYPES
 from bpdq_quantizer.loader import load_model, load_tokenizer
-from bpdq_quantizer.pipeline import SOLVERS, TUNE_STEPS, quantize
-from bpdq_quantizer.plan import plan
+from bpdq_quantizer.picture import draw
+from bpdq_quantizer.pipeline import SOLVERS, TUNE_STEPS, mean_bits, quantize
+from bpdq_quantizer.plan import MOST_BITS, plan
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -43,6 +44,8 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--group-size", type=int, default=128, help="32, 64, 128 or 256 (%(default)s)")
     for option, table in (("--embed-bits", "input embedding"), ("--head-bits", "LM head")):
         p.add_argument(option, type=int, help=f"likewise for the {table} (off: 16 bits; one for both if tied)")
+    p.add_argument("--target-bpw", type=float, metavar="BITS", help="choose bits and group size of each layer for this")
+    p.add_argument("--target-size", metavar="SIZE", help="likewise for a checkpoint of this size, such as 20GiB")
     p.add_argument("--calibration", default="default", metavar="TEXT", help="default, FILE.txt, FILE.jsonl or hf:NAME")
     p.add_argument("--samples", type=int, default=128, help="calibration windows (%(default)s)")
     p.add_argument("--seq-len", type=int, default=2048, help="tokens per window (%(default)s)")
@@ -68,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
 
     p = commands.add_parser("inspect", help="layers, bits per weight and bytes of a checkpoint")
     p.add_argument("checkpoint", metavar="CHECKPOINT")
+    p.add_argument("--plot", metavar="FILE", help="draw the layers' bits and errors too (.png, .svg, .pdf)")
     p.set_defaults(run=_inspect)
 
     p = commands.add_parser(
@@ -97,7 +101,7 @@ def _quantize(args: argparse.Namespace) -> dict[str, Any]:
     for kind, layers in by_kind.items():
         loss, error = (sum(layer[key] for layer in layers) / len(layers) for key in ("loss", "relative_error"))
         seconds = sum(layer["seconds"] for layer in layers)
-        bpw = layers[0]["bits_per_weight"]
+        bpw = mean_bits(layers)
         print(f"{kind:<14}{len(layers):>6}{bpw:>13.3f}{loss:>12.4g}{error:>17.3%}{seconds:>9.1f}")
     print(
         f"{args.output}: {report['bits_per_weight']:.3f} bits per quantized weight, {report['seconds']:.0f} s "
@@ -127,6 +131,11 @@ def _eval(args: argparse.Namespace) -> dict[str, Any]:
 
 def _inspect(args: argparse.Namespace) -> dict[str, Any]:
     found = checkpoint.inspect(args.checkpoint)
+    if args.plot:
+        try:
+            draw(found).savefig(args.plot, dpi=150)
+        except (OSError, ValueError) as e:
+            raise InputError(f"--plot {args.plot}: {e}") from None
     print(f"{'layer':<48}{'N x K':>16}{'bits':>6}{'group':>7}{'bits/weight':>13}{'MB':>10}")
     for layer in found["layers"]:
         shape = f"{layer['out_features']} x {layer['in_features']}"
@@ -171,4 +180,6 @@ def _plan(args: argparse.Namespace) -> dict[str, Any]:
     for assumption in found["assumptions"]:
         print(f"  - {assumption}")
     print(f"for {found['context']} tokens\n  {found['serve_command']}")
+    if found["fill_bpw"] < MOST_BITS:
+        print(f"the most bits that leave room for them: bpdq quantize --target-bpw {found['fill_bpw']:g}")
     return found

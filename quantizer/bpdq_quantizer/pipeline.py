@@ -1,7 +1,9 @@
 """From a model folder to a BPDQ checkpoint: load, calibrate, quantize block by block, save."""
 
 import dataclasses
+import json
 import resource
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +15,25 @@ from tqdm import tqdm
 from bpdq_kernels.format import Scheme
 from bpdq_quantizer import checkpoint
 from bpdq_quantizer.activations import head_inputs, linear_layers
+from bpdq_quantizer.allocate import allocate, by_layer, most_common, other_bytes, parse_size, uniform
 from bpdq_quantizer.blocks import original_states, quantize_blocks
 from bpdq_quantizer.calibration import calibration_windows
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.loader import load_tokenizer
+from bpdq_quantizer.sensitivity import sensitivities
 from bpdq_quantizer.stream import Streamed, fill_block, fingerprint, open_model
 from bpdq_quantizer.tables import quantize_tables, table_schemes
 from bpdq_quantizer.tune import tune_model
-from bpdq_quantizer.work import Clock, digest, load_progress, save_progress, shard, work_folder, write_tensors
+from bpdq_quantizer.work import (
+    Clock,
+    digest,
+    load_progress,
+    save_progress,
+    shard,
+    work_folder,
+    write_json,
+    write_tensors,
+)
 
 SOLVERS = {  # options of `quantize_linear`
     "refined": {"refinements": 2, "alpha": 1e-6, "damping": 0.01},
@@ -47,6 +60,8 @@ def quantize(
     tune: str = "none",
     tune_steps: int | None = None,
     tune_samples: int | None = None,
+    target_bpw: float | None = None,
+    target_size: str | None = None,
     seed: int = 0,
     device: str = "auto",
     resume: bool = False,
@@ -57,7 +72,9 @@ def quantize(
     in 16 bits, as norms and biases always are; calibration: `default`, FILE.txt, FILE.jsonl or hf:NAME, cut into
     `samples` windows of `seq_len` tokens; solver: a key of SOLVERS; asymmetric: 0 to 1, by default as in ASYMMETRIC;
     tune: a key of TUNE_STEPS (`bpdq_quantizer.tune`), whose value is the default of tune_steps; tune_samples: windows
-    to tune the model on, by default `samples`; device: `auto`, `cpu` or `cuda`.
+    to tune the model on, by default `samples`; target_bpw: bits per weight of the blocks' Linears, or target_size: of
+    all tensors (`20GiB`), for which every layer gets bits and a group size of its own (`bpdq_quantizer.allocate`):
+    `bits` is then not used, and `group_size` is that of the tables; device: `auto`, `cpu` or `cuda`.
     Returns the report that is also saved as quantization_report.json. Raises InputError for input that can't be used;
     the folder `output` appears only when everything is written. Until then `output`.partial holds the finished blocks,
     from which `resume` goes on (`bpdq_quantizer.work`). The model's blocks are read from its files one at a time.
@@ -71,6 +88,8 @@ def quantize(
         raise InputError("--samples, --seq-len, --iterations and --tune-steps must be at least 1")
     if not 0 <= asymmetric <= 1:
         raise InputError(f"--asymmetric {asymmetric}: expected 0 (off) to 1")
+    if target_bpw is not None and target_size is not None:
+        raise InputError("--target-bpw and --target-size: give one of them")
     target = _device(device)
     if min(samples, tune_samples) < 1 + (tune != "none"):
         raise InputError(f"--tune {tune} needs two calibration windows or more: raise --samples and --tune-samples")
@@ -88,11 +107,17 @@ def quantize(
         if tune == "block":
             settings |= {"tune_steps": tune_steps, "seed": seed}
         teacher = _teacher(source, tokens[:tune_samples], target, folder) if tune == "model" else None
-        layers, cost = _solve(source, tokens[:samples], scheme, target, folder, **settings)
+        budget = _budget(source, tables, target_bpw, target_size)
+        schemes = uniform(source, scheme)
+        allocation = {"seconds": 0.0, "cpu_seconds": 0.0}
+        if budget is not None:
+            schemes, allocation = _allocate(source, tokens[:samples], budget, target, folder, SOLVERS[solver])
+        layers, cost = _solve(source, tokens[:samples], schemes, target, folder, **settings)
+        cost = {key: value + allocation[key] for key, value in cost.items()}
         report = {"model": model, "options": {k: v for k, v in options.items() if k != "model"}}
         if teacher is not None:
             report["tuning"] = _tune(
-                source, tokens[:tune_samples], teacher, scheme, target, folder, steps=tune_steps, seed=seed
+                source, tokens[:tune_samples], teacher, schemes, target, folder, steps=tune_steps, seed=seed
             )
             cost = {key: value + report["tuning"][key] for key, value in cost.items()}
         clock = Clock(cost)
@@ -102,13 +127,15 @@ def quantize(
             layers = layers + [dataclasses.asdict(table) for table in found]
         report |= {
             "calibration_tokens": tokens[:samples].numel(),
-            "bits_per_weight": _mean_bits(layers),
+            "bits_per_weight": mean_bits(layers),
             **clock.read(),
             "peak_host_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "layers": layers,
         }
         ignore = [name for name in linear_layers(source.model) if name not in {layer["name"] for layer in layers}]
-        config = checkpoint.quantization_config(scheme, iterations, SOLVERS[solver]["alpha"], ignore, tables)
+        default = most_common(schemes)
+        others = {name: s for name, s in (schemes | tables).items() if s != default or name in tables}
+        config = checkpoint.quantization_config(default, iterations, SOLVERS[solver]["alpha"], ignore, others)
         checkpoint.finish(folder, source, tokenizer, config, report)
     return report
 
@@ -121,8 +148,32 @@ def _teacher(source: Streamed, tokens: Tensor, device: torch.device, folder: Pat
     return load_file(file)["states"]
 
 
+def _budget(
+    source: Streamed, tables: Mapping[str, Scheme], target_bpw: float | None, target_size: str | None
+) -> int | None:
+    """Bytes for the blocks' Linears, if a target says so."""
+    if target_bpw is not None:
+        if not 0 < target_bpw <= 16:
+            raise InputError(f"--target-bpw {target_bpw}: expected bits per weight, such as 2.5")
+        return int(target_bpw * sum(m.weight.numel() for m in linear_layers(source.blocks).values()) / 8)
+    return None if target_size is None else parse_size(target_size) - other_bytes(source, tables)
+
+
+def _allocate(
+    source: Streamed, tokens: Tensor, budget: int, device: torch.device, folder: Path, options: Mapping[str, Any]
+) -> tuple[dict[str, Scheme], dict[str, float]]:
+    """The scheme of every Linear, decided once, and what that cost."""
+    file, clock = folder / "resume" / "schemes.json", Clock({})
+    if not file.is_file():
+        stages = sensitivities(source, tokens, device, alpha=options["alpha"], damping=options["damping"])
+        schemes = by_layer(stages, allocate(stages, budget))
+        write_json(file, {"schemes": {name: dataclasses.asdict(s) for name, s in schemes.items()}, **clock.read()})
+    found = json.loads(file.read_text())
+    return {name: Scheme(**scheme) for name, scheme in found.pop("schemes").items()}, found
+
+
 def _solve(
-    source: Streamed, tokens: Tensor, scheme: Scheme, device: torch.device, folder: Path, **solver: Any
+    source: Streamed, tokens: Tensor, schemes: Mapping[str, Scheme], device: torch.device, folder: Path, **solver: Any
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Write the quantized blocks that `folder` lacks; returns the reports of all layers, and what they cost."""
     start, layers, before = load_progress(folder)
@@ -134,7 +185,7 @@ def _solve(
     with tqdm(
         total=sum(shape.numel() for shape in shapes), initial=done, unit="weight", unit_scale=True, desc="quantizing"
     ) as bar:
-        for block, reports, states in quantize_blocks(source, tokens, scheme, device, start=start, **solver):
+        for block, reports, states in quantize_blocks(source, tokens, schemes, device, start=start, **solver):
             layers += [dataclasses.asdict(layer) for layer in reports]
             _write_block(source, states.block - 1, block, folder)
             save_progress(folder, states, layers, clock.read())
@@ -149,7 +200,8 @@ def _write_block(source: Streamed, index: int, block: nn.Module, folder: Path) -
     write_tensors(shard(folder, index + 2, len(source.blocks) + 1), tensors)
 
 
-def _mean_bits(layers: list[dict[str, Any]]) -> float:
+def mean_bits(layers: list[dict[str, Any]]) -> float:
+    """Bits per weight of several reports together."""
     weights = [layer["in_features"] * layer["out_features"] for layer in layers]
     return sum(n * layer["bits_per_weight"] for n, layer in zip(weights, layers, strict=True)) / sum(weights)
 
@@ -158,7 +210,7 @@ def _tune(
     source: Streamed,
     tokens: Tensor,
     teacher: Tensor,
-    scheme: Scheme,
+    schemes: Mapping[str, Scheme],
     device: torch.device,
     folder: Path,
     **options: Any,
@@ -166,8 +218,9 @@ def _tune(
     """Tune the coefficients in the blocks' files; returns a report."""
     lm, prefix, blocks, _ = source
     for index, block in enumerate(blocks):
-        stored = load_file(shard(folder, index + 2, len(blocks) + 1))
-        fill_block(block, {name.removeprefix(f"{prefix}.{index}."): t for name, t in stored.items()}, scheme)
+        stored, start = load_file(shard(folder, index + 2, len(blocks) + 1)), f"{prefix}.{index}."
+        tensors, inside = ({n.removeprefix(start): v for n, v in named.items()} for named in (stored, schemes))
+        fill_block(block, tensors, inside)
     report = tune_model(lm.to(device), tokens, teacher, state=folder / "resume" / "tuning.pt", **options)
     lm.to("cpu")
     for index, block in enumerate(blocks):

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from bpdq_kernels.format import Scheme
-from bpdq_kernels.layout import GROUP_SIZES, coefficient_shape, plane_shape, to_tiles
+from bpdq_kernels.layout import GROUP_SIZES, MAX_PLANES, coefficient_shape, plane_shape, to_tiles
 from bpdq_quantizer import kv_cache
 from bpdq_quantizer.activations import ACTIVATION_BYTES, linear_layers
 from bpdq_quantizer.blocks import check_supported
@@ -29,6 +29,7 @@ MAX_SEQUENCES = 256  # vLLM's default on such cards, engine/arg_utils.py: get_ba
 VOCABULARY_PADDING = 64  # model_executor/layers/vocab_parallel_embedding.py: DEFAULT_VOCAB_PADDING_SIZE
 DEFAULT_CONTEXT = 2048
 CALIBRATION_TOKENS = 128 * 2048  # defaults of `bpdq quantize`
+MOST_BITS = Scheme(MAX_PLANES, GROUP_SIZES[0]).bits_per_weight
 CPU_SECONDS_PER_WEIGHT = 485 / 106e6
 
 ASSUMPTIONS = (
@@ -141,6 +142,7 @@ def plan(
         "tokens_that_fit": {name: kv_cache.tokens_that_fit(name, m.attention, free) for name in KV_TYPES},
         "context": context,
         "kv_cache_dtype": kv_type,
+        "fill_bpw": fill_bpw(m, settings, kv_type),
         "serve_command": serve_command(model, m, settings, kv_type, eager),
         "quantize_cpu_seconds": CPU_SECONDS_PER_WEIGHT * sum(n * k for n, k in m.linears),
         "quantize_device_bytes": quantize_device_bytes(m),
@@ -195,7 +197,7 @@ def _attention(model: str, skeleton: PreTrainedModel) -> Attention:
 
 def checkpoint_bytes(m: Model, settings: Settings) -> Weights:
     """What `bpdq quantize` writes: planes and coefficients, everything else in the model's dtype."""
-    return _weights(m, settings, _stored_bytes, m.itemsize, lambda n: n)
+    return _weights(m, settings, lambda n, k, scheme: scheme.stored_bytes(n, k), m.itemsize, lambda n: n)
 
 
 def card_bytes(m: Model, settings: Settings) -> Weights:
@@ -215,12 +217,6 @@ def _weights(m: Model, settings: Settings, packed: Any, itemsize: int, padded: A
         head=0 if m.head is None else table(m.head, settings.head),
         other=m.others * itemsize,
     )
-
-
-def _stored_bytes(out_features: int, in_features: int, scheme: Scheme) -> int:
-    planes = plane_shape(in_features, out_features, scheme.bits)
-    coefficients = coefficient_shape(in_features, out_features, scheme.bits, scheme.group_size)
-    return 4 * prod(planes) + 2 * prod(coefficients)
 
 
 @cache
@@ -270,6 +266,14 @@ def best_kv_type(m: Model, settings: Settings) -> str | None:
     names.sort(key=lambda name: -kv_cache.bytes_per_token(name, m.attention))
     limit = budget(settings.gpu_memory)
     return next((name for name in names if needed(m, settings, name, graphs=False) <= limit), None)
+
+
+def fill_bpw(m: Model, settings: Settings, kv_type: str) -> float:
+    """Bits per weight of the Linears with which the card is full, for `bpdq quantize --target-bpw`, rounded down to
+    hundredths: the Linears' bytes in proportion to their bits, and no CUDA graphs. At most what most bits take."""
+    now = 8 * checkpoint_bytes(m, settings).linear / sum(n * k for n, k in m.linears)
+    left = budget(settings.gpu_memory) - needed(m, settings, kv_type, graphs=False)
+    return min(floor(100 * now * (1 + left / card_bytes(m, settings).linear)) / 100, MOST_BITS)
 
 
 def serve_command(model: str, m: Model, settings: Settings, kv_type: str, eager: bool) -> str:

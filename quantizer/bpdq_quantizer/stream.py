@@ -58,6 +58,7 @@ def open_model(model: str) -> Streamed:
     remove_hook_from_module(lm, recurse=True)
     for module in lm.modules():  # what the hooks leave behind is a reference cycle, which would keep replaced Linears
         vars(module).pop("forward", None)
+    lm.requires_grad_(False)
     for parameter in lm.parameters():  # no longer mapped from files, of which all that was looked at would stay
         parameter.data = parameter.data.clone()
     return Streamed(lm, *decoder_blocks(lm), weights)
@@ -68,6 +69,7 @@ def from_memory(lm: PreTrainedModel) -> Streamed:
     prefix, blocks = decoder_blocks(lm)
     weights = {f"{prefix}.{name}": tensor for name, tensor in blocks.state_dict().items()}
     blocks.to("meta")
+    lm.requires_grad_(False)
     return Streamed(lm, prefix, blocks, weights)
 
 
@@ -94,12 +96,12 @@ def drop_block(block: nn.Module) -> None:
         trim(0)
 
 
-def fill_block(block: nn.Module, tensors: Mapping[str, Tensor], scheme: Scheme) -> None:
-    """Give a block the tensors of a quantized one, by their names in it."""
+def fill_block(block: nn.Module, tensors: Mapping[str, Tensor], schemes: Mapping[str, Scheme]) -> None:
+    """Give a block the tensors of a quantized one; tensors, schemes: by their names in it."""
     for name in [key.removesuffix(".B") for key in tensors if key.endswith(".B")]:
         linear = block.get_submodule(name)
         B, c = tensors[f"{name}.B"], tensors[f"{name}.c"]
-        block.set_submodule(name, BPDQLinear(B, c, scheme.group_size, linear.in_features, linear.bias))
+        block.set_submodule(name, BPDQLinear(B, c, schemes[name].group_size, linear.in_features, linear.bias))
     block.load_state_dict(tensors, assign=True)
 
 

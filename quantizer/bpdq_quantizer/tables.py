@@ -94,7 +94,7 @@ def quantize_tables(
                 out_features=weight.shape[0],
                 bits=schemes[name].bits,
                 group_size=schemes[name].group_size,
-                bits_per_weight=schemes[name].bits_per_weight,
+                bits_per_weight=8 * schemes[name].stored_bytes(*weight.shape) / weight.numel(),
                 loss=loss,
                 relative_error=loss / energy if energy else 0.0,
                 damping=damping,

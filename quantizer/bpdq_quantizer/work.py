@@ -2,6 +2,7 @@
 
     OUTPUT.partial/model-00002-of-00031.safetensors   block 0, then one file for every block; 1 is the rest of the model
                    resume/run.json                    options, model and calibration tokens of the run
+                          schemes.json                bits and group size of each layer, if --target-... asked
                           states.safetensors          what the next block reads, written after each block
                           teacher.safetensors, tuning.pt     of --tune model
 
@@ -57,7 +58,7 @@ class Clock:
 
 @contextmanager
 def work_folder(output: Path, run: Mapping[str, Any], resume: bool) -> Iterator[Path]:
-    """`output`.partial, which becomes `output` if the body succeeds, and stays for `resume` if a block was finished.
+    """`output`.partial, which becomes `output` if the body succeeds, and stays for `resume` if that saves work.
 
     run: what must be the same to go on; raises InputError with the differences if it is not.
     """
@@ -86,7 +87,8 @@ def work_folder(output: Path, run: Mapping[str, Any], resume: bool) -> Iterator[
 
 
 def _worth_keeping(folder: Path) -> bool:
-    return any((folder / "resume").glob("*.safetensors"))
+    finished = {file.name for file in (folder / "resume").glob("*") if file.suffix in (".json", ".safetensors")}
+    return bool(finished - {"run.json"})
 
 
 def _check_same(folder: Path, run: Mapping[str, Any], resume: bool) -> None:
@@ -118,6 +120,13 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], notes: Mapping[str,
     except (OSError, SafetensorError) as e:
         partial.unlink(missing_ok=True)
         raise InputError(f"{file}: can't be written ({e}): make room, then go on with --resume") from e
+
+
+def write_json(file: Path, value: Any) -> None:
+    """A JSON file, whole or not at all."""
+    partial = file.with_name(f"{file.name}.partial")
+    partial.write_text(json.dumps(value))
+    os.replace(partial, file)
 
 
 def save_progress(folder: Path, states: States, layers: list[dict[str, Any]], cost: Mapping[str, float]) -> None:

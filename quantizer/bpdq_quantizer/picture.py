@@ -1,0 +1,54 @@
+"""A picture of what `bpdq inspect` found: layers by modules, bits per weight as colour, relative error as size."""
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bpdq_quantizer.errors import InputError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+LARGEST = 160  # area of the dot of the largest error, in square points
+
+
+def draw(found: dict[str, Any]) -> "Figure":
+    """A figure of the layers of `checkpoint.inspect`, errors from the folder's quantization_report.json if it has one.
+
+    Raises InputError where matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise InputError("--plot needs matplotlib: pip install matplotlib") from None
+    report = Path(found["checkpoint"]) / "quantization_report.json"
+    reports = json.loads(report.read_text())["layers"] if report.is_file() else []
+    errors = {layer["name"]: layer["relative_error"] for layer in reports}
+    points = [(*place(layer["name"]), layer, errors.get(layer["name"], 0.0)) for layer in found["layers"]]
+    modules = list(dict.fromkeys(module for _, module, _, _ in points))
+    largest = max((error for *_, error in points), default=0.0)
+    blocks = 1 + max((block for block, *_ in points), default=0)
+    figure = Figure(figsize=(max(5.0, 2.5 + 0.22 * blocks), 1.5 + 0.35 * len(modules)), layout="constrained")
+    axes = figure.subplots()
+    dots = axes.scatter(
+        [block for block, *_ in points],
+        [modules.index(module) for _, module, _, _ in points],
+        c=[layer["bits_per_weight"] for *_, layer, _ in points],
+        s=[LARGEST * (0.1 + 0.9 * error / largest) if largest else LARGEST / 2 for *_, error in points],
+        cmap="viridis_r",
+    )
+    figure.colorbar(dots, label="bits per weight")
+    axes.set_yticks(range(len(modules)), modules)
+    axes.invert_yaxis()
+    axes.set_xlabel("block")
+    title = f"{found['architecture']}, {found['bits_per_weight']:.3f} bits per weight"
+    axes.set_title(title + (f"; largest dot: relative error {largest:.1%}" if largest else ""), fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def place(name: str) -> tuple[int, str]:
+    """Block number and module of a layer's name; 0 for the embedding and the LM head."""
+    found = re.search(r"\.(\d+)\.(.+)", name)
+    return (int(found[1]), found[2]) if found else (0, name)

@@ -1,0 +1,234 @@
+"""Bits and group sizes chosen per layer: the knapsack, what it is fed, and checkpoints made from it."""
+
+import itertools
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import bpdq_quantizer
+from bpdq_kernels.format import Scheme
+from bpdq_quantizer import pipeline
+from bpdq_quantizer.allocate import allocate, hull, parse_size, stage_bytes
+from bpdq_quantizer.checkpoint import inspect
+from bpdq_quantizer.cli import main
+from bpdq_quantizer.picture import draw
+from bpdq_quantizer.sensitivity import SCHEMES, Stage, gradient_energies, sensitivities
+from bpdq_quantizer.stream import open_model
+from tiny import TEXT, load_tensors, tiny_model
+
+SOME = [Scheme(1, 128), Scheme(2, 256), Scheme(2, 64), Scheme(3, 128), Scheme(4, 32)]
+costs = st.lists(st.floats(0.01, 100), min_size=len(SOME), max_size=len(SOME))
+stages_of_costs = st.lists(st.tuples(costs, st.sampled_from([(64, 256), (96, 512), (32, 352)])), min_size=1, max_size=4)
+
+
+def as_stages(drawn):
+    named = [(f"layer{i}", *stage) for i, stage in enumerate(drawn)]
+    return [Stage([name], [shape], dict(zip(SOME, values, strict=True))) for name, values, shape in named]
+
+
+def total(stages, schemes):
+    """Cost and bytes of an allocation."""
+    chosen = list(zip(stages, schemes, strict=True))
+    return sum(stage.costs[s] for stage, s in chosen), sum(stage_bytes(stage)[s] for stage, s in chosen)
+
+
+@given(stages_of_costs, st.floats(0, 1))
+def test_an_allocation_meets_the_budget_and_is_at_most_one_step_from_the_best(drawn, share):
+    stages = as_stages(drawn)
+    smallest, largest = (sum(pick(stage_bytes(s).values()) for s in stages) for pick in (min, max))
+    budget = int(smallest + share * (largest - smallest))
+    cost, size = total(stages, allocate(stages, budget))
+    assert size <= budget
+    everything = (total(stages, schemes) for schemes in itertools.product(SOME, repeat=len(stages)))
+    best = min(cost for cost, size in everything if size <= budget)
+    step = max(max(stage.costs.values()) - min(stage.costs.values()) for stage in stages)
+    assert cost <= best + step
+
+
+@given(stages_of_costs)
+def test_the_hull_is_convex_and_below_every_scheme(drawn):
+    (stage, *_) = as_stages(drawn)
+    sizes = stage_bytes(stage)
+    corners = hull(stage.costs, sizes)
+    points = [(sizes[s], stage.costs[s]) for s in corners]
+    assert points == sorted(points)
+    assert corners[0] == min(SOME, key=lambda s: sizes[s])
+    for scheme in SOME:
+        x, y = sizes[scheme], stage.costs[scheme]
+        for (x0, y0), (x1, y1) in itertools.pairwise(points):
+            if x0 <= x <= x1:
+                assert y >= y0 + (y1 - y0) * (x - x0) / (x1 - x0) - 1e-9
+        assert y >= points[-1][1]
+
+
+def test_bits_go_where_they_lower_the_cost_most():
+    """Costs that fall as 4^-bits: the equal-loss principle gives every fourfold cost one bit more."""
+    schemes = [Scheme(bits, 128) for bits in (1, 2, 3, 4)]
+    stages = [
+        Stage([f"{weight}"], [(64, 512)], {s: weight * 4.0**-s.bits for s in schemes}) for weight in (1, 4, 16, 64)
+    ]
+    budget = sum(stage_bytes(stages[0]).values())
+    assert allocate(stages, budget) == schemes
+
+
+def test_a_budget_below_the_smallest_schemes_is_refused():
+    stages = as_stages([([5, 4, 3, 2, 1], (64, 256))])
+    smallest = min(stage_bytes(stages[0]).values())
+    assert allocate(stages, smallest) == [Scheme(1, 128)]
+    with pytest.raises(bpdq_quantizer.InputError, match=f"take {smallest} bytes, the target leaves {smallest - 1}"):
+        allocate(stages, smallest - 1)
+
+
+def test_sizes_are_read_with_their_units():
+    assert parse_size("20GiB") == 20 * 2**30
+    assert parse_size(" 1.5 GB ") == 1_500_000_000
+    assert parse_size("93000000") == 93_000_000
+    for wrong in ("20G", "-1GB", "lots", "20 gib", ""):
+        with pytest.raises(bpdq_quantizer.InputError, match=re.escape(f"--target-size {wrong}: expected a number")):
+            parse_size(wrong)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("allocate")
+    tiny_model(folder / "model", "qwen2", layers=3, tie_word_embeddings=True)
+    (folder / "text.txt").write_text(TEXT * 8)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokens(folder):
+    ids = AutoTokenizer.from_pretrained(folder / "model")(TEXT * 8, add_special_tokens=False)["input_ids"]
+    return torch.tensor(ids[: 8 * 64]).view(8, 64)
+
+
+def test_gradients_are_those_of_the_whole_model(folder, tokens):
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    outputs = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            module.register_forward_hook(lambda _, __, y, name=name: (y.retain_grad(), outputs.update({name: y}))[0])
+    logits = model(tokens).logits[:, :-1]
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum").backward()
+    source = open_model(str(folder / "model"))
+    expected = {name: y.grad.square().mean((0, 1)) for name, y in outputs.items()}
+    states = [hidden.detach() for hidden in model(tokens, output_hidden_states=True).hidden_states[:-1]]
+    last = {}
+    hook = model.model.layers[-1].register_forward_hook(lambda _, __, y: last.update(y=y))
+    model(tokens)
+    hook.remove()
+    energies = gradient_energies(source, tokens, [*states, last["y"].detach()], torch.device("cpu"))
+    assert energies.keys() == expected.keys()
+    for name, energy in energies.items():
+        torch.testing.assert_close(energy, expected[name], rtol=1e-3, atol=1e-7)
+    assert all(p.is_meta for p in source.blocks.parameters()), "a block that was passed takes no memory"
+
+
+def test_costs_fall_with_bits_and_rise_with_group_size(folder, tokens):
+    stages = sensitivities(open_model(str(folder / "model")), tokens, torch.device("cpu"), alpha=1e-6, damping=0.01)
+    assert [len(stage.names) for stage in stages] == [3, 1, 2, 1] * 3
+    assert stages[3].names == ["model.layers.0.mlp.down_proj"]
+    assert stages[3].shapes == [(128, 352)]
+    for stage in stages:
+        assert stage.costs.keys() == set(SCHEMES)
+        for bits in (1, 2, 3):
+            assert stage.costs[Scheme(bits + 1, 128)] < 0.6 * stage.costs[Scheme(bits, 128)]
+        assert stage.costs[Scheme(2, 32)] < stage.costs[Scheme(2, 256)]
+
+
+def quantize(folder, out, **options):
+    options = {"calibration": str(folder / "text.txt"), "samples": 8, "seq_len": 64, "iterations": 3, **options}
+    return bpdq_quantizer.quantize(str(folder / "model"), out, **options)
+
+
+@pytest.fixture(scope="module")
+def mixed(folder):
+    report = quantize(folder, folder / "mixed", target_bpw=2.6)
+    return folder / "mixed", report
+
+
+def test_bits_per_weight_land_under_the_target(mixed):
+    out, report = mixed
+    found = inspect(out)
+    assert 0.97 * 2.6 < found["bits_per_weight"] <= 2.6
+    assert found["bits_per_weight"] == pytest.approx(report["bits_per_weight"])
+    assert len({(layer["bits"], layer["group_size"]) for layer in found["layers"]}) > 1
+    schemes = {layer["name"]: (layer["bits"], layer["group_size"]) for layer in found["layers"]}
+    assert len({schemes[f"model.layers.0.self_attn.{name}_proj"] for name in "qkv"}) == 1, "vLLM fuses them"
+
+
+def test_a_mixed_checkpoint_loads_in_transformers(mixed, tokens):
+    out, _ = mixed
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    default = {key: config[key] for key in ("bits", "group_size")}
+    assert default not in config["layers"].values(), "layers that are like most need no entry"
+    original = AutoModelForCausalLM.from_pretrained(out.parent / "model")
+    model = AutoModelForCausalLM.from_pretrained(out)
+    with torch.no_grad():
+        error = (model(tokens).logits - original(tokens).logits).std() / original(tokens).logits.std()
+    assert error < 1.0  # unrelated logits would give 1.4
+
+
+@pytest.mark.parametrize("with_report", [True, False])
+def test_inspect_draws_every_layer(mixed, tmp_path, with_report):
+    out = shutil.copytree(mixed[0], tmp_path / "out")
+    if not with_report:
+        (out / "quantization_report.json").unlink()
+    found = inspect(out)
+    axes, _ = draw(found).axes
+    (dots,) = axes.collections
+    assert sorted(map(tuple, dots.get_offsets().tolist())) == [
+        (block, module) for block in range(3) for module in range(7)
+    ]
+    assert dots.get_array().tolist() == [layer["bits_per_weight"] for layer in found["layers"]]
+    assert (len(set(dots.get_sizes())) > 1) == with_report
+    assert main(["inspect", str(out), "--plot", str(tmp_path / "bits.png")]) == 0
+    assert (tmp_path / "bits.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_picture_that_cannot_be_written_is_named(mixed, tmp_path, capsys):
+    assert main(["inspect", str(mixed[0]), "--plot", str(tmp_path / "bits.docx")]) == 2
+    assert "--plot" in capsys.readouterr().err
+
+
+def test_a_checkpoint_lands_under_its_target_size(folder, tmp_path):
+    quantize(folder, tmp_path / "out", target_size="300KB", embed_bits=4, group_size=64)
+    found = inspect(tmp_path / "out")
+    size = found["quantized_bytes"] + found["other_bytes"]
+    assert size == sum(t.nbytes for t in load_tensors(tmp_path / "out").values())
+    assert 0.97 * 300_000 < size <= 300_000
+
+
+def test_a_run_stopped_after_the_allocation_does_not_decide_again(folder, mixed, tmp_path, monkeypatch):
+    def stop(*args):
+        raise RuntimeError("stopped")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "quantize_blocks", stop)
+        with pytest.raises(TypeError):
+            quantize(folder, tmp_path / "out", target_bpw=2.6)
+    monkeypatch.setattr(pipeline, "sensitivities", stop)
+    quantize(folder, tmp_path / "out", target_bpw=2.6, resume=True)
+    tensors = load_tensors(tmp_path / "out")
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in load_tensors(mixed[0]).items())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_bpw": 2.5, "target_size": "1MB"}, "--target-bpw and --target-size: give one of them"),
+        ({"target_bpw": 0.0}, "--target-bpw 0.0: expected bits per weight"),
+        ({"target_bpw": 1.0}, "the smallest schemes take"),
+        ({"target_size": "50KB"}, "the smallest schemes take"),
+    ],
+)
+def test_targets_that_cannot_be_met_are_refused(folder, tmp_path, options, message):
+    with pytest.raises(bpdq_quantizer.InputError, match=message):
+        quantize(folder, tmp_path / "out", **options)
+    assert not list(tmp_path.iterdir())
