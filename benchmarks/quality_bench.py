@@ -5,7 +5,8 @@ Quantizes every combination in a process of its own, evaluates each, and writes 
     python -m benchmarks.quality_bench --models MODEL --calibration train.txt --text test.txt --output quality
 
 Finished checkpoints stay in OUTPUT/checkpoints and are not made again. KL and top-1 agreement compare a model's
-next-token distributions with those of its 16-bit original on the same text. GPTQ comes from llm-compressor, which
+next-token distributions with those of its 16-bit original on the same text. `--tasks` adds lm-eval's tasks, run in
+transformers or, with `--tasks-through vllm`, against `vllm serve`. GPTQ comes from llm-compressor, which
 needs versions that vLLM does not: give it an environment of its own and name its interpreter with --gptq-python.
 """
 
@@ -25,7 +26,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from benchmarks import tasks
 from benchmarks.serve_bench import COLORS, machine
+from benchmarks.server import ServerError
+from bpdq_kernels.format import Scheme
 from bpdq_quantizer.calibration import read_text, tokenize, windows
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.loader import load_model, load_tokenizer
@@ -34,8 +38,10 @@ from bpdq_quantizer.tune import final_states, head_log_probabilities
 METHODS = {  # options of `bpdq quantize`; gptq has a script of its own
     "paper": ["--solver", "paper"],
     "bpdq": [],
+    "bpdq-mixed": [],  # --target-bpw: as many bits as uniform k and G take
     "bpdq-block": ["--tune", "block"],
     "bpdq-tuned": ["--tune", "model"],
+    "bpdq-mixed-tuned": ["--tune", "model"],
     "gptq": [],
 }
 CHUNK = 128  # tokens whose logits are held at a time
@@ -86,6 +92,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=20, help="test windows (%(default)s)")
     parser.add_argument("--tune-steps", type=int, help="as of `bpdq quantize`")
     parser.add_argument("--tune-samples", type=int, help="likewise")
+    parser.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="lm-eval tasks to run too")
+    parser.add_argument("--task-folder", metavar="DIR", help="of YAML files of tasks that lm-eval does not have")
+    parser.add_argument("--tasks-limit", type=int, metavar="N", help="the first N documents of each (all)")
+    parser.add_argument("--tasks-through", choices=("transformers", "vllm"), default="transformers")
+    parser.add_argument("--serve-args", default="", metavar="ARGS", help="options of `vllm serve`, in one string")
     parser.add_argument("--gptq-python", metavar="EXE", help="interpreter of an environment with llm-compressor")
     parser.add_argument("--output", type=Path, default=Path("quality"), metavar="DIR", help="(%(default)s)")
     args = parser.parse_args(argv)
@@ -109,13 +120,15 @@ def measure(args: argparse.Namespace) -> Any:
         base = load_model(model, torch.float32)
         states = final_states(base, tokens)
         named = {"model": Path(model).name}
-        yield named | {"method": "16-bit", "bits_per_weight": 16.0} | evaluate(base, tokens, states)
+        scores = run_tasks(model, base, args)
+        yield named | {"method": "16-bit", "bits_per_weight": 16.0} | evaluate(base, tokens, states) | scores
         del base
         for method, bits, group_size in product(args.methods, args.bits, args.group_sizes):
             print(f"{named['model']}: {method}, k = {bits}, G = {group_size}", flush=True)
             checkpoint = args.output / "checkpoints" / f"{named['model']}-{method}-k{bits}-g{group_size}"
             cost = quantize(model, method, bits, group_size, checkpoint, args)
-            quality = evaluate(load_model(str(checkpoint), torch.float32), tokens, states)
+            quantized = load_model(str(checkpoint), torch.float32)
+            quality = evaluate(quantized, tokens, states) | run_tasks(str(checkpoint), quantized, args)
             yield named | {"method": method, "bits": bits, "group_size": group_size} | cost | quality
 
 
@@ -127,8 +140,10 @@ def quantize(model: str, method: str, bits: int, group_size: int, checkpoint: Pa
         command = [args.gptq_python, Path(__file__).with_name("gptq_peer.py"), model, *settings]
     else:
         command = [sys.executable, "-m", "bpdq_quantizer", "quantize", model, *settings, *METHODS[method], "--resume"]
+        if "-mixed" in method:
+            command += ["--target-bpw", Scheme(bits, group_size).bits_per_weight]
         for option in ("tune_steps", "tune_samples"):
-            if method.startswith("bpdq-") and getattr(args, option):
+            if "--tune" in METHODS[method] and getattr(args, option):
                 command += [f"--{option.replace('_', '-')}", getattr(args, option)]
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     if not checkpoint.exists() and subprocess.run([str(part) for part in command]).returncode:
@@ -166,16 +181,32 @@ def evaluate(model: PreTrainedModel, tokens: Tensor, states: Tensor) -> Row:
     }
 
 
+def run_tasks(path: str, model: PreTrainedModel, args: argparse.Namespace) -> Row:
+    """Scores of `--tasks` for a model and its folder, under the key `tasks`."""
+    if not args.tasks:
+        return {}
+    try:
+        if args.tasks_through == "transformers":
+            found = tasks.in_transformers(model, load_tokenizer(path), args.tasks, args.task_folder, args.tasks_limit)
+        else:
+            serve_args, log = shlex.split(args.serve_args), args.output / f"{Path(path).name}.log"
+            found = tasks.through_vllm(path, args.tasks, args.task_folder, args.tasks_limit, serve_args, log)
+    except (ValueError, ServerError) as e:
+        raise BenchError(f"{path}: {e}") from e
+    return {"tasks": found}
+
+
 def table(rows: list[Row]) -> str:
     """The rows as a markdown table."""
-    lines = [
-        "| model | method | k | G | bits/weight | perplexity | KL, nats | same top token | seconds | peak GB |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    names = list(rows[0].get("tasks", {}))
+    heads = ["model", "method", "k", "G", "bits/weight", "perplexity", "KL, nats", "same top token", "seconds"]
+    heads += ["peak GB", *names]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for r in rows:
         cost = [f"{r['seconds']:.0f}", f"{r['peak_memory_bytes'] / 1e9:.2f}"] if "seconds" in r else ["", ""]
         cells = [r["model"], r["method"], r.get("bits", ""), r.get("group_size", ""), f"{r['bits_per_weight']:.3f}"]
         cells += [f"{r['perplexity']:.2f}", f"{r['kl']:.4f}", f"{r['top1_agreement']:.1%}", *cost]
+        cells += [f"{r['tasks'][name]:.4g}" for name in names]
         lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
     return "\n".join(lines)
 

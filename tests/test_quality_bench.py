@@ -86,3 +86,74 @@ def test_a_missing_text_is_one_line(folder, tmp_path, capsys):
     argv[argv.index("--text") + 1] = "missing.txt"
     assert quality_bench.main(argv) == 2
     assert capsys.readouterr().err.splitlines()[-1] == "quality_bench: error: missing.txt: no such file"
+
+
+YAML = """task: planes
+dataset_path: json
+dataset_kwargs: {data_files: {test: FOLDER/questions.jsonl}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: "{{answer}}"
+metric_list: [{metric: acc}]
+"""
+
+
+@pytest.fixture(scope="module")
+def questions(folder):
+    """A task of four questions, and its folder."""
+    tasks = folder / "tasks"
+    tasks.mkdir()
+    words = ["one bit", "two planes", "four levels", "three coefficients"]
+    docs = [
+        {"question": f"A {word} of the", "choices": [" weight", " level" * 3], "answer": i % 2}
+        for i, word in enumerate(words)
+    ]
+    (tasks / "questions.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
+    (tasks / "planes.yaml").write_text(YAML.replace("FOLDER", str(tasks)))
+    return tasks, docs
+
+
+def accuracy(checkpoint, docs):
+    """Share of questions whose right choice has the higher log-likelihood."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32), tiny_tokenizer()
+    right = 0
+    for doc in docs:
+        start = len(tokenizer(doc["question"])["input_ids"])
+        scores = []
+        for choice in doc["choices"]:
+            ids = torch.tensor([tokenizer(doc["question"] + choice)["input_ids"]])
+            with torch.no_grad():
+                log_p = model(ids).logits[0, :-1].log_softmax(-1)
+            scores.append(log_p.gather(1, ids[0, 1:, None])[start - 1 :].sum().item())
+        right += scores[doc["answer"]] > scores[1 - doc["answer"]]
+    return right / len(docs)
+
+
+def test_tasks_from_local_files_are_scored(folder, questions, tmp_path):
+    tasks, docs = questions
+    argv = arguments(folder, tmp_path, "--methods", "paper", "--tasks", "planes", "--task-folder", str(tasks))
+    assert quality_bench.main(argv) == 0
+    rows = json.loads((tmp_path / "quality.json").read_text())["rows"]
+    assert rows[0]["tasks"] == {"planes acc": accuracy(folder / "model", docs)}
+    assert rows[1]["tasks"] == {"planes acc": accuracy(tmp_path / "checkpoints" / "model-paper-k2-g64", docs)}
+    assert "| planes acc |" in (tmp_path / "quality.md").read_text()
+
+
+def test_an_unknown_task_is_named(folder, questions, tmp_path, capsys):
+    argv = arguments(folder, tmp_path, "--tasks", "plains", "--task-folder", str(questions[0]))
+    assert quality_bench.main(argv) == 1
+    assert "--tasks plains: lm-eval knows no such task" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_tasks_through_a_vllm_server_score_the_same(folder, questions, tmp_path):
+    tasks, docs = questions
+    argv = arguments(folder, tmp_path, "--methods", "paper", "--tasks", "planes", "--task-folder", str(tasks))
+    argv += ["--tasks-through", "vllm", "--serve-args"]
+    argv += ["--dtype float32 --enforce-eager --max-model-len 128 --kv-cache-memory-bytes 100M"]
+    assert quality_bench.main(argv) == 0
+    rows = json.loads((tmp_path / "quality.json").read_text())["rows"]
+    assert rows[0]["tasks"] == {"planes acc": accuracy(folder / "model", docs)}
+    assert rows[1]["tasks"] == {"planes acc": accuracy(tmp_path / "checkpoints" / "model-paper-k2-g64", docs)}

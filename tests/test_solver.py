@@ -258,7 +258,7 @@ def test_refinement_never_makes_a_row_worse(k, k_in, n, seed):
 def test_joint_fit_solves_the_rows_least_squares_problem():
     W, H = problem(3, 80)
     codes = torch.randint(0, 4, (80, 3), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
-    c = joint_fit(codes, W.T, H, 32, 2, 0.0, torch.float32)
+    c = joint_fit(codes, H @ W.T, H, 32, 2, 0.0, torch.float32)
     L = torch.linalg.cholesky(H.double())
     for n in range(3):
         X = torch.zeros(80, 9, dtype=torch.float64)  # three groups of two planes and a bias; the last is short
@@ -273,7 +273,7 @@ def test_a_row_with_singular_equations_keeps_its_coefficients():
     s = quantize_linear(W, H, 2, 32, refinements=0)
     codes, c = s.codes.T.contiguous(), s.c.float()
     codes[:, 1] = 3  # both planes constant: they can't be told from the bias, and nothing damps them
-    assert joint_fit(codes, W.T, H, 32, 2, -1e-3, torch.float32)[:, :, 1].isnan().all()
+    assert joint_fit(codes, H @ W.T, H, 32, 2, -1e-3, torch.float32)[:, :, 1].isnan().all()
     refined_codes, refined_c = refine(codes, c, W.T, H, 32, 2, -1e-3, torch.bfloat16)
     assert torch.equal(refined_codes[:, 1], codes[:, 1])
     assert torch.equal(refined_c[:, :, 1], c[:, :, 1])
@@ -284,7 +284,7 @@ def test_after_descent_no_single_column_can_be_improved_much():
     s = quantize_linear(W, H, 2, 32, refinements=0)
     codes, c = s.codes.T.contiguous(), s.c.float()
     for _ in range(10):
-        codes, loss = descend(codes, c, W.T, H, 32)
+        codes, loss = descend(codes, c, W.T, H, 32, 1)
     torch.testing.assert_close(loss, row_loss(W.T, codes, c, H, 32), rtol=1e-3, atol=1e-7)
     for i in range(64):
         for code in range(4):

@@ -144,10 +144,11 @@ def test_block_tuning_brings_the_model_closer_to_the_16_bit_one(folder, tokens, 
     errors = {}
     for steps in (0, 10):
         source = open_model(str(folder / "model"))
+        schemes = dict.fromkeys(linear_layers(source.blocks[0]), Scheme(2, 64))
         done = quantize_blocks(source, tokens, uniform(source, Scheme(2, 64)), torch.device("cpu"), tune_steps=steps)
         blocks = [block.state_dict() for block, *_ in done]
         for block, tensors in zip(source.blocks, blocks, strict=True):
-            fill_block(block, tensors, dict.fromkeys(linear_layers(block), Scheme(2, 64)))
+            fill_block(block, tensors, schemes)
         states = final_states(source.model, tokens)
         errors[steps] = (states - teacher).square().mean().item()
         assert all(m.c.dtype == torch.bfloat16 for m in source.model.modules() if isinstance(m, BPDQLinear))

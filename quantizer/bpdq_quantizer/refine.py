@@ -35,13 +35,12 @@ def refine(
         w, best_codes, best_c = W[:, part].contiguous(), codes[:, part].contiguous(), c[:, :, part].contiguous()
         residual = w - dequantize_columns(best_codes, best_c, group_size)
         best_loss = (residual * (H @ residual)).sum(0)
-        row_codes = best_codes
+        row_codes, HW = best_codes, H @ w
         for _ in range(rounds):
-            parts = zip(row_codes.split(fit_rows, dim=1), w.split(fit_rows, dim=1), strict=True)
+            parts = zip(row_codes.split(fit_rows, dim=1), HW.split(fit_rows, dim=1), strict=True)
             fits = [joint_fit(*part, H, group_size, width - 1, alpha, dtype) for part in parts]
             row_c = torch.cat(fits, dim=2)
-            for _ in range(SWEEPS):
-                row_codes, loss = descend(row_codes, row_c, w, H, group_size)
+            row_codes, loss = descend(row_codes, row_c, w, H, group_size, SWEEPS)
             better = loss < best_loss
             best_codes = torch.where(better, row_codes, best_codes)
             best_c = torch.where(better, row_c, best_c)
@@ -51,20 +50,20 @@ def refine(
 
 
 def joint_fit(
-    codes: Tensor, W: Tensor, H: Tensor, group_size: int, bits: int, alpha: float, dtype: torch.dtype
+    codes: Tensor, HW: Tensor, H: Tensor, group_size: int, bits: int, alpha: float, dtype: torch.dtype
 ) -> Tensor:
     """All coefficients of each row, c [ceil(K/G), k+1, N]: ridge least squares of W on its planes in the metric H.
 
-    The normal equations couple every pair of groups; only the lower triangle is built, which Cholesky reads. A row
-    whose equations are singular in fp32 gets NaN, which no later comparison of losses takes for better.
+    HW [K, N] is H W. The normal equations couple every pair of groups; only the lower triangle is built, which Cholesky
+    reads. A row whose equations are singular in fp32 gets NaN, which no later comparison of losses takes for better.
     """
-    K, N = W.shape
+    K, N = HW.shape
     groups, width = -(-K // group_size), bits + 1
     X = features(codes, bits)  # [K, k+1, N]
     X = torch.cat([X, X.new_zeros(groups * group_size - K, width, N)])  # zeros: a short last group
-    HW = torch.cat([H @ W, W.new_zeros(len(X) - K, N)])
+    HW = torch.cat([HW, HW.new_zeros(len(X) - K, N)])
     b = (X * HW.unsqueeze(1)).unflatten(0, (groups, group_size)).sum(1)  # [groups, k+1, N]
-    A = torch.zeros(groups, width, groups, width, N, device=W.device)
+    A = torch.zeros(groups, width, groups, width, N, device=HW.device)
     for g in range(groups):
         first, last = g * group_size, min((g + 1) * group_size, K)
         HX = X.new_zeros(len(X) - first, width, N)
@@ -83,8 +82,8 @@ def joint_fit(
     return c.unflatten(0, (groups, width)).to(dtype).float().contiguous()
 
 
-def descend(codes: Tensor, c: Tensor, W: Tensor, H: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """One pass of coordinate descent over the columns; returns the new codes [K, N] and each row's loss [N].
+def descend(codes: Tensor, c: Tensor, W: Tensor, H: Tensor, group_size: int, sweeps: int) -> tuple[Tensor, Tensor]:
+    """Coordinate descent, `sweeps` times over the columns; returns the new codes [K, N] and each row's loss [N].
 
     With the gradient V = H (W - W_hat), column i's best value given the others is W_hat[i] + V[i] / H[i, i]; the
     nearest level is taken. V is kept up to date within a group column by column, beyond it once per group.
@@ -93,7 +92,7 @@ def descend(codes: Tensor, c: Tensor, W: Tensor, H: Tensor, group_size: int) -> 
     V = H @ (W - W_hat)
     table = level_table(c.shape[1] - 1, W.device)
     codes = torch.empty_like(codes)
-    for g in range(c.shape[0]):
+    for g in list(range(c.shape[0])) * sweeps:
         block = slice(g * group_size, min((g + 1) * group_size, len(W)))
         w_hat, H_block = W_hat[block], H[block, block]
         best = w_hat + V[block] / H_block.diagonal().unsqueeze(1)
