@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import bpdq_quantizer
 from generate import PROMPTS, TOKENS, transformers_tokens, vllm_tokens
-from tiny import bpdq_checkpoint, tiny_model
+from tiny import TEXT, bpdq_checkpoint, tiny_model
 
 LAYERS = {f"model.layers.1.mlp.{name}_proj": {"bits": 3, "group_size": 32} for name in ("gate", "up")}
 MIXED = {  # k from 1 to 4 and two group sizes, in two blocks
@@ -48,10 +49,16 @@ def checkpoints(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("engine")
     models = {arch: tiny_model(folder / f"{arch}-model", arch) for arch in ("llama", "qwen2")}
     models["tied"] = tiny_model(folder / "tied-model", "qwen2", tie_word_embeddings=True)
-    return {
+    made = {
         name: bpdq_checkpoint(models[name.split()[0]], folder / name.replace(" ", "-"), **options)
         for name, (options, _) in EAGER.items()
     }
+    (folder / "text.txt").write_text(TEXT * 4)
+    small = {"calibration": str(folder / "text.txt"), "samples": 2, "seq_len": 32, "iterations": 1, "solver": "paper"}
+    made["rotated"] = folder / "rotated"
+    model = tiny_model(folder / "gains", "qwen2", gains=0.3, tie_word_embeddings=True)
+    bpdq_quantizer.quantize(str(model), made["rotated"], rotate="hadamard", **small)
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +75,7 @@ def eager(checkpoints) -> dict[str, list[list[int]] | str]:
     cache = {"kv_cache_dtype": "fp8_e5m2"}
     runs["8-bit cache"] = {"load": {"model": str(checkpoints["qwen2"]), **cache}}
     runs["8-bit cache, 16 bits"] = {"load": {"model": str(dequantized(checkpoints["qwen2"])), **cache}}
+    runs["rotated"] = {"load": {"model": str(checkpoints["rotated"])}}
     runs["dummy"] = {"load": {"model": str(base), "load_format": "dummy"}}
     runs["without B"] = {"load": {"model": str(without_b)}}
     runs["another method"] = {"load": {"model": str(base), "quantization": "awq"}}
@@ -77,6 +85,11 @@ def eager(checkpoints) -> dict[str, list[list[int]] | str]:
 @pytest.mark.parametrize("name", EAGER)
 def test_eager_tokens_equal_transformers(checkpoints, eager, name):
     assert eager[name][: len(PROMPTS)] == transformers_tokens(dequantized(checkpoints[name]))
+
+
+def test_a_rotated_checkpoint_is_a_model_like_any_other(checkpoints, eager):
+    """Its tied tables have become two; the model's last norm has gains."""
+    assert eager["rotated"] == transformers_tokens(checkpoints["rotated"])
 
 
 def test_reloading_another_checkpoint_serves_the_other_weights(checkpoints, eager):

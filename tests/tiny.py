@@ -39,9 +39,13 @@ def tiny_model(
     kv_heads: int = 2,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    gains: float = 0.0,
     **config: object,
 ) -> Path:
-    """Write a Hugging Face folder of a random `arch` model; ffn = 352 is 2.75 groups of 128: ragged on purpose."""
+    """Write a Hugging Face folder of a random `arch` model; ffn = 352 is 2.75 groups of 128: ragged on purpose.
+
+    gains: standard deviation of the weights of norms, which are otherwise all one (of Gemma: zero).
+    """
     torch.manual_seed(seed)
     cfg = AutoConfig.for_model(
         arch,
@@ -63,6 +67,8 @@ def tiny_model(
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.1)
+        elif gains and "norm" in name:
+            parameter.data += gains * torch.randn_like(parameter)
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder

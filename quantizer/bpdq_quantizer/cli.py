@@ -52,13 +52,14 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--iterations", type=int, default=10, help="assign/refit rounds per group (%(default)s)")
     p.add_argument("--solver", choices=SOLVERS, default="refined", help="`paper` is the paper's algorithm alone")
     p.add_argument("--asymmetric", type=float, metavar="SHARE", help="correct for shifted inputs (0.5; paper: 0)")
+    p.add_argument("--rotate", choices=("none", "hadamard"), default="none", help="spread outliers over all channels")
     p.add_argument("--tune", choices=("none", "block", "model"), default="none", help="train the coefficients too")
     p.add_argument(
         "--tune-steps", type=int, help=f"for each block ({TUNE_STEPS['block']}), or the model ({TUNE_STEPS['model']})"
     )
     p.add_argument("--tune-samples", type=int, help="windows to tune the model on (--samples)")
     p.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
-    p.add_argument("--seed", type=int, default=0, help="shuffles hf: data sets and tuning (%(default)s)")
+    p.add_argument("--seed", type=int, default=0, help="of hf: data sets, tuning and rotation (%(default)s)")
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     p.set_defaults(run=_quantize)
 

@@ -160,6 +160,11 @@ def is_tied(model: PreTrainedModel) -> bool:
     return f"{table_names(model)[1]}.weight" in model.all_tied_weights_keys
 
 
+def looks_up_rows(embedding: nn.Module) -> bool:
+    """Whether an input embedding looks up rows, perhaps times a constant, and does nothing else."""
+    return type(embedding).forward is nn.Embedding.forward or hasattr(embedding, "scalar_embed_scale")
+
+
 def quantized_layers(model: PreTrainedModel, fmt: Format) -> dict[str, tuple[nn.Module, Scheme]]:
     """The Linears and tables of a 16-bit skeleton that a checkpoint of format `fmt` holds as bit-planes, by name.
 

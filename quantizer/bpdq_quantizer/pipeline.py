@@ -20,6 +20,7 @@ from bpdq_quantizer.blocks import original_states, quantize_blocks
 from bpdq_quantizer.calibration import calibration_windows
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.loader import load_tokenizer
+from bpdq_quantizer.rotate import rotated
 from bpdq_quantizer.sensitivity import sensitivities
 from bpdq_quantizer.stream import Streamed, fill_block, fingerprint, open_model
 from bpdq_quantizer.tables import quantize_tables, table_schemes
@@ -57,6 +58,7 @@ def quantize(
     iterations: int = 10,
     solver: str = "refined",
     asymmetric: float | None = None,
+    rotate: str = "none",
     tune: str = "none",
     tune_steps: int | None = None,
     tune_samples: int | None = None,
@@ -71,6 +73,7 @@ def quantize(
     embed_bits, head_bits: bit-planes of the input embedding and the LM head (`bpdq_quantizer.tables`), by default left
     in 16 bits, as norms and biases always are; calibration: `default`, FILE.txt, FILE.jsonl or hf:NAME, cut into
     `samples` windows of `seq_len` tokens; solver: a key of SOLVERS; asymmetric: 0 to 1, by default as in ASYMMETRIC;
+    rotate: `none` or `hadamard` (`bpdq_quantizer.rotate`);
     tune: a key of TUNE_STEPS (`bpdq_quantizer.tune`), whose value is the default of tune_steps; tune_samples: windows
     to tune the model on, by default `samples`; target_bpw: bits per weight of the blocks' Linears, or target_size: of
     all tensors (`20GiB`), for which every layer gets bits and a group size of its own (`bpdq_quantizer.allocate`):
@@ -100,6 +103,8 @@ def quantize(
     if len(tokens) < wanted:
         tqdm.write(f"{calibration}: holds {len(tokens)} windows of {seq_len} tokens, --samples asked for {wanted}")
     source = open_model(model)
+    if rotate == "hadamard":
+        source = rotated(source, seed)
     tables = table_schemes(source.model, embed_bits, head_bits, group_size)
     run = options | {"model files": fingerprint(model, source.model), "calibration tokens": digest(tokens)}
     with work_folder(Path(output), run, resume) as folder:

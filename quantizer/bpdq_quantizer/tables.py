@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -18,7 +18,7 @@ from bpdq_kernels.format import Scheme
 from bpdq_quantizer.blocks import LayerReport
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.hessian import accumulate, symmetrize
-from bpdq_quantizer.loader import is_tied, replace, table_names
+from bpdq_quantizer.loader import is_tied, looks_up_rows, replace, table_names
 from bpdq_quantizer.solver import quantize_linear
 
 CHUNK_ELEMENTS = 1 << 25  # weights solved at a time: about 2 GB of device memory
@@ -44,7 +44,7 @@ def table_schemes(
             )
         embed_bits = head_bits = embed_bits or head_bits
     module = model.get_input_embeddings()
-    if embed_bits and type(module).forward is not nn.Embedding.forward and not hasattr(module, "scalar_embed_scale"):
+    if embed_bits and not looks_up_rows(module):
         raise InputError(
             f"--embed-bits: {embedding} is a {type(module).__name__}, which is not supported: leave it out"
         )
