@@ -54,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         "--tune-steps", type=int, help=f"for each block ({TUNE_STEPS['block']}), or the model ({TUNE_STEPS['model']})"
     )
     p.add_argument("--tune-samples", type=int, help="windows to tune the model on (--samples)")
+    p.add_argument("--offload-dir", metavar="DIR", help="keep the hidden states of the calibration text there")
     p.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
     p.add_argument("--seed", type=int, default=0, help="shuffles hf: data sets and tuning (%(default)s)")
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")

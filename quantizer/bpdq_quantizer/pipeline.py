@@ -20,7 +20,16 @@ from bpdq_quantizer.loader import load_tokenizer
 from bpdq_quantizer.stream import Streamed, fill_block, fingerprint, open_model
 from bpdq_quantizer.tables import quantize_tables, table_schemes
 from bpdq_quantizer.tune import tune_model
-from bpdq_quantizer.work import Clock, digest, load_progress, save_progress, shard, work_folder, write_tensors
+from bpdq_quantizer.work import (
+    Clock,
+    digest,
+    load_progress,
+    offload_folder,
+    save_progress,
+    shard,
+    work_folder,
+    write_tensors,
+)
 
 SOLVERS = {  # options of `quantize_linear`
     "refined": {"refinements": 2, "alpha": 1e-6, "damping": 0.01},
@@ -47,6 +56,7 @@ def quantize(
     tune: str = "none",
     tune_steps: int | None = None,
     tune_samples: int | None = None,
+    offload_dir: str | None = None,
     seed: int = 0,
     device: str = "auto",
     resume: bool = False,
@@ -57,7 +67,8 @@ def quantize(
     in 16 bits, as norms and biases always are; calibration: `default`, FILE.txt, FILE.jsonl or hf:NAME, cut into
     `samples` windows of `seq_len` tokens; solver: a key of SOLVERS; asymmetric: 0 to 1, by default as in ASYMMETRIC;
     tune: a key of TUNE_STEPS (`bpdq_quantizer.tune`), whose value is the default of tune_steps; tune_samples: windows
-    to tune the model on, by default `samples`; device: `auto`, `cpu` or `cuda`.
+    to tune the model on, by default `samples`; offload_dir: a folder for the hidden states of the calibration windows,
+    by default in memory; device: `auto`, `cpu` or `cuda`.
     Returns the report that is also saved as quantization_report.json. Raises InputError for input that can't be used;
     the folder `output` appears only when everything is written. Until then `output`.partial holds the finished blocks,
     from which `resume` goes on (`bpdq_quantizer.work`). The model's blocks are read from its files one at a time.
@@ -83,11 +94,12 @@ def quantize(
     source = open_model(model)
     tables = table_schemes(source.model, embed_bits, head_bits, group_size)
     run = options | {"model files": fingerprint(model, source.model), "calibration tokens": digest(tokens)}
-    with work_folder(Path(output), run, resume) as folder:
-        settings = {"iterations": iterations, "asymmetric": asymmetric, **SOLVERS[solver]}
+    with offload_folder(offload_dir, Path(output)) as offload, work_folder(Path(output), run, resume) as folder:
+        shared = {"iterations": iterations, **SOLVERS[solver]}
+        settings = {"offload": offload, "asymmetric": asymmetric, **shared}
         if tune == "block":
             settings |= {"tune_steps": tune_steps, "seed": seed}
-        teacher = _teacher(source, tokens[:tune_samples], target, folder) if tune == "model" else None
+        teacher = _teacher(source, tokens[:tune_samples], target, folder, offload) if tune == "model" else None
         layers, cost = _solve(source, tokens[:samples], scheme, target, folder, **settings)
         report = {"model": model, "options": {k: v for k, v in options.items() if k != "model"}}
         if teacher is not None:
@@ -97,8 +109,9 @@ def quantize(
             cost = {key: value + report["tuning"][key] for key, value in cost.items()}
         clock = Clock(cost)
         if tables:
-            states = head_inputs(source.model, source.blocks, tokens[:samples], load_progress(folder).states.quantized)
-            found = quantize_tables(source.model, states, tables, target, iterations=iterations, **SOLVERS[solver])
+            states = load_progress(folder, offload).states.quantized
+            states = head_inputs(source.model, source.blocks, tokens[:samples], states)
+            found = quantize_tables(source.model, states, tables, target, **shared)
             layers = layers + [dataclasses.asdict(table) for table in found]
         report |= {
             "calibration_tokens": tokens[:samples].numel(),
@@ -113,19 +126,25 @@ def quantize(
     return report
 
 
-def _teacher(source: Streamed, tokens: Tensor, device: torch.device, folder: Path) -> Tensor:
+def _teacher(source: Streamed, tokens: Tensor, device: torch.device, folder: Path, offload: Path | None) -> Tensor:
     """What the 16-bit model's LM head reads, computed once."""
     file = folder / "resume" / "teacher.safetensors"
     if not file.is_file():
-        write_tensors(file, {"states": original_states(source, tokens, device)})
+        write_tensors(file, {"states": original_states(source, tokens, device, offload)})
     return load_file(file)["states"]
 
 
 def _solve(
-    source: Streamed, tokens: Tensor, scheme: Scheme, device: torch.device, folder: Path, **solver: Any
+    source: Streamed,
+    tokens: Tensor,
+    scheme: Scheme,
+    device: torch.device,
+    folder: Path,
+    offload: Path | None,
+    **solver: Any,
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Write the quantized blocks that `folder` lacks; returns the reports of all layers, and what they cost."""
-    start, layers, before = load_progress(folder)
+    start, layers, before = load_progress(folder, offload)
     clock = Clock(before)
     if start is not None and start.block == len(source.blocks):
         return layers, before
@@ -134,7 +153,8 @@ def _solve(
     with tqdm(
         total=sum(shape.numel() for shape in shapes), initial=done, unit="weight", unit_scale=True, desc="quantizing"
     ) as bar:
-        for block, reports, states in quantize_blocks(source, tokens, scheme, device, start=start, **solver):
+        options = {"start": start, "offload": offload, **solver}
+        for block, reports, states in quantize_blocks(source, tokens, scheme, device, **options):
             layers += [dataclasses.asdict(layer) for layer in reports]
             _write_block(source, states.block - 1, block, folder)
             save_progress(folder, states, layers, clock.read())

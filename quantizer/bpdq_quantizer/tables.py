@@ -20,6 +20,7 @@ from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.hessian import accumulate, symmetrize
 from bpdq_quantizer.loader import is_tied, replace, table_names
 from bpdq_quantizer.solver import quantize_linear
+from bpdq_quantizer.work import Batches
 
 CHUNK_ELEMENTS = 1 << 25  # weights solved at a time: about 2 GB of device memory
 # Of the identity in the metric of tied tables, in units of the mean of diag(H). Perplexity of SmolLM2 at 4 bits: 39.99
@@ -54,14 +55,14 @@ def table_schemes(
 
 @torch.no_grad()
 def quantize_tables(
-    model: PreTrainedModel, states: Tensor, schemes: Mapping[str, Scheme], device: torch.device, **solver: Any
+    model: PreTrainedModel, states: Batches, schemes: Mapping[str, Scheme], device: torch.device, **solver: Any
 ) -> list[LayerReport]:
     """Quantize the tables of `table_schemes` in place; returns a report for each, of tied ones for the embedding only.
 
-    states: [W, L, D], what the LM head reads of the calibration set (`activations.head_inputs`) in the model with
-    quantized blocks; `solver`: options of `quantize_linear`. The model is on the CPU. The metric of an embedding is the
-    identity, as its rows are looked up and multiply nothing; that of an LM head is the Hessian of `states`; that of
-    tied tables is the sum of both, with TIED_SHARE of the identity.
+    states: what the LM head reads of the calibration set in the model with quantized blocks, in batches [n, L, D]
+    (`activations.head_inputs`); `solver`: options of `quantize_linear`. The model is on the CPU. The metric of an
+    embedding is the identity, as its rows are looked up and multiply nothing; that of an LM head is the Hessian of
+    `states`; that of tied tables is the sum of both, with TIED_SHARE of the identity.
     """
     embedding, head = table_names(model)
     tied = is_tied(model)
@@ -77,7 +78,9 @@ def quantize_tables(
         H = torch.eye(weight.shape[1], device=device)
         if tied or name == head:
             H.zero_()
-            accumulate(H, states.to(device), states[..., 0].numel())
+            tokens = sum(batch.shape[:2].numel() for batch in states)
+            for batch in states:
+                accumulate(H, batch.to(device), tokens)
             symmetrize(H)
             if tied:
                 H.diagonal().add_(TIED_SHARE * H.diagonal().mean())
