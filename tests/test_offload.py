@@ -47,7 +47,7 @@ def whole(root, tmp_path_factory):
     "options",
     [
         {"asymmetric": 0.0},
-        {"head_bits": 4},
+        {"head_bits": 4, "kv_cache_scales": True},
         {"tune": "block", "tune_steps": 2},
         {"tune": "model", "tune_steps": 4},
     ],

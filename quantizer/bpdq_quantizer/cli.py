@@ -54,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         "--tune-steps", type=int, help=f"for each block ({TUNE_STEPS['block']}), or the model ({TUNE_STEPS['model']})"
     )
     p.add_argument("--tune-samples", type=int, help="windows to tune the model on (--samples)")
+    p.add_argument("--kv-cache-scales", action="store_true", help="calibrate scales for --kv-cache-dtype fp8_e4m3")
     p.add_argument("--offload-dir", metavar="DIR", help="keep the hidden states of the calibration text there")
     p.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
     p.add_argument("--seed", type=int, default=0, help="shuffles hf: data sets and tuning (%(default)s)")
@@ -139,6 +140,7 @@ def _inspect(args: argparse.Namespace) -> dict[str, Any]:
         f"{found['architecture']}: {found['quantized_weights'] / 1e6:.1f} M weights at "
         f"{found['bits_per_weight']:.3f} bits ({found['quantized_bytes'] / 1e6:.1f} MB), "
         f"other tensors {found['other_bytes'] / 1e6:.1f} MB"
+        + (", scales for an fp8 KV cache" if found["kv_cache_scales"] else "")
     )
     return found
 

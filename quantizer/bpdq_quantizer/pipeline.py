@@ -2,6 +2,7 @@
 
 import dataclasses
 import resource
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from bpdq_kernels.format import Scheme
-from bpdq_quantizer import checkpoint
+from bpdq_quantizer import checkpoint, kv_scales
 from bpdq_quantizer.activations import head_inputs, linear_layers
 from bpdq_quantizer.blocks import original_states, quantize_blocks
 from bpdq_quantizer.calibration import calibration_windows
@@ -56,6 +57,7 @@ def quantize(
     tune: str = "none",
     tune_steps: int | None = None,
     tune_samples: int | None = None,
+    kv_cache_scales: bool = False,
     offload_dir: str | None = None,
     seed: int = 0,
     device: str = "auto",
@@ -67,8 +69,9 @@ def quantize(
     in 16 bits, as norms and biases always are; calibration: `default`, FILE.txt, FILE.jsonl or hf:NAME, cut into
     `samples` windows of `seq_len` tokens; solver: a key of SOLVERS; asymmetric: 0 to 1, by default as in ASYMMETRIC;
     tune: a key of TUNE_STEPS (`bpdq_quantizer.tune`), whose value is the default of tune_steps; tune_samples: windows
-    to tune the model on, by default `samples`; offload_dir: a folder for the hidden states of the calibration windows,
-    by default in memory; device: `auto`, `cpu` or `cuda`.
+    to tune the model on, by default `samples`; kv_cache_scales: store scales for an fp8 KV cache
+    (`bpdq_quantizer.kv_scales`); offload_dir: a folder for the hidden states of the calibration windows, by default
+    in memory; device: `auto`, `cpu` or `cuda`.
     Returns the report that is also saved as quantization_report.json. Raises InputError for input that can't be used;
     the folder `output` appears only when everything is written. Until then `output`.partial holds the finished blocks,
     from which `resume` goes on (`bpdq_quantizer.work`). The model's blocks are read from its files one at a time.
@@ -113,6 +116,10 @@ def quantize(
             states = head_inputs(source.model, source.blocks, tokens[:samples], states)
             found = quantize_tables(source.model, states, tables, target, **shared)
             layers = layers + [dataclasses.asdict(table) for table in found]
+        scales = {}
+        if kv_cache_scales:
+            read = partial(_read_block, source, scheme, folder)
+            scales = kv_scales.calibrate(source, tokens[:samples], target, offload, read)
         report |= {
             "calibration_tokens": tokens[:samples].numel(),
             "bits_per_weight": _mean_bits(layers),
@@ -121,8 +128,9 @@ def quantize(
             "layers": layers,
         }
         ignore = [name for name in linear_layers(source.model) if name not in {layer["name"] for layer in layers}]
-        config = checkpoint.quantization_config(scheme, iterations, SOLVERS[solver]["alpha"], ignore, tables)
-        checkpoint.finish(folder, source, tokenizer, config, report)
+        alpha = SOLVERS[solver]["alpha"]
+        config = checkpoint.quantization_config(scheme, iterations, alpha, ignore, tables, bool(scales))
+        checkpoint.finish(folder, source, tokenizer, config, report, scales)
     return report
 
 
@@ -169,6 +177,14 @@ def _write_block(source: Streamed, index: int, block: nn.Module, folder: Path) -
     write_tensors(shard(folder, index + 2, len(source.blocks) + 1), tensors)
 
 
+def _read_block(source: Streamed, scheme: Scheme, folder: Path, index: int) -> nn.Module:
+    """Block `index` with what `_write_block` wrote, on the CPU."""
+    stored = load_file(shard(folder, index + 2, len(source.blocks) + 1))
+    tensors = {name.removeprefix(f"{source.prefix}.{index}."): tensor for name, tensor in stored.items()}
+    fill_block(source.blocks[index], tensors, scheme)
+    return source.blocks[index]
+
+
 def _mean_bits(layers: list[dict[str, Any]]) -> float:
     weights = [layer["in_features"] * layer["out_features"] for layer in layers]
     return sum(n * layer["bits_per_weight"] for n, layer in zip(weights, layers, strict=True)) / sum(weights)
@@ -184,13 +200,12 @@ def _tune(
     **options: Any,
 ) -> dict[str, Any]:
     """Tune the coefficients in the blocks' files; returns a report."""
-    lm, prefix, blocks, _ = source
-    for index, block in enumerate(blocks):
-        stored = load_file(shard(folder, index + 2, len(blocks) + 1))
-        fill_block(block, {name.removeprefix(f"{prefix}.{index}."): t for name, t in stored.items()}, scheme)
+    lm = source.model
+    for index in range(len(source.blocks)):
+        _read_block(source, scheme, folder, index)
     report = tune_model(lm.to(device), tokens, teacher, state=folder / "resume" / "tuning.pt", **options)
     lm.to("cpu")
-    for index, block in enumerate(blocks):
+    for index, block in enumerate(source.blocks):
         _write_block(source, index, block, folder)
     return report
 
