@@ -1,7 +1,6 @@
 """From a model folder to a BPDQ checkpoint: load, calibrate, quantize block by block, save."""
 
 import dataclasses
-import resource
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from bpdq_quantizer.work import (
     digest,
     load_progress,
     offload_folder,
+    peak_memory,
     save_progress,
     shard,
     work_folder,
@@ -124,7 +124,7 @@ def quantize(
             "calibration_tokens": tokens[:samples].numel(),
             "bits_per_weight": _mean_bits(layers),
             **clock.read(),
-            "peak_host_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peak_host_memory_bytes": peak_memory(),
             "layers": layers,
         }
         ignore = [name for name in linear_layers(source.model) if name not in {layer["name"] for layer in layers}]

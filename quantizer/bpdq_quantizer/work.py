@@ -13,6 +13,7 @@ folder without it; then the folder gets the name OUTPUT.
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -159,6 +160,11 @@ def _check_same(folder: Path, run: Mapping[str, Any], resume: bool) -> None:
     changed = [f"{k} = {v!r} (now {run.get(k)!r})" for k, v in before.items() if v != run.get(k)]
     if changed:
         raise InputError(f"{folder} is from a run with other options, {', '.join(changed)}: repeat them or remove it")
+
+
+def peak_memory() -> int:
+    """The most bytes of host memory that this process has held. Not ru_maxrss, which starts from the parent's."""
+    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 
 def digest(tokens: Tensor) -> str:
