@@ -232,10 +232,13 @@ def check_finite(weights: dict[str, Tensor], H: Tensor) -> None:
             raise InputError(f"{name} holds NaN or infinity: the model is damaged, download it again")
 
 
-def solve_stage(name: str, W: Tensor, H: Tensor, scheme: Scheme, **solver: Any) -> Solution:
-    """Quantize W [N, K], the stacked rows of Linears that share the input with Hessian H; `name`: of the first."""
+def solve_stage(
+    name: str, W: Tensor, H: Tensor, scheme: Scheme, solve: Callable[..., Solution] = quantize_linear, **solver: Any
+) -> Solution:
+    """Quantize W [N, K], the stacked rows of Linears that share the input with Hessian H; `name`: of the first; solve:
+    `quantize_linear`, or what does the same elsewhere (`bpdq_quantizer.workers`)."""
     with one_thread() if len(W) < SMALL_STAGE else nullcontext():
-        solution = quantize_linear(W, H, scheme.bits, scheme.group_size, **solver)
+        solution = solve(W, H, scheme.bits, scheme.group_size, **solver)
     if not torch.isfinite(solution.c).all():
         raise InputError(f"{name}: its coefficients overflow {solution.c.dtype}: convert the model to bfloat16 first")
     return solution

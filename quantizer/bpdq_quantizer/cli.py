@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from bpdq_quantizer import checkpoint
+from bpdq_quantizer import checkpoint, workers
 from bpdq_quantizer.calibration import read_text, tokenize, windows
-from bpdq_quantizer.errors import InputError
+from bpdq_quantizer.errors import InputError, WorkerError
 from bpdq_quantizer.evaluate import perplexity
 from bpdq_quantizer.kv_cache import KV_TYPES
 from bpdq_quantizer.loader import load_model, load_tokenizer
@@ -23,11 +23,11 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         result = args.run(args)
-    except InputError as e:
+    except (InputError, WorkerError) as e:
         reason = "; ".join([str(e), *getattr(e, "__notes__", [])])
         print(f"bpdq: error: {' '.join(reason.split())}", file=sys.stderr)
-        return 2
-    if args.json:
+        return 2 if isinstance(e, InputError) else 1
+    if args.json and result is not None:
         print(json.dumps(result))
     return 0
 
@@ -59,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
     p.add_argument("--seed", type=int, default=0, help="shuffles hf: data sets and tuning (%(default)s)")
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    p.add_argument("--devices", metavar="LIST", help="several instead, such as cuda:0,cuda:1: a worker for each")
     p.set_defaults(run=_quantize)
 
     p = commands.add_parser("eval", help="perplexity of a model or checkpoint")
@@ -89,7 +90,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _quantize(args: argparse.Namespace) -> dict[str, Any]:
+def _quantize(args: argparse.Namespace) -> dict[str, Any] | None:
+    if workers.rank():
+        return workers.serve(workers.own_device(args.devices, args.device))
     options = {k: v for k, v in vars(args).items() if k not in ("run", "json")}
     report = quantize(**options)
     by_kind = defaultdict(list)

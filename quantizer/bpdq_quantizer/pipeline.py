@@ -31,6 +31,7 @@ from bpdq_quantizer.work import (
     work_folder,
     write_tensors,
 )
+from bpdq_quantizer.workers import own_device, team
 
 SOLVERS = {  # options of `quantize_linear`
     "refined": {"refinements": 2, "alpha": 1e-6, "damping": 0.01},
@@ -61,6 +62,7 @@ def quantize(
     offload_dir: str | None = None,
     seed: int = 0,
     device: str = "auto",
+    devices: str | None = None,
     resume: bool = False,
 ) -> dict[str, Any]:
     """Quantize a Hugging Face folder, hub id or `.gguf` file to a BPDQ checkpoint folder `output`.
@@ -71,7 +73,8 @@ def quantize(
     tune: a key of TUNE_STEPS (`bpdq_quantizer.tune`), whose value is the default of tune_steps; tune_samples: windows
     to tune the model on, by default `samples`; kv_cache_scales: store scales for an fp8 KV cache
     (`bpdq_quantizer.kv_scales`); offload_dir: a folder for the hidden states of the calibration windows, by default
-    in memory; device: `auto`, `cpu` or `cuda`.
+    in memory; device: `auto`, `cpu` or `cuda`; devices: a comma-separated list instead, for several workers
+    (`bpdq_quantizer.workers`).
     Returns the report that is also saved as quantization_report.json. Raises InputError for input that can't be used;
     the folder `output` appears only when everything is written. Until then `output`.partial holds the finished blocks,
     from which `resume` goes on (`bpdq_quantizer.work`). The model's blocks are read from its files one at a time.
@@ -85,7 +88,7 @@ def quantize(
         raise InputError("--samples, --seq-len, --iterations and --tune-steps must be at least 1")
     if not 0 <= asymmetric <= 1:
         raise InputError(f"--asymmetric {asymmetric}: expected 0 (off) to 1")
-    target = _device(device)
+    target = own_device(devices, device)
     if min(samples, tune_samples) < 1 + (tune != "none"):
         raise InputError(f"--tune {tune} needs two calibration windows or more: raise --samples and --tune-samples")
     torch.manual_seed(seed)
@@ -97,8 +100,12 @@ def quantize(
     source = open_model(model)
     tables = table_schemes(source.model, embed_bits, head_bits, group_size)
     run = options | {"model files": fingerprint(model, source.model), "calibration tokens": digest(tokens)}
-    with offload_folder(offload_dir, Path(output)) as offload, work_folder(Path(output), run, resume) as folder:
-        shared = {"iterations": iterations, **SOLVERS[solver]}
+    with (
+        team(devices) as solve,
+        offload_folder(offload_dir, Path(output)) as offload,
+        work_folder(Path(output), run, resume) as folder,
+    ):
+        shared = {"solve": solve, "iterations": iterations, **SOLVERS[solver]}
         settings = {"offload": offload, "asymmetric": asymmetric, **shared}
         if tune == "block":
             settings |= {"tune_steps": tune_steps, "seed": seed}
@@ -215,11 +222,3 @@ def _scheme(bits: int, group_size: int) -> Scheme:
         return Scheme(bits, group_size)
     except ValueError as e:
         raise InputError(f"--bits / --embed-bits / --head-bits / --group-size: {e}") from None
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: torch sees no CUDA device, use --device cpu")
-    return torch.device(name)

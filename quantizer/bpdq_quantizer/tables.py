@@ -5,7 +5,7 @@ predicts, and a stopped run goes on without knowing of tables.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from bpdq_quantizer.blocks import LayerReport
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.hessian import accumulate, symmetrize
 from bpdq_quantizer.loader import is_tied, replace, table_names
-from bpdq_quantizer.solver import quantize_linear
+from bpdq_quantizer.solver import Solution, quantize_linear
 from bpdq_quantizer.work import Batches
 
 CHUNK_ELEMENTS = 1 << 25  # weights solved at a time: about 2 GB of device memory
@@ -108,17 +108,22 @@ def quantize_tables(
 
 
 def solve_rows(
-    name: str, weight: Tensor, H: Tensor, scheme: Scheme, **solver: Any
+    name: str,
+    weight: Tensor,
+    H: Tensor,
+    scheme: Scheme,
+    solve: Callable[..., Solution] = quantize_linear,
+    **solver: Any,
 ) -> tuple[Tensor, Tensor, float, float, float]:
     """Quantize a table [N, K] of any float dtype against H [K, K], CHUNK_ELEMENTS at a time on H's device.
 
     Returns B and c as stored (`bpdq_kernels.layout`) on the CPU, and the sums over rows of `Solution`'s loss and
-    energy, and its damping.
+    energy, and its damping. solve: as for `blocks.solve_stage`.
     """
     planes, coefficients, loss, energy, damping = [], [], 0.0, 0.0, 0.0
     chunks = weight.split(max(1, CHUNK_ELEMENTS // weight.shape[1]))
     for rows in tqdm(chunks, desc=f"quantizing {name}", unit="chunk"):
-        solution = quantize_linear(rows.to(H.device), H, scheme.bits, scheme.group_size, **solver)
+        solution = solve(rows.to(H.device), H, scheme.bits, scheme.group_size, **solver)
         bits = torch.stack([(solution.codes >> p) & 1 for p in range(scheme.bits)])
         planes.append(layout.pack(bits).cpu())
         coefficients.append(solution.c.cpu())
