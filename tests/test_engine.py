@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import bpdq_quantizer
 from generate import PROMPTS, TOKENS, transformers_tokens, vllm_tokens
-from tiny import TEXT, bpdq_checkpoint, tiny_model
+from tiny import TEXT, bpdq_checkpoint, tiny_model, with_kv_scales
 
 LAYERS = {f"model.layers.1.mlp.{name}_proj": {"bits": 3, "group_size": 32} for name in ("gate", "up")}
 MIXED = {  # k from 1 to 4 and two group sizes, in two blocks
@@ -37,6 +37,13 @@ EAGER = {
     "llama mixed": ({"group_size": 64, "layers": MIXED}, {}),
     "tied tables": ({"group_size": 128, "layers": TABLES}, {}),
 }
+SCALES = {
+    "model.layers.0.self_attn.k_scale": 3.1,
+    "model.layers.0.self_attn.v_scale": 1.7,
+    "model.layers.1.self_attn.k_scale": 2.3,
+    "model.layers.1.self_attn.v_scale": 2.9,
+}
+OTHERS = {name: 1.4 * scale for name, scale in SCALES.items()}  # twice as large, most of a cache would be the same
 
 
 def dequantized(checkpoint: Path) -> Path:
@@ -76,6 +83,16 @@ def eager(checkpoints) -> dict[str, list[list[int]] | str]:
     runs["8-bit cache"] = {"load": {"model": str(checkpoints["qwen2"]), **cache}}
     runs["8-bit cache, 16 bits"] = {"load": {"model": str(dequantized(checkpoints["qwen2"])), **cache}}
     runs["rotated"] = {"load": {"model": str(checkpoints["rotated"])}}
+    folders = {}
+    for name, scales in {"scales": SCALES, "others": OTHERS, "one missing": dict(list(SCALES.items())[1:])}.items():
+        folders[name] = with_kv_scales(checkpoints["qwen2"], base.parent / name, scales)
+    scaled = {"model": str(folders["scales"])}
+    runs["scales"] = {"load": {**scaled, "kv_cache_dtype": "fp8_e4m3"}, "reload_from": str(folders["others"])}
+    runs["other scales"] = {"load": {"model": str(folders["others"]), "kv_cache_dtype": "fp8_e4m3"}}
+    runs["scales, 16-bit cache"] = {"load": scaled}
+    runs["scales, e5m2"] = {"load": {**scaled, **cache}}
+    runs["scales, dummy"] = {"load": {**scaled, "kv_cache_dtype": "fp8_e4m3", "load_format": "dummy"}}
+    runs["a scale is missing"] = {"load": {"model": str(folders["one missing"]), "kv_cache_dtype": "fp8_e4m3"}}
     runs["dummy"] = {"load": {"model": str(base), "load_format": "dummy"}}
     runs["without B"] = {"load": {"model": str(without_b)}}
     runs["another method"] = {"load": {"model": str(base), "quantization": "awq"}}
@@ -103,8 +120,27 @@ def test_an_8_bit_kv_cache_works_as_with_16_bit_weights(eager):
     assert eager["8-bit cache"] != eager["qwen2"], "the cache makes a difference that the test can see"
 
 
-def test_dummy_weights_generate(eager):
-    assert [len(tokens) for tokens in eager["dummy"]] == [TOKENS] * len(PROMPTS)
+def test_an_fp8_cache_is_rounded_with_the_scales_of_the_checkpoint(checkpoints, eager):
+    model = dequantized(checkpoints["qwen2"])
+    before, after = eager["scales"][: len(PROMPTS)], eager["scales"][len(PROMPTS) :]
+    assert before == transformers_tokens(model, scales=SCALES)
+    assert after == eager["other scales"], "after a reload"
+    assert before != after
+    assert eager["qwen2"] not in (before, after)
+
+
+def test_scales_change_nothing_where_the_cache_has_none(eager):
+    assert eager["scales, 16-bit cache"] == eager["qwen2"]
+    assert eager["scales, e5m2"] == eager["8-bit cache"]
+
+
+def test_a_checkpoint_without_one_scale_does_not_start(eager):
+    assert "model.layers.0.self_attn.k_scale not in the checkpoint" in eager["a scale is missing"]
+
+
+@pytest.mark.parametrize("name", ["dummy", "scales, dummy"])
+def test_dummy_weights_generate(eager, name):
+    assert [len(tokens) for tokens in eager[name]] == [TOKENS] * len(PROMPTS)
 
 
 def test_a_checkpoint_without_one_tensor_does_not_start(eager):

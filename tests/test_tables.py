@@ -166,4 +166,4 @@ def test_nan_in_a_table_is_named(tmp_path, text, name):
     lm = AutoModelForCausalLM.from_pretrained(model)
     schemes = tables.table_schemes(lm, 4, 4, 64)
     with pytest.raises(InputError, match=rf"{name}\.weight holds NaN or infinity"):
-        tables.quantize_tables(lm, torch.randn(1, 20, 128), schemes, torch.device("cpu"), iterations=1)
+        tables.quantize_tables(lm, [torch.randn(1, 20, 128)], schemes, torch.device("cpu"), iterations=1)

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from bpdq_kernels import dequantize, layout
+from bpdq_kernels.format import KV_CACHE_SCHEME
 
 TEXT = "The bit-plane of a weight is one bit; two planes and three coefficients make four levels. " * 20
 CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
@@ -134,5 +135,16 @@ def bpdq_checkpoint(
     else:
         quantization |= {"quant_method": "gptq", "format": "bpdq", "bits": 8, "lm_head": False, "desc_act": False}
     config["quantization_config"] = quantization
+    (out / "config.json").write_text(json.dumps(config, indent=2))
+    return out
+
+
+def with_kv_scales(checkpoint: Path, out: Path, scales: dict[str, float]) -> Path:
+    """Write `out`: `checkpoint` with scales of an fp8 KV cache, by tensor name."""
+    shutil.copytree(checkpoint, out)
+    tensors = load_file(out / "model.safetensors") | {name: torch.tensor([value]) for name, value in scales.items()}
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((out / "config.json").read_text())
+    config["quantization_config"]["kv_cache_scheme"] = KV_CACHE_SCHEME
     (out / "config.json").write_text(json.dumps(config, indent=2))
     return out

@@ -73,16 +73,21 @@ class BPDQConfig(QuantizationConfig):
         )
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """The method of layer `prefix`; None for attention, and for an embedding or LM head in 16 bits.
+        """The method of layer `prefix`; None for an embedding or LM head in 16 bits, and for attention unless the
+        checkpoint has scales for its KV cache (which fp8_e5m2 has no use for, and vLLM refuses beside them).
 
         Raises ValueError for mixture-of-experts layers and for fused layers whose parts differ in scheme.
         """
+        from vllm.model_executor.layers.attention import Attention
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
         from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
         from vllm_bpdq.embedding import BPDQEmbeddingMethod
+        from vllm_bpdq.kv_cache import BPDQKVCacheMethod
         from vllm_bpdq.linear import BPDQLinearMethod
 
+        if isinstance(layer, Attention) and self.format.kv_cache_scales and layer.kv_cache_dtype != "fp8_e5m2":
+            return BPDQKVCacheMethod(self)
         if isinstance(layer, VocabParallelEmbedding):
             name = prefix or self._embedding_name()
             scheme = self.format.table_scheme(name)

@@ -14,7 +14,8 @@ integer grid and whose number of planes is `meta.bpdq.msbits`:
 
 Layer names and `ignore` entries are exact module names or `re:` patterns, matched as compressed-tensors does. An
 embedding or LM head is in bit-planes where `layers` gives its exact name; tied ones are stored as the embedding, and
-`layers` names both.
+`layers` names both. `kv_cache_scheme` = KV_CACHE_SCHEME, in compressed-tensors' words, says that every attention layer
+has scales for an fp8 KV cache, `k_scale` and `v_scale`.
 """
 
 from collections.abc import Iterable, Mapping
@@ -28,6 +29,7 @@ from torch import Tensor
 from bpdq_kernels.layout import GROUP_SIZES, MAX_PLANES, coefficient_shape, plane_shape
 
 FORMAT_VERSION = 1
+KV_CACHE_SCHEME = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Format:
     default: Scheme
     ignore: tuple[str, ...] = ()
     layers: Mapping[str, Scheme] = field(default_factory=dict)
+    kv_cache_scales: bool = False
 
     def scheme_for(self, name: str) -> Scheme | None:
         """Scheme of the Linear called `name` in the checkpoint, or None if it is left in 16 bits."""
@@ -108,7 +111,17 @@ def parse(config: Mapping[str, Any]) -> Format:
         if not isinstance(override, Mapping) or not override.keys() <= {"bits", "group_size"}:
             raise ValueError(f"{where} = {override!r} must be an object of bits, group_size or both")
         layers[pattern] = _scheme({"bits": default.bits, "group_size": default.group_size, **override}, where)
-    return Format(default, tuple(ignore), layers)
+    return Format(default, tuple(ignore), layers, _has_kv_cache_scales(config))
+
+
+def _has_kv_cache_scales(config: Mapping[str, Any]) -> bool:
+    scheme = _mapping(config, "kv_cache_scheme", "quantization_config")
+    if any(scheme.get(key) != value for key, value in KV_CACHE_SCHEME.items()) and scheme:
+        raise ValueError(
+            f"quantization_config: kv_cache_scheme = {scheme!r} is not supported, only {KV_CACHE_SCHEME} is: remove it "
+            "to serve with a 16-bit KV cache"
+        )
+    return bool(scheme)
 
 
 def _parse_authors(config: Mapping[str, Any]) -> Format:

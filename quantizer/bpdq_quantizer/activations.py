@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.hessian import accumulate, accumulate_shift, symmetrize
+from bpdq_quantizer.work import Batches, Offloaded
 
 ACTIVATION_BYTES = 1 << 30  # a calibration batch is as many windows as keep a block's activations within this
 
@@ -79,20 +81,23 @@ class _Output(nn.Module):
         return self.output
 
 
-def head_inputs(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor, hidden: list[Tensor]) -> Tensor:
-    """What the LM head would read for windows [W, L], where the last block's output is `hidden`, batches [n, L, D].
+def head_inputs(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor, hidden: Batches) -> Batches:
+    """Turn the last block's outputs for windows [W, L], batches [n, L, D], into what the LM head would read.
 
-    The blocks themselves are not run. Returns [W, L, D].
+    The blocks themselves are not run.
     """
     originals, last = list(blocks), _Output()
     _fill(blocks, [*(_Recorder(block) for block in originals[:-1]), last])
-    states = []
+    rest = iter(tokens)
     try:
-        for window, last.output in zip(tokens, torch.cat(hidden).split(1), strict=True):
-            states.append(model.base_model(input_ids=window[None], use_cache=False).last_hidden_state)
+        for i, batch in enumerate(hidden):
+            states = []
+            for last.output in batch.split(1):
+                states.append(model.base_model(input_ids=next(rest)[None], use_cache=False).last_hidden_state)
+            hidden[i] = torch.cat(states)
     finally:
         _fill(blocks, originals)
-    return torch.cat(states)
+    return hidden
 
 
 def _fill(blocks: nn.ModuleList, modules: Sequence[nn.Module]) -> None:
@@ -138,19 +143,23 @@ def find_stages(block: nn.Module, run: Callable[[Tensor], Tensor], hidden: Tenso
     return [names for _, names in stages]
 
 
-def in_batches(windows: list[Tensor], block: nn.Module) -> list[Tensor]:
-    """Concatenate windows [1, L, D] to as few batches as keep a block's activations within ACTIVATION_BYTES."""
-    _, length, width = windows[0].shape
-    channels = 4 * width + sum(linear.out_features for linear in linear_layers(block).values())
-    count = max(1, ACTIVATION_BYTES // (length * channels * windows[0].element_size()))
-    return list(torch.cat(windows).split(count))
+def embed(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor, offload: Path | None) -> Batches:
+    """What the first block reads of windows [W, L], in as few batches [n, L, D] as keep a block's activations within
+    ACTIVATION_BYTES; in files of the folder `offload`, if there is one."""
+    (window,), _ = block_inputs(model, blocks, tokens[:1])
+    channels = 4 * window.shape[2] + sum(getattr(module, "out_features", 0) for module in blocks[0].modules())
+    batches = [] if offload is None else Offloaded(offload)
+    count = max(1, ACTIVATION_BYTES // (window.shape[1] * channels * window.element_size()))
+    for part in tokens.split(count):
+        batches.append(torch.cat(block_inputs(model, blocks, part).hidden))
+    return batches
 
 
 @torch.no_grad()
 def stage_statistics(
     linear: nn.Linear,
     run: Callable[[Tensor], Tensor],
-    batches: list[Tensor],
+    batches: Batches,
     original: Callable[[int], Tensor] | None,
 ) -> tuple[Tensor, Tensor | None]:
     """H and C (`accumulate_shift`) of a Linear's inputs; `original(i)` gives the 16-bit model's inputs of batch i.
@@ -203,9 +212,7 @@ class Original:
     all inputs are kept, of several they are computed again when asked for.
     """
 
-    def __init__(
-        self, block: nn.Module, names: list[str], call: tuple, device: torch.device, batches: list[Tensor]
-    ) -> None:
+    def __init__(self, block: nn.Module, names: list[str], call: tuple, device: torch.device, batches: Batches) -> None:
         self.batches, self.inputs = batches, {}
         self.block = block if len(batches) == 1 else copy.deepcopy(block)
         self.run = partial(run_block, self.block, call, device)
@@ -215,7 +222,7 @@ class Original:
     def input(self, name: str, batch: int) -> Tensor:
         return self.inputs[name] if self.inputs else capture(self.block, [name], self.run, self.batches[batch])[0][name]
 
-    def outputs(self) -> list[Tensor]:
+    def outputs(self) -> Batches:
         """The 16-bit model's hidden states after the block, on the CPU, in place of those before it."""
         for i, batch in enumerate(self.batches):
             self.batches[i] = (self.output if self.inputs else self.run(batch)).to("cpu")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,9 +23,9 @@ from bpdq_kernels.format import Scheme
 from bpdq_quantizer.activations import (
     Original,
     block_inputs,
+    embed,
     find_stages,
     head_inputs,
-    in_batches,
     run_block,
     stage_statistics,
 )
@@ -34,7 +35,7 @@ from bpdq_quantizer.loader import BPDQLinear
 from bpdq_quantizer.solver import Solution, quantize_linear
 from bpdq_quantizer.stream import Streamed, drop_block, load_block
 from bpdq_quantizer.tune import tune_block
-from bpdq_quantizer.work import States
+from bpdq_quantizer.work import Batches, States
 
 SMALL_STAGE = 8192  # rows; torch splits an operation from 32768 elements on, and a column step has 2^k - 1 per row
 
@@ -107,6 +108,7 @@ def quantize_blocks(
     device: torch.device,
     *,
     start: States | None = None,
+    offload: Path | None = None,
     asymmetric: float = 0.0,
     tune_steps: int = 0,
     seed: int = 0,
@@ -116,21 +118,22 @@ def quantize_blocks(
 
     Yields each block with its Linears replaced by BPDQLinear, a report for every one of them, and the states to go on
     from; when the next block is asked for, this one's tensors are dropped.
-    tokens: [W, L]; schemes: of every Linear, by name, one for all that read the same input; `solver`: options of
-    `quantize_linear`. The model is on the CPU, one block at a time on `device`. If all windows fit one batch, a block
-    takes one forward pass, otherwise about two for the four usual stages.
+    tokens: [W, L]; schemes: of every Linear, by name, one for all that read the same input; offload: a folder for the
+    hidden states, which else stay in memory; `solver`: options of `quantize_linear`. The model is on the CPU, one block
+    at a time on `device`. If all windows fit one batch, a block takes one forward pass, otherwise about two for the
+    four usual stages.
     With `asymmetric` > 0, every weight is first corrected for what quantization has done to its inputs, by that share
     (`hessian.corrected`). With `tune_steps`, each block's coefficients are then tuned towards the hidden states that
     the 16-bit model has after it. The reports are of the corrected weights, before tuning.
     """
     for index, block in enumerate(source.blocks):
         check_supported(f"{source.prefix}.{index}", block)
-    windows, calls = block_inputs(source.model, source.blocks, tokens)
+    calls = block_inputs(source.model, source.blocks, tokens[[0, -1]]).calls
     if start is None:
-        batches = in_batches(windows, source.blocks[0])
-        start = States(0, batches, list(batches) if asymmetric or tune_steps else [])
+        batches = embed(source.model, source.blocks, tokens, offload)
+        start = States(0, batches, batches.copy() if asymmetric or tune_steps else [])
     first, batches, full = start
-    del windows, start
+    del start
     solver["dtype"] = torch.float16 if source.model.dtype == torch.float16 else torch.bfloat16
     for index in range(first, len(source.blocks)):
         block, name = load_block(source, index, device), f"{source.prefix}.{index}"
@@ -139,31 +142,34 @@ def quantize_blocks(
         stages = find_stages(block, run, batches[0][:1])
         original = Original(block, [names[0] for names in stages], call, device, full) if full else None
         lookup = original if asymmetric else None
-        inputs = list(batches) if tune_steps else []
+        inputs = batches.copy() if tune_steps else []
         reports = quantize_block(name, block, stages, run, batches, lookup, asymmetric, schemes, solver)
         if original is not None:
             full = original.outputs()
             del original, lookup
         if tune_steps:
             block.to(device)
-            tune_block(block, run, torch.cat(inputs), torch.cat(full), steps=tune_steps, seed=seed)
-            batches = [run(batch).to("cpu") for batch in inputs]
+            tune_block(block, run, torch.cat(list(inputs)), torch.cat(list(full)), steps=tune_steps, seed=seed)
+            for i, batch in enumerate(inputs):
+                batches[i] = run(batch).to("cpu")
         yield block, reports, States(index + 1, batches, full)
         drop_block(block)
 
 
 @torch.no_grad()
-def original_states(source: Streamed, tokens: Tensor, device: torch.device) -> Tensor:
-    """What the LM head of the 16-bit model reads for windows [W, L]: [W, L, D] on the CPU, block by block."""
-    windows, calls = block_inputs(source.model, source.blocks, tokens)
-    hidden = in_batches(windows, source.blocks[0])
-    del windows
+def original_states(source: Streamed, tokens: Tensor, device: torch.device, offload: Path | None) -> Tensor:
+    """What the LM head of the 16-bit model reads for windows [W, L]: [W, L, D] on the CPU, block by block.
+
+    offload: as for `quantize_blocks`.
+    """
+    calls = block_inputs(source.model, source.blocks, tokens[[0, -1]]).calls
+    hidden = embed(source.model, source.blocks, tokens, offload)
     for index, call in enumerate(tqdm(calls, desc="running the 16-bit model", unit="block")):
         block, call = load_block(source, index, device), send_to_device(call, device)
         for i, batch in enumerate(hidden):
             hidden[i] = run_block(block, call, device, batch).to("cpu")
         drop_block(block)
-    return head_inputs(source.model, source.blocks, tokens, hidden)
+    return torch.cat(list(head_inputs(source.model, source.blocks, tokens, hidden)))
 
 
 def quantize_block(
@@ -171,7 +177,7 @@ def quantize_block(
     block: nn.Module,
     stages: list[list[str]],
     run: Callable[[Tensor], Tensor],
-    batches: list[Tensor],
+    batches: Batches,
     original: Original | None,
     asymmetric: float,
     schemes: Mapping[str, Scheme],
@@ -228,10 +234,13 @@ def check_finite(weights: dict[str, Tensor], H: Tensor) -> None:
             raise InputError(f"{name} holds NaN or infinity: the model is damaged, download it again")
 
 
-def solve_stage(name: str, W: Tensor, H: Tensor, scheme: Scheme, **solver: Any) -> Solution:
-    """Quantize W [N, K], the stacked rows of Linears that share the input with Hessian H; `name`: of the first."""
+def solve_stage(
+    name: str, W: Tensor, H: Tensor, scheme: Scheme, solve: Callable[..., Solution] = quantize_linear, **solver: Any
+) -> Solution:
+    """Quantize W [N, K], the stacked rows of Linears that share the input with Hessian H; `name`: of the first; solve:
+    `quantize_linear`, or what does the same elsewhere (`bpdq_quantizer.workers`)."""
     with one_thread() if len(W) < SMALL_STAGE else nullcontext():
-        solution = quantize_linear(W, H, scheme.bits, scheme.group_size, **solver)
+        solution = solve(W, H, scheme.bits, scheme.group_size, **solver)
     if not torch.isfinite(solution.c).all():
         raise InputError(f"{name}: its coefficients overflow {solution.c.dtype}: convert the model to bfloat16 first")
     return solution

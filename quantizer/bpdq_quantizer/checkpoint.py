@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import init_empty_weights
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from bpdq_kernels import format as bpdq_format
-from bpdq_kernels.format import FORMAT_VERSION, Scheme
+from bpdq_kernels.format import FORMAT_VERSION, KV_CACHE_SCHEME, Scheme
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.loader import Headers, quantized_layers, read_headers, stored_layer
 from bpdq_quantizer.stream import Streamed
@@ -19,13 +20,21 @@ from bpdq_quantizer.work import shard, write_tensors
 
 
 def quantization_config(
-    scheme: Scheme, iterations: int, alpha: float, ignore: list[str], layers: Mapping[str, Scheme] | None = None
+    scheme: Scheme,
+    iterations: int,
+    alpha: float,
+    ignore: list[str],
+    layers: Mapping[str, Scheme] | None = None,
+    kv_cache_scales: bool = False,
 ) -> dict[str, Any]:
     """The `quantization_config` of config.json. `checkpoint_format` and `meta` are what the authors' loader reads.
 
-    layers: schemes of the layers that differ from `scheme`, and of the embedding and LM head, by name.
+    layers: schemes of the layers that differ from `scheme`, and of the embedding and LM head, by name; kv_cache_scales:
+    whether the checkpoint holds them.
     """
     overrides = {"layers": {name: dataclasses.asdict(s) for name, s in layers.items()}} if layers else {}
+    if kv_cache_scales:
+        overrides["kv_cache_scheme"] = KV_CACHE_SCHEME
     return {
         "quant_method": "bpdq",
         "checkpoint_format": "bpdq",
@@ -44,15 +53,19 @@ def finish(
     tokenizer: PreTrainedTokenizerBase,
     config: dict[str, Any],
     report: dict[str, Any],
+    scales: Mapping[str, Tensor],
 ) -> None:
-    """Write what a folder with the blocks' files lacks; config.json, without which no loader takes it, comes last."""
+    """Write what a folder with the blocks' files lacks; config.json, without which no loader takes it, comes last.
+
+    scales: those of the KV cache, by name.
+    """
     model, prefix, blocks, _ = source
     rest = {
         name: tensor
         for name, tensor in model.state_dict().items()
         if not name.startswith(f"{prefix}.") and name not in model.all_tied_weights_keys
     }
-    write_tensors(shard(folder, 1, len(blocks) + 1), rest)
+    write_tensors(shard(folder, 1, len(blocks) + 1), {**rest, **scales})
     files = sorted(folder.glob("model-*.safetensors"))
     headers = {file.name: read_headers([file]) for file in files}
     index = {
@@ -115,5 +128,6 @@ def inspect(checkpoint: str | Path) -> dict[str, Any]:
         "bits_per_weight": 8 * quantized / weights if weights else 0.0,
         "quantized_bytes": quantized,
         "other_bytes": total - quantized,
+        "kv_cache_scales": settings.kv_cache_scales,
         "file_bytes": sum(file.stat().st_size for file in files),
     }

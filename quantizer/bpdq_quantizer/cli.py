@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from bpdq_quantizer import checkpoint
+from bpdq_quantizer import checkpoint, workers
 from bpdq_quantizer.calibration import read_text, tokenize, windows
-from bpdq_quantizer.errors import InputError
+from bpdq_quantizer.errors import InputError, WorkerError
 from bpdq_quantizer.evaluate import perplexity
 from bpdq_quantizer.kv_cache import KV_TYPES
 from bpdq_quantizer.loader import load_model, load_tokenizer
@@ -24,11 +24,11 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         result = args.run(args)
-    except InputError as e:
+    except (InputError, WorkerError) as e:
         reason = "; ".join([str(e), *getattr(e, "__notes__", [])])
         print(f"bpdq: error: {' '.join(reason.split())}", file=sys.stderr)
-        return 2
-    if args.json:
+        return 2 if isinstance(e, InputError) else 1
+    if args.json and result is not None:
         print(json.dumps(result))
     return 0
 
@@ -58,9 +58,12 @@ def _parser() -> argparse.ArgumentParser:
         "--tune-steps", type=int, help=f"for each block ({TUNE_STEPS['block']}), or the model ({TUNE_STEPS['model']})"
     )
     p.add_argument("--tune-samples", type=int, help="windows to tune the model on (--samples)")
+    p.add_argument("--kv-cache-scales", action="store_true", help="calibrate scales for --kv-cache-dtype fp8_e4m3")
+    p.add_argument("--offload-dir", metavar="DIR", help="keep the hidden states of the calibration text there")
     p.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
     p.add_argument("--seed", type=int, default=0, help="of hf: data sets, tuning and rotation (%(default)s)")
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    p.add_argument("--devices", metavar="LIST", help="several instead, such as cuda:0,cuda:1: a worker for each")
     p.set_defaults(run=_quantize)
 
     p = commands.add_parser("eval", help="perplexity of a model or checkpoint")
@@ -92,7 +95,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _quantize(args: argparse.Namespace) -> dict[str, Any]:
+def _quantize(args: argparse.Namespace) -> dict[str, Any] | None:
+    if workers.rank():
+        return workers.serve(workers.own_device(args.devices, args.device))
     options = {k: v for k, v in vars(args).items() if k not in ("run", "json")}
     report = quantize(**options)
     by_kind = defaultdict(list)
@@ -148,6 +153,7 @@ def _inspect(args: argparse.Namespace) -> dict[str, Any]:
         f"{found['architecture']}: {found['quantized_weights'] / 1e6:.1f} M weights at "
         f"{found['bits_per_weight']:.3f} bits ({found['quantized_bytes'] / 1e6:.1f} MB), "
         f"other tensors {found['other_bytes'] / 1e6:.1f} MB"
+        + (", scales for an fp8 KV cache" if found["kv_cache_scales"] else "")
     )
     return found
 

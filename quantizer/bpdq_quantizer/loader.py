@@ -28,6 +28,7 @@ from bpdq_kernels.layout import trim
 from bpdq_kernels.reference import rows
 from bpdq_quantizer.errors import InputError
 
+KV_SCALES = ("k_scale", "v_scale")
 Headers = dict[str, tuple[tuple[int, ...], torch.dtype]]  # shape and dtype of stored tensors, by name
 
 
@@ -131,6 +132,11 @@ class BPDQQuantizer(HfQuantizer):
         for name, (module, scheme) in quantized_layers(model, self.quantization_config.format).items():
             replace(model, name, *stored_layer(name, stored, module, scheme), scheme.group_size)
             self.schemes[name] = scheme
+        modules = dict(model.named_modules())
+        for name, (shape, dtype) in stored.items():  # no use to transformers, but kept: for whom the model is saved
+            parent, _, scale = name.rpartition(".")
+            if self.quantization_config.format.kv_cache_scales and scale in KV_SCALES and parent in modules:
+                modules[parent].register_buffer(scale, torch.empty(shape, dtype=dtype, device="meta"))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         for name, scheme in self.schemes.items():

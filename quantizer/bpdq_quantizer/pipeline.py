@@ -2,8 +2,8 @@
 
 import dataclasses
 import json
-import resource
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from bpdq_kernels.format import Scheme
-from bpdq_quantizer import checkpoint
+from bpdq_quantizer import checkpoint, kv_scales
 from bpdq_quantizer.activations import head_inputs, linear_layers
 from bpdq_quantizer.allocate import allocate, by_layer, most_common, other_bytes, parse_size, uniform
 from bpdq_quantizer.blocks import original_states, quantize_blocks
@@ -29,12 +29,15 @@ from bpdq_quantizer.work import (
     Clock,
     digest,
     load_progress,
+    offload_folder,
+    peak_memory,
     save_progress,
     shard,
     work_folder,
     write_json,
     write_tensors,
 )
+from bpdq_quantizer.workers import own_device, team
 
 SOLVERS = {  # options of `quantize_linear`
     "refined": {"refinements": 2, "alpha": 1e-6, "damping": 0.01},
@@ -64,8 +67,11 @@ def quantize(
     tune_samples: int | None = None,
     target_bpw: float | None = None,
     target_size: str | None = None,
+    kv_cache_scales: bool = False,
+    offload_dir: str | None = None,
     seed: int = 0,
     device: str = "auto",
+    devices: str | None = None,
     resume: bool = False,
 ) -> dict[str, Any]:
     """Quantize a Hugging Face folder, hub id or `.gguf` file to a BPDQ checkpoint folder `output`.
@@ -77,7 +83,10 @@ def quantize(
     tune: a key of TUNE_STEPS (`bpdq_quantizer.tune`), whose value is the default of tune_steps; tune_samples: windows
     to tune the model on, by default `samples`; target_bpw: bits per weight of the blocks' Linears, or target_size: of
     all tensors (`20GiB`), for which every layer gets bits and a group size of its own (`bpdq_quantizer.allocate`):
-    `bits` is then not used, and `group_size` is that of the tables; device: `auto`, `cpu` or `cuda`.
+    `bits` is then not used, and `group_size` is that of the tables; kv_cache_scales: store scales for an fp8 KV cache
+    (`bpdq_quantizer.kv_scales`); offload_dir: a folder for the hidden states of the calibration windows, by default
+    in memory; device: `auto`, `cpu` or `cuda`; devices: a comma-separated list instead, for several workers
+    (`bpdq_quantizer.workers`).
     Returns the report that is also saved as quantization_report.json. Raises InputError for input that can't be used;
     the folder `output` appears only when everything is written. Until then `output`.partial holds the finished blocks,
     from which `resume` goes on (`bpdq_quantizer.work`). The model's blocks are read from its files one at a time.
@@ -93,7 +102,7 @@ def quantize(
         raise InputError(f"--asymmetric {asymmetric}: expected 0 (off) to 1")
     if target_bpw is not None and target_size is not None:
         raise InputError("--target-bpw and --target-size: give one of them")
-    target = _device(device)
+    target = own_device(devices, device)
     if min(samples, tune_samples) < 1 + (tune != "none"):
         raise InputError(f"--tune {tune} needs two calibration windows or more: raise --samples and --tune-samples")
     torch.manual_seed(seed)
@@ -107,16 +116,23 @@ def quantize(
         source = rotated(source, seed)
     tables = table_schemes(source.model, embed_bits, head_bits, group_size)
     run = options | {"model files": fingerprint(model, source.model), "calibration tokens": digest(tokens)}
-    with work_folder(Path(output), run, resume) as folder:
-        settings = {"iterations": iterations, "asymmetric": asymmetric, **SOLVERS[solver]}
+    with (
+        team(devices) as solve,
+        offload_folder(offload_dir, Path(output)) as offload,
+        work_folder(Path(output), run, resume) as folder,
+    ):
+        shared = {"solve": solve, "iterations": iterations, **SOLVERS[solver]}
+        settings = {"offload": offload, "asymmetric": asymmetric, **shared}
         if tune == "block":
             settings |= {"tune_steps": tune_steps, "seed": seed}
-        teacher = _teacher(source, tokens[:tune_samples], target, folder) if tune == "model" else None
+        teacher = _teacher(source, tokens[:tune_samples], target, folder, offload) if tune == "model" else None
+        schemes, allocation = uniform(source, scheme), {"seconds": 0.0, "cpu_seconds": 0.0}
         budget = _budget(source, tables, target_bpw, target_size)
-        schemes = uniform(source, scheme)
-        allocation = {"seconds": 0.0, "cpu_seconds": 0.0}
         if budget is not None:
-            schemes, allocation = _allocate(source, tokens[:samples], budget, target, folder, SOLVERS[solver])
+            options_of_solver = {key: SOLVERS[solver][key] for key in ("alpha", "damping")}
+            schemes, allocation = _allocate(
+                source, tokens[:samples], budget, target, folder, offload=offload, **options_of_solver
+            )
         layers, cost = _solve(source, tokens[:samples], schemes, target, folder, **settings)
         cost = {key: value + allocation[key] for key, value in cost.items()}
         report = {"model": model, "options": {k: v for k, v in options.items() if k != "model"}}
@@ -127,29 +143,34 @@ def quantize(
             cost = {key: value + report["tuning"][key] for key, value in cost.items()}
         clock = Clock(cost)
         if tables:
-            states = head_inputs(source.model, source.blocks, tokens[:samples], load_progress(folder).states.quantized)
-            found = quantize_tables(source.model, states, tables, target, iterations=iterations, **SOLVERS[solver])
+            states = load_progress(folder, offload).states.quantized
+            states = head_inputs(source.model, source.blocks, tokens[:samples], states)
+            found = quantize_tables(source.model, states, tables, target, **shared)
             layers = layers + [dataclasses.asdict(table) for table in found]
+        scales = {}
+        if kv_cache_scales:
+            read = partial(_read_block, source, schemes, folder)
+            scales = kv_scales.calibrate(source, tokens[:samples], target, offload, read)
         report |= {
             "calibration_tokens": tokens[:samples].numel(),
             "bits_per_weight": mean_bits(layers),
             **clock.read(),
-            "peak_host_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peak_host_memory_bytes": peak_memory(),
             "layers": layers,
         }
         ignore = [name for name in linear_layers(source.model) if name not in {layer["name"] for layer in layers}]
-        default = most_common(schemes)
+        default, alpha = most_common(schemes), SOLVERS[solver]["alpha"]
         others = {name: s for name, s in (schemes | tables).items() if s != default or name in tables}
-        config = checkpoint.quantization_config(default, iterations, SOLVERS[solver]["alpha"], ignore, others)
-        checkpoint.finish(folder, source, tokenizer, config, report)
+        config = checkpoint.quantization_config(default, iterations, alpha, ignore, others, bool(scales))
+        checkpoint.finish(folder, source, tokenizer, config, report, scales)
     return report
 
 
-def _teacher(source: Streamed, tokens: Tensor, device: torch.device, folder: Path) -> Tensor:
+def _teacher(source: Streamed, tokens: Tensor, device: torch.device, folder: Path, offload: Path | None) -> Tensor:
     """What the 16-bit model's LM head reads, computed once."""
     file = folder / "resume" / "teacher.safetensors"
     if not file.is_file():
-        write_tensors(file, {"states": original_states(source, tokens, device)})
+        write_tensors(file, {"states": original_states(source, tokens, device, offload)})
     return load_file(file)["states"]
 
 
@@ -165,12 +186,12 @@ def _budget(
 
 
 def _allocate(
-    source: Streamed, tokens: Tensor, budget: int, device: torch.device, folder: Path, options: Mapping[str, Any]
+    source: Streamed, tokens: Tensor, budget: int, device: torch.device, folder: Path, **options: Any
 ) -> tuple[dict[str, Scheme], dict[str, float]]:
-    """The scheme of every Linear, decided once, and what that cost."""
+    """The scheme of every Linear, decided once, and what that cost. options: of `sensitivities`."""
     file, clock = folder / "resume" / "schemes.json", Clock({})
     if not file.is_file():
-        stages = sensitivities(source, tokens, device, alpha=options["alpha"], damping=options["damping"])
+        stages = sensitivities(source, tokens, device, **options)
         schemes = by_layer(stages, allocate(stages, budget))
         write_json(file, {"schemes": {name: dataclasses.asdict(s) for name, s in schemes.items()}, **clock.read()})
     found = json.loads(file.read_text())
@@ -178,10 +199,16 @@ def _allocate(
 
 
 def _solve(
-    source: Streamed, tokens: Tensor, schemes: Mapping[str, Scheme], device: torch.device, folder: Path, **solver: Any
+    source: Streamed,
+    tokens: Tensor,
+    schemes: Mapping[str, Scheme],
+    device: torch.device,
+    folder: Path,
+    offload: Path | None,
+    **solver: Any,
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Write the quantized blocks that `folder` lacks; returns the reports of all layers, and what they cost."""
-    start, layers, before = load_progress(folder)
+    start, layers, before = load_progress(folder, offload)
     clock = Clock(before)
     if start is not None and start.block == len(source.blocks):
         return layers, before
@@ -190,7 +217,8 @@ def _solve(
     with tqdm(
         total=sum(shape.numel() for shape in shapes), initial=done, unit="weight", unit_scale=True, desc="quantizing"
     ) as bar:
-        for block, reports, states in quantize_blocks(source, tokens, schemes, device, start=start, **solver):
+        options = {"start": start, "offload": offload, **solver}
+        for block, reports, states in quantize_blocks(source, tokens, schemes, device, **options):
             layers += [dataclasses.asdict(layer) for layer in reports]
             _write_block(source, states.block - 1, block, folder)
             save_progress(folder, states, layers, clock.read())
@@ -203,6 +231,14 @@ def _solve(
 def _write_block(source: Streamed, index: int, block: nn.Module, folder: Path) -> None:
     tensors = {f"{source.prefix}.{index}.{name}": tensor for name, tensor in block.state_dict().items()}
     write_tensors(shard(folder, index + 2, len(source.blocks) + 1), tensors)
+
+
+def _read_block(source: Streamed, schemes: Mapping[str, Scheme], folder: Path, index: int) -> nn.Module:
+    """Block `index` with what `_write_block` wrote, on the CPU."""
+    stored, start = load_file(shard(folder, index + 2, len(source.blocks) + 1)), f"{source.prefix}.{index}."
+    tensors, inside = ({n.removeprefix(start): v for n, v in named.items()} for named in (stored, schemes))
+    fill_block(source.blocks[index], tensors, inside)
+    return source.blocks[index]
 
 
 def mean_bits(layers: list[dict[str, Any]]) -> float:
@@ -221,14 +257,12 @@ def _tune(
     **options: Any,
 ) -> dict[str, Any]:
     """Tune the coefficients in the blocks' files; returns a report."""
-    lm, prefix, blocks, _ = source
-    for index, block in enumerate(blocks):
-        stored, start = load_file(shard(folder, index + 2, len(blocks) + 1)), f"{prefix}.{index}."
-        tensors, inside = ({n.removeprefix(start): v for n, v in named.items()} for named in (stored, schemes))
-        fill_block(block, tensors, inside)
+    lm = source.model
+    for index in range(len(source.blocks)):
+        _read_block(source, schemes, folder, index)
     report = tune_model(lm.to(device), tokens, teacher, state=folder / "resume" / "tuning.pt", **options)
     lm.to("cpu")
-    for index, block in enumerate(blocks):
+    for index, block in enumerate(source.blocks):
         _write_block(source, index, block, folder)
     return report
 
@@ -238,11 +272,3 @@ def _scheme(bits: int, group_size: int) -> Scheme:
         return Scheme(bits, group_size)
     except ValueError as e:
         raise InputError(f"--bits / --embed-bits / --head-bits / --group-size: {e}") from None
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: torch sees no CUDA device, use --device cpu")
-    return torch.device(name)

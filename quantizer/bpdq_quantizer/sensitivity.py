@@ -9,8 +9,9 @@ what its gradient's mean square is, and its error is the loss that the solver mi
 Rows are independent given H, so that SAMPLE_ROWS of each Linear, quantized once in every way, speak for all.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -21,13 +22,14 @@ from tqdm import tqdm
 
 from bpdq_kernels.format import Scheme
 from bpdq_kernels.layout import GROUP_SIZES, MAX_PLANES
-from bpdq_quantizer.activations import block_inputs, find_stages, head_inputs, in_batches, run_block
+from bpdq_quantizer.activations import block_inputs, embed, find_stages, head_inputs, run_block
 from bpdq_quantizer.blocks import check_finite, check_supported, one_thread
 from bpdq_quantizer.hessian import accumulate, inverse_factor, symmetrize
 from bpdq_quantizer.order import group_aware_order
 from bpdq_quantizer.solver import SPREADS, best_rows, one_pass
 from bpdq_quantizer.stream import Streamed, drop_block, load_block
 from bpdq_quantizer.tune import softcap
+from bpdq_quantizer.work import Batches
 
 SCHEMES = tuple(Scheme(bits, group_size) for group_size in GROUP_SIZES for bits in range(1, MAX_PLANES + 1))
 SAMPLE_ROWS = 64  # of each Linear
@@ -46,17 +48,23 @@ class Stage(NamedTuple):
 
 
 def sensitivities(
-    source: Streamed, tokens: Tensor, device: torch.device, *, alpha: float, damping: float
+    source: Streamed,
+    tokens: Tensor,
+    device: torch.device,
+    *,
+    alpha: float,
+    damping: float,
+    offload: Path | None = None,
 ) -> list[Stage]:
     """The stages of all decoder blocks in order, from windows [W, L]; reads each block twice, forwards and backwards.
 
     The Hessians are of all windows in the 16-bit model, the gradients of the first GRADIENT_TOKENS. alpha, damping: as
-    of `quantize_linear`.
+    of `quantize_linear`; offload: a folder for the hidden states of all windows, which else stay in memory.
     """
     for index, block in enumerate(source.blocks):
         check_supported(f"{source.prefix}.{index}", block)
     few = tokens[: max(1, GRADIENT_TOKENS // tokens.shape[1])]
-    losses, states = row_losses(source, tokens, len(few), device, alpha, damping)
+    losses, states = row_losses(source, tokens, len(few), device, alpha, damping, offload)
     weights = gradient_energies(source, few, states, device)
     stages = []
     for found in losses:
@@ -75,19 +83,24 @@ RowLosses = dict[str, tuple[int, Tensor, dict[Scheme, Tensor]]]
 
 @torch.no_grad()
 def row_losses(
-    source: Streamed, tokens: Tensor, keep: int, device: torch.device, alpha: float, damping: float
+    source: Streamed,
+    tokens: Tensor,
+    keep: int,
+    device: torch.device,
+    alpha: float,
+    damping: float,
+    offload: Path | None,
 ) -> tuple[list[RowLosses], list[Tensor]]:
     """The losses of sampled rows of every stage, and the 16-bit model's states in front of every block and after the
     last, [keep, L, D] of the first `keep` windows, on the CPU."""
-    windows, calls = block_inputs(source.model, source.blocks, tokens)
-    batches = in_batches(windows, source.blocks[0])
-    del windows
-    losses, states = [], [torch.cat(batches)[:keep]]
+    calls = block_inputs(source.model, source.blocks, tokens[[0, -1]]).calls
+    batches = embed(source.model, source.blocks, tokens, offload)
+    losses, states = [], [first_windows(batches, keep)]
     for index, call in enumerate(tqdm(calls, desc="measuring sensitivities", unit="block")):
         block, name = load_block(source, index, device), f"{source.prefix}.{index}"
         run = partial(run_block, block, send_to_device(call, device), device)
         stages = find_stages(block, run, batches[0][:1])
-        hessians = all_hessians(block, [stage[0] for stage in stages], run, batches)
+        hessians = all_hessians(block, [stage[0] for stage in stages], run, batches, tokens.numel())
         for stage in stages:
             H = hessians.pop(stage[0])
             linears = {f"{name}.{part}": block.get_submodule(part) for part in stage}
@@ -104,14 +117,25 @@ def row_losses(
                     for i, (full, chosen) in enumerate(rows.items())
                 }
             )
-        states.append(torch.cat(batches)[:keep])
+        states.append(first_windows(batches, keep))
         drop_block(block)
     return losses, states
 
 
-def all_hessians(block: nn.Module, names: Sequence[str], run: partial, batches: list[Tensor]) -> dict[str, Tensor]:
-    """H of the inputs of the block's Linears `names`; `batches` become the block's outputs."""
-    tokens = sum(batch.shape[:2].numel() for batch in batches)
+def first_windows(batches: Batches, count: int) -> Tensor:
+    """The first `count` windows [count, L, D] of batches [n, L, D]."""
+    found: list[Tensor] = []
+    for batch in batches:
+        found += batch.split(1)
+        if len(found) >= count:
+            break
+    return torch.cat(found[:count])
+
+
+def all_hessians(
+    block: nn.Module, names: Sequence[str], run: Callable[[Tensor], Tensor], batches: Batches, tokens: int
+) -> dict[str, Tensor]:
+    """H of the inputs of the block's Linears `names`, which read `tokens` tokens; `batches` become its outputs."""
     hessians, hooks = {}, []
     for name in names:
         linear = block.get_submodule(name)
@@ -191,7 +215,7 @@ def loss_gradients(source: Streamed, tokens: Tensor, last: Tensor) -> list[Tenso
     for window, hidden in zip(tokens, last.split(1), strict=True):
         with torch.enable_grad():
             hidden = hidden.detach().requires_grad_()
-            final = head_inputs(source.model, source.blocks, window[None], [hidden])
+            (final,) = head_inputs(source.model, source.blocks, window[None], [hidden])
             states = final.detach()[0, :-1].requires_grad_()
             for rows, targets in zip(states.split(step), window[1:].split(step), strict=True):
                 logits = head(rows).float()

@@ -36,32 +36,44 @@ def quantize_linear(
     damping: float = 0.01,
     spreads: tuple[float, ...] | None = None,
     dtype: torch.dtype = torch.bfloat16,
+    rows: int | None = None,
 ) -> Solution:
     """Quantize W [N, K] against the Hessian H [K, K] of its inputs (fp32, symmetric, not modified).
 
     Rows are independent given H, so the rows of several Linears that read the same input may be stacked.
     `spreads`: shares of a group's range that initial grids span, by default SPREADS; every row keeps the best outcome.
+    rows: that are solved at a time, by default all.
     The paper's algorithm is `refinements` = 0, `damping` = 0.05, `spreads` = (1,); more rounds go on with
     `bpdq_quantizer.refine`.
     """
     spreads = SPREADS.get(bits, (1.0,)) if spreads is None else spreads
-    target = W.to(torch.float32, copy=True).T.contiguous()  # [K, N]
     diagonal = H.diagonal()
-    target[diagonal == 0] = 0  # dead inputs: no calibration token ever used them
     steps = group_aware_order(diagonal, group_size)
     order = torch.cat([columns for _, columns in steps])
     U, damping = inverse_factor(H, order, damping)
-    passes = [one_pass(target, U, steps, bits, iterations, alpha, dtype, spread) for spread in spreads]
+    chunks = W.split(rows or len(W))
+    found = []
+    for chunk in chunks:
+        target = used_inputs(chunk, diagonal)
+        found.append([one_pass(target, U, steps, bits, iterations, alpha, dtype, spread) for spread in spreads])
     del U
     if refinements:
         damped = H.clone()
         damped.diagonal().add_(damping * diagonal.mean())
-        passes = [refine(*found, target, damped, group_size, refinements, alpha, dtype) for found in passes]
+        for passes, chunk in zip(found, chunks, strict=True):
+            target = used_inputs(chunk, diagonal)
+            passes[:] = [refine(*one, target, damped, group_size, refinements, alpha, dtype) for one in passes]
         del damped
-    target = W.to(torch.float32).T
-    codes, c, loss = best_rows(passes, target, H, group_size)
-    energy = ((H @ target) * target).sum(0)
+    parts = [best_rows(passes, chunk.float().T, H, group_size) for passes, chunk in zip(found, chunks, strict=True)]
+    codes, c, loss, energy = (torch.cat(tensors, dim=-1) for tensors in zip(*parts, strict=True))
     return Solution(codes.T.contiguous(), c.to(dtype), loss, energy, damping)
+
+
+def used_inputs(W: Tensor, diagonal: Tensor) -> Tensor:
+    """W [N, K] of any float dtype as fp32 [K, N], zero for dead inputs: those that no calibration token ever used."""
+    target = W.to(torch.float32, copy=True).T.contiguous()
+    target[diagonal == 0] = 0
+    return target
 
 
 def one_pass(
@@ -91,8 +103,9 @@ def one_pass(
 
 def best_rows(
     found: list[tuple[Tensor, Tensor]], target: Tensor, H: Tensor, group_size: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Each row's codes [K, N] and c [ceil(K/G), k+1, N] from the attempt with its lowest loss, and that loss [N]."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Each row's codes [K, N] and c [ceil(K/G), k+1, N] from the attempt with its lowest loss, that loss [N], and the
+    row's energy [N]."""
     codes, c, loss = None, None, None
     for row_codes, row_c in found:
         error = target - dequantize_columns(row_codes, row_c, group_size)
@@ -103,4 +116,4 @@ def best_rows(
             better = row_loss < loss
             codes, c = torch.where(better, row_codes, codes), torch.where(better, row_c, c)
             loss = torch.where(better, row_loss, loss)
-    return codes, c, loss
+    return codes, c, loss, ((H @ target) * target).sum(0)

@@ -5,7 +5,7 @@ predicts, and a stopped run goes on without knowing of tables.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +19,8 @@ from bpdq_quantizer.blocks import LayerReport
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.hessian import accumulate, symmetrize
 from bpdq_quantizer.loader import is_tied, looks_up_rows, replace, table_names
-from bpdq_quantizer.solver import quantize_linear
+from bpdq_quantizer.solver import Solution, quantize_linear
+from bpdq_quantizer.work import Batches
 
 CHUNK_ELEMENTS = 1 << 25  # weights solved at a time: about 2 GB of device memory
 # Of the identity in the metric of tied tables, in units of the mean of diag(H). Perplexity of SmolLM2 at 4 bits: 39.99
@@ -54,14 +55,14 @@ def table_schemes(
 
 @torch.no_grad()
 def quantize_tables(
-    model: PreTrainedModel, states: Tensor, schemes: Mapping[str, Scheme], device: torch.device, **solver: Any
+    model: PreTrainedModel, states: Batches, schemes: Mapping[str, Scheme], device: torch.device, **solver: Any
 ) -> list[LayerReport]:
     """Quantize the tables of `table_schemes` in place; returns a report for each, of tied ones for the embedding only.
 
-    states: [W, L, D], what the LM head reads of the calibration set (`activations.head_inputs`) in the model with
-    quantized blocks; `solver`: options of `quantize_linear`. The model is on the CPU. The metric of an embedding is the
-    identity, as its rows are looked up and multiply nothing; that of an LM head is the Hessian of `states`; that of
-    tied tables is the sum of both, with TIED_SHARE of the identity.
+    states: what the LM head reads of the calibration set in the model with quantized blocks, in batches [n, L, D]
+    (`activations.head_inputs`); `solver`: options of `quantize_linear`. The model is on the CPU. The metric of an
+    embedding is the identity, as its rows are looked up and multiply nothing; that of an LM head is the Hessian of
+    `states`; that of tied tables is the sum of both, with TIED_SHARE of the identity.
     """
     embedding, head = table_names(model)
     tied = is_tied(model)
@@ -77,7 +78,9 @@ def quantize_tables(
         H = torch.eye(weight.shape[1], device=device)
         if tied or name == head:
             H.zero_()
-            accumulate(H, states.to(device), states[..., 0].numel())
+            tokens = sum(batch.shape[:2].numel() for batch in states)
+            for batch in states:
+                accumulate(H, batch.to(device), tokens)
             symmetrize(H)
             if tied:
                 H.diagonal().add_(TIED_SHARE * H.diagonal().mean())
@@ -105,17 +108,22 @@ def quantize_tables(
 
 
 def solve_rows(
-    name: str, weight: Tensor, H: Tensor, scheme: Scheme, **solver: Any
+    name: str,
+    weight: Tensor,
+    H: Tensor,
+    scheme: Scheme,
+    solve: Callable[..., Solution] = quantize_linear,
+    **solver: Any,
 ) -> tuple[Tensor, Tensor, float, float, float]:
     """Quantize a table [N, K] of any float dtype against H [K, K], CHUNK_ELEMENTS at a time on H's device.
 
     Returns B and c as stored (`bpdq_kernels.layout`) on the CPU, and the sums over rows of `Solution`'s loss and
-    energy, and its damping.
+    energy, and its damping. solve: as for `blocks.solve_stage`.
     """
     planes, coefficients, loss, energy, damping = [], [], 0.0, 0.0, 0.0
     chunks = weight.split(max(1, CHUNK_ELEMENTS // weight.shape[1]))
     for rows in tqdm(chunks, desc=f"quantizing {name}", unit="chunk"):
-        solution = quantize_linear(rows.to(H.device), H, scheme.bits, scheme.group_size, **solver)
+        solution = solve(rows.to(H.device), H, scheme.bits, scheme.group_size, **solver)
         bits = torch.stack([(solution.codes >> p) & 1 for p in range(scheme.bits)])
         planes.append(layout.pack(bits).cpu())
         coefficients.append(solution.c.cpu())

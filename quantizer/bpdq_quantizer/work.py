@@ -5,6 +5,7 @@
                           schemes.json                bits and group size of each layer, if --target-... asked
                           states.safetensors          what the next block reads, written after each block
                           teacher.safetensors, tuning.pt     of --tune model
+    DIR/OUTPUT-1a2b3c4d/000000000007.safetensors      with `--offload-dir DIR`: a batch of what the next block reads
 
 Every file appears under its name when it is whole. `config.json` comes last, as neither transformers nor vLLM loads a
 folder without it; then the folder gets the name OUTPUT.
@@ -13,26 +14,67 @@ folder without it; then the folder gets the name OUTPUT.
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bpdq_quantizer.errors import InputError
+
+
+class Offloaded(Sequence[Tensor]):
+    """As much of a list of tensors as the calibration needs, in the files `names` of `folder` instead of memory.
+
+    A tensor is read when it is asked for. No file is ever changed: a new value gets a new file, so that a stopped run
+    finds what it goes on from; `save_progress` removes the files that are no longer needed.
+    """
+
+    def __init__(self, folder: Path, names: Sequence[str] = ()) -> None:
+        self.folder, self.names = folder, list(names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> Tensor:
+        file = self.folder / self.names[index]
+        try:
+            return load_file(file)["states"]
+        except (OSError, SafetensorError) as e:
+            raise InputError(f"--offload-dir: {file} can't be read ({e}): remove the .partial folder") from e
+
+    def __setitem__(self, index: int, states: Tensor) -> None:
+        self.names[index] = self._write(states)
+
+    def append(self, states: Tensor) -> None:
+        self.names.append(self._write(states))
+
+    def copy(self) -> "Offloaded":
+        """Another list of the same files."""
+        return Offloaded(self.folder, self.names)
+
+    def _write(self, states: Tensor) -> str:
+        last = max((int(file.stem) for file in self.folder.glob("*.safetensors")), default=-1)
+        name = f"{last + 1:012}.safetensors"
+        write_tensors(self.folder / name, {"states": states})
+        return name
+
+
+Batches = list[Tensor] | Offloaded
 
 
 class States(NamedTuple):
     """Hidden states in front of block `block`, in batches [n, L, D] on the CPU; `original`: the 16-bit model's."""
 
     block: int
-    quantized: list[Tensor]
-    original: list[Tensor]
+    quantized: Batches
+    original: Batches
 
 
 class Progress(NamedTuple):
@@ -86,6 +128,28 @@ def work_folder(output: Path, run: Mapping[str, Any], resume: bool) -> Iterator[
     shutil.rmtree(output / "resume")
 
 
+@contextmanager
+def offload_folder(directory: str | None, output: Path) -> Iterator[Path | None]:
+    """The folder for Offloaded states of `output`, in `directory`; None without one. It goes where `output`.partial
+    goes: it is empty for a new run, stays for `resume`, and is removed in the end. Raises InputError."""
+    if directory is None:
+        yield None
+        return
+    name = f"{output.name}-{hashlib.sha256(str(output.absolute()).encode()).hexdigest()[:8]}"
+    folder, partial = Path(directory) / name, output.with_name(f"{output.name}.partial")
+    if not partial.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(f"--offload-dir {directory} can't be written: {e}") from None
+    try:
+        yield folder
+    finally:
+        if not partial.exists():
+            shutil.rmtree(folder)
+
+
 def _worth_keeping(folder: Path) -> bool:
     finished = {file.name for file in (folder / "resume").glob("*") if file.suffix in (".json", ".safetensors")}
     return bool(finished - {"run.json"})
@@ -98,6 +162,11 @@ def _check_same(folder: Path, run: Mapping[str, Any], resume: bool) -> None:
     changed = [f"{k} = {v!r} (now {run.get(k)!r})" for k, v in before.items() if v != run.get(k)]
     if changed:
         raise InputError(f"{folder} is from a run with other options, {', '.join(changed)}: repeat them or remove it")
+
+
+def peak_memory() -> int:
+    """The most bytes of host memory that this process has held. Not ru_maxrss, which starts from the parent's."""
+    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 
 def digest(tokens: Tensor) -> str:
@@ -130,14 +199,20 @@ def write_json(file: Path, value: Any) -> None:
 
 
 def save_progress(folder: Path, states: States, layers: list[dict[str, Any]], cost: Mapping[str, float]) -> None:
-    """Remember where to go on."""
-    named = {f"{kind}.{i}": x for kind in ("quantized", "original") for i, x in enumerate(getattr(states, kind))}
-    notes = {"block": states.block, "layers": layers, "cost": cost}
+    """Remember where to go on; removes the files of Offloaded states that this does not need."""
+    streams = {kind: getattr(states, kind) for kind in ("quantized", "original")}
+    files = {kind: stream.names for kind, stream in streams.items() if isinstance(stream, Offloaded)}
+    named = {f"{kind}.{i}": x for kind in streams.keys() - files.keys() for i, x in enumerate(streams[kind])}
+    notes = {"block": states.block, "layers": layers, "cost": cost, "files": files}
     write_tensors(folder / "resume" / "states.safetensors", named, notes)
+    for stream in streams.values():
+        if isinstance(stream, Offloaded):
+            for name in {file.name for file in stream.folder.iterdir()}.difference(*files.values()):
+                (stream.folder / name).unlink()
 
 
-def load_progress(folder: Path) -> Progress:
-    """What `save_progress` wrote last, or nothing yet."""
+def load_progress(folder: Path, offload: Path | None = None) -> Progress:
+    """What `save_progress` wrote last, or nothing yet; `offload`: where Offloaded states are."""
     file = folder / "resume" / "states.safetensors"
     if not file.is_file():
         return Progress(None, [], {})
@@ -146,5 +221,8 @@ def load_progress(folder: Path) -> Progress:
         count = len(stored.keys())
         keys = [[f"{kind}.{i}" for i in range(count)] for kind in ("quantized", "original")]
         named = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118, not a dict
-    quantized, original = ([named[key] for key in stream if key in named] for stream in keys)
+    if offload is None:
+        quantized, original = ([named[key] for key in stream if key in named] for stream in keys)
+    else:
+        quantized, original = (Offloaded(offload, notes["files"].get(kind, ())) for kind in ("quantized", "original"))
     return Progress(States(notes["block"], quantized, original), notes["layers"], notes["cost"])
