@@ -70,7 +70,7 @@ class Stop(Exception):  # noqa: N818, stands for a crash
     pass
 
 
-@pytest.mark.parametrize("number", [2, 10, 11, 12, 17, 20])  # embedding, block, progress, states, the rest
+@pytest.mark.parametrize("number", [2, 10, 12, 20])  # embedding, block, progress, states, the rest
 def test_a_run_that_stops_anywhere_goes_on_to_the_same_tensors(root, whole, tmp_path, monkeypatch, number):
     original, writes = work.write_tensors, []
 

@@ -13,9 +13,10 @@ from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, get_qu
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.models.utils import WeightsMapper
 
-from bpdq_kernels.format import Scheme
+from bpdq_kernels.format import KV_CACHE_SCHEME, Scheme
 from vllm_bpdq import register
 from vllm_bpdq.config import BPDQConfig
+from vllm_bpdq.kv_cache import BPDQKVCacheMethod, load_scale
 from vllm_bpdq.linear import BPDQLinearMethod
 
 OURS = {"quant_method": "bpdq", "checkpoint_format": "bpdq", "format_version": 1, "bits": 2, "group_size": 128}
@@ -145,6 +146,24 @@ def test_fused_layers_whose_parts_differ_are_refused(change):
 @pytest.mark.parametrize("kind", [VocabParallelEmbedding, ParallelLMHead, Attention])
 def test_embeddings_head_and_attention_keep_what_vllm_gives_them(kind):
     assert config().get_quant_method(a(kind), "model.layers.0.self_attn.attn") is None
+
+
+@pytest.mark.parametrize("dtype", ["auto", "fp8_e4m3"])
+def test_attention_gets_a_method_where_the_checkpoint_has_scales(dtype):
+    layer = a(Attention)
+    layer.__dict__["kv_cache_dtype"] = dtype
+    assert isinstance(config(kv_cache_scheme=KV_CACHE_SCHEME).get_quant_method(layer, "x.attn"), BPDQKVCacheMethod)
+    layer.__dict__["kv_cache_dtype"] = "fp8_e5m2"
+    assert config(kv_cache_scheme=KV_CACHE_SCHEME).get_quant_method(layer, "x.attn") is None
+
+
+@pytest.mark.parametrize("scale", [[0.0], [-2.0], [torch.nan], [torch.inf], [1.0, 2.0], []])
+def test_a_scale_is_one_positive_number(scale):
+    param = torch.nn.Parameter(torch.tensor(-1.0), requires_grad=False)
+    with pytest.raises(ValueError, match="expected one positive number"):
+        load_scale(param, torch.tensor(scale))
+    load_scale(param, torch.tensor([0.5]))
+    assert param.item() == 0.5
 
 
 def test_mixture_of_experts_is_refused_unless_ignored():

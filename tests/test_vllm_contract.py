@@ -7,12 +7,13 @@ import torch
 from vllm.config import ModelConfig
 from vllm.model_executor import parameter
 from vllm.model_executor.layers import fused_moe, linear, quantization
-from vllm.model_executor.layers.quantization import base_config
+from vllm.model_executor.layers.quantization import base_config, kv_cache
 from vllm.model_executor.model_loader import utils as loader_utils
 from vllm.model_executor.model_loader import weight_utils
 from vllm.model_executor.models.utils import WeightsMapper
 
 from vllm_bpdq.config import BPDQConfig
+from vllm_bpdq.kv_cache import MISSING
 from vllm_bpdq.linear import BPDQLinearMethod, StoredParameter
 
 
@@ -99,6 +100,13 @@ def test_the_dummy_loader_leaves_integers_alone_and_fills_floats():
     weight_utils.initialize_single_dummy_weight(coefficients)
     assert planes.tolist() == [7] * 4
     assert torch.isfinite(coefficients).all()
+
+
+def test_scales_of_the_kv_cache_are_renamed_and_start_as_missing():
+    names = ["model.layers.0.self_attn.k_scale", "model.layers.0.self_attn.v_scale"]
+    renamed = base_config.QuantizationConfig.get_cache_scale_mapper().apply_list(names)
+    assert renamed == ["model.layers.0.self_attn.attn.k_scale", "model.layers.0.self_attn.attn.v_scale"]
+    assert kv_cache.KVCacheScaleParameter().item() == MISSING
 
 
 def test_custom_methods_are_asked_before_the_built_in_gptq():

@@ -127,6 +127,7 @@ def test_the_checkpoint_of_two_workers_is_that_of_one(root, one, tmp_path):
     assert tensors(tmp_path / "two") == one
 
 
+@pytest.mark.slow
 def test_workers_that_torchrun_starts_make_the_same_checkpoint(root, one, tmp_path):
     """As on several machines, where --nnodes and --rdzv-endpoint say which."""
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

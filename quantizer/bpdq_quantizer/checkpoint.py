@@ -53,7 +53,7 @@ def finish(
     tokenizer: PreTrainedTokenizerBase,
     config: dict[str, Any],
     report: dict[str, Any],
-    scales: Mapping[str, Tensor],
+    scales: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write what a folder with the blocks' files lacks; config.json, without which no loader takes it, comes last.
 
@@ -65,7 +65,7 @@ def finish(
         for name, tensor in model.state_dict().items()
         if not name.startswith(f"{prefix}.") and name not in model.all_tied_weights_keys
     }
-    write_tensors(shard(folder, 1, len(blocks) + 1), {**rest, **scales})
+    write_tensors(shard(folder, 1, len(blocks) + 1), {**rest, **(scales or {})})
     files = sorted(folder.glob("model-*.safetensors"))
     headers = {file.name: read_headers([file]) for file in files}
     index = {

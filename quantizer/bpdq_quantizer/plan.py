@@ -1,5 +1,6 @@
 """What a model will weigh in bit-planes, and what then fits on a card under vLLM, from its config.json alone."""
 
+from collections import defaultdict
 from functools import cache, reduce
 from itertools import count
 from math import ceil, floor, inf, prod
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from bpdq_kernels.format import Scheme
@@ -17,6 +19,7 @@ from bpdq_quantizer.blocks import check_supported
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.kv_cache import KV_TYPES, Attention
 from bpdq_quantizer.loader import plain_skeleton
+from bpdq_quantizer.refine import CHUNK_ELEMENTS
 from bpdq_quantizer.stream import decoder_blocks
 
 GIB = 2**30
@@ -30,6 +33,7 @@ VOCABULARY_PADDING = 64  # model_executor/layers/vocab_parallel_embedding.py: DE
 DEFAULT_CONTEXT = 2048
 CALIBRATION_TOKENS = 128 * 2048  # defaults of `bpdq quantize`
 MOST_BITS = Scheme(MAX_PLANES, GROUP_SIZES[0]).bits_per_weight
+REFINED_WEIGHTS = CHUNK_ELEMENTS // 3  # `bpdq_quantizer.refine`, at a time with two planes and a bias
 CPU_SECONDS_PER_WEIGHT = 485 / 106e6
 
 ASSUMPTIONS = (
@@ -47,18 +51,21 @@ ASSUMPTIONS = (
     "one card, nothing offloaded; activations and unquantized tensors in 16 bits",
     "time: SmolLM2-135M's 485 CPU s for 106 M weights and 32 x 512 calibration tokens, in proportion to the weights: "
     "an extrapolation over sizes never tried; more calibration text takes longer",
-    f"memory to quantize, without Python's and torch's own: on the device a block twice, four fp32 matrices [K, K] and "
-    f"[N, K] of the largest stage, {ACTIVATION_BYTES / GIB:.0f} GiB of activations; on the host the embedding, the "
-    f"head, a block and the hidden states of {CALIBRATION_TOKENS} calibration tokens twice; without a GPU their sum",
+    "memory to quantize, without Python's and torch's own: on the device a block twice, four fp32 matrices [K, K] and "
+    f"[N, K] of the largest stage, {4 * 4 * REFINED_WEIGHTS / GIB:.2f} GiB to refine, {ACTIVATION_BYTES / GIB:.0f} GiB "
+    "of activations; on the host the embedding, the head, a block and, without --offload-dir, the hidden states of "
+    f"{CALIBRATION_TOKENS} calibration tokens twice; without a GPU their sum",
 )
 
 
 class Model(NamedTuple):
-    """What the arithmetic needs of a model. linears: (outputs, inputs) of those that are quantized; embedding and head:
-    (vocabulary, hidden size), head None where it is tied; others: elements of all other tensors."""
+    """What the arithmetic needs of a model. linears: (outputs, inputs) of those that are quantized; stages: the same of
+    those in a block that are, at most, solved together; embedding and head: (vocabulary, hidden size), head None where
+    it is tied; others: elements of all other tensors."""
 
     architecture: str
     linears: list[tuple[int, int]]
+    stages: list[tuple[int, int]]
     embedding: tuple[int, int]
     head: tuple[int, int] | None
     others: int
@@ -168,6 +175,7 @@ def read_model(model: str) -> Model:
     return Model(
         architecture=type(skeleton).__name__,
         linears=linears,
+        stages=_stages(blocks[0]),
         embedding=tuple(embedding.shape),
         head=None if head_is_tied else tuple(head.shape),
         others=sum(t.numel() for t in state.values()) - tables - quantized,
@@ -175,6 +183,15 @@ def read_model(model: str) -> Model:
         attention=_attention(model, skeleton),
         max_positions=config.get_text_config(decoder=True).max_position_embeddings,
     )
+
+
+def _stages(block: nn.Module) -> list[tuple[int, int]]:
+    """Linears of one module with as many inputs, summed: shapes alone don't tell that the output projection of an
+    attention layer reads something else than its queries, which makes this an upper bound."""
+    rows = defaultdict(int)
+    for name, linear in linear_layers(block).items():
+        rows[name.rpartition(".")[0], linear.in_features] += linear.out_features
+    return [(outputs, inputs) for (_, inputs), outputs in rows.items()]
 
 
 def _attention(model: str, skeleton: PreTrainedModel) -> Attention:
@@ -297,19 +314,19 @@ def serve_command(model: str, m: Model, settings: Settings, kv_type: str, eager:
 def quantize_device_bytes(m: Model) -> int:
     """What `bpdq quantize` needs where it solves: a block and its copy, one stage's matrices, a batch's activations.
 
-    A stage holds about four fp32 [K, K] (H and its factors) and four [N, K] (W, the target, what is left of it).
+    A stage holds about four fp32 [K, K] (H and its factors) and four [N, K] (W, the target, what is left of it), and
+    four more of the rows that are refined at a time.
     """
     block = m.linears[: len(m.linears) // m.attention.layers]
-    rows = {k: sum(n for n, inputs in block if inputs == k) for _, k in block}
-    stage = max(4 * 4 * (k * k + n * k) for k, n in rows.items())
+    stage = max(4 * 4 * (k * k + n * k + min(n * k, REFINED_WEIGHTS)) for n, k in m.stages)
     return 2 * m.itemsize * sum(n * k for n, k in block) + stage + ACTIVATION_BYTES
 
 
-def quantize_host_bytes(m: Model) -> int:
-    """What `bpdq quantize` needs of the host beside it: embedding and head, hidden states of both models, one block."""
+def quantize_host_bytes(m: Model, tokens: int = CALIBRATION_TOKENS) -> int:
+    """What `bpdq quantize` needs of the host beside it: embedding and head, one block, hidden states of both models."""
     tables = prod(m.embedding) + (0 if m.head is None else prod(m.head))
     block = sum(n * k for n, k in m.linears) // m.attention.layers
-    return m.itemsize * (tables + block + 2 * CALIBRATION_TOKENS * m.embedding[1])
+    return m.itemsize * (tables + block + 2 * tokens * m.embedding[1])
 
 
 def _four_bit_tables(settings: Settings) -> Settings:
