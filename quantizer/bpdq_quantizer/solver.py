@@ -1,16 +1,17 @@
 """A whole Linear: group after group, with the error of each group propagated to the ones after it (BPDQ, alg. 1)."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from bpdq_quantizer.grid import quantize_group
+from bpdq_quantizer.grid import Start, quantize_group, range_start, residual_start
 from bpdq_quantizer.hessian import inverse_factor
 from bpdq_quantizer.order import group_aware_order
 from bpdq_quantizer.refine import dequantize_columns, refine
 
-SPREADS = {2: (0.8, 0.6)}  # by k: four levels leave the tails to the outer ones; with more the full range is better
+STARTS = (range_start, residual_start)
 
 
 class Solution(NamedTuple):
@@ -34,33 +35,31 @@ def quantize_linear(
     refinements: int = 2,
     alpha: float = 1e-6,
     damping: float = 0.01,
-    spreads: tuple[float, ...] | None = None,
+    starts: Sequence[Start] = STARTS,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Solution:
     """Quantize W [N, K] against the Hessian H [K, K] of its inputs (fp32, symmetric, not modified).
 
     Rows are independent given H, so the rows of several Linears that read the same input may be stacked.
-    `spreads`: shares of a group's range that initial grids span, by default SPREADS; every row keeps the best outcome.
-    The paper's algorithm is `refinements` = 0, `damping` = 0.05, `spreads` = (1,); more rounds go on with
-    `bpdq_quantizer.refine`.
+    `starts`: initial grids of a group, of which every row keeps the one with the best outcome. The paper's algorithm
+    is `refinements` = 0, `damping` = 0.05, `starts` = (paper_start,); more rounds go on with `bpdq_quantizer.refine`.
     """
-    spreads = SPREADS.get(bits, (1.0,)) if spreads is None else spreads
     target = W.to(torch.float32, copy=True).T.contiguous()  # [K, N]
     diagonal = H.diagonal()
     target[diagonal == 0] = 0  # dead inputs: no calibration token ever used them
     steps = group_aware_order(diagonal, group_size)
     order = torch.cat([columns for _, columns in steps])
     U, damping = inverse_factor(H, order, damping)
-    passes = [one_pass(target, U, steps, bits, iterations, alpha, dtype, spread) for spread in spreads]
+    codes, c = one_pass(target, U, steps, bits, iterations, alpha, dtype, starts)
     del U
     if refinements:
         damped = H.clone()
         damped.diagonal().add_(damping * diagonal.mean())
-        passes = [refine(*found, target, damped, group_size, refinements, alpha, dtype) for found in passes]
+        codes, c = refine(codes, c, target, damped, group_size, refinements, alpha, dtype)
         del damped
     target = W.to(torch.float32).T
-    codes, c, loss = best_rows(passes, target, H, group_size)
-    energy = ((H @ target) * target).sum(0)
+    error = target - dequantize_columns(codes, c, group_size)
+    loss, energy = (((H @ x) * x).sum(0) for x in (error, target))
     return Solution(codes.T.contiguous(), c.to(dtype), loss, energy, damping)
 
 
@@ -72,7 +71,7 @@ def one_pass(
     iterations: int,
     alpha: float,
     dtype: torch.dtype,
-    spread: float,
+    starts: Sequence[Start],
 ) -> tuple[Tensor, Tensor]:
     """Codes [K, N] and c [ceil(K/G), k+1, N] of target [K, N]: group after group in the order of `steps`."""
     weight = target[torch.cat([columns for _, columns in steps])]
@@ -83,24 +82,7 @@ def one_pass(
         stop = start + len(columns)
         block = slice(start, stop)
         U_block = U[block, block]
-        codes[columns], c[group], E = quantize_group(weight[block], U_block, bits, iterations, alpha, dtype, spread)
+        codes[columns], c[group], E = quantize_group(weight[block], U_block, bits, iterations, alpha, dtype, starts)
         weight[stop:].addmm_(U[block, stop:].T, E, alpha=-1)
         start = stop
     return codes, c
-
-
-def best_rows(
-    found: list[tuple[Tensor, Tensor]], target: Tensor, H: Tensor, group_size: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Each row's codes [K, N] and c [ceil(K/G), k+1, N] from the attempt with its lowest loss, and that loss [N]."""
-    codes, c, loss = None, None, None
-    for row_codes, row_c in found:
-        error = target - dequantize_columns(row_codes, row_c, group_size)
-        row_loss = ((H @ error) * error).sum(0)
-        if loss is None:
-            codes, c, loss = row_codes, row_c, row_loss
-        else:
-            better = row_loss < loss
-            codes, c = torch.where(better, row_codes, codes), torch.where(better, row_c, c)
-            loss = torch.where(better, row_loss, loss)
-    return codes, c, loss
