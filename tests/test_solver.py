@@ -9,11 +9,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bpdq_quantizer import hessian
-from bpdq_quantizer.grid import assign_codes, fit_coefficients, most_significant_planes, quantize_group
+from bpdq_quantizer.grid import (
+    assign_codes,
+    clustered,
+    fit_coefficients,
+    most_significant_planes,
+    nearest_codes,
+    quantize_group,
+    residual_planes,
+)
 from bpdq_quantizer.hessian import accumulate, accumulate_shift, corrected, inverse_factor, symmetrize
 from bpdq_quantizer.order import group_aware_order
 from bpdq_quantizer.refine import dequantize_columns, descend, joint_fit, refine
-from bpdq_quantizer.solver import quantize_linear
+from bpdq_quantizer.solver import STARTS, quantize_linear
 
 
 def problem(n: int, k_in: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -145,16 +153,17 @@ def test_loss_beats_rounding_each_weight_to_the_same_number_of_levels():
     assert quantize_linear(W, H, 2, 32).loss.sum() < 0.5 * rounding
 
 
-def test_every_row_keeps_the_outcome_of_its_best_grid():
-    W, H = torch.randn(40, 128), torch.eye(128) + 0.2
-    alone = [quantize_linear(W, H, 2, 64, spreads=(spread,)) for spread in (0.9, 0.5)]
-    both = quantize_linear(W, H, 2, 64, spreads=(0.9, 0.5))
-    losses = torch.stack([solution.loss for solution in alone])
-    torch.testing.assert_close(both.loss, losses.min(0).values)
-    assert set(losses.argmin(0).tolist()) == {0, 1}, "each grid is some row's best"
-    for row, best in enumerate(losses.argmin(0).tolist()):
-        assert torch.equal(both.codes[row], alone[best].codes[row])
-        assert torch.equal(both.c[:, :, row], alone[best].c[:, :, row])
+def test_every_row_of_a_group_keeps_the_outcome_of_its_best_start():
+    W, H = problem(40, 32)
+    U, _ = inverse_factor(H, torch.arange(32), 0.05)
+    group = W.T.contiguous(), U, 2, 10, 1e-6, torch.bfloat16
+    alone = [quantize_group(*group, starts=[start]) for start in STARTS]
+    both = quantize_group(*group, starts=STARTS)
+    best = torch.stack([E.square().sum(0) for _, _, E in alone]).argmin(0)
+    assert set(best.tolist()) == {0, 1}, "each start is some row's best"
+    for kind in range(3):
+        for row, start in enumerate(best.tolist()):
+            torch.testing.assert_close(both[kind][:, row], alone[start][kind][:, row], rtol=1e-4, atol=1e-6)
 
 
 def test_scaling_the_calibration_inputs_changes_nothing():
@@ -222,6 +231,40 @@ def test_a_hessian_with_nan_is_refused():
 def test_most_significant_planes_of_the_8_bit_grid():
     W = torch.arange(256.0)[:, None] / 255
     assert most_significant_planes(W, 2)[:, 0].tolist() == [i // 64 for i in range(256)]
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_residual_planes_are_signs_of_what_the_planes_before_leave(k):
+    W = torch.randn(50, 3) + torch.tensor([0.0, 2.0, -1.0])
+    codes = residual_planes(W, k)
+    for row in range(3):
+        left = W[:, row].double() - W[:, row].double().mean()
+        for p in reversed(range(k)):
+            assert ((codes[:, row] >> p) & 1).tolist() == (left > 0).long().tolist()
+            left -= left.sign() * left.abs().mean()
+
+
+@settings(max_examples=25, deadline=None)
+@given(k=st.integers(1, 3), g=st.integers(4, 40), seed=st.integers(0, 99))
+def test_clustering_lowers_the_weighted_error_of_a_grid(k, g, seed):
+    W, H = problem(20, g, seed)
+    W, weights = W.T.contiguous(), 1 / inverse_factor(H, torch.arange(g), 0.05)[0].diagonal()
+
+    def error(codes):
+        c = fit_coefficients(codes, W, weights.diag(), k, 1e-6, torch.float32)
+        return (weights[:, None] * (W - dequantize_columns(codes, c[None], g))).square().sum(0)
+
+    codes = residual_planes(W, k)
+    before, after = error(codes), error(clustered(codes, W, (1 / weights).diag(), k))
+    assert (after <= 1.001 * before + 1e-6 * W.square().sum(0)).all()
+    assert after.sum() < before.sum() or g < 16, "few weights may be on the best grid from the start"
+
+
+def test_nearest_codes_are_nearest():
+    W, c = torch.randn(20, 6), torch.randn(3, 6)  # levels in any order, negative coefficients too
+    codes = nearest_codes(W, c, 2)
+    levels = torch.stack([c[2], c[0] + c[2], c[1] + c[2], c[0] + c[1] + c[2]])
+    assert torch.equal(codes.long(), (W.unsqueeze(1) - levels).abs().argmin(1))
 
 
 def test_assignment_takes_the_nearest_level_when_errors_do_not_propagate():

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from bpdq_quantizer import workers
 from bpdq_quantizer.cli import main
 from bpdq_quantizer.errors import WorkerError
+from bpdq_quantizer.grid import range_start
 from bpdq_quantizer.solver import Solution, quantize_linear
 from tiny import TEXT, tiny_model
 
@@ -67,7 +68,7 @@ def test_shares_are_whole_chunks_and_even(rows, count, unit):
 
 
 class FailsElsewhere(tuple):
-    """Spreads that only a worker can't read."""
+    """Starts that only a worker can't read."""
 
     def __iter__(self):
         if "RANK" in os.environ:
@@ -78,7 +79,7 @@ class FailsElsewhere(tuple):
 def test_an_error_of_a_worker_is_told_on_rank_0_and_leaves_it_alive(pair):
     W, H = layer(1500)
     with pytest.raises(WorkerError, match="worker 1 of --devices: ArithmeticError: nothing to start from"):
-        pair(W, H, 2, 32, spreads=FailsElsewhere((0.8,)))
+        pair(W, H, 2, 32, starts=FailsElsewhere((range_start,)))
     assert len(pair(W, H, 2, 32).codes) == 1500
 
 

@@ -10,10 +10,15 @@ Everything here is transposed, inputs before rows, so that a column of the weigh
 A group's error coordinates are E = U^-T (W - W_hat), and its share of the loss is |E|^2 (section 3.1).
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
 INITIAL_BITS = 8
+CLUSTER_ROUNDS = 5
+
+Start = Callable[[Tensor, Tensor, int], Tensor]  # W [g, N], U [g, g] and bits -> codes [g, N] to begin with
 
 
 def level_table(bits: int, device: torch.device) -> Tensor:
@@ -41,6 +46,18 @@ def most_significant_planes(W: Tensor, bits: int, spread: float = 1.0) -> Tensor
     zero = torch.round(-low / scale)
     q = (torch.round(W / scale) + zero).clamp(0, 2**INITIAL_BITS - 1).to(torch.uint8)
     return q >> (INITIAL_BITS - bits)
+
+
+def residual_planes(W: Tensor, bits: int) -> Tensor:
+    """Codes [g, N] of signs: that of W - mean, then of what each sign times its mean leaves (R2Q, arXiv 2511.21736)."""
+    codes = torch.zeros(W.shape, dtype=torch.uint8, device=W.device)
+    left = W - W.mean(0)
+    for p in reversed(range(bits)):
+        positive = left > 0
+        codes |= positive.to(torch.uint8) << p
+        scale = left.abs().mean(0)
+        left = left - torch.where(positive, scale, -scale)
+    return codes
 
 
 def fit_coefficients(codes: Tensor, W: Tensor, whiten: Tensor, bits: int, alpha: float, dtype: torch.dtype) -> Tensor:
@@ -74,19 +91,58 @@ def assign_codes(W: Tensor, c: Tensor, U: Tensor, bits: int) -> Tensor:
     return order.to(torch.uint8).gather(0, nearest)
 
 
+def nearest_codes(W: Tensor, c: Tensor, bits: int) -> Tensor:
+    """Codes [g, N]: nearest of the 2^k levels for each weight on its own."""
+    levels, order = (level_table(bits, W.device) @ c).sort(dim=0)
+    nearest = torch.zeros(W.shape, dtype=torch.int64, device=W.device)
+    for midpoint in (levels[1:] + levels[:-1]) / 2:
+        nearest += midpoint < W
+    return order.to(torch.uint8).gather(0, nearest)
+
+
+def clustered(codes: Tensor, W: Tensor, U: Tensor, bits: int) -> Tensor:
+    """Codes [g, N] after k-means from `codes` on bit-plane grids; errors weigh 1 / U[i, i]^2, none propagates."""
+    weights = torch.diag(1 / U.diagonal())
+    for _ in range(CLUSTER_ROUNDS):
+        codes = nearest_codes(W, fit_coefficients(codes, W, weights, bits, 1e-6, torch.float32), bits)
+    return codes
+
+
+def paper_start(W: Tensor, U: Tensor, bits: int) -> Tensor:
+    """The most significant planes, as they are."""
+    return most_significant_planes(W, bits)
+
+
+def range_start(W: Tensor, U: Tensor, bits: int) -> Tensor:
+    """k-means from the most significant planes; of four levels, the outer ones are left the tails of the range."""
+    return clustered(most_significant_planes(W, bits, 0.8 if bits == 2 else 1.0), W, U, bits)
+
+
+def residual_start(W: Tensor, U: Tensor, bits: int) -> Tensor:
+    """k-means from `residual_planes`, a balanced grid around the mean."""
+    return clustered(residual_planes(W, bits), W, U, bits)
+
+
 def quantize_group(
-    W: Tensor, U: Tensor, bits: int, iterations: int, alpha: float, dtype: torch.dtype, spread: float = 1.0
+    W: Tensor,
+    U: Tensor,
+    bits: int,
+    iterations: int,
+    alpha: float,
+    dtype: torch.dtype,
+    starts: Sequence[Start] = (paper_start,),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Planes and coefficients of one group; returns (codes [g, N], c [k+1, N], E [g, N]).
 
-    Alternates assignment and refit from the most significant planes, and keeps each row's best iterate. E is
-    computed from the refitted weights, so what is propagated to later groups belongs to the weights that are
-    stored: this is the paper's delta correction (eq. 9), E_old + (W_old - W_new) U^-1, in closed form, since
-    E_old U = W - W_old. A row whose planes repeat is at a fixed point and leaves the loop.
+    Alternates assignment and refit from each of `starts`, by default the most significant planes of the paper, and
+    keeps each row's best iterate. E is computed from the refitted weights, so what is propagated to later groups
+    belongs to the weights that are stored: this is the paper's delta correction (eq. 9), E_old + (W_old - W_new) U^-1,
+    in closed form, since E_old U = W - W_old. A row whose planes repeat is at a fixed point and leaves the loop.
     """
     whiten = torch.linalg.solve_triangular(U.T, torch.eye(len(U), device=U.device), upper=False)
     table = level_table(bits, W.device)
-    codes = most_significant_planes(W, bits, spread)
+    codes = torch.cat([start(W, U, bits) for start in starts], dim=1)
+    N, W = W.shape[1], W.repeat(1, len(starts))
     c = fit_coefficients(codes, W, whiten, bits, alpha, dtype)
     best_codes, best_c, best_E = codes.clone(), c.clone(), torch.empty_like(W)
     best_loss = torch.full_like(W[0], torch.inf)
@@ -106,4 +162,5 @@ def quantize_group(
         active, codes, c = active[moved], codes[:, moved], c[:, moved]
         if not len(active):
             break
-    return best_codes, best_c, best_E
+    best = best_loss.view(len(starts), N).argmin(0) * N + torch.arange(N, device=W.device)
+    return best_codes[:, best], best_c[:, best], best_E[:, best]

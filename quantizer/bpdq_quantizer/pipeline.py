@@ -19,6 +19,7 @@ from bpdq_quantizer.allocate import allocate, by_layer, most_common, other_bytes
 from bpdq_quantizer.blocks import original_states, quantize_blocks
 from bpdq_quantizer.calibration import calibration_windows
 from bpdq_quantizer.errors import InputError
+from bpdq_quantizer.grid import paper_start
 from bpdq_quantizer.loader import load_tokenizer
 from bpdq_quantizer.rotate import rotated
 from bpdq_quantizer.sensitivity import sensitivities
@@ -41,7 +42,7 @@ from bpdq_quantizer.workers import own_device, team
 
 SOLVERS = {  # options of `quantize_linear`
     "refined": {"refinements": 2, "alpha": 1e-6, "damping": 0.01},
-    "paper": {"refinements": 0, "alpha": 1e-4, "damping": 0.05, "spreads": (1.0,)},
+    "paper": {"refinements": 0, "alpha": 1e-4, "damping": 0.05, "starts": (paper_start,)},
 }
 ASYMMETRIC = {"refined": 0.5, "paper": 0.0}  # share of the shift of its inputs that a weight is corrected for
 TUNE_STEPS = {"none": 0, "block": 30, "model": 200}  # for each block, or for the model

@@ -24,9 +24,10 @@ from bpdq_kernels.format import Scheme
 from bpdq_kernels.layout import GROUP_SIZES, MAX_PLANES
 from bpdq_quantizer.activations import block_inputs, embed, find_stages, head_inputs, run_block
 from bpdq_quantizer.blocks import check_finite, check_supported, one_thread
+from bpdq_quantizer.grid import range_start
 from bpdq_quantizer.hessian import accumulate, inverse_factor, symmetrize
 from bpdq_quantizer.order import group_aware_order
-from bpdq_quantizer.solver import SPREADS, best_rows, one_pass
+from bpdq_quantizer.solver import losses, one_pass
 from bpdq_quantizer.stream import Streamed, drop_block, load_block
 from bpdq_quantizer.tune import softcap
 from bpdq_quantizer.work import Batches
@@ -165,9 +166,8 @@ def try_schemes(W: Tensor, H: Tensor, alpha: float, damping: float) -> list[tupl
             steps = group_aware_order(H.diagonal(), group_size)
             U, _ = inverse_factor(H, torch.cat([columns for _, columns in steps]), damping)
             for bits in range(1, MAX_PLANES + 1):
-                spread = SPREADS.get(bits, (1.0,))[0]
-                solved = one_pass(target, U, steps, bits, ITERATIONS, alpha, torch.bfloat16, spread)
-                found.append((Scheme(bits, group_size), best_rows([solved], target, H, group_size)[2]))
+                solved = one_pass(target, U, steps, bits, ITERATIONS, alpha, torch.bfloat16, (range_start,))
+                found.append((Scheme(bits, group_size), losses(target, *solved, H, group_size)[0]))
     return found
 
 
