@@ -79,6 +79,8 @@ def eager(checkpoints) -> dict[str, list[list[int]] | str]:
     save_file(tensors, without_b / "model.safetensors", metadata={"format": "pt"})
     runs = {name: {"load": {"model": str(checkpoints[name]), **flags}} for name, (_, flags) in EAGER.items()}
     runs["llama"]["reload_from"] = str(other)
+    tables = bpdq_checkpoint(base.parent / "other-model", base.parent / "other-tables", **EAGER["llama tables"][0])
+    runs["llama tables"]["reload_from"] = str(tables)
     cache = {"kv_cache_dtype": "fp8_e5m2"}
     runs["8-bit cache"] = {"load": {"model": str(checkpoints["qwen2"]), **cache}}
     runs["8-bit cache, 16 bits"] = {"load": {"model": str(dequantized(checkpoints["qwen2"])), **cache}}
@@ -109,9 +111,10 @@ def test_a_rotated_checkpoint_is_a_model_like_any_other(checkpoints, eager):
     assert eager["rotated"] == transformers_tokens(checkpoints["rotated"])
 
 
-def test_reloading_another_checkpoint_serves_the_other_weights(checkpoints, eager):
-    before, after = eager["llama"][: len(PROMPTS)], eager["llama"][len(PROMPTS) :]
-    assert after == transformers_tokens(checkpoints["llama"].parent / "other-dequantized")
+@pytest.mark.parametrize(("name", "other"), [("llama", "other"), ("llama tables", "other-tables")])
+def test_reloading_another_checkpoint_serves_the_other_weights(checkpoints, eager, name, other):
+    before, after = eager[name][: len(PROMPTS)], eager[name][len(PROMPTS) :]
+    assert after == transformers_tokens(checkpoints["llama"].parent / f"{other}-dequantized")
     assert after != before
 
 

@@ -1,10 +1,10 @@
 """Embedding and LM head of a BPDQ checkpoint in vLLM: sharded over the vocabulary, looked up and multiplied."""
 
-from functools import partial
 from typing import Any
 
 from torch import Tensor
 from torch.nn import Module
+from torch.nn.functional import pad
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from bpdq_kernels import embedding
@@ -15,8 +15,8 @@ def load_vocabulary(layer: VocabParallelEmbedding, param: StoredParameter, loade
     """Weight loader: this rank's rows of the vocabulary, and zeros in the rows that pad it."""
     tensor = param.receive(loaded_weight, layer.org_vocab_size)
     start, end = layer.shard_indices.org_vocab_start_index, layer.shard_indices.org_vocab_end_index
-    param.data.zero_()
-    param.data[..., : end - start] = tensor[..., start:end]
+    padding = param.shape[-1] - (end - start)
+    param.data.copy_(pad(tensor[..., start:end], (0, padding)))  # all of it: a reload counts what is copied
 
 
 class BPDQEmbeddingMethod(BPDQLinearMethod):
@@ -24,9 +24,11 @@ class BPDQEmbeddingMethod(BPDQLinearMethod):
 
     def create_weights(self, layer: Module, *sizes: Any, **extra_weight_attrs: Any) -> None:
         """Register `B` int32 and `c` (NaN until loaded) for this rank's part of the vocabulary."""
-        super().create_weights(
-            layer, *sizes, **{**extra_weight_attrs, "weight_loader": partial(load_vocabulary, layer)}
-        )
+
+        def load(param: StoredParameter, loaded_weight: Tensor) -> None:
+            load_vocabulary(layer, param, loaded_weight)
+
+        super().create_weights(layer, *sizes, **{**extra_weight_attrs, "weight_loader": load})
 
     def embedding(self, layer: Module, input_: Tensor) -> Tensor:
         """Rows `input_` (any shape, of this rank) of the table: [*input_.shape, K] in the layer's dtype."""
