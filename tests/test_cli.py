@@ -118,6 +118,7 @@ def test_fewer_windows_than_asked_are_used_and_said(folder, tmp_path, capsys):
         (["--samples", "0"], "must be at least 1"),
         (["--asymmetric", "1.5"], "--asymmetric 1.5: expected 0 (off) to 1"),
         (["--tune", "model", "--tune-steps", "0"], "must be at least 1"),
+        (["--tune", "block", "--tune-loss", "mix"], "--tune-loss mix needs --tune model"),
         (["--tune", "block", "--samples", "1"], "--tune block needs two calibration windows or more"),
         (["--device", "cuda"], "torch sees no CUDA device"),
     ],

@@ -85,17 +85,18 @@ def test_a_layer_goes_through_tuning_unchanged_if_nothing_is_tuned():
     torch.testing.assert_close(dequantize(again.B, again.c, 64, 64), dequantize(layer.B, c, 64, 64), rtol=0, atol=0.02)
 
 
+@pytest.mark.parametrize("reverse", [0.0, 0.3])
 @pytest.mark.parametrize("softcap", [None, 3.0])
-def test_distillation_loss_is_the_kl_of_the_two_models_logits(softcap, monkeypatch):
+def test_distillation_loss_is_the_kl_of_the_two_models_logits(softcap, reverse, monkeypatch):
     monkeypatch.setattr(tune, "LOSS_ELEMENTS", 3 * 50)  # chunks of three tokens
     head = torch.nn.Linear(16, 50, bias=False)
     teacher = torch.randn(10, 16)
     a, b = (torch.randn(10, 16, generator=torch.Generator().manual_seed(0)).requires_grad_() for _ in range(2))
-    loss = DistillationLoss.apply(a, teacher, head, softcap)
+    loss = DistillationLoss.apply(a, teacher, head, softcap, reverse)
     (loss * 2).backward()
     cap = (lambda z: softcap * (z / softcap).tanh()) if softcap else (lambda z: z)
     p, q = cap(head(teacher)).log_softmax(-1), cap(head(b)).log_softmax(-1)
-    expected = (p.exp() * (p - q)).sum()
+    expected = (1 - reverse) * (p.exp() * (p - q)).sum() + reverse * (q.exp() * (q - p)).sum()
     (expected * 2).backward()
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
@@ -118,6 +119,18 @@ def test_tuning_lowers_the_held_out_kl_and_keeps_the_planes(folder, tokens, teac
             assert torch.equal(m.B, tuned.B)
             assert m.c.dtype == tuned.c.dtype
             assert not torch.equal(m.c, tuned.c)
+
+
+def test_the_mixed_loss_weighs_reverse_kl_by_the_16_bit_models_confidence(folder, tokens, teacher, tmp_path):
+    original = AutoModelForCausalLM.from_pretrained(folder / "model")
+    held_out = min(8, -(-len(tokens) // 16))
+    known = tokens[:-held_out]
+    with torch.no_grad():
+        p = original(known).logits[:, :-1].softmax(-1).gather(2, known[:, 1:, None]).mean().item()
+    model = student(folder)
+    report = tune_model(model, tokens, teacher, steps=20, seed=0, state=tmp_path / "state.pt", mix=True)
+    assert report["reverse_share"] == pytest.approx(p, rel=1e-3)
+    assert min(report["held_out_kl"]) < 0.9 * report["held_out_kl"][0]
 
 
 def test_a_diverging_run_stops_early_and_keeps_the_best_state(folder, tokens, teacher, tmp_path, monkeypatch):

@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--tune-steps", type=int, help=f"for each block ({TUNE_STEPS['block']}), or the model ({TUNE_STEPS['model']})"
     )
+    p.add_argument("--tune-loss", choices=("kl", "mix"), default="kl", help="of --tune model; mix adds the reverse KL")
     p.add_argument("--tune-samples", type=int, help="windows to tune the model on (--samples)")
     p.add_argument("--kv-cache-scales", action="store_true", help="calibrate scales for --kv-cache-dtype fp8_e4m3")
     p.add_argument("--offload-dir", metavar="DIR", help="keep the hidden states of the calibration text there")

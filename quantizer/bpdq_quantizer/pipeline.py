@@ -66,6 +66,7 @@ def quantize(
     tune: str = "none",
     tune_steps: int | None = None,
     tune_samples: int | None = None,
+    tune_loss: str = "kl",
     target_bpw: float | None = None,
     target_size: str | None = None,
     kv_cache_scales: bool = False,
@@ -80,13 +81,13 @@ def quantize(
     embed_bits, head_bits: bit-planes of the input embedding and the LM head (`bpdq_quantizer.tables`), by default left
     in 16 bits, as norms and biases always are; calibration: `default`, FILE.txt, FILE.jsonl or hf:NAME, cut into
     `samples` windows of `seq_len` tokens; solver: a key of SOLVERS; asymmetric: 0 to 1, by default as in ASYMMETRIC;
-    rotate: `none` or `hadamard` (`bpdq_quantizer.rotate`);
-    tune: a key of TUNE_STEPS (`bpdq_quantizer.tune`), whose value is the default of tune_steps; tune_samples: windows
-    to tune the model on, by default `samples`; target_bpw: bits per weight of the blocks' Linears, or target_size: of
-    all tensors (`20GiB`), for which every layer gets bits and a group size of its own (`bpdq_quantizer.allocate`):
-    `bits` is then not used, and `group_size` is that of the tables; kv_cache_scales: store scales for an fp8 KV cache
-    (`bpdq_quantizer.kv_scales`); offload_dir: a folder for the hidden states of the calibration windows, by default
-    in memory; device: `auto`, `cpu` or `cuda`; devices: a comma-separated list instead, for several workers
+    rotate: `none` or `hadamard` (`bpdq_quantizer.rotate`); tune: a key of TUNE_STEPS (`bpdq_quantizer.tune`), whose
+    value is the default of tune_steps; tune_samples: windows to tune the model on, by default `samples`; tune_loss:
+    `kl`, or `mix` with the reverse KL; target_bpw: bits per weight of the blocks' Linears, or target_size: of all
+    tensors (`20GiB`), for which every layer gets bits and a group size of its own (`bpdq_quantizer.allocate`):
+    `bits` is then not used, and `group_size` is that of the tables; kv_cache_scales: store scales for an fp8 KV
+    cache (`bpdq_quantizer.kv_scales`); offload_dir: a folder for the hidden states of the calibration windows, by
+    default in memory; device: `auto`, `cpu` or `cuda`; devices: a comma-separated list instead, for several workers
     (`bpdq_quantizer.workers`).
     Returns the report that is also saved as quantization_report.json. Raises InputError for input that can't be used;
     the folder `output` appears only when everything is written. Until then `output`.partial holds the finished blocks,
@@ -99,6 +100,8 @@ def quantize(
     scheme, *_ = [_scheme(k, group_size) for k in (bits, embed_bits, head_bits) if k is not None]
     if min(samples, seq_len, iterations) < 1 or tune_steps < (tune != "none"):
         raise InputError("--samples, --seq-len, --iterations and --tune-steps must be at least 1")
+    if tune_loss != "kl" and tune != "model":
+        raise InputError(f"--tune-loss {tune_loss} needs --tune model")
     if not 0 <= asymmetric <= 1:
         raise InputError(f"--asymmetric {asymmetric}: expected 0 (off) to 1")
     if target_bpw is not None and target_size is not None:
@@ -139,7 +142,15 @@ def quantize(
         report = {"model": model, "options": {k: v for k, v in options.items() if k != "model"}}
         if teacher is not None:
             report["tuning"] = _tune(
-                source, tokens[:tune_samples], teacher, schemes, target, folder, steps=tune_steps, seed=seed
+                source,
+                tokens[:tune_samples],
+                teacher,
+                schemes,
+                target,
+                folder,
+                steps=tune_steps,
+                seed=seed,
+                mix=tune_loss == "mix",
             )
             cost = {key: value + report["tuning"][key] for key, value in cost.items()}
         clock = Clock(cost)

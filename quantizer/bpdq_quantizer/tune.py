@@ -1,6 +1,7 @@
 """Tuning after the solver: with the planes fixed W_hat is linear in c, so the coefficients are trained like weights.
 
-The whole model is distilled from its 16-bit self: forward KL of the next-token distributions. The LM head is not
+The whole model is distilled from its 16-bit self: forward KL of the next-token distributions, or, as an option, a mix
+of forward and reverse KL by the 16-bit model's confidence (BitDistiller, arXiv 2402.10631, eq. 5). The LM head is not
 tuned, and if at all quantized afterwards, so the 16-bit model's final hidden states stand for its logits: they are
 computed once, kept on the CPU, and no second model is needed while tuning.
 
@@ -101,10 +102,13 @@ class TunableLinear(nn.Module):
 
 
 class DistillationLoss(torch.autograd.Function):
-    """Sum over tokens of KL(teacher || student) from final hidden states [T, D], a chunk of logits at a time."""
+    """Sum over tokens of (1 - reverse) KL(teacher || student) + reverse KL(student || teacher) from final hidden
+    states [T, D], a chunk of logits at a time."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, head: nn.Module, cap: float | None) -> Tensor:
+    def forward(
+        ctx: Any, student: Tensor, teacher: Tensor, head: nn.Module, cap: float | None, reverse: float
+    ) -> Tensor:
         gradient = torch.empty_like(student)
         total = torch.zeros((), device=student.device)
         step = max(1, LOSS_ELEMENTS // head.weight.shape[0])
@@ -114,7 +118,9 @@ class DistillationLoss(torch.autograd.Function):
             with torch.set_grad_enabled(ctx.needs_input_grad[0]):
                 hidden = student[rows].detach().requires_grad_(ctx.needs_input_grad[0])
                 log_q = log_probabilities(hidden, head, cap)
-                loss = nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
+                loss = (1 - reverse) * nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
+                if reverse:
+                    loss = loss + reverse * nn.functional.kl_div(log_p, log_q, reduction="sum", log_target=True)
             if ctx.needs_input_grad[0]:
                 (gradient[rows],) = torch.autograd.grad(loss, hidden)
             total += loss.detach()
@@ -122,9 +128,9 @@ class DistillationLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return grad * gradient, None, None, None
+        return grad * gradient, None, None, None, None
 
 
 def log_probabilities(hidden: Tensor, head: nn.Module, cap: float | None) -> Tensor:
@@ -142,13 +148,14 @@ def final_states(model: PreTrainedModel, tokens: Tensor) -> Tensor:
 
 
 def tune_model(
-    model: PreTrainedModel, tokens: Tensor, teacher: Tensor, *, steps: int, seed: int, state: Path
+    model: PreTrainedModel, tokens: Tensor, teacher: Tensor, *, steps: int, seed: int, state: Path, mix: bool = False
 ) -> dict[str, Any]:
     """Distill the coefficients of a quantized model's BPDQLinears in place; returns a report.
 
-    tokens: [W, L]; teacher: `final_states` of the 16-bit model for them. The last windows are held out: the state
-    with the lowest KL on them is kept, and PATIENCE evaluations without a new one end the run. At every evaluation all
-    that is needed to go on is written to the file `state`; a run that finds one there continues as if never stopped.
+    tokens: [W, L]; teacher: `final_states` of the 16-bit model for them; mix: its `confidence` is the share of reverse
+    KL in the loss. The last windows are held out: the state with the lowest KL on them is kept, and PATIENCE
+    evaluations without a new one end the run. At every evaluation all that is needed to go on is written to the
+    file `state`; a run that finds one there continues as if never stopped.
     Raises InputError for less than two windows.
     """
     if len(tokens) < 2:
@@ -159,6 +166,7 @@ def tune_model(
     interval = -(-steps // EVALUATIONS)
     layers = make_tunable(model)
     adam = optimizer(layers)
+    reverse = confidence(model, tokens[:train], teacher[:train]) if mix else 0.0
     cost = {}
     if not state.is_file():
         step, best, history = 0, snapshot(layers), [mean_kl(model, tokens[train:], teacher[train:])]
@@ -172,7 +180,7 @@ def tune_model(
     with checkpointed_blocks(model, tokens[:per_step]), tqdm(total=steps, initial=step, desc="tuning") as bar:
         while step < steps and history.index(min(history)) >= len(history) - 1 - PATIENCE:
             windows = draw(train, per_step, step, seed)
-            descend(adam, distillation_loss(model, tokens[windows], teacher[windows]), step / steps)
+            descend(adam, distillation_loss(model, tokens[windows], teacher[windows], reverse), step / steps)
             step += 1
             bar.update()
             if step % interval == 0 or step == steps:
@@ -187,6 +195,7 @@ def tune_model(
     return {
         "steps": step,
         "tokens_per_step": per_step * tokens.shape[1],
+        "reverse_share": reverse,
         "held_out_windows": held_out,
         "held_out_kl": history,
         "best_evaluation": history.index(min(history)),
@@ -281,13 +290,25 @@ def draw(windows: int, count: int, step: int, seed: int) -> Tensor:
     return order[first : first + count]
 
 
-def distillation_loss(model: PreTrainedModel, tokens: Tensor, teacher: Tensor) -> Tensor:
-    """Sum over all tokens of the windows [W, L] of KL(teacher || model)."""
+def distillation_loss(model: PreTrainedModel, tokens: Tensor, teacher: Tensor, reverse: float = 0.0) -> Tensor:
+    """`DistillationLoss` summed over all tokens of the windows [W, L]."""
     states = model.base_model(tokens.to(model.device), use_cache=False).last_hidden_state
     teacher = teacher.to(states.device, states.dtype)
     return DistillationLoss.apply(
-        states.flatten(0, 1), teacher.flatten(0, 1), model.get_output_embeddings(), softcap(model)
+        states.flatten(0, 1), teacher.flatten(0, 1), model.get_output_embeddings(), softcap(model), reverse
     )
+
+
+@torch.no_grad()
+def confidence(model: PreTrainedModel, tokens: Tensor, teacher: Tensor) -> float:
+    """Mean probability that the 16-bit model gives the next token, over windows [W, L]; teacher: its `final_states`."""
+    total = 0.0
+    for window, states in zip(tokens, teacher, strict=True):
+        step = max(1, LOSS_ELEMENTS // model.get_output_embeddings().weight.shape[0])
+        for rows, targets in zip(states[:-1].split(step), window[1:].split(step), strict=True):
+            log_p = head_log_probabilities(model, rows)
+            total += log_p.gather(1, targets.to(log_p.device)[:, None]).exp().sum().item()
+    return total / tokens[:, 1:].numel()
 
 
 def softcap(model: PreTrainedModel) -> float | None:
