@@ -11,6 +11,16 @@ sys.path.insert(0, str(Path(__file__).parent))
 torch.set_num_threads(1)  # the tensors are tiny, and on a busy machine two OpenMP threads wait for each other
 
 
+@pytest.fixture(scope="session")
+def text(tmp_path_factory) -> str:
+    """A file of calibration text, 4 x 20 sentences."""
+    from tiny import TEXT  # imports transformers, which most tests do without
+
+    path = tmp_path_factory.mktemp("text") / "calibration.txt"
+    path.write_text(TEXT * 4)
+    return str(path)
+
+
 @pytest.fixture(scope="module")
 def interpreter() -> Iterator[ProcessPoolExecutor]:
     """A process in which Triton was imported as an interpreter: that is decided at import, so not in this one."""

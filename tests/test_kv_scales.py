@@ -17,13 +17,6 @@ from tiny import TEXT, load_tensors, tiny_model
 NAMES = [f"model.layers.{i}.self_attn.{kind}_scale" for i in range(2) for kind in "kv"]
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "calibration.txt"
-    path.write_text(TEXT * 4)
-    return str(path)
-
-
 def quantize(folder, text, arch="llama", tie=False, **options):
     if not (folder / "model").exists():
         tiny_model(folder / "model", arch, tie_word_embeddings=tie)

@@ -36,13 +36,6 @@ ARCHITECTURES = ["llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma
 IDS = torch.tensor([tiny_tokenizer()(TEXT)["input_ids"][40:60]])
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "calibration.txt"
-    path.write_text(TEXT * 4)
-    return str(path)
-
-
 def files(folder):
     """Contents of a folder's tensor files, and of their index."""
     return {file.name: file.read_bytes() for file in folder.glob("model*")}

@@ -22,13 +22,6 @@ EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 IDS = torch.arange(30)[None] * 7 % 380
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "calibration.txt"
-    path.write_text(TEXT * 4)
-    return str(path)
-
-
 def quantize(folder, text, arch="llama", tie=False, **options):
     """A checkpoint of a tiny model and its report."""
     tiny_model(folder / "model", arch, tie_word_embeddings=tie)
