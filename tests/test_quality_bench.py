@@ -48,7 +48,7 @@ def test_a_matrix_gives_json_table_and_plot(folder, tmp_path, capsys):
     assert rows[0]["top1_agreement"] == 1
     for row in rows[1:]:
         assert row["kl"] > 0.01
-        assert row["bits_per_weight"] == 2 + 16 * 3 / 64
+        assert row["bits_per_weight"] == pytest.approx(2 + 16 * 3 / 64, rel=0.01)  # the last group of 352 is short
         assert row["seconds"] > 0
         assert row["peak_memory_bytes"] > 1e6
     table = (tmp_path / "quality.md").read_text()

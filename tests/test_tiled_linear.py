@@ -206,16 +206,18 @@ def test_embedding_rows_are_those_of_the_oracle(interpreter: ProcessPoolExecutor
 
 # --- compiled for sm_86, executed on the CPU ------------------------------------------------------------------------
 
-TRITON_TYPES = {FP16: "*fp16", BF16: "*bf16"}
+TRITON_TYPES = {FP16: "*fp16", BF16: "*bf16", torch.float32: "*fp32"}
 
 
-def compile_offline(config: Gemv | Gemm, layer: Layer, bias: bool, arch: int = 86) -> CompiledKernel:
-    """The kernel as its `launch` would start it for a layer of these sizes, but for an fp32 result."""
+def compile_offline(
+    config: Gemv | Gemm, layer: Layer, bias: bool, arch: int = 86, result: torch.dtype | None = None
+) -> CompiledKernel:
+    """The kernel as its `launch` would start it for a layer of these sizes; result: fp32 in place of 16 bits."""
     module = triton_gemv if isinstance(config, Gemv) else triton_gemm
     kernel = module.gemv_kernel if isinstance(config, Gemv) else module.gemm_kernel
     x = TRITON_TYPES[layer.dtype]
     types = {"x_ptr": x, "planes_ptr": "*i32", "coefficients_ptr": "*i32", "scales_ptr": "*fp32", "bias_ptr": x}
-    types |= {"y_ptr": "*fp32", "M": "i32", "N": "i32", "K": "i32", "stride_x": "i32"}
+    types |= {"y_ptr": TRITON_TYPES[result or layer.dtype], "M": "i32", "N": "i32", "K": "i32", "stride_x": "i32"}
     constants = {"PLANES": layer.planes, "GROUP": layer.group, "WHOLE": layer.K % 128 == 0, "TILES": config.tiles}
     constants |= {"WARPS": config.warps, "BF16": layer.dtype == BF16}
     if isinstance(config, Gemm):
@@ -236,9 +238,11 @@ def compile_offline(config: Gemv | Gemm, layer: Layer, bias: bool, arch: int = 8
 
 
 def emulate(config: Gemv | Gemm, layer: Layer, tokens: int, bias: bool) -> None:
-    """Compile for sm_86, assert that no register is spilled, run the PTX on the CPU and compare."""
-    kernel = compile_offline(config, layer, bias)
-    assert not re.findall(r"\b(?:STL|LDL)\b", kernel.asm["sass"]), "spilled registers"
+    """Compile for sm_86, assert that no register is spilled, run the PTX on the CPU and compare: with an fp32 result,
+    which shows more of an error."""
+    sass = compile_offline(config, layer, bias).asm["sass"]
+    assert not re.findall(r"\b(?:STL|LDL)\b", sass), "spilled registers"
+    kernel = compile_offline(config, layer, bias, result=torch.float32)
     assert kernel.metadata.shared <= 99 * 1024
     p = problem(layer, tokens, bias)
     x = aligned(p.x) if isinstance(config, Gemm) else p.x

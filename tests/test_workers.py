@@ -118,7 +118,8 @@ def one(root):
 
 
 def run(*argv):
-    done = subprocess.run([sys.executable, "-m", *argv], capture_output=True, text=True, timeout=300)
+    env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # which sums depend on
+    done = subprocess.run([sys.executable, "-m", *argv], capture_output=True, text=True, timeout=300, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
