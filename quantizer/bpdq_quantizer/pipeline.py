@@ -133,10 +133,8 @@ def quantize(
         schemes, allocation = uniform(source, scheme), {"seconds": 0.0, "cpu_seconds": 0.0}
         budget = _budget(source, tables, target_bpw, target_size)
         if budget is not None:
-            options_of_solver = {key: SOLVERS[solver][key] for key in ("alpha", "damping")}
-            schemes, allocation = _allocate(
-                source, tokens[:samples], budget, target, folder, offload=offload, **options_of_solver
-            )
+            trial = {"offload": offload, **{key: SOLVERS[solver][key] for key in ("alpha", "damping")}}
+            schemes, allocation = _allocate(source, tokens[:samples], budget, target, folder, **trial)
         layers, cost = _solve(source, tokens[:samples], schemes, target, folder, **settings)
         cost = {key: value + allocation[key] for key, value in cost.items()}
         report = {"model": model, "options": {k: v for k, v in options.items() if k != "model"}}

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import nll_loss
 from tqdm import tqdm
 
 from bpdq_kernels.format import Scheme
@@ -27,16 +27,15 @@ from bpdq_quantizer.blocks import check_finite, check_supported, one_thread
 from bpdq_quantizer.grid import range_start
 from bpdq_quantizer.hessian import accumulate, inverse_factor, symmetrize
 from bpdq_quantizer.order import group_aware_order
-from bpdq_quantizer.solver import losses, one_pass
+from bpdq_quantizer.solver import losses, one_pass, used_inputs
 from bpdq_quantizer.stream import Streamed, drop_block, load_block
-from bpdq_quantizer.tune import softcap
+from bpdq_quantizer.tune import LOSS_ELEMENTS, log_probabilities, softcap
 from bpdq_quantizer.work import Batches
 
 SCHEMES = tuple(Scheme(bits, group_size) for group_size in GROUP_SIZES for bits in range(1, MAX_PLANES + 1))
 SAMPLE_ROWS = 64  # of each Linear
 ITERATIONS = 1  # of the solver: enough to compare schemes
 GRADIENT_TOKENS = 4096  # the states of this many tokens are held for every block
-LOGITS = 1 << 26  # elements held at a time
 
 
 class Stage(NamedTuple):
@@ -65,10 +64,10 @@ def sensitivities(
     for index, block in enumerate(source.blocks):
         check_supported(f"{source.prefix}.{index}", block)
     few = tokens[: max(1, GRADIENT_TOKENS // tokens.shape[1])]
-    losses, states = row_losses(source, tokens, len(few), device, alpha, damping, offload)
+    sampled, states = row_losses(source, tokens, len(few), device, alpha, damping, offload)
     weights = gradient_energies(source, few, states, device)
     stages = []
-    for found in losses:
+    for found in sampled:
         shapes = {name: (len(weights[name]), inputs) for name, (inputs, _, _) in found.items()}
         costs = dict.fromkeys(SCHEMES, 0.0)
         for name, (_, rows, by_scheme) in found.items():
@@ -96,7 +95,7 @@ def row_losses(
     last, [keep, L, D] of the first `keep` windows, on the CPU."""
     calls = block_inputs(source.model, source.blocks, tokens[[0, -1]]).calls
     batches = embed(source.model, source.blocks, tokens, offload)
-    losses, states = [], [first_windows(batches, keep)]
+    sampled, states = [], [first_windows(batches, keep)]
     for index, call in enumerate(tqdm(calls, desc="measuring sensitivities", unit="block")):
         block, name = load_block(source, index, device), f"{source.prefix}.{index}"
         run = partial(run_block, block, send_to_device(call, device), device)
@@ -108,19 +107,15 @@ def row_losses(
             check_finite({f"{full}.weight": linear.weight for full, linear in linears.items()}, H)
             rows = {full: sample_rows(linear.out_features, device) for full, linear in linears.items()}
             W = torch.cat([linears[full].weight[chosen] for full, chosen in rows.items()])
-            by_scheme = {
-                scheme: loss.split([len(r) for r in rows.values()])
-                for scheme, loss in try_schemes(W, H, alpha, damping)
-            }
-            losses.append(
-                {
-                    full: (W.shape[1], chosen.cpu(), {scheme: found[i].cpu() for scheme, found in by_scheme.items()})
-                    for i, (full, chosen) in enumerate(rows.items())
-                }
-            )
+            found: RowLosses = {full: (W.shape[1], chosen.cpu(), {}) for full, chosen in rows.items()}
+            for scheme, loss in try_schemes(W, H, alpha, damping):
+                parts = loss.cpu().split([len(chosen) for chosen in rows.values()])
+                for (_, _, by_scheme), part in zip(found.values(), parts, strict=True):
+                    by_scheme[scheme] = part
+            sampled.append(found)
         states.append(first_windows(batches, keep))
         drop_block(block)
-    return losses, states
+    return sampled, states
 
 
 def first_windows(batches: Batches, count: int) -> Tensor:
@@ -157,9 +152,8 @@ def sample_rows(count: int, device: torch.device) -> Tensor:
 
 
 def try_schemes(W: Tensor, H: Tensor, alpha: float, damping: float) -> list[tuple[Scheme, Tensor]]:
-    """Every scheme and the losses [N] with it of the rows of W [N, K] in the metric H, by the paper's pass."""
-    target = W.float().T.contiguous()
-    target[H.diagonal() == 0] = 0
+    """Every scheme and the losses [N] with it of the rows of W [N, K] in the metric H, by one pass of the solver."""
+    target = used_inputs(W, H.diagonal())
     found = []
     with one_thread():
         for group_size in GROUP_SIZES:
@@ -210,7 +204,7 @@ def watch(energy: Tensor, _: nn.Module, __: tuple, output: Tensor) -> None:
 def loss_gradients(source: Streamed, tokens: Tensor, last: Tensor) -> list[Tensor]:
     """The gradient of the loss at the last block's output, a tensor [1, L, D] for every window of `last` [W, L, D]."""
     head, cap = source.model.get_output_embeddings(), softcap(source.model)
-    step = max(1, LOGITS // head.weight.shape[0])
+    step = max(1, LOSS_ELEMENTS // head.weight.shape[0])
     gradients = []
     for window, hidden in zip(tokens, last.split(1), strict=True):
         with torch.enable_grad():
@@ -218,9 +212,7 @@ def loss_gradients(source: Streamed, tokens: Tensor, last: Tensor) -> list[Tenso
             (final,) = head_inputs(source.model, source.blocks, window[None], [hidden])
             states = final.detach()[0, :-1].requires_grad_()
             for rows, targets in zip(states.split(step), window[1:].split(step), strict=True):
-                logits = head(rows).float()
-                logits = cap * torch.tanh(logits / cap) if cap else logits
-                cross_entropy(logits, targets, reduction="sum").backward()
+                nll_loss(log_probabilities(rows, head, cap), targets, reduction="sum").backward()
             padded = torch.nn.functional.pad(states.grad[None], (0, 0, 0, 1))
             gradients.append(torch.autograd.grad(final, hidden, padded)[0])
     return gradients
