@@ -24,6 +24,7 @@ from benchmarks import kernel_static, kernel_timing
 from benchmarks.sass import MACHINES
 from benchmarks.shapes import MODELS
 from bpdq_kernels.layout import GROUP_SIZES, MAX_PLANES
+from bpdq_kernels.tiled_linear import machine
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -147,7 +148,7 @@ def timed(args: argparse.Namespace) -> Row:
         tuple(args.tokens),
         getattr(torch, args.dtype),
         "cuda",
-        device.multi_processor_count,
+        *machine(torch.device("cuda")),
         device.L2_cache_size,
     )
     bandwidth = kernel_timing.copy_bandwidth("cuda", kernel_timing.graph_timer)

@@ -77,10 +77,10 @@ class Kernel(NamedTuple):
     ctas: int
 
 
-def config_for(tokens: int, layer: Layer, planes: int, group: int, multiprocessors: int) -> Gemv | Gemm:
+def config_for(tokens: int, layer: Layer, planes: int, group: int, multiprocessors: int, arch: int) -> Gemv | Gemm:
     """What `bpdq_kernels.tiled_linear` dispatches to."""
     if tokens == 1:
-        return gemv_config(planes, group, layer.out_features, layer.in_features, multiprocessors)
+        return gemv_config(planes, group, layer.out_features, layer.in_features, multiprocessors, arch)
     return gemm_config(tokens, layer.out_features, multiprocessors)
 
 
@@ -102,7 +102,7 @@ def compile_kernel(variant: Variant, arch: str) -> Kernel:
         constexprs={name: value for name, value in constants.items() if name in names},
         attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in types and name != "M"},
     )
-    target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+    target = GPUTarget("cuda", MACHINES[arch].capability, 32)
     compiled = triton.compile(source, target=target, options=module.options(variant.config))
     cubin, shared = compiled.asm["cubin"], compiled.metadata.shared
     code = read_cubin(cubin)
@@ -116,7 +116,8 @@ def variants(models: Sequence[str], tokens: Sequence[int], planes: int, group: i
     widest = max((layer for name in models for layer in MODELS[name].layers), key=lambda layer: layer.out_features)
     wanted = [(planes, group, m, layer) for m in tokens for layer in layers]
     wanted += [(k, g, m, widest) for k in range(1, MAX_PLANES + 1) for g in GROUP_SIZES for m in SWEEP_TOKENS]
-    chosen = [Variant(k, g, config_for(m, layer, k, g, machine.multiprocessors)) for k, g, m, layer in wanted]
+    sms, arch = machine.multiprocessors, machine.capability
+    chosen = [Variant(k, g, config_for(m, layer, k, g, sms, arch)) for k, g, m, layer in wanted]
     return list(dict.fromkeys(chosen))
 
 
@@ -196,8 +197,9 @@ def layer_row(layer: Layer, tokens: int, planes: int, group: int, machine: Machi
 
     Pipes: the SM with most blocks, all their instructions, those around the loop too. Bytes: the packed weights, once.
     """
-    variant = Variant(planes, group, config_for(tokens, layer, planes, group, machine.multiprocessors), dtype)
-    kernel, sms = compile_kernel(variant, machine.arch), machine.multiprocessors
+    sms = machine.multiprocessors
+    variant = Variant(planes, group, config_for(tokens, layer, planes, group, sms, machine.capability), dtype)
+    kernel = compile_kernel(variant, machine.arch)
     token_blocks = cdiv(tokens, variant.tokens)
     ctas = token_blocks * cdiv(layer.out_features, variant.outputs)
     trips = cdiv(cdiv(layer.in_features, TILE_INPUTS), variant.split)

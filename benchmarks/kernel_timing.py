@@ -37,6 +37,7 @@ class Settings(NamedTuple):
     dtype: torch.dtype
     device: str
     multiprocessors: int
+    arch: int  # compute capability, 86 for 8.6
     l2_bytes: int
 
 
@@ -120,7 +121,8 @@ def time_layer(model: str, layer: Layer, settings: Settings, timer: Timer) -> It
     for tokens in settings.tokens:
         x = torch.randn(tokens, k, device=device).to(settings.dtype)
         planes, group = settings.bits, settings.group_size
-        variant = Variant(planes, group, config_for(tokens, layer, planes, group, settings.multiprocessors))
+        config = config_for(tokens, layer, planes, group, settings.multiprocessors, settings.arch)
+        variant = Variant(planes, group, config)
         check_outputs(linear(x, packed), x, B, c, settings, f"{model} {layer.name}, {tokens} tokens, {variant.name}")
         contenders: dict[str, list[Call]] = {
             "bpdq": [partial(linear, x, weight) for weight in clones],

@@ -30,6 +30,11 @@ class Machine(NamedTuple):
     rates: dict[str, float]
 
     @property
+    def capability(self) -> int:
+        """86 for sm_86."""
+        return int(self.arch.removeprefix("sm_"))
+
+    @property
     def bytes_per_clock(self) -> float:
         """An SM's share of DRAM bandwidth, bytes per clock."""
         return self.gbps / (self.multiprocessors * self.ghz)

@@ -164,7 +164,7 @@ def test_static_run_covers_the_dispatch_table_and_every_plane_count_and_group_si
     for model in MODELS.values():
         for layer in (*model.layers, model.head):
             for tokens in (1, 8, 16, 32, 64, 512):
-                assert Variant(2, 128, kernel_static.config_for(tokens, layer, 2, 128, 82)) in variants
+                assert Variant(2, 128, kernel_static.config_for(tokens, layer, 2, 128, 82, 86)) in variants
 
 
 def test_emitted_cubins_are_described_well_enough_to_count_them_again(tmp_path):
@@ -241,7 +241,7 @@ def test_72b_bytes_are_those_of_its_layers(monkeypatch):
 
 
 TINY = Model(3, (Layer("qkv", 96, 256), Layer("o", 130, 200)), Layer("head", 300, 128))
-SETTINGS = kernel_timing.Settings(2, 64, (1, 5), torch.bfloat16, "cpu", 82, l2_bytes=4096)
+SETTINGS = kernel_timing.Settings(2, 64, (1, 5), torch.bfloat16, "cpu", 82, 86, l2_bytes=4096)
 
 
 def one_call_each(contenders):

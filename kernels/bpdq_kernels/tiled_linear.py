@@ -12,10 +12,12 @@ _ALIGNED = 8  # activations of 16 bits in 16 bytes
 
 
 @cache
-def multiprocessors(device: torch.device) -> int:
+def machine(device: torch.device) -> tuple[int, int]:
+    """Multiprocessors, and compute capability: 86 for 8.6."""
     if device.type == "cpu":  # Triton's interpreter
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
+        return 1, 86
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, 10 * properties.major + properties.minor
 
 
 def tiled_linear(
@@ -40,9 +42,9 @@ def tiled_linear(
     if not tokens:
         return y
     with torch.cuda.device_of(x):
-        sms = multiprocessors(x.device)
+        sms, arch = machine(x.device)
         if tokens == 1:
-            config = gemv_config(coefficients.shape[3] - 1, group_size, out_features, rows.shape[1], sms)
+            config = gemv_config(coefficients.shape[3] - 1, group_size, out_features, rows.shape[1], sms, arch)
             triton_gemv.launch(rows[0].contiguous(), planes, coefficients, scales, group_size, bias, y.view(-1), config)
         else:
             config = gemm_config(tokens, out_features, sms)

@@ -51,12 +51,19 @@ def tiles_per_block(out_features: int, candidates: tuple[int, ...], multiprocess
     )
 
 
-def gemv_config(planes: int, group_size: int, out_features: int, in_features: int, multiprocessors: int) -> Gemv:
-    """One tile always fits the registers; more only while a unit's coefficients leave room."""
+def gemv_config(
+    planes: int, group_size: int, out_features: int, in_features: int, multiprocessors: int, arch: int
+) -> Gemv:
+    """One tile always fits the registers; more only while a unit's coefficients leave room.
+
+    arch: compute capability, 86 for 8.6. From sm_90 on ptxas needs a few registers more, which blocks of eight warps
+    don't have.
+    """
     coefficients = (planes + 1) * max(1, TILE_INPUTS // group_size)
     candidates = tuple(tiles for tiles in (4, 2, 1) if tiles == 1 or tiles * coefficients <= MAX_COEFFICIENTS)
-    warps = 8 if in_features >= 16 * TILE_INPUTS else 4
-    return Gemv(tiles_per_block(out_features, candidates, multiprocessors), warps)
+    tiles = tiles_per_block(out_features, candidates, multiprocessors)
+    full = arch >= 90 and tiles * coefficients >= MAX_COEFFICIENTS
+    return Gemv(tiles, warps=4 if full or in_features < 16 * TILE_INPUTS else 8)
 
 
 def gemm_config(tokens: int, out_features: int, multiprocessors: int) -> Gemm:
