@@ -214,6 +214,16 @@ def test_correction_is_the_least_squares_answer_to_shifted_inputs(monkeypatch):
     torch.testing.assert_close(half, (W + whole) / 2)
 
 
+def test_correction_without_inputs_changes_nothing_and_its_damping_grows_until_the_hessian_factorizes():
+    W, C = torch.randn(4, 6), torch.randn(6, 6)
+    assert torch.equal(corrected(W, torch.zeros(6, 6), torch.zeros(6, 6), 0.5), W)
+    H = torch.full((6, 6), 1.25)  # rounded badly: eigenvalues -0.25, where the damping is 0.1, then 0.2, then 0.4
+    H.fill_diagonal_(1.0)
+    d = 4 * hessian.CORRECTION_DAMPING
+    expected = W + 0.5 * W @ C @ torch.linalg.inv(H + d * torch.eye(6))
+    torch.testing.assert_close(corrected(W, H, C, 0.5), expected, rtol=1e-3, atol=1e-3)
+
+
 def test_damping_grows_until_the_hessian_factorizes():
     H = torch.eye(4)
     H[0, 0] = -0.15  # not positive definite: d = 0.05 * mean is not enough

@@ -41,13 +41,19 @@ def corrected(W: Tensor, H: Tensor, C: Tensor, share: float) -> Tensor:
 
     That is W + share W C (H + d I)^-1, fp32, the least squares solution (QEP, arXiv 2504.09629; GPTAQ, arXiv
     2504.02692, puts the same cross term into the error propagation), with C from `accumulate_shift` and
-    d = CORRECTION_DAMPING * mean(diag(H)).
+    d = CORRECTION_DAMPING * mean(diag(H)), doubled until the Cholesky factorization succeeds. Where H is zero, no input
+    was ever used and W stays as it is.
     """
-    damped = H.clone()
-    damped.diagonal().add_(CORRECTION_DAMPING * H.diagonal().mean())
-    L = torch.linalg.cholesky(damped)
-    del damped
-    W = W.float()
+    W, diagonal = W.float(), H.diagonal()
+    if not diagonal.any():
+        return W
+    damping, failed = CORRECTION_DAMPING * diagonal.mean(), True
+    while failed:
+        damped = H.clone()
+        damped.diagonal().add_(damping)
+        L, failed = torch.linalg.cholesky_ex(damped)
+        del damped
+        damping *= 2
     return W + share * torch.cholesky_solve((W @ C).T, L).T
 
 
