@@ -30,6 +30,7 @@ def nothing_solved(name, W, H, scheme, **solver):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("size", QWEN)
 def test_bytes_at_the_real_width_are_those_of_the_plan(tmp_path, monkeypatch, text, size, layers):
