@@ -24,7 +24,7 @@ def main() -> None:
     for option in ("--bits", "--group-size", "--samples", "--seq-len"):
         parser.add_argument(option, type=int, required=True)
     args = parser.parse_args()
-    started = time.perf_counter()
+    started, cpu_started = time.perf_counter(), time.process_time()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto")
     ids = tokenizer(args.calibration.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
@@ -42,7 +42,7 @@ def main() -> None:
         max_seq_length=args.seq_len,
         shuffle_calibration_samples=False,
     )
-    seconds = time.perf_counter() - started
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
     partial = args.output.with_name(args.output.name + ".partial")
     plain = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto")
     quantized = model.state_dict()
@@ -52,6 +52,7 @@ def main() -> None:
     report = {
         "bits_per_weight": args.bits + (16 + args.bits) / args.group_size,  # a scale and a zero point per group
         "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
         "peak_host_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
     (partial / "quantization_report.json").write_text(json.dumps(report) + "\n")

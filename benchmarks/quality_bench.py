@@ -43,6 +43,7 @@ METHODS = {  # options of `bpdq quantize`; gptq has a script of its own
     "bpdq-block": ["--tune", "block"],
     "bpdq-tuned": ["--tune", "model"],
     "bpdq-mixed-tuned": ["--tune", "model"],
+    "bpdq-rotated-tuned": ["--rotate", "hadamard", "--tune", "model"],
     "gptq": [],
 }
 CHUNK = 128  # tokens whose logits are held at a time
@@ -134,7 +135,7 @@ def measure(args: argparse.Namespace) -> Any:
 
 
 def quantize(model: str, method: str, bits: int, group_size: int, checkpoint: Path, args: argparse.Namespace) -> Row:
-    """Make `checkpoint` unless it is there; returns bits_per_weight, seconds and peak_memory_bytes."""
+    """Make `checkpoint` unless it is there; returns bits_per_weight, seconds, cpu_seconds and peak_memory_bytes."""
     settings = ["--output", checkpoint, "--bits", bits, "--group-size", group_size, "--calibration", args.calibration]
     settings += ["--samples", args.samples, "--seq-len", args.seq_len]
     if method == "gptq":
@@ -153,6 +154,7 @@ def quantize(model: str, method: str, bits: int, group_size: int, checkpoint: Pa
     return {
         "bits_per_weight": report["bits_per_weight"],
         "seconds": report["seconds"],
+        "cpu_seconds": report["cpu_seconds"],
         "peak_memory_bytes": report["peak_host_memory_bytes"],
     }
 
@@ -201,10 +203,12 @@ def table(rows: list[Row]) -> str:
     """The rows as a markdown table."""
     names = list(rows[0].get("tasks", {}))
     heads = ["model", "method", "k", "G", "bits/weight", "perplexity", "KL, nats", "same top token", "seconds"]
-    heads += ["peak GB", *names]
+    heads += ["CPU seconds", "peak GB", *names]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for r in rows:
-        cost = [f"{r['seconds']:.0f}", f"{r['peak_memory_bytes'] / 1e9:.2f}"] if "seconds" in r else ["", ""]
+        cost = ["", "", ""]
+        if "seconds" in r:
+            cost = [f"{r['seconds']:.0f}", f"{r['cpu_seconds']:.0f}", f"{r['peak_memory_bytes'] / 1e9:.2f}"]
         cells = [r["model"], r["method"], r.get("bits", ""), r.get("group_size", ""), f"{r['bits_per_weight']:.3f}"]
         cells += [f"{r['perplexity']:.2f}", f"{r['kl']:.4f}", f"{r['top1_agreement']:.1%}", *cost]
         cells += [f"{r['tasks'][name]:.4g}" for name in names]

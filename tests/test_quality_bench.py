@@ -50,6 +50,7 @@ def test_a_matrix_gives_json_table_and_plot(folder, tmp_path, capsys):
         assert row["kl"] > 0.01
         assert row["bits_per_weight"] == pytest.approx(2 + 16 * 3 / 64, rel=0.01)  # the last group of 352 is short
         assert row["seconds"] > 0
+        assert row["cpu_seconds"] > 0
         assert row["peak_memory_bytes"] > 1e6
     table = (tmp_path / "quality.md").read_text()
     assert table.count("\n") == 2 + len(rows)
@@ -58,7 +59,7 @@ def test_a_matrix_gives_json_table_and_plot(folder, tmp_path, capsys):
 
 
 def test_a_finished_checkpoint_is_not_made_again(folder, tmp_path, monkeypatch):
-    report = {"bits_per_weight": 2.75, "seconds": 1.0, "peak_host_memory_bytes": 2}
+    report = {"bits_per_weight": 2.75, "seconds": 1.0, "cpu_seconds": 1.0, "peak_host_memory_bytes": 2}
     checkpoint = tmp_path / "checkpoints" / "model-bpdq-k2-g64"
     checkpoint.parent.mkdir()
     checkpoint.symlink_to(folder / "checkpoint")
