@@ -135,9 +135,10 @@ def instructions_per_weight(kernel: Kernel) -> float:
 
 
 def dequantization_share(kernel: Kernel, machine: Machine) -> float:
-    """Arithmetic other than the tensor cores', of the issue slots in the time that a trip's busiest pipe takes."""
-    arithmetic = sum(kernel.code.trip[pipe] for pipe in ("alu", "fmah", "fp32", "conv"))
-    return arithmetic / (max(clocks(kernel.code.trip, machine.rates).values()) * machine.rates["issue"])
+    """What makes weights, of the issue slots in the time that a trip's busiest pipe takes. A GEMV makes none."""
+    if kernel.variant.tokens == 1:
+        return 0.0
+    return kernel.code.dequantization / (max(clocks(kernel.code.trip, machine.rates).values()) * machine.rates["issue"])
 
 
 def bars(variant: Variant) -> tuple[float, float] | None:

@@ -86,6 +86,8 @@ _PIPES = {
     "issue": "BRA BAR NOP EXIT DEPBAR LDGDEPBAR WARPSYNC BSSY BSYNC CALL S2R CS2R YIELD ERRBAR MEMBAR",
 }
 _PIPE_OF = {name: pipe for pipe, names in _PIPES.items() for name in names.split()}
+# what makes weights of bits and coefficients; integer additions and multiplications make addresses
+_DEQUANTIZATION = {"LOP3", "SHF", "PRMT", "HFMA2", "HADD2", "HMUL2", "F2FP"}
 
 
 class Instruction(NamedTuple):
@@ -142,13 +144,15 @@ def clocks(pipes: Counter[str], rates: dict[str, float]) -> dict[str, float]:
 
 class Code(NamedTuple):
     """A kernel as its cubin has it: registers per thread, spill instructions, the index of its main loop (`loops`),
-    and instructions per pipe of one trip of it and of all the rest."""
+    instructions per pipe of one trip of it and of all the rest, and the trip's logic, shifts, byte permutes, half2
+    arithmetic and conversions."""
 
     registers: int
     spills: int
     loop: int | None
     trip: Counter[str]
     once: Counter[str]
+    dequantization: int
 
 
 def read_listing(listing: str) -> Code:
@@ -160,7 +164,8 @@ def read_listing(listing: str) -> Code:
     outside = [i for i in instructions if not first <= i.address <= last and i.opcode != "NOP"]
     spills = sum(i.opcode.split(".")[0] in ("LDL", "STL") for i in instructions)
     registers = int(re.search(r"\bREG:(\d+)", listing)[1])
-    return Code(registers, spills, index, count_pipes(inside), count_pipes(outside))
+    dequantization = sum(i.opcode.split(".")[0] in _DEQUANTIZATION for i in inside)
+    return Code(registers, spills, index, count_pipes(inside), count_pipes(outside), dequantization)
 
 
 def read_cubin(cubin: bytes) -> Code:

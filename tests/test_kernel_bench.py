@@ -49,6 +49,7 @@ def test_longest_backward_branch_is_the_main_loop_and_every_instruction_has_its_
     pipes = {"ldg": 1, "shfl": 1, "alu": 1, "fmah": 1, "hmma32": 1, "hmma16": 1, "bmma": 1, "redux": 1, "fp32": 1}
     assert code.trip == pipes | {"issue": 12}
     assert code.once == {"alu": 1, "ldg": 1, "issue": 5}
+    assert code.dequantization == 2  # LOP3, HFMA2
 
 
 def test_spills_are_counted_and_code_without_a_loop_is_one_trip():
@@ -101,7 +102,7 @@ def test_a_machines_rates_name_the_same_pipes(machine):
 )
 def test_packed_bytes_are_those_of_the_tiles(planes, group, n, k):
     B = torch.zeros(-(-k // 32), planes, n, dtype=torch.int32)
-    tiles = to_tiles(B, torch.zeros(-(-k // group), planes + 1, n), group)
+    tiles = to_tiles(B, torch.zeros(-(-k // group), planes + 1, n), group, torch.float16)
     assert kernel_static.packed_bytes(Layer("x", n, k), planes, group) == sum(t.nbytes for t in tiles)
 
 
@@ -142,7 +143,9 @@ def test_kernel_stays_within_its_budget_on_an_rtx_3090(planes, group, config):
 
 def test_a_kernel_over_its_budget_is_flagged():
     trip = sass.Counter({"issue": 4000, "hmma32": 64, "alu": 1900})
-    made = kernel_static.Kernel(Variant(2, 128, Gemm(8, 2, 8, 8)), b"", sass.Code(99, 3, 0, trip, sass.Counter()), 0, 1)
+    made = kernel_static.Kernel(
+        Variant(2, 128, Gemm(8, 2, 8, 8)), b"", sass.Code(99, 3, 0, trip, sass.Counter(), 700), 0, 1
+    )
     flags = kernel_static.missed(made, RTX_3090)
     assert flags[0] == "3 spills"
     assert {flag.split()[0] for flag in flags[1:]} == {"issue", "alu", "hmma32"}

@@ -90,7 +90,7 @@ def test_bytes_of_a_layer(n, k, bits, group):
     scheme = Scheme(bits, group)
     B, c = round_to_planes(torch.randn(n, k), bits, group, torch.bfloat16)
     assert scheme.stored_bytes(n, k) == B.nbytes + c.nbytes
-    assert _tiled_bytes(n, k, scheme) == sum(t.nbytes for t in to_tiles(B, c, group))
+    assert _tiled_bytes(n, k, scheme) == sum(t.nbytes for t in to_tiles(B, c, group, torch.bfloat16))
 
 
 def row_bytes(k, words, groups):

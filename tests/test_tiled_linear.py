@@ -59,7 +59,7 @@ def problem(layer: Layer, tokens: int, bias: bool, device: str = "cpu") -> Probl
     c = torch.randn(shape, generator=generator) * torch.logspace(-3, 2, layer.N)
     x = torch.randn(tokens, layer.K, generator=generator) * torch.logspace(-2, 1, tokens).unsqueeze(1)
     b = torch.randn(layer.N, generator=generator).to(device, layer.dtype) if bias else None
-    return Problem(x.to(device, layer.dtype), B.to(device), c.to(device, FP16), b)
+    return Problem(x.to(device, layer.dtype), B.to(device), c.to(device, layer.dtype), b)
 
 
 def tolerance(layer: Layer, p: Problem, y: torch.Tensor) -> torch.Tensor:
@@ -92,7 +92,7 @@ def compare(layer: Layer, p: Problem, y: torch.Tensor) -> None:
 def test_tiles_put_an_input_where_the_drawing_says(number: int):
     bits = torch.zeros(1, 1, 32, dtype=torch.int32)
     bits[0, 0, number] = 1
-    planes = to_tiles(layout.pack(bits), torch.ones(1, 2, 1), 32).planes
+    planes = to_tiles(layout.pack(bits), torch.ones(1, 2, 1), 32, FP16).planes
     rotation, pair, odd = number // 8, number % 8 // 2, number % 2
     assert planes[0, 0, 0, 0, 0, 0].item() & 0xFFFFFFFF == 1 << (11 + pair + 16 * odd - 4 * rotation) % 32
 
@@ -102,12 +102,12 @@ def test_tiles_put_words_and_coefficients_where_the_drawing_says(planes: int):
     layer = Layer(planes, 64, 200, 400, FP16)
     B = torch.arange(13 * planes * 200, dtype=torch.int32).view(13, planes, 200)
     c = torch.randn(7, planes + 1, 200).half()
-    tiles = to_tiles(B, c, layer.group)
+    tiles = to_tiles(B, c, layer.group, FP16)
     assert tiles.planes.shape[:2] == (16, 4)  # 13 tiles up to a multiple of 4
     v = 2 - planes % 2
     for t, u, r, q, p, h in [(0, 0, 0, 0, 0, 0), (3, 1, 5, 2, planes - 1, 1), (12, 3, 7, 0, 0, 0), (6, 2, 1, 3, 0, 1)]:
         word = tiles.planes[t, u, p // v, 4 * r + q, p % v, h]
-        own = to_tiles(B[4 * u + q : 4 * u + q + 1, p : p + 1, 16 * t + 8 * h + r :][..., :1], c[:1, :2, :1], 64)
+        own = to_tiles(B[4 * u + q : 4 * u + q + 1, p : p + 1, 16 * t + 8 * h + r :][..., :1], c[:1, :2, :1], 64, FP16)
         assert word == own.planes[0, 0, 0, 0, 0, 0]
         for group in (0, 2 * u):
             stored = tiles.coefficients[t, group, r, p, h] * tiles.scales[16 * t + 8 * h + r]
@@ -116,11 +116,18 @@ def test_tiles_put_words_and_coefficients_where_the_drawing_says(planes: int):
     assert tiles.planes.numel() == 16 * 4 * 64 * planes
 
 
+def test_fp16_coefficients_are_rounded_once_for_bf16_activations():
+    c = torch.randn(2, 3, 40).half()
+    tiles = to_tiles(torch.zeros(4, 2, 40, dtype=torch.int32), c, 64, BF16)
+    stored = tiles.coefficients.permute(1, 3, 0, 4, 2).flatten(2)[..., :40] * tiles.scales
+    assert torch.equal(stored, c.bfloat16().float())
+
+
 def test_layers_larger_than_one_step_are_tiled_alike(monkeypatch: pytest.MonkeyPatch):
     p = problem(Layer(3, 64, 300, 400, FP16), 1, bias=False)
-    whole = to_tiles(p.B, p.c, 64)
+    whole = to_tiles(p.B, p.c, 64, FP16)
     monkeypatch.setattr(layout, "_TILED_AT_ONCE", 13 * 3 * 16 * 7)  # 7 tiles, so that 4 x 5 don't divide
-    assert torch.equal(to_tiles(p.B, p.c, 64).planes, whole.planes)
+    assert torch.equal(to_tiles(p.B, p.c, 64, FP16).planes, whole.planes)
 
 
 # --- interpreted ----------------------------------------------------------------------------------------------------
@@ -142,7 +149,7 @@ INTERPRETED = [
 
 def interpret(layer: Layer, tokens: int) -> None:
     p = problem(layer, tokens, bias=tokens % 2 == 1)
-    y = tiled_linear(p.x, *to_tiles(p.B, p.c, layer.group), layer.N, layer.group, p.bias)
+    y = tiled_linear(p.x, *to_tiles(p.B, p.c, layer.group, layer.dtype), layer.N, layer.group, p.bias)
     assert y.dtype == layer.dtype
     compare(layer, p, y)
 
@@ -151,7 +158,7 @@ def interpret_views() -> None:
     """Any view of x gives the same rows, and other leading dimensions their shape."""
     layer = Layer(2, 64, 20, 64, FP16)
     p = problem(layer, 6, bias=True)
-    tiles = to_tiles(p.B, p.c, layer.group)
+    tiles = to_tiles(p.B, p.c, layer.group, layer.dtype)
 
     def linear(x: torch.Tensor) -> torch.Tensor:
         return tiled_linear(x, *tiles, layer.N, layer.group, p.bias)
@@ -171,10 +178,10 @@ def interpret_infinity() -> None:
     p = problem(layer, 1, bias=False)
     for bad in (float("inf"), float("-inf"), float("nan")):
         p.x[0, 130] = bad
-        y = tiled_linear(p.x, *to_tiles(p.B, p.c, layer.group), layer.N, layer.group, None)
+        y = tiled_linear(p.x, *to_tiles(p.B, p.c, layer.group, layer.dtype), layer.N, layer.group, None)
         assert y.isnan().all(), f"{bad} in x became {y}"
     p.x[0] = 0
-    assert not tiled_linear(p.x, *to_tiles(p.B, p.c, layer.group), layer.N, layer.group, None).any()
+    assert not tiled_linear(p.x, *to_tiles(p.B, p.c, layer.group, layer.dtype), layer.N, layer.group, None).any()
 
 
 def interpret_embedding() -> None:
@@ -182,7 +189,7 @@ def interpret_embedding() -> None:
         p = problem(layer, 1, bias=False)
         ids = torch.tensor([0, layer.N - 1, 7, 8, 7, -1, layer.N])
         y = torch.full((7, layer.K), float("nan"))
-        triton_embedding.launch(ids, *to_tiles(p.B, p.c, layer.group), layer.group, y)
+        triton_embedding.launch(ids, *to_tiles(p.B, p.c, layer.group, layer.dtype), layer.group, y)
         W = reference.dequantize(p.B, p.c, layer.group, layer.K)
         torch.testing.assert_close(y[:5], W[ids[:5]], rtol=2e-6, atol=1e-6 * W.abs().max().item())
         assert not y[5:].any(), "rows that the table does not have"
@@ -247,7 +254,7 @@ def emulate(config: Gemv | Gemm, layer: Layer, tokens: int, bias: bool) -> None:
     assert kernel.metadata.shared <= 99 * 1024
     p = problem(layer, tokens, bias)
     x = aligned(p.x) if isinstance(config, Gemm) else p.x
-    tiles = to_tiles(p.B, p.c, layer.group)
+    tiles = to_tiles(p.B, p.c, layer.group, layer.dtype)
     y = torch.full((tokens, layer.N), float("nan"))
     pointers = [x, tiles.planes, tiles.coefficients.view(torch.int32), tiles.scales, *([p.bias] if bias else []), y]
     if isinstance(config, Gemv):
@@ -364,10 +371,13 @@ def test_dispatch_picks_only_what_the_tests_run(arch: int):
     assert {gemm_config(M, n, s) for M, n, s in itertools.product(tokens, N, sms)} == set(GEMM)
 
 
-def test_fp32_activations_of_a_layer_prepared_for_16_bits_are_refused():
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
+def test_activations_of_another_dtype_than_the_layer_was_prepared_for_are_refused(dtype: torch.dtype):
     p = problem(Layer(2, 64, 16, 64, FP16), 2, bias=False)
-    with pytest.raises(ValueError, match=r"prepared for 16-bit activations, not torch.float32: pass dtype to prepare"):
-        tiled_linear(p.x.float(), *to_tiles(p.B, p.c, 64), 16, 64, None)
+    with pytest.raises(
+        ValueError, match=rf"prepared for torch.float16 activations, not {dtype}: pass dtype to prepare"
+    ):
+        tiled_linear(p.x.to(dtype), *to_tiles(p.B, p.c, 64, FP16), 16, 64, None)
 
 
 # --- for real -------------------------------------------------------------------------------------------------------

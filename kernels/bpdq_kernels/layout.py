@@ -108,7 +108,8 @@ class Tiles(NamedTuple):
              Rotated left by 4j, bits 11..14 and 27..30 are the pairs of inputs 8j + 2i, 8j + 2i + 1, i = 0..3: each
              is the exponent of an fp16 (or bf16) number in one half of the register.
 
-    coefficients  fp16 [T, Gn, 8, k+1, 2]  c of outputs 16t + 8h + r over 2^s; Gn groups, whole units of them
+    coefficients  [T, Gn, 8, k+1, 2]       c of outputs 16t + 8h + r over 2^s, in the activations' dtype, fp16 or bf16;
+                                           Gn groups, whole units of them
     scales        fp32 [N]                 2^s, a power of two per output that keeps its coefficients within 1
     """
 
@@ -117,10 +118,11 @@ class Tiles(NamedTuple):
     scales: Tensor
 
 
-def to_tiles(B: Tensor, c: Tensor, group_size: int) -> Tiles:
-    """Rearrange B [ceil(K/32), k, N] and c [ceil(K/G), k+1, N] (floating point, finite) for the CUDA kernels.
+def to_tiles(B: Tensor, c: Tensor, group_size: int, dtype: torch.dtype) -> Tiles:
+    """Rearrange B [ceil(K/32), k, N] and c [ceil(K/G), k+1, N] (finite) for activations of `dtype`, fp16 or bf16.
 
-    Exact, but for coefficients below 2^-14 of their output's largest, which fp16 holds with an error of 2^-25 of it.
+    Exact for c in `dtype`, but for coefficients below 2^-14 of their output's largest, which fp16 holds with an error
+    of 2^-25 of it. fp16 coefficients are rounded for bf16 activations, as their products would be.
     Needs a few times `_TILED_AT_ONCE` words beside the result.
     """
     words, k, n = B.shape
@@ -140,7 +142,7 @@ def to_tiles(B: Tensor, c: Tensor, group_size: int) -> Tiles:
     scales = torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents)
     groups = -(-units * TILE_INPUTS // group_size)
     missing = tiles * TILE_ROWS - n
-    coefficients = torch.nn.functional.pad((c / scales).half(), (0, missing, 0, 0, 0, groups - c.shape[0]))
+    coefficients = torch.nn.functional.pad((c / scales).to(dtype), (0, missing, 0, 0, 0, groups - c.shape[0]))
     coefficients = coefficients.view(groups, k + 1, tiles, 2, 8).permute(2, 0, 4, 1, 3).contiguous()
     return Tiles(planes, coefficients, scales)
 

@@ -165,7 +165,7 @@ def prepare(
     out_features = B.shape[2]
     B, c = trim(B, in_features).to(device), c.to(device)
     if B.is_cuda and dtype != torch.float32:
-        return Packed(*to_tiles(B, c, group_size), in_features, out_features, group_size)
+        return Packed(*to_tiles(B, c, group_size, dtype), in_features, out_features, group_size)
     if B.device.type == "cpu":
         return Packed(*cpu.prepare(B, c, group_size), None, in_features, out_features, group_size)
     return Packed(B.contiguous(), c.contiguous(), None, in_features, out_features, group_size)

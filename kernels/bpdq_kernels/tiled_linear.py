@@ -32,10 +32,12 @@ def tiled_linear(
     """y [..., N] = x [..., K] @ W.T + bias [N] in x.dtype (fp16 or bf16), accumulated in fp32.
 
     planes, coefficients, scales: `bpdq_kernels.layout.Tiles`. Allocates nothing but y, unless x's inputs are strided,
-    or for several tokens not aligned to 16 bytes. Raises ValueError for fp32 activations, which `prepare` keeps apart.
+    or for several tokens not aligned to 16 bytes. Raises ValueError if the layer was prepared for another dtype.
     """
-    if x.dtype not in (torch.float16, torch.bfloat16):
-        raise ValueError(f"the layer was prepared for 16-bit activations, not {x.dtype}: pass dtype to prepare")
+    if x.dtype != coefficients.dtype:
+        raise ValueError(
+            f"the layer was prepared for {coefficients.dtype} activations, not {x.dtype}: pass dtype to prepare"
+        )
     y = x.new_empty((*x.shape[:-1], out_features))
     rows = x.reshape(-1, x.shape[-1])
     tokens = len(rows)

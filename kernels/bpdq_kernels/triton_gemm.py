@@ -15,12 +15,12 @@ every G. A block's warps split inputs and tiles between them; nothing passes thr
 Weights: rotated by 4j, a word has the bits of eight inputs where `and 0x00010001 << (11 + i)` leaves a pair of fp16
 numbers that are 0 or 2^(2^(i+1) - 15) (bits 11..14 belong to the exponent). With each c_p divided by that power once
 a unit, a pair of weights is one AND and one FMA per plane, w = (bits * c_p') + w, rounded to 16 bits in each. bf16
-activations get bf16 weights by the same instructions, so they can't overflow; coefficients are stored within 1 in
-fp16 and c_p' stays in range. `scales` multiplies the sums in fp32.
+activations get bf16 weights by the same instructions, so they can't overflow; coefficients are stored within 1, so
+that c_p' stays in range. `scales` multiplies the sums in fp32.
 
-Budget, RTX 3090, k = 2, G = 128 (sm_86 SASS): 3.1 to 3.3 thread instructions a weight up to 8 tokens, where 5.6 fit
-into the time DRAM needs for it; tensor cores, at the rate of fp32 accumulation, take 0.71 of DRAM time, the schedulers
-0.55 to 0.59. Above 16 tokens the tensor cores are the bound; at 64, no other pipe has a sixth of their work.
+Budget, RTX 3090, k = 2, G = 128 (sm_86 SASS): 3.0 thread instructions a weight up to 8 tokens, where 5.6 fit into
+the time DRAM needs for it; tensor cores, at the rate of fp32 accumulation, take 0.71 of DRAM time, the schedulers
+0.52. Above 16 tokens the tensor cores are the bound; at 64, no other pipe has a sixth of their work.
 """
 
 import torch
@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bpdq_kernels.tuning import Gemm, cdiv
-from bpdq_kernels.warp import fma_pair, load4, load_planes, mma, pack_pair, rotate_left, stack, unpack_pair
+from bpdq_kernels.warp import fma_pair, load4, load_planes, mma, rotate_left, stack
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -153,9 +153,6 @@ def coefficient_steps(c: tl.tuple, PLANES: tl.constexpr, BF16: tl.constexpr) -> 
     steps = ()
     for p in tl.static_range(PLANES + 1):
         pair = c[p]
-        if BF16:
-            low, high = unpack_pair(pair, False)
-            pair = pack_pair(low, high, True)
         if p == PLANES:
             steps = steps + (pair,)
         else:

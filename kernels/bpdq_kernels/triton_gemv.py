@@ -57,6 +57,7 @@ def gemv_kernel(
     K: tl.tensor,
     PLANES: tl.constexpr,
     GROUP: tl.constexpr,
+    BF16: tl.constexpr,
     TILES: tl.constexpr,
     WARPS: tl.constexpr,
     WHOLE: tl.constexpr,  # 128 divides K
@@ -104,6 +105,7 @@ def gemv_kernel(
                 sign,
                 PLANES,
                 GROUP,
+                BF16,
             )
             sums_of_products = sums_of_products + (acc[2 * t] + scale * z, acc[2 * t + 1] + scale * z8)
         acc = sums_of_products
@@ -231,6 +233,7 @@ def dot_unit(
     sign: tl.tensor,
     PLANES: tl.constexpr,
     GROUP: tl.constexpr,
+    BF16: tl.constexpr,
 ) -> tl.tuple:
     """This lane's part, over 4^q, of one unit's dot products with rows r and r + 8."""
     PARTS: tl.constexpr = 128 // GROUP if GROUP < 128 else 1
@@ -244,10 +247,10 @@ def dot_unit(
             e0, e1, e2, e3 = mma_bits(words[2 * p], words[2 * p + 1], high_part)
             dot = d0 + 2 * d1 + 256 * (e0 + sign * e1)
             dot8 = d2 + 2 * d3 + 256 * (e2 + sign * e3)
-            c_p, c_p8 = unpack_pair(c[part * (PLANES + 1) + p], False)
+            c_p, c_p8 = unpack_pair(c[part * (PLANES + 1) + p], BF16)
             z += c_p * dot.to(tl.float32)
             z8 += c_p8 * dot8.to(tl.float32)
-        c_0, c_08 = unpack_pair(c[part * (PLANES + 1) + PLANES], False)
+        c_0, c_08 = unpack_pair(c[part * (PLANES + 1) + PLANES], BF16)
         z += c_0 * sums[part]
         z8 += c_08 * sums[part]
     return z, z8
@@ -282,6 +285,7 @@ def launch(
         in_features,
         PLANES=coefficients.shape[3] - 1,
         GROUP=group_size,
+        BF16=coefficients.dtype == torch.bfloat16,
         TILES=config.tiles,
         WARPS=config.warps,
         WHOLE=in_features % 128 == 0,

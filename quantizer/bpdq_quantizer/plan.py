@@ -240,7 +240,7 @@ def _weights(m: Model, settings: Settings, packed: Any, itemsize: int, padded: A
 def _tiled_bytes(out_features: int, in_features: int, scheme: Scheme) -> int:
     planes = torch.empty(plane_shape(in_features, out_features, scheme.bits), dtype=torch.int32, device="meta")
     shape = coefficient_shape(in_features, out_features, scheme.bits, scheme.group_size)
-    tiles = to_tiles(planes, torch.empty(shape, dtype=torch.bfloat16, device="meta"), scheme.group_size)
+    tiles = to_tiles(planes, torch.empty(shape, device="meta"), scheme.group_size, torch.bfloat16)
     return sum(t.nbytes for t in tiles)
 
 
