@@ -3,12 +3,17 @@
 import json
 import subprocess
 import sys
+from collections import defaultdict
 
 import pytest
 import torch
 
 import bpdq_quantizer
+from bpdq_kernels.format import Scheme
 from bpdq_quantizer import activations, work
+from bpdq_quantizer.activations import to_host
+from bpdq_quantizer.blocks import quantize_blocks
+from bpdq_quantizer.stream import open_model
 from bpdq_quantizer.work import Offloaded, States, load_progress, save_progress
 from tiny import TEXT, tiny_model
 
@@ -146,3 +151,27 @@ def test_peak_memory_does_not_grow_with_the_calibration_text(tmp_path):
         peaks[name] = json.loads(done.stdout.splitlines()[-1])["peak_host_memory_bytes"]
     assert peaks["files"] < peaks["few"] + 0.05e9, peaks
     assert peaks["memory"] > peaks["files"] + 0.15e9, peaks
+
+
+def test_states_from_a_gpu_go_to_page_locked_memory(monkeypatch):
+    class OnGPU(torch.Tensor):
+        is_cuda = True
+
+    asked = []
+    real = torch.empty_like
+    monkeypatch.setattr(
+        torch, "empty_like", lambda x, device, pin_memory: asked.append((device, pin_memory)) or real(x, device=device)
+    )
+    states = torch.randn(2, 3, 4)
+    assert torch.equal(to_host(states.as_subclass(OnGPU)), states)
+    assert asked == [("cpu", True)]
+
+
+@pytest.mark.gpu
+def test_states_stay_page_locked(tmp_path):
+    source = open_model(str(tiny_model(tmp_path / "model")))
+    schemes = defaultdict(lambda: Scheme(2, 64))
+    tokens = torch.randint(0, 384, (3, 32))
+    blocks = quantize_blocks(source, tokens, schemes, torch.device("cuda"), asymmetric=0.5, iterations=1)
+    for _, _, states in blocks:
+        assert all(batch.is_pinned() for batch in [*states.quantized, *states.original])

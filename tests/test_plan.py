@@ -16,7 +16,7 @@ import bpdq_quantizer
 from bpdq_kernels.format import Scheme
 from bpdq_kernels.layout import to_tiles
 from bpdq_quantizer.cli import main
-from bpdq_quantizer.plan import MOST_BITS, Settings, _tiled_bytes, budget, needed, plan, read_model
+from bpdq_quantizer.plan import MOST_BITS, Settings, _tiled_bytes, budget, needed, plan, quantize_host_bytes, read_model
 from tiny import TEXT, bpdq_checkpoint, load_tensors, round_to_planes, tiny_model
 
 QWEN = {  # Qwen2.5: hidden, FFN, layers, heads, key/value heads
@@ -118,6 +118,17 @@ def test_totals_of_qwen(tmp_path, size, linear, tables):
     assert found["embedding_bytes"] == found["head_bytes"] == tables // 2
     biases, norms = layers * (hidden + 2 * 128 * kv_heads), (2 * layers + 1) * hidden
     assert found["other_bytes"] == 2 * (biases + norms)
+
+
+def test_page_locked_states_take_powers_of_two(tmp_path):
+    m = read_model(str(qwen(tmp_path / "32B", "32B")))
+    # batches of 2 windows of 2048 x 5120 in 16 bits, 40 MiB: 64 for 128 windows, and the last one of 1 for 3
+    assert (1 << 30) // (2 * 2048 * (4 * 5120 + 2 * 5120 + 2 * 1024 + 5120 + 2 * 27648)) == 2
+    for windows, rounded in ((128, 64 * 64 << 20), (3, 64 + 32 << 20)):
+        exact = 2 * 2 * windows * 2048 * 5120
+        apart = quantize_host_bytes(m, (windows, 2048), page_locked=False) - exact
+        assert quantize_host_bytes(m, (windows, 2048)) - apart == 2 * rounded
+    assert quantize_host_bytes(m) == quantize_host_bytes(m, (128, 2048))
 
 
 def test_the_72b_model_of_the_readme(tmp_path):

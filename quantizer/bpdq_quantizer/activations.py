@@ -117,8 +117,15 @@ def _same(a: Any, b: Any) -> bool:
 
 def run_block(block: nn.Module, call: tuple[tuple, dict[str, Any]], device: torch.device, hidden: Tensor) -> Tensor:
     args, kwargs = call
-    out = block(hidden.to(device), *args, **kwargs)
+    out = block(hidden.to(device, non_blocking=True), *args, **kwargs)
     return out[0] if isinstance(out, tuple) else out
+
+
+def to_host(hidden: Tensor) -> Tensor:
+    """hidden in host memory; page-locked, in powers of two bytes, if it comes from a GPU, which will read it again."""
+    if not hidden.is_cuda:
+        return hidden.to("cpu")
+    return torch.empty_like(hidden, device="cpu", pin_memory=True).copy_(hidden)
 
 
 def find_stages(block: nn.Module, run: Callable[[Tensor], Tensor], hidden: Tensor) -> list[list[str]]:
@@ -143,15 +150,22 @@ def find_stages(block: nn.Module, run: Callable[[Tensor], Tensor], hidden: Tenso
     return [names for _, names in stages]
 
 
-def embed(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor, offload: Path | None) -> Batches:
-    """What the first block reads of windows [W, L], in as few batches [n, L, D] as keep a block's activations within
-    ACTIVATION_BYTES; in files of the folder `offload`, if there is one."""
+def windows_per_batch(length: int, hidden_size: int, out_features: int, itemsize: int) -> int:
+    """As many windows of `length` tokens as keep a block's activations, with `out_features` those of all its Linears,
+    within ACTIVATION_BYTES, and at least one."""
+    return max(1, ACTIVATION_BYTES // (length * (4 * hidden_size + out_features) * itemsize))
+
+
+def embed(
+    model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor, device: torch.device, offload: Path | None
+) -> Batches:
+    """What the first block, on `device`, reads of windows [W, L], in batches [n, L, D] of `windows_per_batch`; in files
+    of the folder `offload`, if there is one."""
     (window,), _ = block_inputs(model, blocks, tokens[:1])
-    channels = 4 * window.shape[2] + sum(getattr(module, "out_features", 0) for module in blocks[0].modules())
+    out_features = sum(linear.out_features for linear in linear_layers(blocks[0]).values())
     batches = [] if offload is None else Offloaded(offload)
-    count = max(1, ACTIVATION_BYTES // (window.shape[1] * channels * window.element_size()))
-    for part in tokens.split(count):
-        batches.append(torch.cat(block_inputs(model, blocks, part).hidden))
+    for part in tokens.split(windows_per_batch(*window.shape[1:], out_features, window.element_size())):
+        batches.append(to_host(torch.cat(block_inputs(model, blocks, part).hidden).to(device)))
     return batches
 
 
@@ -225,5 +239,5 @@ class Original:
     def outputs(self) -> Batches:
         """The 16-bit model's hidden states after the block, on the CPU, in place of those before it."""
         for i, batch in enumerate(self.batches):
-            self.batches[i] = (self.output if self.inputs else self.run(batch)).to("cpu")
+            self.batches[i] = to_host(self.output if self.inputs else self.run(batch))
         return self.batches

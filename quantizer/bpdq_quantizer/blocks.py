@@ -28,6 +28,7 @@ from bpdq_quantizer.activations import (
     head_inputs,
     run_block,
     stage_statistics,
+    to_host,
 )
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.hessian import accumulate, accumulate_shift, corrected, symmetrize
@@ -130,7 +131,7 @@ def quantize_blocks(
         check_supported(f"{source.prefix}.{index}", block)
     calls = block_inputs(source.model, source.blocks, tokens[[0, -1]]).calls
     if start is None:
-        batches = embed(source.model, source.blocks, tokens, offload)
+        batches = embed(source.model, source.blocks, tokens, device, offload)
         start = States(0, batches, batches.copy() if asymmetric or tune_steps else [])
     first, batches, full = start
     del start
@@ -151,7 +152,7 @@ def quantize_blocks(
             block.to(device)
             tune_block(block, run, torch.cat(list(inputs)), torch.cat(list(full)), steps=tune_steps, seed=seed)
             for i, batch in enumerate(inputs):
-                batches[i] = run(batch).to("cpu")
+                batches[i] = to_host(run(batch))
         yield block, reports, States(index + 1, batches, full)
         drop_block(block)
 
@@ -163,11 +164,11 @@ def original_states(source: Streamed, tokens: Tensor, device: torch.device, offl
     offload: as for `quantize_blocks`.
     """
     calls = block_inputs(source.model, source.blocks, tokens[[0, -1]]).calls
-    hidden = embed(source.model, source.blocks, tokens, offload)
+    hidden = embed(source.model, source.blocks, tokens, device, offload)
     for index, call in enumerate(tqdm(calls, desc="running the 16-bit model", unit="block")):
         block, call = load_block(source, index, device), send_to_device(call, device)
         for i, batch in enumerate(hidden):
-            hidden[i] = run_block(block, call, device, batch).to("cpu")
+            hidden[i] = to_host(run_block(block, call, device, batch))
         drop_block(block)
     return torch.cat(list(head_inputs(source.model, source.blocks, tokens, hidden)))
 
@@ -208,7 +209,7 @@ def quantize_block(
 
     if len(batches) == 1:
         output = quantize_in_one_pass(block, stages, run, batches[0], original, stage_weights, quantize_stage)
-        batches[0] = output.to("cpu")
+        batches[0] = to_host(output)
     else:
         for stage in stages:
             lookup = None if original is None else partial(original.input, stage[0])
@@ -218,7 +219,7 @@ def quantize_block(
             quantize_stage(stage, H, W)
             del H, W
         for i, batch in enumerate(batches):
-            batches[i] = run(batch).to("cpu")
+            batches[i] = to_host(run(batch))
     for part, module in packed.items():
         block.set_submodule(part, module)
     return reports

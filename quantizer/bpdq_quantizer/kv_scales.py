@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from bpdq_quantizer.activations import block_inputs, embed, run_block
+from bpdq_quantizer.activations import block_inputs, embed, run_block, to_host
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.stream import Streamed, drop_block
 
@@ -59,14 +59,14 @@ def calibrate(
     for a block whose attention isn't one module that fills transformers' cache.
     """
     calls = block_inputs(source.model, source.blocks, tokens[[0, -1]]).calls
-    hidden = embed(source.model, source.blocks, tokens, offload)
+    hidden = embed(source.model, source.blocks, tokens, device, offload)
     scales = {}
     for index, call in enumerate(tqdm(calls, desc="calibrating the KV cache", unit="block")):
         block, cache = load(index).to(device), _CountingCache()
         args, kwargs = send_to_device(call, device)
         call = args, {**kwargs, "past_key_values": cache}
         for i, batch in enumerate(hidden):
-            hidden[i] = run_block(block, call, device, batch).to("cpu")
+            hidden[i] = to_host(run_block(block, call, device, batch))
         drop_block(block)
         names = [name for name, module in block.named_modules() if name and hasattr(module, "layer_idx")]
         if len(names) != 1 or not cache.counts.any():

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from bpdq_kernels.format import Scheme
 from bpdq_kernels.layout import GROUP_SIZES, MAX_PLANES, coefficient_shape, plane_shape, to_tiles
 from bpdq_quantizer import kv_cache
-from bpdq_quantizer.activations import ACTIVATION_BYTES, linear_layers
+from bpdq_quantizer.activations import ACTIVATION_BYTES, linear_layers, windows_per_batch
 from bpdq_quantizer.blocks import check_supported
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.kv_cache import KV_TYPES, Attention
@@ -31,7 +31,7 @@ STEP_TOKENS = 512
 MAX_SEQUENCES = 256  # vLLM's default on such cards, engine/arg_utils.py: get_batch_defaults
 VOCABULARY_PADDING = 64  # model_executor/layers/vocab_parallel_embedding.py: DEFAULT_VOCAB_PADDING_SIZE
 DEFAULT_CONTEXT = 2048
-CALIBRATION_TOKENS = 128 * 2048  # defaults of `bpdq quantize`
+CALIBRATION = 128, 2048  # windows and their tokens, defaults of `bpdq quantize`
 MOST_BITS = Scheme(MAX_PLANES, GROUP_SIZES[0]).bits_per_weight
 REFINED_WEIGHTS = CHUNK_ELEMENTS // 3  # `bpdq_quantizer.refine`, at a time with two planes and a bias
 CPU_SECONDS_PER_WEIGHT = 485 / 106e6
@@ -54,7 +54,8 @@ ASSUMPTIONS = (
     "memory to quantize, without Python's and torch's own: on the device a block twice, four fp32 matrices [K, K] and "
     f"[N, K] of the largest stage, {4 * 4 * REFINED_WEIGHTS / GIB:.2f} GiB to refine, {ACTIVATION_BYTES / GIB:.0f} GiB "
     "of activations; on the host the embedding, the head, a block and, without --offload-dir, the hidden states of "
-    f"{CALIBRATION_TOKENS} calibration tokens twice; without a GPU their sum",
+    f"{CALIBRATION[0]} x {CALIBRATION[1]} calibration tokens twice, in page-locked batches, which torch rounds up to "
+    "powers of two; without a GPU the sum of device and host",
 )
 
 
@@ -322,11 +323,20 @@ def quantize_device_bytes(m: Model) -> int:
     return 2 * m.itemsize * sum(n * k for n, k in block) + stage + ACTIVATION_BYTES
 
 
-def quantize_host_bytes(m: Model, tokens: int = CALIBRATION_TOKENS) -> int:
-    """What `bpdq quantize` needs of the host beside it: embedding and head, one block, hidden states of both models."""
+def quantize_host_bytes(m: Model, calibration: tuple[int, int] = CALIBRATION, page_locked: bool = True) -> int:
+    """What `bpdq quantize` needs of the host beside it: embedding and head, one block, hidden states of both models.
+
+    calibration: windows and their tokens; page_locked: as with a GPU, where each batch takes a power of two bytes.
+    """
     tables = prod(m.embedding) + (0 if m.head is None else prod(m.head))
-    block = sum(n * k for n, k in m.linears) // m.attention.layers
-    return m.itemsize * (tables + block + 2 * tokens * m.embedding[1])
+    block = m.linears[: len(m.linears) // m.attention.layers]
+    (windows, length), hidden_size = calibration, m.embedding[1]
+    batch = windows_per_batch(length, hidden_size, sum(n for n, _ in block), m.itemsize)
+    batches = [min(batch, windows - first) for first in range(0, windows, batch)]
+    states = [m.itemsize * count * length * hidden_size for count in batches]
+    if page_locked:
+        states = [1 << (size - 1).bit_length() for size in states]
+    return m.itemsize * (tables + sum(n * k for n, k in block)) + 2 * sum(states)
 
 
 def _four_bit_tables(settings: Settings) -> Settings:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from bpdq_kernels.format import Scheme
 from bpdq_kernels.layout import GROUP_SIZES, MAX_PLANES
-from bpdq_quantizer.activations import block_inputs, embed, find_stages, head_inputs, run_block
+from bpdq_quantizer.activations import block_inputs, embed, find_stages, head_inputs, run_block, to_host
 from bpdq_quantizer.blocks import check_finite, check_supported, one_thread
 from bpdq_quantizer.grid import range_start
 from bpdq_quantizer.hessian import accumulate, inverse_factor, symmetrize
@@ -94,7 +94,7 @@ def row_losses(
     """The losses of sampled rows of every stage, and the 16-bit model's states in front of every block and after the
     last, [keep, L, D] of the first `keep` windows, on the CPU."""
     calls = block_inputs(source.model, source.blocks, tokens[[0, -1]]).calls
-    batches = embed(source.model, source.blocks, tokens, offload)
+    batches = embed(source.model, source.blocks, tokens, device, offload)
     sampled, states = [], [first_windows(batches, keep)]
     for index, call in enumerate(tqdm(calls, desc="measuring sensitivities", unit="block")):
         block, name = load_block(source, index, device), f"{source.prefix}.{index}"
@@ -139,7 +139,7 @@ def all_hessians(
         hook = partial(lambda _, args, H: accumulate(H, args[0], tokens), H=H)
         hooks.append(linear.register_forward_pre_hook(hook))
     for i, batch in enumerate(batches):
-        batches[i] = run(batch).to("cpu")
+        batches[i] = to_host(run(batch))
     for hook in hooks:
         hook.remove()
     return {name: symmetrize(H) for name, H in hessians.items()}
