@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from benchmarks import tasks
@@ -33,7 +33,7 @@ from bpdq_kernels.format import Scheme
 from bpdq_quantizer.calibration import read_text, tokenize, windows
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.loader import load_model, load_tokenizer
-from bpdq_quantizer.tune import final_states, head_log_probabilities
+from bpdq_quantizer.tune import final_states, log_probabilities, softcap
 
 METHODS = {  # options of `bpdq quantize`; gptq has a script of its own
     "paper": ["--solver", "paper"],
@@ -120,17 +120,17 @@ def measure(args: argparse.Namespace) -> Any:
             tokenize([read_text(args.text)], load_tokenizer(model)), args.eval_seq_len, args.windows, args.text
         )
         base = load_model(model, torch.float32)
-        states = final_states(base, tokens)
+        states, head = final_states(base, tokens), base.get_output_embeddings()
         named = {"model": Path(model).name}
         scores = run_tasks(model, base, args)
-        yield named | {"method": "16-bit", "bits_per_weight": 16.0} | evaluate(base, tokens, states) | scores
+        yield named | {"method": "16-bit", "bits_per_weight": 16.0} | evaluate(base, tokens, states, head) | scores
         del base
         for method, bits, group_size in product(args.methods, args.bits, args.group_sizes):
             print(f"{named['model']}: {method}, k = {bits}, G = {group_size}", flush=True)
             checkpoint = args.output / "checkpoints" / f"{named['model']}-{method}-k{bits}-g{group_size}"
             cost = quantize(model, method, bits, group_size, checkpoint, args)
             quantized = load_model(str(checkpoint), torch.float32)
-            quality = evaluate(quantized, tokens, states) | run_tasks(str(checkpoint), quantized, args)
+            quality = evaluate(quantized, tokens, states, head) | run_tasks(str(checkpoint), quantized, args)
             yield named | {"method": method, "bits": bits, "group_size": group_size} | cost | quality
 
 
@@ -160,18 +160,21 @@ def quantize(model: str, method: str, bits: int, group_size: int, checkpoint: Pa
 
 
 @torch.inference_mode()
-def evaluate(model: PreTrainedModel, tokens: Tensor, states: Tensor) -> Row:
+def evaluate(model: PreTrainedModel, tokens: Tensor, states: Tensor, head: nn.Module) -> Row:
     """Perplexity, KL(16-bit || model) in nats and share of equal top tokens, over all but each window's last position.
 
-    tokens: [W, L]; states: `final_states` of the 16-bit model, whose LM head `model` shares.
+    tokens: [W, L]; states: `final_states` of the 16-bit model; head: its LM head. `model` has one of its own, which may
+    be rotated or quantized.
     """
     started = time.perf_counter()
+    cap = softcap(model)
     nll = kl = same = 0.0
     for window, reference in zip(tokens, states, strict=True):
         hidden = final_states(model, window[None])[0]
         for start in range(0, len(window) - 1, CHUNK):
             rows = slice(start, min(start + CHUNK, len(window) - 1))
-            log_p, log_q = (head_log_probabilities(model, h[rows]) for h in (reference, hidden))
+            log_p = log_probabilities(reference[rows], head, cap)
+            log_q = log_probabilities(hidden[rows], model.get_output_embeddings(), cap)
             nll -= log_q.gather(1, window[rows.start + 1 : rows.stop + 1, None]).sum().item()
             kl += torch.nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True).item()
             same += (log_p.argmax(1) == log_q.argmax(1)).sum().item()

@@ -31,13 +31,25 @@ def test_quality_is_that_of_plain_logits(folder, monkeypatch):
     monkeypatch.setattr(quality_bench, "CHUNK", 7)
     base, model = (AutoModelForCausalLM.from_pretrained(folder / name) for name in ("model", "checkpoint-dequantized"))
     tokens = torch.tensor(tiny_tokenizer()(TEXT * 4, add_special_tokens=False)["input_ids"][:80]).view(2, 40)
-    row = quality_bench.evaluate(model, tokens, final_states(base, tokens))
+    row = quality_bench.evaluate(model, tokens, final_states(base, tokens), base.get_output_embeddings())
     with torch.no_grad():
         p, q = (m(tokens).logits[:, :-1].log_softmax(-1) for m in (base, model))
     nll = -q.gather(2, tokens[:, 1:, None]).mean().item()
     assert row["perplexity"] == pytest.approx(math.exp(nll), rel=1e-4)
     assert row["kl"] == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-3)
     assert row["top1_agreement"] == pytest.approx((p.argmax(-1) == q.argmax(-1)).float().mean().item())
+
+
+def test_a_model_in_another_basis_is_compared_by_its_own_head(folder):
+    base, scaled = (AutoModelForCausalLM.from_pretrained(folder / "model") for _ in range(2))
+    with torch.no_grad():
+        scaled.model.norm.weight *= 2
+        scaled.lm_head.weight /= 2
+    tokens = torch.tensor(tiny_tokenizer()(TEXT, add_special_tokens=False)["input_ids"][:40]).view(1, 40)
+    assert not scaled.config.tie_word_embeddings
+    row = quality_bench.evaluate(scaled, tokens, final_states(base, tokens), base.get_output_embeddings())
+    assert row["kl"] == pytest.approx(0, abs=1e-5)
+    assert row["top1_agreement"] == 1
 
 
 def test_a_matrix_gives_json_table_and_plot(folder, tmp_path, capsys):
