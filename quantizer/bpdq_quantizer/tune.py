@@ -302,11 +302,11 @@ def distillation_loss(model: PreTrainedModel, tokens: Tensor, teacher: Tensor, r
 @torch.no_grad()
 def confidence(model: PreTrainedModel, tokens: Tensor, teacher: Tensor) -> float:
     """Mean probability that the 16-bit model gives the next token, over windows [W, L]; teacher: its `final_states`."""
-    total = 0.0
+    total, head = 0.0, model.get_output_embeddings()
+    step = max(1, LOSS_ELEMENTS // head.weight.shape[0])
     for window, states in zip(tokens, teacher, strict=True):
-        step = max(1, LOSS_ELEMENTS // model.get_output_embeddings().weight.shape[0])
         for rows, targets in zip(states[:-1].split(step), window[1:].split(step), strict=True):
-            log_p = head_log_probabilities(model, rows)
+            log_p = log_probabilities(rows.to(model.device), head, softcap(model))
             total += log_p.gather(1, targets.to(log_p.device)[:, None]).exp().sum().item()
     return total / tokens[:, 1:].numel()
 
@@ -314,11 +314,6 @@ def confidence(model: PreTrainedModel, tokens: Tensor, teacher: Tensor) -> float
 def softcap(model: PreTrainedModel) -> float | None:
     """Gemma's cap on the logits."""
     return getattr(model.config.get_text_config(decoder=True), "final_logit_softcapping", None)
-
-
-def head_log_probabilities(model: PreTrainedModel, states: Tensor) -> Tensor:
-    """Log-probabilities of the next token, fp32 [T, V], from `final_states` [T, D]."""
-    return log_probabilities(states.to(model.device), model.get_output_embeddings(), softcap(model))
 
 
 @torch.no_grad()
