@@ -327,6 +327,7 @@ def test_config_is_the_last_file_written(quantized, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_peak_memory_does_not_grow_with_depth(tmp_path, text):
     """The deep model alone has 0.6 GB of 16-bit weights, about as much as the process needs without any."""
     peaks = []
