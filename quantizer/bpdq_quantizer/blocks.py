@@ -34,7 +34,7 @@ from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.hessian import accumulate, accumulate_shift, corrected, symmetrize
 from bpdq_quantizer.loader import BPDQLinear
 from bpdq_quantizer.solver import Solution, quantize_linear
-from bpdq_quantizer.stream import Streamed, drop_block, load_block
+from bpdq_quantizer.stream import Streamed, drop_block, load_block, trim_heap
 from bpdq_quantizer.tune import tune_block
 from bpdq_quantizer.work import Batches, States
 
@@ -195,6 +195,7 @@ def quantize_block(
         return W if C is None else corrected(W, H, C, asymmetric)
 
     def quantize_stage(stage: list[str], H: Tensor, W: Tensor) -> None:
+        trim_heap()
         started = time.perf_counter()
         linears = {f"{name}.{part}": block.get_submodule(part) for part in stage}
         scheme = schemes[f"{name}.{stage[0]}"]

@@ -89,8 +89,13 @@ def load_block(source: Streamed, index: int, device: torch.device) -> nn.Module:
 
 
 def drop_block(block: nn.Module) -> None:
-    """Free a block's tensors, and return their memory to the system: glibc would keep it in pieces, more each time."""
+    """Free a block's tensors."""
     block.to("meta")
+    trim_heap()
+
+
+def trim_heap() -> None:
+    """Return freed memory to the system: glibc would keep it in pieces, more with each block."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
