@@ -328,12 +328,13 @@ def test_config_is_the_last_file_written(quantized, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_peak_memory_does_not_grow_with_depth(tmp_path, text):
+@pytest.mark.parametrize("arch", ["llama", "qwen2"])
+def test_peak_memory_does_not_grow_with_depth(tmp_path, text, arch):
     """The deep model alone has 0.6 GB of 16-bit weights, about as much as the process needs without any."""
     peaks = []
     for layers in (12, 96):
         model, out = tmp_path / f"model-{layers}", tmp_path / f"out-{layers}"
-        tiny_model(model, hidden=512, ffn=1408, layers=layers, heads=8, kv_heads=8, dtype=torch.bfloat16)
+        tiny_model(model, arch, hidden=512, ffn=1408, layers=layers, heads=8, kv_heads=8, dtype=torch.bfloat16)
         options = ["--samples", "4", "--seq-len", "64", "--iterations", "1", "--solver", "paper", "--json"]
         command = [sys.executable, "-m", "bpdq_quantizer", "quantize", model, "--output", out, "--calibration", text]
         done = subprocess.run([*map(str, command), *options], stdout=subprocess.PIPE, check=True)
