@@ -88,28 +88,39 @@ def compare(layer: Layer, p: Problem, y: torch.Tensor) -> None:
 # --- the layout -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", range(32))
-def test_tiles_put_an_input_where_the_drawing_says(number: int):
-    bits = torch.zeros(1, 1, 32, dtype=torch.int32)
-    bits[0, 0, number] = 1
-    planes = to_tiles(layout.pack(bits), torch.ones(1, 2, 1), 32, FP16).planes
-    rotation, pair, odd = number // 8, number % 8 // 2, number % 2
-    assert planes[0, 0, 0, 0, 0, 0].item() & 0xFFFFFFFF == 1 << (11 + pair + 16 * odd - 4 * rotation) % 32
+@pytest.mark.parametrize(
+    ("group", "starts"),  # of the runs of 8 inputs: four of lane 0, four of lane 1, ...
+    [
+        (32, [0, 8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96, 104, 112, 120]),
+        (64, [0, 16, 32, 48, 8, 24, 40, 56, 64, 80, 96, 112, 72, 88, 104, 120]),
+        (128, [0, 32, 64, 96, 8, 40, 72, 104, 16, 48, 80, 112, 24, 56, 88, 120]),
+        (256, [0, 32, 64, 96, 8, 40, 72, 104, 16, 48, 80, 112, 24, 56, 88, 120]),
+    ],
+)
+def test_tiles_put_an_input_where_the_drawing_says(group: int, starts: list[int]):
+    for number in range(128):
+        bits = torch.zeros(1, 1, 128, dtype=torch.int32)
+        bits[0, 0, number] = 1
+        planes = to_tiles(layout.pack(bits), torch.ones(-(-128 // group), 2, 1), group, FP16).planes
+        lane, run = divmod(starts.index(number // 8 * 8), 4)
+        bit = (11 + number % 8 // 2 + 16 * (number % 2) - 4 * run) % 32
+        assert planes[0, 0, 0, lane, 0, 0].item() & 0xFFFFFFFF == 1 << bit
+        assert planes.count_nonzero() == 1
 
 
 @pytest.mark.parametrize("planes", [1, 2, 3, 4])
 def test_tiles_put_words_and_coefficients_where_the_drawing_says(planes: int):
-    layer = Layer(planes, 64, 200, 400, FP16)
+    layer = Layer(planes, 32, 200, 400, FP16)  # in groups of 32 the words stay whole
     B = torch.arange(13 * planes * 200, dtype=torch.int32).view(13, planes, 200)
-    c = torch.randn(7, planes + 1, 200).half()
+    c = torch.randn(13, planes + 1, 200).half()
     tiles = to_tiles(B, c, layer.group, FP16)
     assert tiles.planes.shape[:2] == (16, 4)  # 13 tiles up to a multiple of 4
     v = 2 - planes % 2
     for t, u, r, q, p, h in [(0, 0, 0, 0, 0, 0), (3, 1, 5, 2, planes - 1, 1), (12, 3, 7, 0, 0, 0), (6, 2, 1, 3, 0, 1)]:
         word = tiles.planes[t, u, p // v, 4 * r + q, p % v, h]
-        own = to_tiles(B[4 * u + q : 4 * u + q + 1, p : p + 1, 16 * t + 8 * h + r :][..., :1], c[:1, :2, :1], 64, FP16)
+        own = to_tiles(B[4 * u + q : 4 * u + q + 1, p : p + 1, 16 * t + 8 * h + r :][..., :1], c[:1, :2, :1], 32, FP16)
         assert word == own.planes[0, 0, 0, 0, 0, 0]
-        for group in (0, 2 * u):
+        for group in (0, 4 * u):
             stored = tiles.coefficients[t, group, r, p, h] * tiles.scales[16 * t + 8 * h + r]
             assert stored == c[group, p, 16 * t + 8 * h + r]
     assert tiles.coefficients.abs().max() <= 1

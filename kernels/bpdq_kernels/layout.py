@@ -100,13 +100,20 @@ class Tiles(NamedTuple):
 
     planes  int32 [T, U, k/v, 32, v, 2]   v = 2 for even k, else 1: lane 4r + q finds its words next to each other
 
-             tile t, unit u, lane 4r + q, plane p, half h:  outputs 16t + 8h + r, inputs 128u + 32q .. + 31
+             tile t, unit u, lane 4r + q, plane p, half h:  outputs 16t + 8h + r, four runs of 8 inputs of the unit
+
+             G >= 128   run j starts at input 32j + 8q                    q:  0   1   2   3   0   1   2   3   0  ..
+             G = 64     run j starts at input 64(q // 2) + 16j + 8(q % 2)     0   1   0   1   0   1   0   1   2  ..
+             G = 32     run j starts at input 32q + 8j                        0   0   0   0   1   1   1   1   2  ..
+
+             so that the lanes of a row read activations next to each other, and a word lies in one group.
 
              bit    31 | 30 29 28 27 | 26 .. 23 | 22 .. 19 | 18 17 16 | 15 | 14 13 12 11 | 10 .. 7 | 6 .. 3 | 2  1  0
-             input  24 |  7  5  3  1 | 15 ..  9 | 23 .. 17 | 31 29 27 | 25 |  6  4  2  0 | 14 .. 8 | 22..16 | 30 28 26
+             run     3 |           0 |        1 |        2 |        3 |  3 |           0 |       1 |      2 |       3
+             input   0 |  7  5  3  1 |  7 ..  1 |  7 ..  1 |  7  5  3 |  1 |  6  4  2  0 | 6 .. 0  | 6 .. 0 | 6  4  2
 
-             Rotated left by 4j, bits 11..14 and 27..30 are the pairs of inputs 8j + 2i, 8j + 2i + 1, i = 0..3: each
-             is the exponent of an fp16 (or bf16) number in one half of the register.
+             Rotated left by 4j, bits 11..14 and 27..30 are the pairs of inputs 2i, 2i + 1 of run j, i = 0..3: each is
+             the exponent of an fp16 (or bf16) number in one half of the register.
 
     coefficients  [T, Gn, 8, k+1, 2]       c of outputs 16t + 8h + r over 2^s, in the activations' dtype, fp16 or bf16;
                                            Gn groups, whole units of them
@@ -134,7 +141,8 @@ def to_tiles(B: Tensor, c: Tensor, group_size: int, dtype: torch.dtype) -> Tiles
         part = planes[start : start + step]
         rows = B[:, :, start * TILE_ROWS : (start + len(part)) * TILE_ROWS]
         missing = len(part) * TILE_ROWS - rows.shape[2]
-        rows = torch.nn.functional.pad(_interleave_pairs(rows), (0, missing, 0, 0, 0, units * 4 - words))
+        rows = torch.nn.functional.pad(rows, (0, missing, 0, 0, 0, units * 4 - words))
+        rows = _interleave_pairs(_interleave_words(rows, words_beside(group_size)))
         rows = rows.view(units, 4, k // v, v, len(part), 2, 8).permute(4, 0, 2, 6, 1, 3, 5)  # [T, U, k/v, r, q, v, h]
         part.copy_(rows.reshape(part.shape))
 
@@ -145,6 +153,19 @@ def to_tiles(B: Tensor, c: Tensor, group_size: int, dtype: torch.dtype) -> Tiles
     coefficients = torch.nn.functional.pad((c / scales).to(dtype), (0, missing, 0, 0, 0, groups - c.shape[0]))
     coefficients = coefficients.view(groups, k + 1, tiles, 2, 8).permute(2, 0, 4, 1, 3).contiguous()
     return Tiles(planes, coefficients, scales)
+
+
+def words_beside(group_size: int) -> int:
+    """How many words of a unit take runs of 8 inputs in turn: as many as their group has, 4 at most."""
+    return min(4, group_size // WORD)
+
+
+def _interleave_words(B: Tensor, beside: int) -> Tensor:
+    """B [4U, k, N] with byte j of word q replaced by byte q % beside, in turn, of the `beside` words around it."""
+    words, k, n = B.shape
+    runs = torch.stack([(B >> shift) & 0xFF for shift in (0, 8, 16, 24)], 1)  # [4U, 4, k, N]
+    runs = runs.view(words // beside, 4, beside, k, n).transpose(1, 2).reshape(words, 4, k, n)
+    return runs[:, 0] | runs[:, 1] << 8 | runs[:, 2] << 16 | runs[:, 3] << 24
 
 
 def _interleave_pairs(B: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bpdq_kernels.warp import input_of_bit
+
 
 @triton.jit
 def embedding_kernel(
@@ -30,8 +32,8 @@ def embedding_kernel(
     groups = tl.cdiv(units * 128, GROUP)
     word = tl.arange(0, 4 * UNITS)[:, None]
     bit = tl.arange(0, 32)[None, :]
-    rank = (14 - bit) & 31
-    inputs = (((rank & 15) ^ 3) << 1) | (rank >> 4)
+    BESIDE: tl.constexpr = 4 if GROUP >= 128 else GROUP // 32  # words_beside
+    inputs = input_of_bit(bit, BESIDE) + word % 4 // BESIDE * (32 * BESIDE) + word % BESIDE * 8
     V: tl.constexpr = 1 if PLANES % 2 else 2
     tile_ptr = planes_ptr + row // 16 * units * (64 * PLANES) + (row % 8 * 4 + word % 4) * (2 * V) + row % 16 // 8
     c_ptr = coefficients_ptr + (row // 16 * groups * 8 + row % 8) * (2 * (PLANES + 1)) + row % 16 // 8
@@ -45,7 +47,7 @@ def embedding_kernel(
             words = tl.load(tile_ptr + unit * (64 * PLANES) + p // V * (64 * V) + p % V * 2, here, 0)
             c_p = tl.load(group_ptr + 2 * p, here, 0).to(tl.float32)
             w = tl.where((words >> bit) & 1 != 0, w + c_p, w)
-        i = unit * 128 + word % 4 * 32 + inputs
+        i = unit * 128 + inputs
         tl.store(y_ptr + tl.program_id(0).to(tl.int64) * K + i, (w * scale).to(y_ptr.dtype.element_ty), i < K)
 
 

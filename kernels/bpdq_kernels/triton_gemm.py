@@ -67,7 +67,8 @@ def gemm_kernel(
     c_stride = tl.cdiv(units * 128, GROUP) * (8 * (PLANES + 1))
     planes_ptr += tile.to(tl.int64) * planes_stride + u * (64 * PLANES) + lane * (2 if PLANES % 2 else 4)
     coefficients_ptr += tile.to(tl.int64) * c_stride + r * (PLANES + 1)
-    i = u * 128 + lane % 4 * 32
+    WORDS: tl.constexpr = 4 if GROUP >= 128 else GROUP // 32  # words_beside
+    i = u * 128 + lane % 4 // WORDS * (32 * WORDS) + lane % WORDS * 8
     x_rows = ()
     for n in tl.static_range(TOKENS // 8):
         token = tl.minimum(tl.program_id(0) * TOKENS + n * 8 + r, M - 1)  # rows past M: computed, never stored
@@ -98,7 +99,7 @@ def gemm_kernel(
         for j in tl.static_range(4):
             x = ()
             for n in tl.static_range(TOKENS // 8):
-                x = x + (load4(x_rows[n], u < units if WHOLE else i + 8 * j < K, 16 * j),)
+                x = x + (load4(x_rows[n], u < units if WHOLE else i + 8 * WORDS * j < K, 16 * WORDS * j),)
             sums = ()
             for t in tl.static_range(TILES):
                 turned = ()

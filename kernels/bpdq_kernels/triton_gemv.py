@@ -33,6 +33,7 @@ from torch import Tensor
 from bpdq_kernels.tuning import Gemv, cdiv
 from bpdq_kernels.warp import (
     exchange,
+    input_of_bit,
     load_planes,
     mma_bits,
     rotate_left,
@@ -73,14 +74,15 @@ def gemv_kernel(
     tile = (tl.program_id(0) * TILES).to(tl.int64)
     planes_ptr += tile * planes_stride + warp * (64 * PLANES) + lane * (2 if PLANES % 2 else 4)
     coefficients_ptr += tile * c_stride + lane // 4 * (PLANES + 1)
-    x_ptr += warp * 128 + input_of_lane(lane)
-    inputs_left = K - warp * 128 - (0 if WHOLE else input_of_lane(lane))
+    BESIDE: tl.constexpr = 4 if GROUP >= 128 else GROUP // 32  # words_beside
+    x_ptr += warp * 128 + input_of_lane(lane, BESIDE)
+    inputs_left = K - warp * 128 - (0 if WHOLE else input_of_lane(lane, BESIDE))
     sign = tl.where(q == 3, -2, 2)  # bit 15 counts negative
     acc = (tl.zeros([32 * WARPS], tl.float32),) * (2 * TILES)
     u = warp
     next_words = load_planes(planes_ptr, planes_stride, u < units, PLANES, TILES)
     next_c = load_coefficients(coefficients_ptr, c_stride, u, u < units, PLANES, GROUP, TILES)
-    next_x = load_inputs(x_ptr, inputs_left, WHOLE)
+    next_x = load_inputs(x_ptr, inputs_left, BESIDE, WHOLE)
     for _ in range(0, units, WARPS):
         words = next_words
         c = next_c
@@ -91,7 +93,7 @@ def gemv_kernel(
         inputs_left -= WARPS * 128
         next_words = load_planes(planes_ptr, planes_stride, u < units, PLANES, TILES)
         next_c = load_coefficients(coefficients_ptr, c_stride, u, u < units, PLANES, GROUP, TILES)
-        next_x = load_inputs(x_ptr, inputs_left, WHOLE)
+        next_x = load_inputs(x_ptr, inputs_left, BESIDE, WHOLE)
         low, high, sums, scale = slice_bits(x, lane, q, GROUP)
         sums_of_products = ()
         for t in tl.static_range(TILES):
@@ -120,11 +122,10 @@ def gemv_kernel(
 
 
 @triton.jit
-def input_of_lane(lane: tl.tensor) -> tl.tensor:
-    """Which input of a word a lane loads, so that `transpose_bits` puts it where the weights have it."""
+def input_of_lane(lane: tl.tensor, BESIDE: tl.constexpr) -> tl.tensor:
+    """Which input of the unit's first word a lane loads, so that `transpose_bits` puts it where the weights have it."""
     bit = ((lane & 2) << 3) | ((lane & 1) << 3) | (lane >> 2)
-    rank = (14 - bit) & 31
-    return (((rank & 15) ^ 3) << 1) | (rank >> 4)
+    return input_of_bit(bit, BESIDE)
 
 
 @triton.jit
@@ -150,12 +151,13 @@ def load_coefficients(
 
 
 @triton.jit
-def load_inputs(ptr: tl.tensor, inputs_left: tl.tensor, WHOLE: tl.constexpr) -> tl.tuple:
+def load_inputs(ptr: tl.tensor, inputs_left: tl.tensor, BESIDE: tl.constexpr, WHOLE: tl.constexpr) -> tl.tuple:
     """One input of each of the unit's four words, in fp32; zeros past K."""
     x = ()
     for word in tl.static_range(4):
-        live = inputs_left > 0 if WHOLE else inputs_left > 32 * word
-        x = x + (tl.load(ptr + 32 * word, live, 0).to(tl.float32),)
+        offset = word // BESIDE * (32 * BESIDE) + word % BESIDE * 8
+        live = inputs_left > 0 if WHOLE else inputs_left > offset
+        x = x + (tl.load(ptr + offset, live, 0).to(tl.float32),)
     return x
 
 

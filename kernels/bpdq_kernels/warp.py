@@ -294,6 +294,15 @@ def load_planes(
 
 
 @triton.jit
+def input_of_bit(bit: tl.tensor, BESIDE: tl.constexpr) -> tl.tensor:
+    """Which input of its unit a bit of the first word stands for (`bpdq_kernels.layout.Tiles`). Word q's are
+    q // BESIDE * 32 * BESIDE + q % BESIDE * 8 further on."""
+    rank = (14 - bit) & 31  # runs of 8 inputs, even ones first
+    run = (rank & 15) >> 2
+    return run * (8 * BESIDE) + ((((rank & 3) ^ 3) << 1) | (rank >> 4))
+
+
+@triton.jit
 def stack(values: tl.tuple) -> tl.tensor:
     """[threads, 2, ..., 2] of a power of two tensors [threads]: the trailing axes are the bits of the tuple's index."""
     for _ in tl.static_range(8):
