@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bpdq_kernels.tuning import Gemm, cdiv
-from bpdq_kernels.warp import fma_pair, load4, load_planes, mma, rotate_left, stack
+from bpdq_kernels.warp import fma_pair, load4, load_planes, mma, prefetch, rotate_left, stack
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -61,6 +61,8 @@ def gemm_kernel(
     units = tl.cdiv(K, 128)
     u = warp // BESIDE
     first_tile = tl.program_id(1) * (BESIDE * TILES)
+    # misses at the end would be waited for
+    prefetch(scales_ptr + first_tile * 16 + thread, (thread < BESIDE * TILES * 16) & (first_tile * 16 + thread < N))
     tile = first_tile + warp % BESIDE * TILES
     inside = tile * 16 < N
     planes_stride = units * (64 * PLANES)

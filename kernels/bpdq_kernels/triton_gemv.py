@@ -36,6 +36,7 @@ from bpdq_kernels.warp import (
     input_of_bit,
     load_planes,
     mma_bits,
+    prefetch,
     rotate_left,
     select_bits,
     select_bytes,
@@ -77,6 +78,8 @@ def gemv_kernel(
     BESIDE: tl.constexpr = 4 if GROUP >= 128 else GROUP // 32  # words_beside
     x_ptr += warp * 128 + input_of_lane(lane, BESIDE)
     inputs_left = K - warp * 128 - (0 if WHOLE else input_of_lane(lane, BESIDE))
+    if TILES < 4:  # a miss at the end would be waited for; more blocks hide it, and more tiles need the registers
+        prefetch(scales_ptr + tile * 16 + thread, (thread < TILES * 16) & (tile * 16 + thread < N))
     sign = tl.where(q == 3, -2, 2)  # bit 15 counts negative
     acc = (tl.zeros([32 * WARPS], tl.float32),) * (2 * TILES)
     u = warp

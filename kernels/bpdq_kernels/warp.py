@@ -62,6 +62,20 @@ def load2(ptr: tl.tensor, live: tl.tensor, OFFSET: tl.constexpr) -> tl.tuple:
 
 
 @triton.jit
+def prefetch(ptr: tl.tensor, live: tl.tensor) -> None:
+    """Bring memory at ptr into the L2 cache where `live`; whoever loads it later waits less."""
+    if not INTERPRETED:
+        tl.inline_asm_elementwise(
+            "{ .reg .pred live; setp.ne.b32 live, $2, 0; mov.b32 $0, 0; @live prefetch.global.L2 [$1]; }",
+            "=r,l,r",
+            [ptr.to(tl.int64), live.to(tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
 def rotate_left(x: tl.tensor, bits: tl.tensor) -> tl.tensor:
     """x rotated left by `bits` in 0..31 (a constant, or one per lane); x int32."""
     if INTERPRETED:

@@ -1,0 +1,111 @@
+"""Weights in 16 bits from tiles on CUDA: with many tokens, `torch.matmul` with them is faster than any fused kernel.
+
+Dequantizing costs the same for any number of tokens, 2 bytes written and read again a weight; the library's
+multiplication is then as fast as for a 16-bit layer. A program writes 16 outputs x some units of 128 inputs, in fp32
+until one rounding:
+
+    unit u of tile t:  words of lanes 4r + q, halves h      ->      rows 16t + 8h + r, inputs 128u .. 128u + 127,
+                       (`bpdq_kernels.layout.Tiles`)                16 bytes (a run of 8 inputs) a store
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bpdq_kernels.layout import TILE_INPUTS, TILE_ROWS
+from bpdq_kernels.tuning import cdiv
+
+UNITS = 4  # of a program
+WARPS = 4
+
+
+@triton.jit
+def dequantize_kernel(
+    planes_ptr: tl.tensor,
+    coefficients_ptr: tl.tensor,
+    scales_ptr: tl.tensor,
+    w_ptr: tl.tensor,
+    first_tile: tl.tensor,
+    N: tl.tensor,
+    K: tl.tensor,
+    PLANES: tl.constexpr,
+    GROUP: tl.constexpr,
+    UNITS: tl.constexpr,
+) -> None:
+    # axes, in the order of the weights in memory: row, words of other groups, run, words beside, input of the run
+    BESIDE: tl.constexpr = 4 if GROUP >= 128 else GROUP // 32  # words_beside
+    row = tl.arange(0, 16)[:, None, None, None, None]
+    other = tl.arange(0, 4 // BESIDE)[None, :, None, None, None]
+    run = tl.arange(0, 4)[None, None, :, None, None]
+    beside = tl.arange(0, BESIDE)[None, None, None, :, None]
+    number = tl.arange(0, 8)[None, None, None, None, :]
+    bit = (14 - ((number & 1) * 16 + run * 4 + (3 - (number >> 1)))) & 31  # the inverse of `input_of_bit`
+    V: tl.constexpr = 1 if PLANES % 2 else 2
+    tile = tl.program_id(0)
+    units = tl.cdiv(K, 128)
+    groups = tl.cdiv(units * 128, GROUP)
+    lane = row % 8 * 4 + other * BESIDE + beside
+    words_ptr = planes_ptr + (first_tile + tile).to(tl.int64) * units * (64 * PLANES) + lane * (2 * V) + row // 8
+    c_ptr = coefficients_ptr + (first_tile + tile).to(tl.int64) * groups * (16 * (PLANES + 1))
+    c_ptr += row % 8 * (2 * (PLANES + 1)) + row // 8
+    n = (first_tile + tile) * 16 + row
+    scale = tl.load(scales_ptr + n, n < N, 0)
+    for i in tl.static_range(UNITS):
+        unit = tl.program_id(1) * UNITS + i
+        here = n < tl.where(unit < units, N, 0)
+        group_ptr = c_ptr + (unit * 128 + other * (32 * BESIDE)) // GROUP * (16 * (PLANES + 1))
+        w = tl.load(group_ptr + 2 * PLANES, here, 0).to(tl.float32)
+        for p in tl.static_range(PLANES):
+            words = tl.load(words_ptr + unit * (64 * PLANES) + p // V * (64 * V) + p % V * 2, here, 0)
+            c_p = tl.load(group_ptr + 2 * p, here, 0).to(tl.float32)
+            w = tl.where((words >> bit) & 1 != 0, w + c_p, w)
+        inputs = unit * 128 + other * (32 * BESIDE) + run * (8 * BESIDE) + beside * 8 + number
+        w_row = w_ptr + (tile * 16 + row).to(tl.int64) * K
+        tl.store(w_row + inputs, (w * scale).to(w_ptr.dtype.element_ty), here & (inputs < K))
+
+
+def launch(
+    planes: Tensor, coefficients: Tensor, scales: Tensor, group_size: int, first_output: int, weight: Tensor
+) -> None:
+    """Write the weights of outputs `first_output` (16 divides it) and following into weight [n, K], contiguous; the
+    layer as in `bpdq_kernels.layout.Tiles`."""
+    outputs, in_features = weight.shape
+    grid = (cdiv(outputs, TILE_ROWS), cdiv(in_features, UNITS * TILE_INPUTS))
+    dequantize_kernel[grid](
+        planes,
+        coefficients,
+        scales,
+        weight,
+        first_output // TILE_ROWS,
+        min(first_output + outputs, scales.numel()),
+        in_features,
+        PLANES=coefficients.shape[3] - 1,
+        GROUP=group_size,
+        UNITS=UNITS,
+        num_warps=WARPS,
+    )
+
+
+def dense_linear(
+    rows: Tensor,
+    planes: Tensor,
+    coefficients: Tensor,
+    scales: Tensor,
+    group_size: int,
+    bias: Tensor | None,
+    y: Tensor,
+    outputs_at_once: int,
+) -> None:
+    """Write X W^T + bias into y [M, N] by `torch.matmul`, with the weights of `outputs_at_once` outputs (16 divides it)
+    in memory at a time: x [M, K] fp16 or bf16."""
+    (in_features, out_features), tile = (rows.shape[1], y.shape[1]), outputs_at_once
+    weight = rows.new_empty((min(tile, out_features), in_features))
+    for start in range(0, out_features, tile):
+        part = weight[: min(tile, out_features - start)]
+        launch(planes, coefficients, scales, group_size, start, part)
+        out = y[:, start : start + tile]
+        if bias is None:
+            torch.mm(rows, part.T, out=out)
+        else:
+            torch.addmm(bias[start : start + tile], rows, part.T, out=out)
