@@ -52,7 +52,7 @@ def embedding_kernel(
 def launch(ids: Tensor, planes: Tensor, coefficients: Tensor, scales: Tensor, group_size: int, y: Tensor) -> None:
     """Write rows `ids` [M] (int32 or int64; zeros for those not in 0..N-1) of the weight into y [M, K]."""
     embedding_kernel[(ids.numel(),)](
-        ids,
+        ids.contiguous(),
         planes,
         coefficients,
         scales,
