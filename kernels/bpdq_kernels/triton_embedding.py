@@ -63,4 +63,5 @@ def launch(ids: Tensor, planes: Tensor, coefficients: Tensor, scales: Tensor, gr
         GROUP=group_size,
         UNITS=8,
         num_warps=4,
+        enable_fp_fusion=True,
     )

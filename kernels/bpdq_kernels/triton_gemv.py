@@ -259,7 +259,7 @@ def dot_unit(
 def options(config: Gemv) -> dict[str, int]:
     """Compiler options: registers for two blocks of eight warps or three of four on a multiprocessor. Left to itself,
     ptxas would rather spill one than take more than 80 (one tile of k = 3 at G = 64)."""
-    return {"num_warps": config.warps, "maxnreg": 128 if config.warps == 8 else 168}
+    return {"num_warps": config.warps, "maxnreg": 128 if config.warps == 8 else 168, "enable_fp_fusion": True}
 
 
 def launch(

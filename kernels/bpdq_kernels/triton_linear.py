@@ -106,6 +106,11 @@ def tile_for(tokens: int, dtype: torch.dtype) -> Tile:
     return next((tile for tile in tiles if tile.m >= tokens), tiles[-1])
 
 
+def options(tile: Tile) -> dict[str, int]:
+    """Compiler options."""
+    return {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
+
+
 def stored_linear(x: Tensor, B: Tensor, c: Tensor, group_size: int, bias: Tensor | None) -> Tensor:
     """y [..., N] = x [..., K] @ W.T + bias [N] in x.dtype (fp32, fp16 or bf16), accumulated in fp32.
 
@@ -141,7 +146,6 @@ def stored_linear(x: Tensor, B: Tensor, c: Tensor, group_size: int, bias: Tensor
             TILE_N=tile.n,
             TILE_K=min(tile.k, group_size),
             INTERPRETED=not isinstance(linear_kernel, triton.JITFunction),
-            num_warps=tile.warps,
-            num_stages=tile.stages,
+            **options(tile),
         )
     return y
