@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["ids_ptr"])
 def embedding_kernel(
     ids_ptr: tl.tensor,
     planes_ptr: tl.tensor,
