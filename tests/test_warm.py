@@ -185,25 +185,25 @@ def test_nothing_is_compiled_for_other_devices(device: str, requested: set[tuple
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
-@pytest.mark.parametrize("layer", [*LAYERS[::2], LAYERS[3], Layer(2, 64, 1024, 1024, FP32)], ids=str)
-def test_no_request_on_a_gpu_compiles_anything(layer: Layer, bias: bool, compiled: list[str]):
+@pytest.mark.parametrize("layer", [LAYERS[0], *LAYERS[2:], Layer(2, 64, 1024, 1024, FP32)], ids=str)
+def test_no_request_on_a_gpu_compiles_anything(layer: Layer, compiled: list[str]):
     for kernel in KERNELS:
         kernel.device_caches.clear()  # of other tests
     packed = bpdq_kernels.prepare(*random_layer(layer), layer.group, layer.K, layer.dtype, "cuda")
-    b = torch.zeros(layer.N, dtype=layer.dtype, device="cuda") if bias else None
-    bpdq_kernels.warm_up(packed, b)
+    bias = torch.zeros(layer.N, dtype=layer.dtype, device="cuda")
+    bpdq_kernels.warm_up(packed, bias)
     bpdq_kernels.warm_up_embedding(packed, layer.dtype)
     ahead = len(compiled)
-    assert {*compiled} == (
+    assert {*compiled} >= (
         {"linear_kernel"} if layer.dtype == FP32 else {"embedding_kernel", "gemm_kernel", "gemv_kernel"}
     )
-    bpdq_kernels.warm_up(packed, b)
+    bpdq_kernels.warm_up(packed, bias)
     x = torch.zeros(2048, layer.K, dtype=layer.dtype, device="cuda")
     for tokens in (*range(1, 601), 1024, 2000, 2048):
         bpdq_kernels.linear(x[:tokens], packed)
-        bpdq_kernels.linear(x[:tokens], packed, b)
-    for ids in (torch.tensor([3]), torch.arange(40).view(4, 10), torch.arange(40)[7:]):
-        bpdq_kernels.embedding(ids.cuda(), packed, layer.dtype)
+        bpdq_kernels.linear(x[:tokens], packed, bias)
+    ids = torch.arange(40, device="cuda")
+    for part in (ids[3:4], ids.view(4, 10), ids[7:], ids[::2]):
+        bpdq_kernels.embedding(part, packed, layer.dtype)
     torch.cuda.synchronize()
     assert compiled[ahead:] == []

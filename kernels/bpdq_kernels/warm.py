@@ -3,6 +3,7 @@
 Triton compiles when it first launches. Its passes and ptxas release the interpreter lock, so threads share that work;
 then each kernel runs once, on a token of zeros, which loads its machine code. What Triton has compiled in this process
 or finds in its folder is not compiled again, so that the layers of a model that are alike cost their launches alone.
+Needs Triton 3.5 or newer.
 """
 
 from collections.abc import Callable, Iterable, Iterator
