@@ -5,6 +5,7 @@ import torch
 from vllm.model_executor.layers import vocab_parallel_embedding
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
+import vllm_bpdq.embedding
 from bpdq_kernels.format import Format, Scheme
 from bpdq_quantizer.cli import main
 from generate import transformers_tokens, vllm_tokens
@@ -61,6 +62,18 @@ def test_ranks_of_the_lm_head_give_their_part_of_the_logits(rank, tp_size):
         expected = x @ W[tp_rank * rows : (tp_rank + 1) * rows].T
         assert logits.shape == (4, rows)
         torch.testing.assert_close(logits[:, : expected.shape[1]], expected, rtol=1e-5, atol=1e-4)
+
+
+def test_a_tables_kernels_are_warmed_up_for_looking_up_and_for_multiplying(rank, monkeypatch):
+    warmed = []
+    monkeypatch.setattr(vllm_bpdq.linear, "warm_up", lambda packed, bias: warmed.append(bias))
+    monkeypatch.setattr(vllm_bpdq.embedding, "warm_up_embedding", lambda packed, dtype: warmed.append(dtype))
+    B, c, _ = stored(VOCABULARY, HIDDEN, TABLE.group_size, TABLE.bits)
+    quant = tables("model.embed_tokens")
+    layer = VocabParallelEmbedding(VOCABULARY, HIDDEN, torch.bfloat16, quant_config=quant, prefix="model.embed_tokens")
+    load(layer, B, c)
+    finish(layer)
+    assert warmed == [None, torch.bfloat16]
 
 
 def test_tables_stay_in_16_bits_unless_named(rank):

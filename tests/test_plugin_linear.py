@@ -19,6 +19,7 @@ from vllm.model_executor.model_loader.reload.layerwise import (
     record_metadata_for_reloading,
 )
 
+import vllm_bpdq.linear
 from ranks import become, config, finish, load, stored
 
 QKV = {"q": 128, "k": 64, "v": 64}  # 4 query and 2 key/value heads of 32
@@ -180,6 +181,21 @@ def test_loaded_tensors_stay_parameters_of_the_layer(rank):
     finish(layer)
     assert {name for name, _ in layer.named_parameters()} == {"B", "c"}
     assert list(layer.buffers()) == []
+
+
+def test_kernels_are_warmed_up_once_with_the_bias_of_the_layer(rank, monkeypatch):
+    """On a GPU, a specialization that loading leaves out is compiled while the first request waits."""
+    warmed = []
+    monkeypatch.setattr(vllm_bpdq.linear, "warm_up", lambda packed, bias: warmed.append((packed, bias)))
+    for bias in True, False:
+        layer = ColumnParallelLinear(128, 64, bias=bias, quant_config=config(), prefix="m.up_proj")
+        load(layer, *stored(64, 128, 64)[:2])
+        finish(finish(layer))
+        ((packed, warmed_bias),) = warmed
+        assert packed.planes.data_ptr() == layer.B.data_ptr()
+        assert packed[3:] == layer.quant_method.packed(layer)[3:]
+        assert warmed_bias is layer.bias
+        warmed.clear()
 
 
 def test_processing_a_loaded_layer_twice_changes_nothing(rank):

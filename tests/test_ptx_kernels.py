@@ -32,7 +32,8 @@ def compiled(
         attrs={(i,): [["tt.divisibility", 16]] for i in range(len(types)) if aligned},
     )
     target = GPUTarget("cuda", 86, 32)
-    return triton.compile(source, target=target, options={"num_warps": warps, "num_stages": 3})
+    options = {"num_warps": warps, "num_stages": 3, "enable_fp_fusion": True}
+    return triton.compile(source, target=target, options=options)
 
 
 def run(

@@ -85,6 +85,9 @@ def test_prepare_refuses_what_no_kernel_takes():
         bpdq_kernels.prepare(B, c, 48, 96)
     with pytest.raises(ValueError, match=r"activations in torch.float64 are not supported: use float32, float16"):
         bpdq_kernels.prepare(B, c, 64, 96, dtype=torch.float64)
+    for planes in (0, 5):
+        with pytest.raises(ValueError, match=f"{planes} bit-planes: 1 to 4 are supported"):
+            bpdq_kernels.prepare(*random_layer(planes, 32, 8, 96), 32, 96)
     with pytest.raises(ValueError, match=r"B torch.int64 \(3, 2, 8\) and c"):
         bpdq_kernels.prepare(B.long(), c, 64, 96)
 

@@ -206,6 +206,16 @@ def interpret_embedding() -> None:
         assert not y[5:].any(), "rows that the table does not have"
 
 
+def interpret_embedding_of_strided_ids() -> None:
+    layer = Layer(2, 64, 40, 64, BF16)
+    p = problem(layer, 1, bias=False)
+    ids = torch.randint(0, layer.N, (5, 3), generator=torch.Generator().manual_seed(0))
+    y = torch.full((5, layer.K), float("nan"))
+    triton_embedding.launch(ids[:, 1], *to_tiles(p.B, p.c, layer.group, layer.dtype), layer.group, y)
+    W = reference.dequantize(p.B, p.c, layer.group, layer.K)
+    torch.testing.assert_close(y, W[ids[:, 1]], rtol=2e-6, atol=1e-6 * W.abs().max().item())
+
+
 @pytest.mark.parametrize(("layer", "tokens"), INTERPRETED, ids=str)
 def test_interpreted_kernels_agree_with_the_oracle(layer: Layer, tokens: int, interpreter: ProcessPoolExecutor):
     interpreter.submit(interpret, layer, tokens).result()
@@ -221,6 +231,10 @@ def test_infinity_and_nan_are_passed_on_and_zeros_give_zeros(interpreter: Proces
 
 def test_embedding_rows_are_those_of_the_oracle(interpreter: ProcessPoolExecutor):
     interpreter.submit(interpret_embedding).result()
+
+
+def test_a_column_of_ids_looks_up_its_own_rows(interpreter: ProcessPoolExecutor):
+    interpreter.submit(interpret_embedding_of_strided_ids).result()
 
 
 # --- compiled for sm_86, executed on the CPU ------------------------------------------------------------------------

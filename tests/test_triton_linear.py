@@ -12,7 +12,7 @@ from triton.compiler import ASTSource, CompiledKernel, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from bpdq_kernels import layout, reference
-from bpdq_kernels.triton_linear import TILES_16BIT, TILES_FP32, Tile, linear_kernel, stored_linear, tile_for
+from bpdq_kernels.triton_linear import TILES_16BIT, TILES_FP32, Tile, linear_kernel, options, stored_linear, tile_for
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
@@ -162,8 +162,7 @@ def compile_offline(
         constexprs=constants,
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in divisible},
     )
-    options = {"num_warps": tile.warps, "num_stages": tile.stages}
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options(tile))
 
 
 def spills(sass: str) -> list[str]:

@@ -7,7 +7,7 @@ from torch.nn import Module
 from torch.nn.functional import pad
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
-from bpdq_kernels import embedding
+from bpdq_kernels import embedding, warm_up_embedding
 from vllm_bpdq.linear import BPDQLinearMethod, StoredParameter
 
 
@@ -29,6 +29,11 @@ class BPDQEmbeddingMethod(BPDQLinearMethod):
             load_vocabulary(layer, param, loaded_weight)
 
         super().create_weights(layer, *sizes, **{**extra_weight_attrs, "weight_loader": load})
+
+    def process_weights_after_loading(self, layer: Module) -> None:
+        """As for a linear layer, which a tied table is too."""
+        super().process_weights_after_loading(layer)
+        warm_up_embedding(self.packed(layer), layer.params_dtype)
 
     def embedding(self, layer: Module, input_: Tensor) -> Tensor:
         """Rows `input_` (any shape, of this rank) of the table: [*input_.shape, K] in the layer's dtype."""

@@ -18,7 +18,7 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.parameter import ModelWeightParameter
 
-from bpdq_kernels import Packed, linear, prepare
+from bpdq_kernels import Packed, linear, prepare, warm_up
 from bpdq_kernels.format import Scheme, check, check_coefficients, check_planes
 from bpdq_kernels.layout import WORD, coefficient_shape, plane_shape, refine, trim
 
@@ -141,7 +141,7 @@ class BPDQLinearMethod(LinearMethodBase):
         layer.register_parameter("c", StoredParameter(data=c, weight_loader=loader, parts=parts, fit=fit_coefficients))
 
     def process_weights_after_loading(self, layer: Module) -> None:
-        """Check that every part arrived, whole and finite, and prepare it for the kernels.
+        """Check that every part arrived, whole and finite, prepare it for the kernels and compile those.
 
         Loaders that fill parameters themselves (`--load-format dummy`) never call a weight loader; for them, only
         coefficients that are still NaN count as missing. Raises ValueError naming the tensor and the remedy.
@@ -170,6 +170,7 @@ class BPDQLinearMethod(LinearMethodBase):
             layer.scales = Parameter(packed.scales, requires_grad=False)
         layer.B.prepared = layer.c.prepared = True
         layer.B.loaded = layer.c.loaded = frozenset()  # a later reload is checked anew
+        warm_up(packed, getattr(layer, "bias", None))
 
     def apply(self, layer: Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """y [..., N] = x [..., K] @ W.T + bias, of this rank's K and N."""

@@ -2,5 +2,6 @@
 
 from bpdq_kernels.ops import Packed, embedding, linear, prepare, stored_linear
 from bpdq_kernels.reference import dequantize
+from bpdq_kernels.warm import warm_up, warm_up_embedding
 
-__all__ = ["Packed", "dequantize", "embedding", "linear", "prepare", "stored_linear"]
+__all__ = ["Packed", "dequantize", "embedding", "linear", "prepare", "stored_linear", "warm_up", "warm_up_embedding"]

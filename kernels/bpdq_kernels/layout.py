@@ -39,8 +39,11 @@ def coefficient_shape(in_features: int, out_features: int, planes: int, group_si
 
 
 def check_layer(B: Tensor, c: Tensor, group_size: int, in_features: int) -> None:
-    """Raise ValueError unless B and c hold a layer of `in_features` inputs; padding past them is accepted."""
+    """Raise ValueError unless B and c hold a layer of `in_features` inputs and 1 to 4 planes; padding past the inputs
+    is accepted."""
     words, planes, n = plane_shape(in_features, B.shape[2], B.shape[1])
+    if not 1 <= planes <= MAX_PLANES:
+        raise ValueError(f"B {tuple(B.shape)} has {planes} bit-planes: 1 to {MAX_PLANES} are supported")
     groups = coefficient_shape(in_features, n, planes, group_size)[0]
     if B.dtype != torch.int32 or B.shape[0] < words or c.shape[0] < groups or c.shape[1:] != (planes + 1, n):
         raise ValueError(

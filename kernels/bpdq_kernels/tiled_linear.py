@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bpdq_kernels import triton_gemm, triton_gemv
-from bpdq_kernels.tuning import gemm_config, gemv_config
+from bpdq_kernels.tuning import Gemm, Gemv, linear_config
 
 _ALIGNED = 8  # activations of 16 bits in 16 bytes
 
@@ -40,20 +40,34 @@ def tiled_linear(
         )
     y = x.new_empty((*x.shape[:-1], out_features))
     rows = x.reshape(-1, x.shape[-1])
-    tokens = len(rows)
+    tokens, in_features = rows.shape
     if not tokens:
         return y
     with torch.cuda.device_of(x):
-        sms, arch = machine(x.device)
-        if tokens == 1:
-            config = gemv_config(coefficients.shape[3] - 1, group_size, out_features, rows.shape[1], sms, arch)
-            triton_gemv.launch(rows[0].contiguous(), planes, coefficients, scales, group_size, bias, y.view(-1), config)
-        else:
-            config = gemm_config(tokens, out_features, sms)
-            triton_gemm.launch(
-                aligned(rows), planes, coefficients, scales, group_size, bias, y.view(-1, out_features), config
-            )
+        layer = (coefficients.shape[3] - 1, group_size, out_features, in_features)
+        config = linear_config(tokens, *layer, *machine(x.device))
+        launch(rows, planes, coefficients, scales, group_size, bias, y.view(-1, out_features), config)
     return y
+
+
+def launch(
+    rows: Tensor,
+    planes: Tensor,
+    coefficients: Tensor,
+    scales: Tensor,
+    group_size: int,
+    bias: Tensor | None,
+    y: Tensor,
+    config: Gemv | Gemm,
+    compile_only: bool = False,
+) -> None:
+    """Write rows [M, K] W^T + bias into y [M, N] as `config` says, one row where it is a Gemv; or only compile that."""
+    if isinstance(config, Gemv):
+        x, y = rows[0].contiguous(), y[0]
+        triton_gemv.launch(x, planes, coefficients, scales, group_size, bias, y, config, compile_only)
+    else:
+        x = aligned(rows)
+        triton_gemm.launch(x, planes, coefficients, scales, group_size, bias, y, config, compile_only)
 
 
 def aligned(rows: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from bpdq_kernels.warp import input_of_bit
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["ids_ptr"])
 def embedding_kernel(
     ids_ptr: tl.tensor,
     planes_ptr: tl.tensor,
@@ -54,7 +54,7 @@ def embedding_kernel(
 def launch(ids: Tensor, planes: Tensor, coefficients: Tensor, scales: Tensor, group_size: int, y: Tensor) -> None:
     """Write rows `ids` [M] (int32 or int64; zeros for those not in 0..N-1) of the weight into y [M, K]."""
     embedding_kernel[(ids.numel(),)](
-        ids,
+        ids.contiguous(),
         planes,
         coefficients,
         scales,
@@ -65,4 +65,5 @@ def launch(ids: Tensor, planes: Tensor, coefficients: Tensor, scales: Tensor, gr
         GROUP=group_size,
         UNITS=8,
         num_warps=4,
+        enable_fp_fusion=True,
     )

@@ -32,7 +32,7 @@ from bpdq_kernels.tuning import Gemm, cdiv
 from bpdq_kernels.warp import fma_pair, load4, load_planes, mma, prefetch, rotate_left, stack
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "stride_x"])
 def gemm_kernel(
     x_ptr: tl.tensor,
     planes_ptr: tl.tensor,
@@ -219,12 +219,13 @@ def launch(
     bias: Tensor | None,
     y: Tensor,
     config: Gemm,
+    compile_only: bool = False,
 ) -> None:
     """Write X W^T + bias into y [M, N]: x [M, K] fp16 or bf16, rows contiguous and 16-byte aligned (8 divides K); the
-    layer as in `bpdq_kernels.layout.Tiles`."""
+    layer as in `bpdq_kernels.layout.Tiles`. `compile_only`: make the kernel and don't run it."""
     (tokens, in_features), out_features = x.shape, y.shape[1]
     tiles_per_block = config.tiles * config.warps // config.split
-    gemm_kernel[(cdiv(tokens, config.tokens), cdiv(out_features, 16 * tiles_per_block))](
+    gemm_kernel.run(
         x,
         planes,
         coefficients.view(torch.int32),
@@ -243,5 +244,7 @@ def launch(
         WARPS=config.warps,
         SPLIT=config.split,
         WHOLE=in_features % 128 == 0,
+        grid=(cdiv(tokens, config.tokens), cdiv(out_features, 16 * tiles_per_block)),
+        warmup=compile_only,
         **options(config),
     )

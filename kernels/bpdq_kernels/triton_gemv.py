@@ -47,7 +47,7 @@ from bpdq_kernels.warp import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["x_ptr"])
 def gemv_kernel(
     x_ptr: tl.tensor,
     planes_ptr: tl.tensor,
@@ -264,7 +264,7 @@ def dot_unit(
 def options(config: Gemv) -> dict[str, int]:
     """Compiler options: registers for two blocks of eight warps or three of four on a multiprocessor. Left to itself,
     ptxas would rather spill one than take more than 80 (one tile of k = 3 at G = 64)."""
-    return {"num_warps": config.warps, "maxnreg": 128 if config.warps == 8 else 168}
+    return {"num_warps": config.warps, "maxnreg": 128 if config.warps == 8 else 168, "enable_fp_fusion": True}
 
 
 def launch(
@@ -276,10 +276,12 @@ def launch(
     bias: Tensor | None,
     y: Tensor,
     config: Gemv,
+    compile_only: bool = False,
 ) -> None:
-    """Write W x + bias into y [N]: x [K] contiguous, fp16 or bf16; the layer as in `bpdq_kernels.layout.Tiles`."""
+    """Write W x + bias into y [N]: x [K] contiguous, fp16 or bf16; the layer as in `bpdq_kernels.layout.Tiles`.
+    `compile_only`: make the kernel and don't run it."""
     in_features, out_features = x.numel(), y.numel()
-    gemv_kernel[(cdiv(out_features, 16 * config.tiles),)](
+    gemv_kernel.run(
         x,
         planes,
         coefficients.view(torch.int32),
@@ -294,5 +296,7 @@ def launch(
         TILES=config.tiles,
         WARPS=config.warps,
         WHOLE=in_features % 128 == 0,
+        grid=(cdiv(out_features, 16 * config.tiles),),
+        warmup=compile_only,
         **options(config),
     )

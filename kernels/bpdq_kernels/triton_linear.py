@@ -106,6 +106,11 @@ def tile_for(tokens: int, dtype: torch.dtype) -> Tile:
     return next((tile for tile in tiles if tile.m >= tokens), tiles[-1])
 
 
+def options(tile: Tile) -> dict[str, int]:
+    """Compiler options."""
+    return {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
+
+
 def stored_linear(x: Tensor, B: Tensor, c: Tensor, group_size: int, bias: Tensor | None) -> Tensor:
     """y [..., N] = x [..., K] @ W.T + bias [N] in x.dtype (fp32, fp16 or bf16), accumulated in fp32.
 
@@ -114,7 +119,7 @@ def stored_linear(x: Tensor, B: Tensor, c: Tensor, group_size: int, bias: Tensor
     """
     if not (B.is_contiguous() and c.is_contiguous()):
         raise ValueError("bit-planes B and coefficients c must be contiguous: build them with bpdq_kernels.prepare")
-    in_features, (_, planes, out_features) = x.shape[-1], B.shape
+    in_features, out_features = x.shape[-1], B.shape[2]
     rows = x.reshape(-1, in_features)
     if rows.stride(1) != 1:
         rows = rows.contiguous()
@@ -122,26 +127,41 @@ def stored_linear(x: Tensor, B: Tensor, c: Tensor, group_size: int, bias: Tensor
     tokens = rows.shape[0]
     if tokens == 0:
         return y
-    tile = tile_for(tokens, x.dtype)
-    grid = (triton.cdiv(tokens, tile.m), triton.cdiv(out_features, tile.n))
     with torch.cuda.device_of(x):
-        linear_kernel[grid](
-            rows,
-            B,
-            c,
-            bias,
-            y,
-            tokens,
-            out_features,
-            in_features,
-            rows.stride(0),
-            PLANES=planes,
-            GROUP=group_size,
-            TILE_M=tile.m,
-            TILE_N=tile.n,
-            TILE_K=min(tile.k, group_size),
-            INTERPRETED=not isinstance(linear_kernel, triton.JITFunction),
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-        )
+        launch(rows, B, c, group_size, bias, y.view(-1, out_features), tile_for(tokens, x.dtype))
     return y
+
+
+def launch(
+    x: Tensor,
+    B: Tensor,
+    c: Tensor,
+    group_size: int,
+    bias: Tensor | None,
+    y: Tensor,
+    tile: Tile,
+    compile_only: bool = False,
+) -> None:
+    """Write x [M, K] W^T + bias into y [M, N]: x with unit stride along K, y, B and c contiguous.
+    `compile_only`: make the kernel and don't run it."""
+    (tokens, in_features), out_features = x.shape, y.shape[1]
+    linear_kernel.run(
+        x,
+        B,
+        c,
+        bias,
+        y,
+        tokens,
+        out_features,
+        in_features,
+        x.stride(0),
+        PLANES=B.shape[1],
+        GROUP=group_size,
+        TILE_M=tile.m,
+        TILE_N=tile.n,
+        TILE_K=min(tile.k, group_size),
+        INTERPRETED=not isinstance(linear_kernel, triton.JITFunction),
+        grid=(triton.cdiv(tokens, tile.m), triton.cdiv(out_features, tile.n)),
+        warmup=compile_only,
+        **options(tile),
+    )

@@ -4,11 +4,13 @@ A block computes some tiles of 16 outputs; its warps share the inputs among them
 largest tile is taken that still gives every multiprocessor about the same number of blocks.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 from bpdq_kernels.layout import TILE_INPUTS, TILE_ROWS
 
 MIN_BALANCE = 0.85  # of the multiprocessors' time, if a block takes as long on each
+MAX_TOKENS = 1 << 15  # of a batch whose kernel is compiled ahead
 MAX_COEFFICIENTS = 12  # registers of a thread for one unit's; as many are on their way for the next
 
 
@@ -78,3 +80,22 @@ def gemm_config(tokens: int, out_features: int, multiprocessors: int) -> Gemm:
             return Gemm(bucket, tiles, warps=8, split=8)
     tiles = tiles_per_block(out_features, (8, 2, 1), multiprocessors, copies=cdiv(tokens, 64))
     return Gemm(64, tiles=min(tiles, 2), warps=4, split=1 if tiles == 8 else 4)
+
+
+def linear_config(
+    tokens: int, planes: int, group_size: int, out_features: int, in_features: int, multiprocessors: int, arch: int
+) -> Gemv | Gemm:
+    """What a layer runs with for this many tokens."""
+    if tokens == 1:
+        return gemv_config(planes, group_size, out_features, in_features, multiprocessors, arch)
+    return gemm_config(tokens, out_features, multiprocessors)
+
+
+@cache
+def linear_configs(
+    planes: int, group_size: int, out_features: int, in_features: int, multiprocessors: int, arch: int
+) -> tuple[Gemv | Gemm, ...]:
+    """All that `linear_config` gives a layer for 1 to MAX_TOKENS tokens: past 64 it counts them in 64s."""
+    first = (*range(1, 65), *range(65, MAX_TOKENS, 64))
+    layer = (planes, group_size, out_features, in_features, multiprocessors, arch)
+    return tuple(dict.fromkeys(linear_config(tokens, *layer) for tokens in first))

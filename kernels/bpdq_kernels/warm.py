@@ -1,0 +1,60 @@
+"""Compilation before the first request: every kernel that the dispatch can pick for a layer, several at a time.
+
+Triton compiles when it first launches. Its passes and ptxas release the interpreter lock, so threads share that work;
+then each kernel runs once, on a token of zeros, which loads its machine code. What Triton has compiled in this process
+or finds in its folder is not compiled again, so that the layers of a model that are alike cost their launches alone.
+Needs Triton 3.5 or newer.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from bpdq_kernels.ops import Packed, embedding
+
+
+def warm_up(packed: Packed, bias: Tensor | None = None) -> None:
+    """Compile and load every kernel that `linear` can launch for this layer on its GPU, with and without `bias` [N]:
+    of the ranks of tensor parallelism, one adds it. Elsewhere nothing is to be done."""
+    if packed.planes.is_cuda:
+        with torch.cuda.device_of(packed.planes):
+            ahead = [*launches(packed, None), *(launches(packed, bias) if bias is not None else ())]
+            compile_all(ahead)
+            for launch in ahead:
+                launch()
+
+
+def warm_up_embedding(packed: Packed, dtype: torch.dtype) -> None:
+    """Compile and load the kernel of `embedding` for int64 ids and rows in `dtype`. Elsewhere nothing is to be done."""
+    if packed.planes.is_cuda:
+        embedding(torch.zeros(1, dtype=torch.int64, device=packed.planes.device), packed, dtype)
+
+
+def launches(packed: Packed, bias: Tensor | None) -> Iterator[Callable[..., None]]:
+    """Each kernel and configuration of a layer, for one token; all take `compile_only`."""
+    from bpdq_kernels import tiled_linear, triton_linear
+    from bpdq_kernels.tuning import linear_configs
+
+    planes, coefficients, scales, in_features, out_features, group_size = packed
+    dtype = torch.float32 if scales is None else coefficients.dtype
+    x = torch.zeros(1, in_features, dtype=dtype, device=planes.device)
+    y = x.new_empty(1, out_features)
+    if scales is None:
+        for tile in triton_linear.TILES_FP32:
+            yield partial(triton_linear.launch, x, planes, coefficients, group_size, bias, y, tile)
+        return
+    machine = tiled_linear.machine(planes.device)
+    for config in linear_configs(coefficients.shape[3] - 1, group_size, out_features, in_features, *machine):
+        yield partial(tiled_linear.launch, x, planes, coefficients, scales, group_size, bias, y, config)
+
+
+def compile_all(launches: Iterable[Callable[..., None]]) -> None:
+    """Compile the kernels of `launches` in parallel."""
+    from triton import AsyncCompileMode
+
+    with ThreadPoolExecutor() as pool, AsyncCompileMode(pool):
+        for launch in launches:
+            launch(compile_only=True)

@@ -1,0 +1,209 @@
+"""Loading compiles what requests run: by the keys under which Triton keeps compiled kernels, and for real (-m gpu)."""
+
+import functools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+import bpdq_kernels
+from bpdq_kernels import layout, tiled_linear, triton_embedding, warm
+from bpdq_kernels.triton_embedding import embedding_kernel
+from bpdq_kernels.triton_gemm import gemm_kernel
+from bpdq_kernels.triton_gemv import gemv_kernel
+from bpdq_kernels.triton_linear import linear_kernel, stored_linear
+
+FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
+KERNELS = (embedding_kernel, gemm_kernel, gemv_kernel, linear_kernel)
+
+
+class Layer(NamedTuple):
+    """The fields print as the test's name."""
+
+    planes: int
+    group: int
+    N: int
+    K: int
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"k{self.planes}-G{self.group}-N{self.N}-K{self.K}-{str(self.dtype)[6:]}"
+
+
+LAYERS = [
+    Layer(2, 128, 4608, 3584, BF16),
+    Layer(4, 256, 2048, 1856, FP16),  # 128 does not divide K
+    Layer(3, 64, 1000, 1100, FP16),  # 16 divides neither
+    Layer(1, 32, 70, 333, BF16),  # rows that are copied to be read in vectors
+]
+
+
+class OfflineDriver:
+    """What Triton asks of a GPU's driver before it launches; a device of its own, so that nothing compiled stays."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 86, 32)
+
+    def get_current_device(self) -> str:
+        return "offline"
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """CPU tensors taken for those of an RTX 3090: kernels can be compiled, not launched."""
+    monkeypatch.setattr(triton.runtime.driver, "_active", OfflineDriver())
+    yield
+    for kernel in KERNELS:
+        kernel.device_caches.pop("offline", None)
+
+
+@pytest.fixture
+def requested(offline: None, monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, str]]:
+    """The compilations that were asked for. None is done, and then Triton launches nothing."""
+    found = set()
+
+    def request(*, key: str, fn: object, **_: object) -> bool:
+        found.add((fn.name, key))
+        return True
+
+    monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", request)
+    return found
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kernels compiled, or read from Triton's folder, in the order in which they were ready."""
+    found = []
+
+    def ready(*, fn: object, **_: object) -> None:
+        found.append(fn.name)
+
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", ready)
+    return found
+
+
+def random_layer(layer: Layer) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shape = layout.plane_shape(layer.K, layer.N, layer.planes)
+    B = torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, generator=generator)
+    return B, torch.randn(layout.coefficient_shape(layer.K, layer.N, layer.planes, layer.group), generator=generator)
+
+
+@functools.cache
+def tiled(layer: Layer) -> bpdq_kernels.Packed:
+    """As `prepare` would pack it on a GPU, in CPU memory."""
+    tiles = layout.to_tiles(*random_layer(layer), layer.group, layer.dtype)
+    return bpdq_kernels.Packed(*tiles, layer.K, layer.N, layer.group)
+
+
+def compile_ahead(packed: bpdq_kernels.Packed, bias: torch.Tensor | None) -> None:
+    warm.compile_all(warm.launches(packed, bias))
+
+
+def zeros(layer: Layer, bias: torch.dtype | None) -> torch.Tensor | None:
+    return None if bias is None else torch.zeros(layer.N, dtype=bias)
+
+
+@pytest.mark.parametrize("machine", [(46, 86), (82, 86), (132, 90)], ids=str)
+@pytest.mark.parametrize(("layer", "bias"), [*zip(LAYERS, (BF16, None, FP16, FP32), strict=True)], ids=str)
+def test_no_batch_needs_a_kernel_that_loading_does_not_compile(
+    layer: Layer,
+    bias: torch.dtype | None,
+    machine: tuple[int, int],
+    requested: set[tuple[str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(tiled_linear, "machine", lambda device: machine)
+    packed, b = tiled(layer), zeros(layer, bias)
+    compile_ahead(packed, b)
+    ahead = requested.copy()
+    requested.clear()
+    x = torch.zeros(4096, layer.K, dtype=layer.dtype)
+    for tokens in sorted({*range(1, 70), *range(128, 4097, 64), *range(129, 4097, 64)}):
+        tiled_linear.tiled_linear(x[:tokens], *packed[:3], layer.N, layer.group, b)
+    assert {kernel for kernel, _ in requested} == {"gemv_kernel", "gemm_kernel"}
+    assert requested <= ahead
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_no_view_of_the_activations_needs_a_kernel_of_its_own(layer: Layer, requested: set[tuple[str, str]]):
+    packed = tiled(layer)
+    compile_ahead(packed, None)
+    ahead = requested.copy()
+    wide = torch.zeros(70, layer.K + 24, dtype=layer.dtype)
+    for start in (0, 1, 8):
+        for tokens in (1, 2, 70):
+            x = wide[:tokens, start : start + layer.K]
+            tiled_linear.tiled_linear(x, *packed[:3], layer.N, layer.group, None)
+    assert requested == ahead
+
+
+@pytest.mark.parametrize("bias", [None, FP32], ids=str)
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_no_batch_of_an_fp32_model_needs_a_kernel_that_loading_does_not_compile(
+    layer: Layer, bias: torch.dtype | None, requested: set[tuple[str, str]]
+):
+    packed, b = bpdq_kernels.Packed(*random_layer(layer), None, layer.K, layer.N, layer.group), zeros(layer, bias)
+    compile_ahead(packed, b)
+    ahead = requested.copy()
+    x = torch.zeros(130, layer.K)
+    for tokens in (*range(1, 12), 63, 64, 65, 130):
+        stored_linear(x[:tokens], *packed[:2], layer.group, b)
+    assert {kernel for kernel, _ in requested} == {"linear_kernel"}
+    assert requested == ahead
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_one_look_up_compiles_the_embedding_for_all(layer: Layer, requested: set[tuple[str, str]]):
+    tiles = tiled(layer)[:3]
+    ids = torch.zeros(100, dtype=torch.int64)
+    for part in (ids[:1], ids, ids[3:], ids[1:6], ids[::2]):
+        triton_embedding.launch(part, *tiles, layer.group, torch.empty(len(part), layer.K, dtype=layer.dtype))
+    assert len(requested) == 1
+
+
+def test_layers_that_are_alike_are_compiled_once(offline: None, compiled: list[str]):
+    for _ in range(2):
+        one_and_few = list(warm.launches(tiled(Layer(1, 128, 64, 128, BF16)), None))[:2]
+        warm.compile_all(one_and_few)
+        assert sorted(compiled) == ["gemm_kernel", "gemv_kernel"]
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_nothing_is_compiled_for_other_devices(device: str, requested: set[tuple[str, str]]):
+    B, c = random_layer(LAYERS[2])
+    packed = bpdq_kernels.prepare(B, c, LAYERS[2].group, LAYERS[2].K, FP16, device)
+    bpdq_kernels.warm_up(packed)
+    bpdq_kernels.warm_up_embedding(packed, FP16)
+    assert not requested
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layer", [LAYERS[0], *LAYERS[2:], Layer(2, 64, 1024, 1024, FP32)], ids=str)
+def test_no_request_on_a_gpu_compiles_anything(layer: Layer, compiled: list[str]):
+    for kernel in KERNELS:
+        kernel.device_caches.clear()  # of other tests
+    packed = bpdq_kernels.prepare(*random_layer(layer), layer.group, layer.K, layer.dtype, "cuda")
+    bias = torch.zeros(layer.N, dtype=layer.dtype, device="cuda")
+    bpdq_kernels.warm_up(packed, bias)
+    bpdq_kernels.warm_up_embedding(packed, layer.dtype)
+    ahead = len(compiled)
+    assert {*compiled} >= (
+        {"linear_kernel"} if layer.dtype == FP32 else {"embedding_kernel", "gemm_kernel", "gemv_kernel"}
+    )
+    bpdq_kernels.warm_up(packed, bias)
+    x = torch.zeros(2048, layer.K, dtype=layer.dtype, device="cuda")
+    for tokens in (*range(1, 601), 1024, 2000, 2048):
+        bpdq_kernels.linear(x[:tokens], packed)
+        bpdq_kernels.linear(x[:tokens], packed, bias)
+    ids = torch.arange(40, device="cuda")
+    for part in (ids[3:4], ids.view(4, 10), ids[7:], ids[::2]):
+        bpdq_kernels.embedding(part, packed, layer.dtype)
+    torch.cuda.synchronize()
+    assert compiled[ahead:] == []
