@@ -201,3 +201,13 @@ def test_code_in_a_model_folder_is_not_run(folder, tmp_path, capsys):
     (model / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     fails_with(capsys, "eval", model, "--text", folder / "text.txt", "--seq-len", "32")
     assert not (tmp_path / "ran").exists()
+
+
+def test_products_in_fp32_are_not_rounded_to_tf32_where_the_environment_allows_it(tmp_path, capsys):
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")  # as NVIDIA's containers do
+        main(["quantize", str(tmp_path / "none"), "--output", str(tmp_path / "out")])
+        assert torch.get_float32_matmul_precision() == "highest"
+    finally:
+        torch.set_float32_matmul_precision(before)

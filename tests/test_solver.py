@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bpdq_quantizer import hessian
+from bpdq_quantizer import grid, hessian
+from bpdq_quantizer import refine as refine_module
 from bpdq_quantizer.grid import (
     assign_codes,
     clustered,
@@ -344,3 +345,42 @@ def test_after_descent_no_single_column_can_be_improved_much():
             other = codes.clone()
             other[i] = code
             assert (row_loss(W.T, other, c, H, 32) >= loss * (1 - 1e-3)).all()
+
+
+@pytest.mark.parametrize("batch", [1, 3, 64])
+def test_coefficients_do_not_depend_on_how_many_rows_are_solved_in_a_call(batch, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    W, codes = torch.randn(16, 7, generator=generator), torch.randint(4, (16, 7), generator=generator)
+    whole = fit_coefficients(codes, W, torch.eye(16), 2, 1e-4, torch.bfloat16)
+    monkeypatch.setattr(grid, "BATCH", batch)
+    assert torch.equal(fit_coefficients(codes, W, torch.eye(16), 2, 1e-4, torch.bfloat16), whole)
+
+
+def test_refinement_does_not_depend_on_how_many_rows_are_refined_at_once(monkeypatch):
+    W, H = problem(24, 96)
+    one = quantize_linear(W, H, 2, 32, refinements=2)
+    monkeypatch.setattr(refine_module, "CHUNK_ELEMENTS", 7 * 96 * 3)
+    monkeypatch.setattr(refine_module, "CACHE_ELEMENTS", 2 * 96 * 3)
+    other = quantize_linear(W, H, 2, 32, refinements=2)
+    assert (one.codes != other.codes).float().mean() < 0.02, "rounding may decide between levels equally near"
+    torch.testing.assert_close(other.loss.sum(), one.loss.sum(), rtol=1e-3, atol=0)
+
+
+@pytest.mark.gpu
+def test_more_rows_than_a_launch_counts_are_solved_on_a_gpu():
+    generator = torch.Generator().manual_seed(0)
+    n = 70_000
+    W, codes = torch.randn(32, n, generator=generator), torch.randint(4, (32, n), generator=generator)
+    solved = [
+        fit_coefficients(codes.to(device), W.to(device), torch.eye(32, device=device), 2, 1e-4, torch.float32).cpu()
+        for device in ("cpu", "cuda")
+    ]
+    torch.testing.assert_close(solved[1], solved[0], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_a_layer_costs_the_same_on_a_gpu(bits):
+    W, H = problem(512, 160)
+    losses = [quantize_linear(W.to(d), H.to(d), bits, 64).loss.sum().item() for d in ("cpu", "cuda")]
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)

@@ -97,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _quantize(args: argparse.Namespace) -> dict[str, Any] | None:
+    torch.set_float32_matmul_precision("highest")  # NVIDIA's containers allow TF32, in which the solver goes astray
     if workers.rank():
         return workers.serve(workers.own_device(args.devices, args.device))
     options = {k: v for k, v in vars(args).items() if k not in ("run", "json")}

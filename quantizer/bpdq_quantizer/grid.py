@@ -17,6 +17,7 @@ from torch import Tensor
 
 INITIAL_BITS = 8
 CLUSTER_ROUNDS = 5
+BATCH = 1 << 15  # systems of equations in a call: of more than 65535, failures and wrong results on GPUs are on record
 
 Start = Callable[[Tensor, Tensor, int], Tensor]  # W [g, N], U [g, g] and bits -> codes [g, N] to begin with
 
@@ -74,7 +75,8 @@ def fit_coefficients(codes: Tensor, W: Tensor, whiten: Tensor, bits: int, alpha:
     A = gram.permute(2, 0, 1).contiguous()
     diagonal = A.diagonal(dim1=1, dim2=2)  # [N, k+1], a view
     diagonal.add_(alpha * diagonal.mean(1, keepdim=True))
-    return torch.linalg.solve(A, target.T).T.to(dtype).float().contiguous()
+    parts = zip(A.split(BATCH), target.T.split(BATCH), strict=True)
+    return torch.cat([torch.linalg.solve(*part) for part in parts]).T.to(dtype).float().contiguous()
 
 
 def assign_codes(W: Tensor, c: Tensor, U: Tensor, bits: int) -> Tensor:

@@ -313,14 +313,16 @@ def serve_command(model: str, m: Model, settings: Settings, kv_type: str, eager:
 
 
 def quantize_device_bytes(m: Model) -> int:
-    """What `bpdq quantize` needs where it solves: a block and its copy, one stage's matrices, a batch's activations.
-
-    A stage holds about four fp32 [K, K] (H and its factors) and four [N, K] (W, the target, what is left of it), and
-    four more of the rows that are refined at a time.
-    """
+    """What `bpdq quantize` needs where it solves: a block and its copy, one stage's matrices, a batch's activations."""
     block = m.linears[: len(m.linears) // m.attention.layers]
-    stage = max(4 * 4 * (k * k + n * k + min(n * k, REFINED_WEIGHTS)) for n, k in m.stages)
+    stage = max(stage_bytes(n, k) for n, k in m.stages)
     return 2 * m.itemsize * sum(n * k for n, k in block) + stage + ACTIVATION_BYTES
+
+
+def stage_bytes(n: int, k: int) -> int:
+    """Of that, a stage with weights [n, k]: about four fp32 [k, k] (H and its factors) and four [n, k] (W, the target,
+    what is left of it), and four more of the rows that are refined at a time."""
+    return 4 * 4 * (k * k + n * k + min(n * k, REFINED_WEIGHTS))
 
 
 def quantize_host_bytes(m: Model, calibration: tuple[int, int] = CALIBRATION, page_locked: bool = True) -> int:

@@ -13,7 +13,7 @@ Tensors are transposed as in `grid`: W [K, N], codes [K, N], c [ceil(K/G), k+1, 
 import torch
 from torch import Tensor
 
-from bpdq_quantizer.grid import features, level_table
+from bpdq_quantizer.grid import BATCH, features, level_table
 
 SWEEPS = 2  # of descent to a fit: 4 rounds of 2 end lower than 10 rounds of 1, in less time
 CHUNK_ELEMENTS = 1 << 26  # of the largest temporary: 256 MiB in fp32
@@ -26,9 +26,9 @@ def refine(
     """Alternate `joint_fit` and `descend` for `rounds` rounds; returns codes and c (rounded to `dtype`)."""
     K, N = W.shape
     groups, width, _ = c.shape
-    row_elements = max((groups * width) ** 2, K * width)
-    rows = max(1, CHUNK_ELEMENTS // row_elements)
-    fit_rows = max(1, CACHE_ELEMENTS // row_elements) if W.device.type == "cpu" else rows
+    rows = rows_at_once(K, width)
+    fit_elements = CACHE_ELEMENTS if W.device.type == "cpu" else CHUNK_ELEMENTS
+    fit_rows = min(BATCH, max(1, fit_elements // max((groups * width) ** 2, K * width)))
     codes, c = codes.clone(), c.clone()
     for start in range(0, N, rows):
         part = slice(start, start + rows)
@@ -47,6 +47,11 @@ def refine(
             best_loss = torch.where(better, loss, best_loss)
         codes[:, part], c[:, :, part] = best_codes, best_c
     return codes, c
+
+
+def rows_at_once(inputs: int, width: int) -> int:
+    """Rows that are refined together: all share a step's launches, `width` = k + 1 values a weight fit a temporary."""
+    return max(1, CHUNK_ELEMENTS // (inputs * width))
 
 
 def joint_fit(

@@ -215,6 +215,7 @@ def _receive(number: int, like: Solution, rows: int) -> Solution:
 
 def serve(device: torch.device | str) -> None:
     """Solve what rank 0 hands out, on `device`, until it says that all is done or its connection closes."""
+    torch.set_float32_matmul_precision("highest")
     store, number, size = next(dist.rendezvous("env://", timeout=STARTUP))
     store.set(f"worker {number}", "is there")
     with _group(store, number, size):
