@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bpdq_kernels.tuning import Gemm, cdiv
-from bpdq_kernels.warp import fma_pair, load4, load_planes, mma, prefetch, rotate_left, stack
+from bpdq_kernels.warp import fma_pair, load4, load_planes, mma, prefetch, rotate_left, stack, sum_last
 
 
 @triton.jit(do_not_specialize=["M", "stride_x"])
@@ -78,6 +78,11 @@ def gemm_kernel(
     acc = (tl.zeros([32 * WARPS], tl.float32),) * (TILES * TOKENS // 2)
     # with many tokens, other warps' multiplications hide the latency, and registers are short
     AHEAD: tl.constexpr = TOKENS < 64
+    X_AHEAD: tl.constexpr = TOKENS == 8
+    if X_AHEAD:
+        next_x = ()
+        for j in tl.static_range(4):
+            next_x = next_x + (load_run(x_rows, u, units, i, K, 0, j, WORDS, TOKENS, WHOLE),)
     if AHEAD:
         live = inside & (u < units)
         next_words = load_planes(planes_ptr, planes_stride, live, PLANES, TILES)
@@ -95,13 +100,16 @@ def gemm_kernel(
             words = load_planes(planes_ptr, planes_stride, live, PLANES, TILES)
             c = load_coefficients(coefficients_ptr, c_stride, i // GROUP, live, PLANES, TILES)
             planes_ptr += SPLIT * 64 * PLANES
+        if X_AHEAD:
+            x_runs = next_x
+            next_x = ()
+            for j in tl.static_range(4):
+                next_x = next_x + (load_run(x_rows, u, units, i, K, SPLIT, j, WORDS, TOKENS, WHOLE),)
         steps = ()
         for t in tl.static_range(TILES):
             steps = steps + (coefficient_steps(c[(PLANES + 1) * t : (PLANES + 1) * (t + 1)], PLANES, BF16),)
         for j in tl.static_range(4):
-            x = ()
-            for n in tl.static_range(TOKENS // 8):
-                x = x + (load4(x_rows[n], u < units if WHOLE else i + 8 * WORDS * j < K, 16 * WORDS * j),)
+            x = x_runs[j] if X_AHEAD else load_run(x_rows, u, units, i, K, 0, j, WORDS, TOKENS, WHOLE)
             sums = ()
             for t in tl.static_range(TILES):
                 turned = ()
@@ -119,16 +127,40 @@ def gemm_kernel(
         for n in tl.static_range(TOKENS // 8):
             next_rows = next_rows + (x_rows[n] + SPLIT * 128,)
         x_rows = next_rows
-    y = tl.sum(tl.reshape(stack(acc), [SPLIT, BESIDE * 32, TILES * TOKENS // 2]), 0)
+    y = tl.permute(tl.reshape(stack(acc), [SPLIT, BESIDE * 32, TILES * TOKENS // 2]), 1, 2, 0)
+    y = sum_last(y, BESIDE * 32, TILES * TOKENS // 2, SPLIT)
     # a lane's sums, slowest first: tile, eight tokens, row r or r + 8, token 2q or 2q + 1
     thread = tl.arange(0, BESIDE * 32)[:, None]
     s = tl.arange(0, TILES * TOKENS // 2)[None, :]
     row = (first_tile + thread // 32 * TILES + s // (TOKENS // 2)) * 16 + s // 2 % 2 * 8 + thread % 32 // 4
-    token = tl.program_id(0) * TOKENS + s % (TOKENS // 2) // 4 * 8 + thread % 4 * 2 + s % 2
+    token = s % (TOKENS // 2) // 4 * 8 + thread % 4 * 2 + s % 2
     y *= tl.load(scales_ptr + row, row < N, 0)
     if bias_ptr is not None:
         y += tl.load(bias_ptr + row, row < N, 0).to(tl.float32)
-    tl.store(y_ptr + token.to(tl.int64) * N + row, y.to(y_ptr.dtype.element_ty), (row < N) & (token < M))
+    first_token = tl.program_id(0) * TOKENS
+    y_ptr += first_token.to(tl.int64) * N
+    tl.store(y_ptr + token * N + row, y.to(y_ptr.dtype.element_ty), (row < N) & (token < M - first_token))
+
+
+@triton.jit
+def load_run(
+    x_rows: tl.tuple,
+    u: tl.tensor,
+    units: tl.tensor,
+    i: tl.tensor,
+    K: tl.tensor,
+    AHEAD: tl.constexpr,
+    J: tl.constexpr,
+    WORDS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    WHOLE: tl.constexpr,
+) -> tl.tuple:
+    """Activations of each eight tokens for the lane's run J of 8 inputs, in unit u + AHEAD; zeros past K."""
+    live = u + AHEAD < units if WHOLE else i + AHEAD * 128 + 8 * WORDS * J < K
+    x = ()
+    for n in tl.static_range(TOKENS // 8):
+        x = x + (load4(x_rows[n], live, 256 * AHEAD + 16 * WORDS * J),)
+    return x
 
 
 @triton.jit

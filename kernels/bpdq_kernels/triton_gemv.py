@@ -41,6 +41,7 @@ from bpdq_kernels.warp import (
     select_bits,
     select_bytes,
     stack,
+    sum_last,
     unpack_pair,
     warp_max,
     warp_sum,
@@ -116,7 +117,8 @@ def gemv_kernel(
         acc = sums_of_products
     y = tl.reshape(stack(acc), [WARPS, 8, 4, 2 * TILES])
     four_to_the_q = (1 << (2 * tl.arange(0, 4))).to(tl.float32)
-    y = tl.sum(tl.sum(y * four_to_the_q[None, None, :, None], 2), 0)
+    y = tl.permute(y * four_to_the_q[None, None, :, None], 1, 3, 0, 2)
+    y = sum_last(tl.reshape(y, [8, 2 * TILES, 4 * WARPS]), 8, 2 * TILES, 4 * WARPS)
     row = tile * 16 + 8 * tl.arange(0, 2 * TILES)[None, :] + tl.arange(0, 8)[:, None]
     y *= tl.load(scales_ptr + row, row < N, 0)
     if bias_ptr is not None:

@@ -326,3 +326,15 @@ def stack(values: tl.tuple) -> tl.tensor:
                 joined = joined + (tl.join(values[i], values[i + len(values) // 2]),)
             values = joined
     return values[0]
+
+
+@triton.jit
+def sum_last(x: tl.tensor, A: tl.constexpr, B: tl.constexpr, COUNT: tl.constexpr) -> tl.tensor:
+    """[A, B] sums of x [A, B, COUNT], a power of two of them: halves are added until one is left. (Between warps,
+    Triton's own reduction has bank conflicts or many barriers, depending on its version.)"""
+    y = x
+    for i in tl.static_range(8):
+        if COUNT >> i > 1:
+            first, second = tl.split(tl.reshape(y, [A, B, COUNT >> i + 1, 2]))
+            y = first + second
+    return tl.reshape(y, [A, B])
