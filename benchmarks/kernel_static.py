@@ -14,7 +14,7 @@ from benchmarks.sass import MACHINES, Code, Machine, clocks, ctas_per_sm, read_c
 from benchmarks.shapes import MODELS, Layer
 from bpdq_kernels import triton_gemm, triton_gemv
 from bpdq_kernels.layout import GROUP_SIZES, MAX_PLANES, TILE_INPUTS, TILE_ROWS
-from bpdq_kernels.tuning import Gemm, Gemv, balance, cdiv, gemm_config, gemv_config
+from bpdq_kernels.tuning import Gemm, Gemv, balance, cdiv, linear_config
 
 SWEEP_TOKENS = (1, 8, 16, 64)
 MIN_IN_FLIGHT = 7000  # bytes per SM that cover DRAM latency on an RTX 3090: 936 GB/s x 0.6 us / 82
@@ -79,9 +79,7 @@ class Kernel(NamedTuple):
 
 def config_for(tokens: int, layer: Layer, planes: int, group: int, multiprocessors: int, arch: int) -> Gemv | Gemm:
     """What `bpdq_kernels.tiled_linear` dispatches to."""
-    if tokens == 1:
-        return gemv_config(planes, group, layer.out_features, layer.in_features, multiprocessors, arch)
-    return gemm_config(tokens, layer.out_features, multiprocessors)
+    return linear_config(tokens, planes, group, layer.out_features, layer.in_features, multiprocessors, arch)
 
 
 @cache
@@ -152,8 +150,9 @@ def bars(variant: Variant) -> tuple[float, float] | None:
 
 
 def missed(kernel: Kernel, machine: Machine) -> list[str]:
-    """Bars that a kernel misses, in words: spills anywhere, pipes on an RTX 3090."""
+    """Bars that a kernel misses, in words: spills and subroutines anywhere, pipes on an RTX 3090."""
     found = [f"{kernel.code.spills} spills"] if kernel.code.spills else []
+    found += [f"{kernel.code.subroutines} subroutines"] if kernel.code.subroutines else []
     times, limits = over_dram(kernel, machine), bars(kernel.variant)
     if machine.arch != "sm_86":
         return found

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bpdq_kernels import triton_gemm, triton_gemv
-from bpdq_kernels.tuning import gemm_config, gemv_config
+from bpdq_kernels.tuning import Gemv, linear_config
 
 _ALIGNED = 8  # activations of 16 bits in 16 bytes
 
@@ -32,7 +32,8 @@ def tiled_linear(
     """y [..., N] = x [..., K] @ W.T + bias [N] in x.dtype (fp16 or bf16), accumulated in fp32.
 
     planes, coefficients, scales: `bpdq_kernels.layout.Tiles`. Allocates nothing but y, unless x's inputs are strided,
-    or for several tokens not aligned to 16 bytes. Raises ValueError if the layer was prepared for another dtype.
+    or its rows not aligned to 16 bytes (up to sm_90 one token may be). Raises ValueError if the layer was prepared for
+    another dtype.
     """
     if x.dtype != coefficients.dtype:
         raise ValueError(
@@ -45,11 +46,10 @@ def tiled_linear(
         return y
     with torch.cuda.device_of(x):
         sms, arch = machine(x.device)
-        if tokens == 1:
-            config = gemv_config(coefficients.shape[3] - 1, group_size, out_features, rows.shape[1], sms, arch)
+        config = linear_config(tokens, coefficients.shape[3] - 1, group_size, out_features, rows.shape[1], sms, arch)
+        if isinstance(config, Gemv):
             triton_gemv.launch(rows[0].contiguous(), planes, coefficients, scales, group_size, bias, y.view(-1), config)
         else:
-            config = gemm_config(tokens, out_features, sms)
             triton_gemm.launch(
                 aligned(rows), planes, coefficients, scales, group_size, bias, y.view(-1, out_features), config
             )

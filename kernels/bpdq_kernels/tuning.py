@@ -51,23 +51,38 @@ def tiles_per_block(out_features: int, candidates: tuple[int, ...], multiprocess
     )
 
 
-def gemv_config(
-    planes: int, group_size: int, out_features: int, in_features: int, multiprocessors: int, arch: int
-) -> Gemv:
+def linear_config(
+    tokens: int,
+    planes: int,
+    group_size: int,
+    out_features: int,
+    in_features: int,
+    multiprocessors: int,
+    arch: int,
+) -> Gemv | Gemm:
+    """The kernel for `tokens` (at least 1) and a layer; arch: compute capability, 86 for 8.6.
+
+    Binary tensor cores end with sm_90: from sm_100 on, ptxas emulates each of their MMAs in some fifty instructions.
+    """
+    if tokens == 1 and arch < 100:
+        return gemv_config(planes, group_size, out_features, in_features, multiprocessors)
+    return gemm_config(tokens, out_features, multiprocessors)
+
+
+def gemv_config(planes: int, group_size: int, out_features: int, in_features: int, multiprocessors: int) -> Gemv:
     """One tile always fits the registers; more only while a unit's coefficients leave room.
 
-    arch: compute capability, 86 for 8.6. From sm_90 on ptxas needs a few registers more, which blocks of eight warps
-    don't have.
+    Where these fill it, blocks have four warps: the 128 registers of eight are too few for some versions of ptxas.
     """
     coefficients = (planes + 1) * max(1, TILE_INPUTS // group_size)
     candidates = tuple(tiles for tiles in (4, 2, 1) if tiles == 1 or tiles * coefficients <= MAX_COEFFICIENTS)
     tiles = tiles_per_block(out_features, candidates, multiprocessors)
-    full = arch >= 90 and tiles * coefficients >= MAX_COEFFICIENTS
+    full = tiles * coefficients >= MAX_COEFFICIENTS
     return Gemv(tiles, warps=4 if full or in_features < 16 * TILE_INPUTS else 8)
 
 
 def gemm_config(tokens: int, out_features: int, multiprocessors: int) -> Gemm:
-    """Buckets of 2..8, 9..16, 17..32 and more tokens; 64 of those at a time.
+    """Buckets of up to 8, 9..16, 17..32 and more tokens; 64 of those at a time.
 
     Up to 32 tokens two tiles wherever that gives every multiprocessor a block, balanced or not: each halves how often
     activations are read, which with one tile are several times the weights' bytes.

@@ -1,0 +1,50 @@
+"""What the dispatch picks, compiled for every architecture: no register is spilled, no instruction emulated."""
+
+import itertools
+import multiprocessing
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+
+from bpdq_kernels.triton_linear import TILES_16BIT, TILES_FP32, Tile
+from bpdq_kernels.tuning import Gemm, Gemv, linear_config
+from tests.offline import BF16, FP16, FP32, GEMM, GEMV, Layer, fits, flaws
+
+ARCHITECTURES = [80, 86, 89, 90, 100, 120]
+PLANES, GROUPS = (1, 2, 3, 4), (32, 64, 128, 256)
+
+
+@pytest.fixture(scope="module")
+def compilers() -> Iterator[ProcessPoolExecutor]:
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_kernels_of_a_common_layer_spill_and_emulate_nothing(arch: int, compilers: ProcessPoolExecutor):
+    layer = Layer(2, 128, 37888, 3584, BF16)
+    tokens = (1, 8, 64)
+    kernels = {linear_config(m, layer.planes, layer.group, layer.N, layer.K, 82, arch) for m in tokens}
+    jobs = [*kernels, TILES_16BIT[0], TILES_16BIT[-1], None]
+    found = compilers.map(flaws, [arch] * len(jobs), jobs, [layer] * len(jobs))
+    assert not [*itertools.chain.from_iterable(found)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("kernel", [*GEMV, *GEMM, *TILES_16BIT, *TILES_FP32, None], ids=str)
+def test_nothing_that_the_dispatch_picks_spills_or_is_emulated(
+    arch: int, kernel: Gemv | Gemm | Tile | None, compilers: ProcessPoolExecutor
+):
+    if isinstance(kernel, Gemv) and arch >= 100:
+        pytest.skip("one token gets a Gemm")
+    dtypes = (FP32,) if kernel in TILES_FP32 else (BF16, FP16)
+    layers = [
+        Layer(planes, group, 4096, 4096, dtype) for planes, group, dtype in itertools.product(PLANES, GROUPS, dtypes)
+    ]
+    if isinstance(kernel, Gemv | Gemm):
+        layers = [layer for layer in layers if fits(kernel, layer.planes, layer.group)]
+    found = compilers.map(flaws, [arch] * len(layers), [kernel] * len(layers), layers)
+    assert not [*itertools.chain.from_iterable(found)]
