@@ -318,7 +318,7 @@ def test_activations_of_another_dtype_than_the_layer_was_prepared_for_are_refuse
 # --- for real -------------------------------------------------------------------------------------------------------
 
 
-# the first layer gets the largest tiles of an H100 or RTX 3090, the second the smallest
+# on an H100 the first layer gets the largest tiles, the second the smallest
 ON_A_GPU = [
     Layer(planes, group, 8448, 2048, dtype)
     for planes in (1, 2, 3, 4)
