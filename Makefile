@@ -1,8 +1,8 @@
-# Every target but clean first installs what it needs into .venv (scripts/install.sh), with PYTHON as its interpreter.
+# Every target but clean and gpu-check first installs what it needs into .venv (scripts/install.sh), with PYTHON as its interpreter.
 PYTHON ?= python3
 export PYTHON
 
-.PHONY: demo test test-slow lint install clean
+.PHONY: demo test test-slow gpu-check lint install clean
 
 demo: install
 	.venv/bin/python -m scripts.demo
@@ -12,6 +12,10 @@ test: lint
 
 test-slow: install
 	.venv/bin/python -m pytest -m slow
+
+# not after install: a bundle for a machine without a network takes its place
+gpu-check:
+	scripts/gpu_check.sh
 
 lint: install
 	.venv/bin/ruff check .

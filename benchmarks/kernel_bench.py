@@ -10,10 +10,14 @@ Without a GPU, what the compiled kernels would need of an RTX 3090 (sm_86) or an
 """
 
 import argparse
+import itertools
 import json
+import os
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -21,10 +25,11 @@ import torch
 import triton
 
 from benchmarks import kernel_static, kernel_timing
-from benchmarks.sass import MACHINES
-from benchmarks.shapes import MODELS
+from benchmarks.sass import MACHINES, Machine
+from benchmarks.shapes import MODELS, Layer
 from bpdq_kernels.layout import GROUP_SIZES, MAX_PLANES
 from bpdq_kernels.tiled_linear import machine
+from bpdq_kernels.tuning import Dense
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -69,6 +74,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", metavar="LIST", help=f"batch sizes ({GPU_TOKENS}; static: {STATIC_TOKENS})")
     parser.add_argument("--dtype", default="bfloat16", help="of activations: bfloat16 or float16 (%(default)s)")
     parser.add_argument("--static", metavar="ARCH", help=f"compile and count, no GPU: {', '.join(MACHINES)}")
+    parser.add_argument("--predict", action="store_true", help="timed: with the static model's figure beside each")
     parser.add_argument("--emit", type=Path, metavar="DIR", help="with --static: write cubins and manifest.json there")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     parser.add_argument(
@@ -92,6 +98,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             f and not f.absolute().parent.is_dir() for f in (args.json, args.plot)
         ),
         "--emit needs --static": bool(args.emit) and not args.static,
+        "--predict is of timed runs": args.predict and bool(args.static),
         "no CUDA GPU here: --static sm_86 predicts from compiled code": not gpu,
     }
     for problem, found in problems.items():
@@ -120,6 +127,7 @@ def static(args: argparse.Namespace) -> Row:
             for model in args.model
             for layer in (*MODELS[model].layers, MODELS[model].head)
             for m in args.tokens
+            if modelled(args, m, layer, machine)
         ],
         "models": [
             kernel_static.model_row(model, k, args.group_size, machine, dtype)
@@ -151,21 +159,54 @@ def timed(args: argparse.Namespace) -> Row:
         *machine(torch.device("cuda")),
         device.L2_cache_size,
     )
+    arch = f"sm_{settings.arch}"
+    predicted = predictions(args, MACHINES[arch]) if args.predict and arch in MACHINES else {}
     bandwidth = kernel_timing.copy_bandwidth("cuda", kernel_timing.graph_timer)
-    rows = []
-    for row in kernel_timing.time_models(args.model, settings, bandwidth):
-        rows.append(row)
-        print(f"{layer_name(row)}, {row['tokens']} tokens: {row['us']:.1f} us", file=sys.stderr, flush=True)
-    print(f"{device.name}, torch {torch.__version__}, Triton {triton.__version__}; medians; copies within the GPU's")
-    print(f"memory reach {bandwidth / 1e9:.0f} GB/s\n")
-    print(timed_table(rows))
-    return {
+    rate = kernel_timing.matmul_rate(settings.dtype, "cuda", kernel_timing.graph_timer)
+    report = {
         "device": device.name,
         "torch": torch.__version__,
         "triton": triton.__version__,
         "copy_bytes_per_s": bandwidth,
-        "rows": rows,
+        "matmul_flops_per_s": rate,
+        "rows": [],
     }
+    for row in kernel_timing.time_models(args.model, settings, bandwidth):
+        row |= {"of_matmul_rate": row["flops_per_s"] / rate}
+        row["predicted_us"] = predicted.get((row["model"], row["layer"]["name"], row["tokens"]))
+        report["rows"].append(row)
+        print(f"{layer_name(row)}, {row['tokens']} tokens: {row['us']:.1f} us", file=sys.stderr, flush=True)
+        if args.json:
+            args.json.write_text(json.dumps(report) + "\n")
+    print(f"{device.name}, torch {torch.__version__}, Triton {triton.__version__}; medians; copies within the GPU's")
+    print(f"memory reach {bandwidth / 1e9:.0f} GB/s, a product of matrices of 8192 x 8192 {rate / 1e12:.0f} TFLOP/s\n")
+    print(timed_table(report["rows"]))
+    return report
+
+
+def predictions(args: argparse.Namespace, machine: Machine) -> dict[tuple[str, str, int], float]:
+    """Microseconds by the static model, by model, layer and tokens, where a kernel of ours multiplies; compiled in as
+    many processes as there are cores."""
+    dtype = {"bfloat16": "bf16", "float16": "fp16"}[args.dtype]
+    layers = [(model, layer) for model in args.model for layer in (*MODELS[model].layers, MODELS[model].head)]
+    wanted = [(model, layer, m) for m in args.tokens for model, layer in layers if modelled(args, m, layer, machine)]
+    rest = (
+        itertools.repeat(args.bits),
+        itertools.repeat(args.group_size),
+        itertools.repeat(machine),
+        itertools.repeat(dtype),
+    )
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+        rows = pool.map(kernel_static.layer_row, [w[1] for w in wanted], [w[2] for w in wanted], *rest)
+        found = [row["predicted_us"] for row in rows]
+    return {(model, layer.name, m): us for (model, layer, m), us in zip(wanted, found, strict=True)}
+
+
+def modelled(args: argparse.Namespace, tokens: int, layer: Layer, machine: Machine) -> bool:
+    """Whether a kernel of ours multiplies, not torch.matmul, which the static model does not know."""
+    sms, arch = machine.multiprocessors, machine.capability
+    config = kernel_static.config_for(tokens, layer, args.bits, args.group_size, sms, arch)
+    return not isinstance(config, Dense)
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -218,11 +259,12 @@ def model_table(rows: Sequence[Row]) -> str:
 
 
 def timed_table(rows: Sequence[Row]) -> str:
-    head = ["layer", "tokens", "us", "matmul us", "speed-up", "GB/s", "of copy", "kernel"]
+    head = ["layer", "tokens", "us", "matmul us", "speed-up", "predicted us", "GB/s", "of copy", "of 8192^3", "kernel"]
     cells = []
     for row in rows:
         times = [f"{row['us']:.1f}", f"{row['matmul_us']:.1f}", f"{row['matmul_us'] / row['us']:.2f}"]
-        rates = [f"{row['bytes_per_s'] / 1e9:.0f}", f"{row['of_copy_bandwidth']:.0%}"]
+        times += [f"{row['predicted_us']:.1f}" if row["predicted_us"] else ""]
+        rates = [f"{row['bytes_per_s'] / 1e9:.0f}", f"{row['of_copy_bandwidth']:.0%}", f"{row['of_matmul_rate']:.0%}"]
         cells.append([layer_name(row), str(row["tokens"]), *times, *rates, row["kernel"]])
     return markdown(head, cells)
 

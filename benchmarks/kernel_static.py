@@ -14,7 +14,7 @@ from benchmarks.sass import MACHINES, Code, Machine, clocks, ctas_per_sm, read_c
 from benchmarks.shapes import MODELS, Layer
 from bpdq_kernels import triton_gemm, triton_gemv
 from bpdq_kernels.layout import GROUP_SIZES, MAX_PLANES, TILE_INPUTS, TILE_ROWS
-from bpdq_kernels.tuning import Gemm, Gemv, balance, cdiv, linear_config
+from bpdq_kernels.tuning import Config, Dense, balance, cdiv, linear_config
 
 SWEEP_TOKENS = (1, 8, 16, 64)
 MIN_IN_FLIGHT = 7000  # bytes per SM that cover DRAM latency on an RTX 3090: 936 GB/s x 0.6 us / 82
@@ -26,7 +26,7 @@ class Variant(NamedTuple):
 
     planes: int
     group: int
-    config: Gemv | Gemm
+    config: Config
     dtype: str = "bf16"
 
     @property
@@ -36,6 +36,8 @@ class Variant(NamedTuple):
 
     @property
     def name(self) -> str:
+        if isinstance(self.config, Dense):
+            return f"dense-k{self.planes}-g{self.group}-n{self.config.outputs}"
         tile = f"t{self.config.tiles}-w{self.config.warps}-s{self.split}"
         return f"{'gemv' if self.tokens == 1 else 'gemm'}-k{self.planes}-g{self.group}-m{self.tokens}-{tile}"
 
@@ -77,7 +79,7 @@ class Kernel(NamedTuple):
     ctas: int
 
 
-def config_for(tokens: int, layer: Layer, planes: int, group: int, multiprocessors: int, arch: int) -> Gemv | Gemm:
+def config_for(tokens: int, layer: Layer, planes: int, group: int, multiprocessors: int, arch: int) -> Config:
     """What `bpdq_kernels.tiled_linear` dispatches to."""
     return linear_config(tokens, planes, group, layer.out_features, layer.in_features, multiprocessors, arch)
 
@@ -116,7 +118,7 @@ def variants(models: Sequence[str], tokens: Sequence[int], planes: int, group: i
     wanted += [(k, g, m, widest) for k in range(1, MAX_PLANES + 1) for g in GROUP_SIZES for m in SWEEP_TOKENS]
     sms, arch = machine.multiprocessors, machine.capability
     chosen = [Variant(k, g, config_for(m, layer, k, g, sms, arch)) for k, g, m, layer in wanted]
-    return list(dict.fromkeys(chosen))
+    return [variant for variant in dict.fromkeys(chosen) if not isinstance(variant.config, Dense)]
 
 
 def over_dram(kernel: Kernel, machine: Machine) -> dict[str, float]:
@@ -150,8 +152,9 @@ def bars(variant: Variant) -> tuple[float, float] | None:
 
 
 def missed(kernel: Kernel, machine: Machine) -> list[str]:
-    """Bars that a kernel misses, in words: spills anywhere, pipes on an RTX 3090."""
+    """Bars that a kernel misses, in words: spills and subroutines anywhere, pipes on an RTX 3090."""
     found = [f"{kernel.code.spills} spills"] if kernel.code.spills else []
+    found += [f"{kernel.code.subroutines} subroutines"] if kernel.code.subroutines else []
     times, limits = over_dram(kernel, machine), bars(kernel.variant)
     if machine.arch != "sm_86":
         return found

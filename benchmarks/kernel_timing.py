@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.cuda_core import cuda_core_linear
 from benchmarks.kernel_static import Variant, config_for
 from benchmarks.shapes import MODELS, Layer
-from bpdq_kernels import Packed, dequantize, linear, prepare
+from bpdq_kernels import Packed, dequantize, linear, prepare, tiled_linear
 from bpdq_kernels.layout import coefficient_shape, plane_shape
-from bpdq_kernels.tuning import cdiv
+from bpdq_kernels.tuning import cdiv, gemm_config
+from bpdq_kernels.warm import warm_up
 
 Call = Callable[[], object]
 Timer = Callable[[dict[str, list[Call]]], dict[str, float]]
@@ -21,6 +23,7 @@ ROUNDS = 15  # replays of each graph
 MIN_CALLS = 20  # in a graph, so that starting it does not count
 L2_SIZES = 8  # other bytes that are read before a weight is read again, in sizes of the L2 cache
 COPY_BYTES = 1 << 30
+MATMUL_SIZE = 8192
 TOLERANCE = 0.01  # of the outputs' norm; rounding weights and outputs to bf16 costs 0.003
 
 
@@ -88,6 +91,12 @@ def copy_bandwidth(device: str, timer: Timer, size: int = COPY_BYTES) -> float:
     return 2 * size / timer({"copy": [partial(target.copy_, source)]})["copy"]
 
 
+def matmul_rate(dtype: torch.dtype, device: str, timer: Timer, size: int = MATMUL_SIZE) -> float:
+    """FLOP/s of a product of two square matrices."""
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / timer({"matmul": [partial(torch.matmul, a, b)]})["matmul"]
+
+
 def random_layer(layer: Layer, settings: Settings) -> tuple[Tensor, Tensor]:
     """B and c of a layer with random planes and coefficients."""
     n, k = layer.out_features, layer.in_features
@@ -114,6 +123,7 @@ def time_layer(model: str, layer: Layer, settings: Settings, timer: Timer) -> It
     B, c = random_layer(layer, settings)
     packed = prepare(B, c, settings.group_size, k, settings.dtype, device)
     size = size_of(packed)
+    warm_up(packed)
     clones = [clone(packed) for _ in range(copies(size, settings.l2_bytes))]
     dense = [
         torch.randn(n, k, dtype=settings.dtype, device=device) for _ in range(copies(2 * n * k, settings.l2_bytes))
@@ -128,6 +138,8 @@ def time_layer(model: str, layer: Layer, settings: Settings, timer: Timer) -> It
             "bpdq": [partial(linear, x, weight) for weight in clones],
             "matmul": [partial(torch.matmul, x, weight.T) for weight in dense],
         }
+        if tokens == 1:
+            contenders |= one_token_alternatives(x, clones, B, c, settings)
         seconds = timer(contenders)
         yield {
             "model": model,
@@ -138,7 +150,23 @@ def time_layer(model: str, layer: Layer, settings: Settings, timer: Timer) -> It
             "us": seconds["bpdq"] * 1e6,
             "matmul_us": seconds["matmul"] * 1e6,
             "bytes_per_s": size / seconds["bpdq"],
+            "flops_per_s": 2 * tokens * n * k / seconds["bpdq"],
+            "matmul_flops_per_s": 2 * tokens * n * k / seconds["matmul"],
+            "alternatives_us": {name: s * 1e6 for name, s in seconds.items() if name not in ("bpdq", "matmul")},
         }
+
+
+def one_token_alternatives(
+    x: Tensor, clones: Sequence[Packed], B: Tensor, c: Tensor, settings: Settings
+) -> dict[str, list[Call]]:
+    """What else could multiply one token: the GEMM of 8 tokens, and FFMA instead of tensor cores."""
+    y = x.new_empty(1, B.shape[2])
+    config = gemm_config(1, settings.bits, B.shape[2], settings.multiprocessors)
+    stored = [(B, c), (B.clone(), c.clone())]
+    return {
+        "gemm": [partial(tiled_linear.launch, x, *p[:3], settings.group_size, None, y, config) for p in clones],
+        "cuda cores": [partial(cuda_core_linear, x, *planes, settings.group_size) for planes in stored],
+    }
 
 
 def time_models(

@@ -4,13 +4,20 @@
 fp32 sums) bounds everything above it. Neither rate is in a data sheet of every architecture, so both are measured: one
 block per multiprocessor, chains of instructions that depend on their predecessor only, and the multiprocessor's own
 clock around them.
+
+    python -m benchmarks.mma_rates --json rates.json
 """
+
+import sys
 
 import torch
 import triton
 import triton.language as tl
 
-from bpdq_kernels.warp import mma, mma_bits
+from benchmarks.gpu_part import Parser, finish, new_report, save
+from benchmarks.sass import MACHINES
+from bpdq_kernels.tiled_linear import machine
+from bpdq_kernels.warp import mma
 
 CHAINS = 8
 WARPS = 16
@@ -20,9 +27,7 @@ TRIPS = 2048
 @triton.jit
 def clock(after: tl.tensor) -> tl.tensor:
     """The multiprocessor's clock, read once `after` is known."""
-    return tl.inline_asm_elementwise(
-        "mov.u32 $0, %clock;", "=r,r", [after], dtype=tl.int32, is_pure=False, pack=1
-    )
+    return tl.inline_asm_elementwise("mov.u32 $0, %clock;", "=r,r", [after], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -70,3 +75,25 @@ def mma_rate(binary: bool, device: str = "cuda") -> float:
     for _ in range(3):
         rate_kernel[(blocks,)](clocks, sums, TRIPS=TRIPS, BINARY=binary, num_warps=WARPS)
     return WARPS * CHAINS * TRIPS / clocks.amax(1).float().median().item()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure both rates beside what the static model assumes; returns the exit status."""
+    args = Parser("mma_rates", __doc__).parse_args(argv)
+    report = new_report(args)
+    arch = machine(torch.device("cuda"))[1]
+    assumed = MACHINES[f"sm_{arch}"].rates if f"sm_{arch}" in MACHINES else {}
+    for name, binary, pipe in (("bf16", False, "hmma32"), ("binary", True, "bmma")):
+        if binary and arch >= 100:
+            continue  # not an instruction there
+        rate = mma_rate(binary)
+        report[name] = {"per_clock_and_multiprocessor": rate, "assumed": assumed.get(pipe)}
+        print(f"{name}: {rate:.3f} instructions per clock and multiprocessor, assumed {assumed.get(pipe)}")
+        if not rate > 0:
+            report["failures"].append(f"{name}: no rate")
+        save(report, args.json)
+    return finish(report, args.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -60,16 +60,21 @@ RATES_86 = {
     "hmma16": 1 / 4,
     "bmma": 1 / 2,
 }
-# A100 whitepaper: 312 TFLOP/s either way, 4992 binary TOP/s. H100: `mma.sync` taken as no faster than on A100, and
-# BMMA as there (it compiles to the instruction; Hopper's whitepaper no longer mentions it).
+# A100 whitepaper: 312 TFLOP/s either way, 4992 binary TOP/s.
 RATES_80 = RATES_86 | {"fp32": 2.0, "hmma32": 1 / 2, "hmma16": 1 / 2, "bmma": 1.0}
-RATES_90 = RATES_80 | {"fp32": 4.0}
+# hmma32 (bf16) and bmma measured: `python -m benchmarks.mma_rates` on an H100 80GB HBM3, torch 2.11, Triton 3.6;
+# hmma16 is A100's.
+RATES_90 = RATES_80 | {"fp32": 4.0, "hmma32": 0.5626, "bmma": 0.988}
+# NVIDIA RTX Blackwell whitepaper: GB202 has the fp16 tensor rates of GA102 and AD102 per SM and clock (209.5 dense
+# TFLOP/s with fp32 accumulation); the other pipes are taken from there too. No kernel for it has a BMMA.
+RATES_120 = RATES_86
 
 _MACHINES = (
     Machine("RTX 3090", "sm_86", 82, 1.695, 936.2, 48, 16, 100 << 10, RATES_86),
     Machine("A100 40 GB", "sm_80", 108, 1.41, 1555.0, 64, 32, 164 << 10, RATES_80),
     Machine("RTX 4090", "sm_89", 128, 2.52, 1008.0, 48, 24, 100 << 10, RATES_86),
     Machine("H100 SXM", "sm_90", 132, 1.83, 3352.0, 64, 32, 228 << 10, RATES_90),
+    Machine("RTX 5090", "sm_120", 170, 2.407, 1792.0, 48, 24, 100 << 10, RATES_120),
 )
 MACHINES = {machine.arch: machine for machine in _MACHINES}
 
@@ -144,8 +149,8 @@ def clocks(pipes: Counter[str], rates: dict[str, float]) -> dict[str, float]:
 
 class Code(NamedTuple):
     """A kernel as its cubin has it: registers per thread, spill instructions, the index of its main loop (`loops`),
-    instructions per pipe of one trip of it and of all the rest, and the trip's logic, shifts, byte permutes, half2
-    arithmetic and conversions."""
+    instructions per pipe of one trip of it and of all the rest, the trip's logic, shifts, byte permutes, half2
+    arithmetic and conversions, and subroutines: ptxas calls one for an instruction that the machine lacks."""
 
     registers: int
     spills: int
@@ -153,6 +158,7 @@ class Code(NamedTuple):
     trip: Counter[str]
     once: Counter[str]
     dequantization: int
+    subroutines: int
 
 
 def read_listing(listing: str) -> Code:
@@ -162,10 +168,13 @@ def read_listing(listing: str) -> Code:
     first, last = (0, instructions[-1].address) if index is None else loops(instructions)[index]
     inside = [i for i in instructions if first <= i.address <= last]
     outside = [i for i in instructions if not first <= i.address <= last and i.opcode != "NOP"]
-    spills = sum(i.opcode.split(".")[0] in ("LDL", "STL") for i in instructions)
+    names = Counter(i.opcode.split(".")[0] for i in instructions)
     registers = int(re.search(r"\bREG:(\d+)", listing)[1])
     dequantization = sum(i.opcode.split(".")[0] in _DEQUANTIZATION for i in inside)
-    return Code(registers, spills, index, count_pipes(inside), count_pipes(outside), dequantization)
+    spills = names["LDL"] + names["STL"]
+    # CALLs are no measure: some versions of ptxas leave a loop by one. On sm_100, errors call a trap (BPT).
+    subroutines = names["RET"] - names["BPT"]
+    return Code(registers, spills, index, count_pipes(inside), count_pipes(outside), dequantization, subroutines)
 
 
 def read_cubin(cubin: bytes) -> Code:

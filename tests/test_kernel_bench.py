@@ -59,6 +59,13 @@ def test_spills_are_counted_and_code_without_a_loop_is_one_trip():
     assert (code.spills, code.loop, code.trip["issue"], code.once["issue"]) == (2, None, 3, 0)
 
 
+def test_a_subroutine_is_told_from_a_jump_by_its_return():
+    jump = "REG:8 \n /*0000*/ @P1 CALL.REL.NOINC 0x20 ;\n /*0010*/ BRA 0x0 ;\n /*0020*/ EXIT ;"
+    assert sass.read_listing(jump).subroutines == 0
+    assert sass.read_listing(jump + "\n /*0030*/ RET.REL.NODEC R32 0x0 ;").subroutines == 1
+    assert sass.read_listing(jump + "\n /*0030*/ BPT.TRAP 0x1 ;\n /*0040*/ RET.REL.NODEC R2 0x0 ;").subroutines == 0
+
+
 def test_pipe_times_follow_from_counts_by_hand(monkeypatch):
     variant = Variant(2, 128, Gemm(8, tiles=2, warps=8, split=8))
     made = kernel_static.Kernel(variant, b"", sass.read_listing(LISTING), 0, 1)
@@ -121,9 +128,9 @@ def test_one_token_keeps_all_multiprocessors_of_an_rtx_3090_busy(model):
     ("planes", "group", "config"),
     [
         (2, 128, Gemv(tiles=1, warps=8)),
-        (2, 128, Gemv(tiles=4, warps=8)),
+        (2, 128, Gemv(tiles=4, warps=4)),
         (4, 128, Gemv(tiles=2, warps=8)),
-        (4, 32, Gemv(tiles=1, warps=8)),
+        (4, 32, Gemv(tiles=1, warps=4)),
         (2, 128, Gemm(8, tiles=1, warps=8, split=8)),
         (3, 128, Gemm(8, tiles=2, warps=8, split=8)),
         (2, 64, Gemm(8, tiles=2, warps=8, split=8)),
@@ -144,7 +151,7 @@ def test_kernel_stays_within_its_budget_on_an_rtx_3090(planes, group, config):
 def test_a_kernel_over_its_budget_is_flagged():
     trip = sass.Counter({"issue": 4000, "hmma32": 64, "alu": 1900})
     made = kernel_static.Kernel(
-        Variant(2, 128, Gemm(8, 2, 8, 8)), b"", sass.Code(99, 3, 0, trip, sass.Counter(), 700), 0, 1
+        Variant(2, 128, Gemm(8, 2, 8, 8)), b"", sass.Code(99, 3, 0, trip, sass.Counter(), 700, 0), 0, 1
     )
     flags = kernel_static.missed(made, RTX_3090)
     assert flags[0] == "3 spills"
@@ -190,7 +197,7 @@ def test_emitted_cubins_are_described_well_enough_to_count_them_again(tmp_path):
     ("argv", "reason"),
     [
         (["--static", "sm_86", "--model", "gpt-5,qwen2.5-7b"], "--model: unknown 'gpt-5', choose from qwen2.5-7b,"),
-        (["--static", "sm_120"], "--static: unknown 'sm_120', choose from sm_86,"),
+        (["--static", "sm_75"], "--static: unknown 'sm_75', choose from sm_86,"),
         (["--static", "sm_86", "--bits", "5"], "--bits must be 1 to 4"),
         (["--static", "sm_86", "--bits", "two"], "--bits: invalid int value: 'two'"),
         (["--static", "sm_86", "--group-size", "100"], "--group-size must be one of"),

@@ -12,7 +12,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 from bpdq_kernels import reference
-from test_triton_linear import BF16, FP16, TILES_16BIT, Case, compile_offline, random_layer
+from test_triton_linear import BF16, FP16, TILES_16BIT, Case, random_layer
+from tests.offline import compile_stored
 from tests.ptx import Report, launch
 
 TRITON_TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32"}
@@ -199,7 +200,7 @@ def test_single_bit_mma_in_inline_assembly():
 )
 def test_linear_kernel_agrees_with_the_oracle(case: Case):
     tile = TILES_16BIT[0]
-    kernel = compile_offline(86, tile, case.dtype, case.planes, case.group, aligned=False)
+    kernel = compile_stored(86, tile, case.dtype, case.planes, case.group, aligned=False)
     B, c, bias = random_layer(case, "cpu")
     x = normal(case.M, case.K, dtype=case.dtype)
     y = torch.zeros(case.M, case.N, dtype=case.dtype)

@@ -6,15 +6,14 @@ from typing import NamedTuple
 
 import pytest
 import torch
-import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, CompiledKernel, make_backend
+from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
+import bpdq_kernels
 from bpdq_kernels import layout, reference
-from bpdq_kernels.triton_linear import TILES_16BIT, TILES_FP32, Tile, linear_kernel, options, stored_linear, tile_for
-
-FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
+from bpdq_kernels.triton_linear import TILES_16BIT, TILES_FP32, Tile, linear_kernel, stored_linear, tile_for
+from tests.offline import BF16, FP16, FP32, compile_stored
 
 
 class Case(NamedTuple):
@@ -141,30 +140,6 @@ def test_every_token_count_gets_the_smallest_tile_that_holds_it():
     assert [tile_for(M, FP16).m for M in (8, 9, 16, 17, 33, 65)] == [8, 16, 16, 32, 64, 64]
 
 
-TRITON_TYPES = {FP32: "fp32", FP16: "fp16", BF16: "bf16"}
-POINTERS = {"x_ptr", "B_ptr", "c_ptr", "bias_ptr", "y_ptr"}
-
-
-def compile_offline(
-    arch: int, tile: Tile, dtype: torch.dtype, planes: int, group: int, aligned: bool = True
-) -> CompiledKernel:
-    """The kernel for sm_`arch` as `stored_linear` would launch it, with pointers and sizes divisible by 16 or not."""
-    x = "*" + TRITON_TYPES[dtype]
-    types = {"x_ptr": x, "B_ptr": "*i32", "c_ptr": "*bf16", "bias_ptr": x, "y_ptr": x}
-    types |= {"M": "i32", "N": "i32", "K": "i32", "stride_x": "i32"}
-    constants = {"PLANES": planes, "GROUP": group, "TILE_M": tile.m, "TILE_N": tile.n, "TILE_K": min(tile.k, group)}
-    constants["INTERPRETED"] = False
-    names = linear_kernel.arg_names
-    divisible = (POINTERS | {"N", "K", "stride_x"}) if aligned else set()
-    source = ASTSource(
-        linear_kernel,
-        signature={name: types.get(name, "constexpr") for name in names},
-        constexprs=constants,
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in divisible},
-    )
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options(tile))
-
-
 def spills(sass: str) -> list[str]:
     return re.findall(r"\b(?:STL|LDL)\S*", sass)
 
@@ -176,7 +151,7 @@ def spills(sass: str) -> list[str]:
 )
 def test_kernel_for_rtx_3090_uses_tensor_cores_and_spills_no_register(tile: Tile, planes: int, group: int):
     dtype = FP16 if planes % 2 else BF16
-    kernel = compile_offline(86, tile, dtype, planes, group)
+    kernel = compile_stored(86, tile, dtype, planes, group)
     sass = kernel.asm["sass"]
     assert f"HMMA.16816.F32{'.BF16' if dtype == BF16 else ' '}" in sass, "no tensor cores, or 16-bit accumulation"
     assert not spills(sass)
@@ -185,33 +160,26 @@ def test_kernel_for_rtx_3090_uses_tensor_cores_and_spills_no_register(tile: Tile
 
 @pytest.mark.parametrize("tile", [TILES_16BIT[0], TILES_16BIT[-1]], ids=lambda tile: f"M{tile.m}")
 def test_kernel_for_sizes_that_16_does_not_divide_uses_tensor_cores(tile: Tile):
-    assert "HMMA.16816.F32.BF16" in compile_offline(86, tile, BF16, 2, 128, aligned=False).asm["sass"]
+    assert "HMMA.16816.F32.BF16" in compile_stored(86, tile, BF16, 2, 128, aligned=False).asm["sass"]
 
 
 @pytest.mark.parametrize("tile", TILES_FP32, ids=lambda tile: f"M{tile.m}")
 def test_kernel_for_fp32_activations_multiplies_in_fp32(tile: Tile):
-    sass = compile_offline(86, tile, FP32, 4, 128).asm["sass"]
+    sass = compile_stored(86, tile, FP32, 4, 128).asm["sass"]
     assert "FFMA" in sass
     assert "HMMA" not in sass, "TF32 or 16-bit products"
     assert not spills(sass)
 
 
-@pytest.mark.parametrize(("arch", "tile"), [(80, TILES_16BIT[0]), (89, TILES_16BIT[-1]), (90, TILES_16BIT[-1])])
-def test_kernel_compiles_for_other_architectures(arch: int, tile: Tile):
-    sass = compile_offline(arch, tile, BF16, 2, 128).asm["sass"]
-    assert re.search(r"HG?MMA", sass)
-    assert not spills(sass)
-
-
 def test_bf16_weights_are_rounded_to_nearest_on_a_gpu():
-    ptx = compile_offline(86, TILES_16BIT[0], BF16, 2, 128).asm["ptx"]
+    ptx = compile_stored(86, TILES_16BIT[0], BF16, 2, 128).asm["ptx"]
     assert set(re.findall(r"cvt\S*\.bf16(?:x2)?\.f32", ptx)) <= {"cvt.rn.bf16x2.f32", "cvt.rn.bf16.f32"}
     assert "cvt.rn.bf16x2.f32" in ptx
 
 
 def test_decode_stays_within_the_instruction_budget_of_the_module_docstring():
     tile = TILES_16BIT[0]
-    sass = compile_offline(86, tile, FP16, 2, 128).asm["sass"]
+    sass = compile_stored(86, tile, FP16, 2, 128).asm["sass"]
     loop = re.search(r"(?P<label>LBB\d+):\n(?P<body>(?:.*\n)*?.*BRA (?P=label);)", sass)["body"]
     instructions = len(loop.splitlines())
     assert instructions * 32 * tile.warps / (tile.n * tile.k) < 6.6
@@ -250,13 +218,13 @@ def test_kernel_replays_from_a_cuda_graph_with_new_inputs(M: int):
     case = Case(planes=2, group=128, M=M, N=512, K=1024, dtype=BF16, c_dtype=BF16, bias=True)
     B, c, bias = random_layer(case, "cuda")
     x = torch.zeros(M, case.K, dtype=BF16, device="cuda")
-    torch.ops.bpdq.linear(x, B, c, case.group, bias)  # compiles outside the capture
+    bpdq_kernels.stored_linear(x, B, c, case.group, bias)  # compiles outside the capture
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y = torch.ops.bpdq.linear(x, B, c, case.group, bias)
+        y = bpdq_kernels.stored_linear(x, B, c, case.group, bias)
     x.normal_()
     graph.replay()
-    assert torch.equal(y, torch.ops.bpdq.linear(x, B, c, case.group, bias))
+    assert torch.equal(y, bpdq_kernels.stored_linear(x, B, c, case.group, bias))
 
 
 @pytest.mark.gpu

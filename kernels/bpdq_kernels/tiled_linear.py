@@ -5,8 +5,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from bpdq_kernels import triton_gemm, triton_gemv
-from bpdq_kernels.tuning import Gemm, Gemv, linear_config
+from bpdq_kernels import triton_dequantize, triton_gemm, triton_gemv
+from bpdq_kernels.tuning import Config, Dense, Gemv, linear_config
 
 _ALIGNED = 8  # activations of 16 bits in 16 bytes
 
@@ -32,7 +32,8 @@ def tiled_linear(
     """y [..., N] = x [..., K] @ W.T + bias [N] in x.dtype (fp16 or bf16), accumulated in fp32.
 
     planes, coefficients, scales: `bpdq_kernels.layout.Tiles`. Allocates nothing but y, unless x's inputs are strided,
-    or for several tokens not aligned to 16 bytes. Raises ValueError if the layer was prepared for another dtype.
+    or its rows not aligned to 16 bytes (up to sm_90 one token may be); and from some hundred tokens on DENSE_BYTES of
+    weights. Raises ValueError if the layer was prepared for another dtype.
     """
     if x.dtype != coefficients.dtype:
         raise ValueError(
@@ -58,13 +59,15 @@ def launch(
     group_size: int,
     bias: Tensor | None,
     y: Tensor,
-    config: Gemv | Gemm,
+    config: Config,
     compile_only: bool = False,
 ) -> None:
     """Write rows [M, K] W^T + bias into y [M, N] as `config` says, one row where it is a Gemv; or only compile that."""
     if isinstance(config, Gemv):
         x, y = rows[0].contiguous(), y[0]
         triton_gemv.launch(x, planes, coefficients, scales, group_size, bias, y, config, compile_only)
+    elif isinstance(config, Dense):
+        triton_dequantize.launch(rows, planes, coefficients, scales, group_size, bias, y, config, compile_only)
     else:
         x = aligned(rows)
         triton_gemm.launch(x, planes, coefficients, scales, group_size, bias, y, config, compile_only)

@@ -8,19 +8,20 @@ until one rounding:
                        (`bpdq_kernels.layout.Tiles`)                16 bytes (a run of 8 inputs) a store
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from bpdq_kernels.layout import TILE_INPUTS, TILE_ROWS
-from bpdq_kernels.tuning import cdiv
+from bpdq_kernels.tuning import Dense, cdiv
 
 UNITS = 4  # of a program
-WARPS = 4
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_tile", "N"])
 def dequantize_kernel(
     planes_ptr: tl.tensor,
     coefficients_ptr: tl.tensor,
@@ -65,14 +66,24 @@ def dequantize_kernel(
         tl.store(w_row + inputs, (w * scale).to(w_ptr.dtype.element_ty), here & (inputs < K))
 
 
-def launch(
-    planes: Tensor, coefficients: Tensor, scales: Tensor, group_size: int, first_output: int, weight: Tensor
+def options() -> dict[str, Any]:
+    """Compiler options."""
+    return {"num_warps": 4, "enable_fp_fusion": True}
+
+
+def dequantize(
+    planes: Tensor,
+    coefficients: Tensor,
+    scales: Tensor,
+    group_size: int,
+    first_output: int,
+    weight: Tensor,
+    compile_only: bool = False,
 ) -> None:
-    """Write the weights of outputs `first_output` (16 divides it) and following into weight [n, K], contiguous; the
-    layer as in `bpdq_kernels.layout.Tiles`."""
+    """Write the weights of outputs `first_output` (16 divides it) and following into weight [n, K], contiguous, fp16 or
+    bf16; the layer as in `bpdq_kernels.layout.Tiles`. compile_only: compile the kernel, write nothing."""
     outputs, in_features = weight.shape
-    grid = (cdiv(outputs, TILE_ROWS), cdiv(in_features, UNITS * TILE_INPUTS))
-    dequantize_kernel[grid](
+    dequantize_kernel.run(
         planes,
         coefficients,
         scales,
@@ -83,11 +94,13 @@ def launch(
         PLANES=coefficients.shape[3] - 1,
         GROUP=group_size,
         UNITS=UNITS,
-        num_warps=WARPS,
+        grid=(cdiv(outputs, TILE_ROWS), cdiv(in_features, UNITS * TILE_INPUTS)),
+        warmup=compile_only,
+        **options(),
     )
 
 
-def dense_linear(
+def launch(
     rows: Tensor,
     planes: Tensor,
     coefficients: Tensor,
@@ -95,17 +108,21 @@ def dense_linear(
     group_size: int,
     bias: Tensor | None,
     y: Tensor,
-    outputs_at_once: int,
+    config: Dense,
+    compile_only: bool = False,
 ) -> None:
-    """Write X W^T + bias into y [M, N] by `torch.matmul`, with the weights of `outputs_at_once` outputs (16 divides it)
-    in memory at a time: x [M, K] fp16 or bf16."""
-    (in_features, out_features), tile = (rows.shape[1], y.shape[1]), outputs_at_once
-    weight = rows.new_empty((min(tile, out_features), in_features))
-    for start in range(0, out_features, tile):
-        part = weight[: min(tile, out_features - start)]
-        launch(planes, coefficients, scales, group_size, start, part)
-        out = y[:, start : start + tile]
+    """Write X W^T + bias into y [M, N] by `torch.matmul`: rows [M, K] fp16 or bf16; the layer as in
+    `bpdq_kernels.layout.Tiles`. compile_only: compile the kernel that dequantizes, write nothing."""
+    in_features, out_features = rows.shape[1], y.shape[1]
+    weight = rows.new_empty((min(config.outputs, out_features), in_features))
+    if compile_only:
+        dequantize(planes, coefficients, scales, group_size, 0, weight, compile_only)
+        return
+    for start in range(0, out_features, config.outputs):
+        end = min(start + config.outputs, out_features)
+        part = weight[: end - start]
+        dequantize(planes, coefficients, scales, group_size, start, part)
         if bias is None:
-            torch.mm(rows, part.T, out=out)
+            torch.mm(rows, part.T, out=y[:, start:end])
         else:
-            torch.addmm(bias[start : start + tile], rows, part.T, out=out)
+            torch.addmm(bias[start:end].to(rows.dtype), rows, part.T, out=y[:, start:end])

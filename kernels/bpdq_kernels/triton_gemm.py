@@ -23,6 +23,8 @@ the time DRAM needs for it; tensor cores, at the rate of fp32 accumulation, take
 0.52. Above 16 tokens the tensor cores are the bound; at 64, no other pipe has a sixth of their work.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -237,9 +239,9 @@ def weights(
     return w
 
 
-def options(config: Gemm) -> dict[str, int]:
+def options(config: Gemm) -> dict[str, Any]:
     """Compiler options."""
-    return {"num_warps": config.warps}
+    return {"num_warps": config.warps, "enable_fp_fusion": True}
 
 
 def launch(

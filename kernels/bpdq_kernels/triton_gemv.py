@@ -21,8 +21,8 @@ Fixed point: per unit, 16 bits relative to the power of two above its largest |x
 most 2^-15 of that largest, where a weight rounded to fp16 is off by up to 2^-11 of itself. bf16 can't overflow.
 Infinity and NaN in x give NaN.
 
-Budget, RTX 3090, k = 2, G = 128 (sm_86 SASS): 1.2 thread instructions a weight with 64 outputs per block, 2.2 with
-16, where 5.6 fit into the time DRAM needs for it: the schedulers take 0.21 to 0.39 of it, every pipe less.
+Budget, RTX 3090, k = 2, G = 128 (sm_86 SASS): 1.2 thread instructions a weight with 64 outputs per block, 2.1 with
+16, where 5.6 fit into the time DRAM needs for it: the schedulers take 0.21 to 0.37 of it, every pipe less.
 """
 
 import torch
@@ -75,29 +75,30 @@ def gemv_kernel(
     c_stride = tl.cdiv(units * 128, GROUP) * (8 * (PLANES + 1))
     tile = (tl.program_id(0) * TILES).to(tl.int64)
     planes_ptr += tile * planes_stride + warp * (64 * PLANES) + lane * (2 if PLANES % 2 else 4)
-    coefficients_ptr += tile * c_stride + lane // 4 * (PLANES + 1)
+    coefficients_ptr += tile * c_stride + warp * 128 // GROUP * (8 * (PLANES + 1)) + lane // 4 * (PLANES + 1)
     BESIDE: tl.constexpr = 4 if GROUP >= 128 else GROUP // 32  # words_beside
     x_ptr += warp * 128 + input_of_lane(lane, BESIDE)
-    inputs_left = K - warp * 128 - (0 if WHOLE else input_of_lane(lane, BESIDE))
-    if TILES < 4:  # a miss at the end would be waited for; more blocks hide it, and more tiles need the registers
-        prefetch(scales_ptr + tile * 16 + thread, (thread < TILES * 16) & (tile * 16 + thread < N))
+    inputs_left = K - warp * 128
+    c_step: tl.constexpr = WARPS * 128 // GROUP * 8 * (PLANES + 1)  # 256 divides 128 x WARPS
+    own = 0 if WHOLE else input_of_lane(lane, BESIDE)
+    # misses at the end would be waited for
+    prefetch(scales_ptr + tile * 16 + thread, (thread < TILES * 16) & (tile * 16 + thread < N))
     sign = tl.where(q == 3, -2, 2)  # bit 15 counts negative
     acc = (tl.zeros([32 * WARPS], tl.float32),) * (2 * TILES)
-    u = warp
-    next_words = load_planes(planes_ptr, planes_stride, u < units, PLANES, TILES)
-    next_c = load_coefficients(coefficients_ptr, c_stride, u, u < units, PLANES, GROUP, TILES)
-    next_x = load_inputs(x_ptr, inputs_left, BESIDE, WHOLE)
+    next_words = load_planes(planes_ptr, planes_stride, inputs_left > 0, PLANES, TILES)
+    next_c = load_coefficients(coefficients_ptr, c_stride, inputs_left > 0, PLANES, GROUP, TILES)
+    next_x = load_inputs(x_ptr, inputs_left - own, BESIDE, WHOLE)
     for _ in range(0, units, WARPS):
         words = next_words
         c = next_c
         x = next_x
-        u += WARPS
         planes_ptr += WARPS * 64 * PLANES
+        coefficients_ptr += c_step
         x_ptr += WARPS * 128
         inputs_left -= WARPS * 128
-        next_words = load_planes(planes_ptr, planes_stride, u < units, PLANES, TILES)
-        next_c = load_coefficients(coefficients_ptr, c_stride, u, u < units, PLANES, GROUP, TILES)
-        next_x = load_inputs(x_ptr, inputs_left, BESIDE, WHOLE)
+        next_words = load_planes(planes_ptr, planes_stride, inputs_left > 0, PLANES, TILES)
+        next_c = load_coefficients(coefficients_ptr, c_stride, inputs_left > 0, PLANES, GROUP, TILES)
+        next_x = load_inputs(x_ptr, inputs_left - own, BESIDE, WHOLE)
         low, high, sums, scale = slice_bits(x, lane, q, GROUP)
         sums_of_products = ()
         for t in tl.static_range(TILES):
@@ -137,15 +138,13 @@ def input_of_lane(lane: tl.tensor, BESIDE: tl.constexpr) -> tl.tensor:
 def load_coefficients(
     ptr: tl.tensor,
     stride: tl.tensor,
-    u: tl.tensor,
     live: tl.tensor,
     PLANES: tl.constexpr,
     GROUP: tl.constexpr,
     TILES: tl.constexpr,
 ) -> tl.tuple:
-    """Pairs (rows r, r + 8) of each tile's coefficients in unit u, group after group."""
+    """Pairs (rows r, r + 8) of each tile's coefficients in a unit, group after group."""
     PARTS: tl.constexpr = 128 // GROUP if GROUP < 128 else 1
-    ptr += u * 128 // GROUP * (8 * (PLANES + 1))
     c = ()
     for _ in tl.static_range(TILES):
         for part in tl.static_range(PARTS):

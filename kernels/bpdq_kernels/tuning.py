@@ -11,6 +11,12 @@ from bpdq_kernels.layout import TILE_INPUTS, TILE_ROWS
 
 MIN_BALANCE = 0.85  # of the multiprocessors' time, if a block takes as long on each
 MAX_TOKENS = 1 << 15  # of a batch whose kernel is compiled ahead
+DENSE_BYTES = 64 << 20  # of dequantized weights at a time
+DENSE_TILE = 128  # outputs
+# Tokens from which on multiplying with dequantized weights is faster: measured on an H100. GeForce's tensor cores are
+# slower with fp32 sums, so that they, not the rest of the fused kernel, are the bound up to more tokens.
+DENSE_TOKENS = {80: 512, 90: 512, 100: 512, 103: 512}
+DENSE_TOKENS_ELSEWHERE = 1024
 MAX_COEFFICIENTS = 12  # registers of a thread for one unit's; as many are on their way for the next
 
 
@@ -28,6 +34,15 @@ class Gemm(NamedTuple):
     tiles: int
     warps: int
     split: int
+
+
+class Dense(NamedTuple):
+    """Many tokens: the weights of so many outputs are dequantized at a time, for `torch.matmul`."""
+
+    outputs: int
+
+
+Config = Gemv | Gemm | Dense
 
 
 def cdiv(a: int, b: int) -> int:
@@ -53,48 +68,67 @@ def tiles_per_block(out_features: int, candidates: tuple[int, ...], multiprocess
     )
 
 
-def gemv_config(
-    planes: int, group_size: int, out_features: int, in_features: int, multiprocessors: int, arch: int
-) -> Gemv:
+def linear_config(
+    tokens: int,
+    planes: int,
+    group_size: int,
+    out_features: int,
+    in_features: int,
+    multiprocessors: int,
+    arch: int,
+) -> Config:
+    """The kernel for `tokens` (at least 1) and a layer; arch: compute capability, 86 for 8.6.
+
+    Binary tensor cores end with sm_90: from sm_100 on, ptxas emulates each of their MMAs in some fifty instructions.
+    """
+    if tokens == 1 and arch < 100:
+        return gemv_config(planes, group_size, out_features, in_features, multiprocessors)
+    if tokens >= DENSE_TOKENS.get(arch, DENSE_TOKENS_ELSEWHERE):
+        return dense_config(in_features)
+    return gemm_config(tokens, planes, out_features, multiprocessors)
+
+
+def gemv_config(planes: int, group_size: int, out_features: int, in_features: int, multiprocessors: int) -> Gemv:
     """One tile always fits the registers; more only while a unit's coefficients leave room.
 
-    arch: compute capability, 86 for 8.6. From sm_90 on ptxas needs a few registers more, which blocks of eight warps
-    don't have.
+    Where these fill it, blocks have four warps: the 128 registers of eight are too few for some versions of ptxas.
     """
     coefficients = (planes + 1) * max(1, TILE_INPUTS // group_size)
     candidates = tuple(tiles for tiles in (4, 2, 1) if tiles == 1 or tiles * coefficients <= MAX_COEFFICIENTS)
     tiles = tiles_per_block(out_features, candidates, multiprocessors)
-    full = arch >= 90 and tiles * coefficients >= MAX_COEFFICIENTS
+    full = tiles * coefficients >= MAX_COEFFICIENTS
     return Gemv(tiles, warps=4 if full or in_features < 16 * TILE_INPUTS else 8)
 
 
-def gemm_config(tokens: int, out_features: int, multiprocessors: int) -> Gemm:
-    """Buckets of 2..8, 9..16, 17..32 and more tokens; 64 of those at a time.
+def gemm_config(tokens: int, planes: int, out_features: int, multiprocessors: int) -> Gemm:
+    """Buckets of up to 8, 9..16, 17..32 and more tokens; 64 of those at a time. Measured on an H100.
 
-    Up to 32 tokens two tiles wherever that gives every multiprocessor a block, balanced or not: each halves how often
-    activations are read, which with one tile are several times the weights' bytes.
+    Two tiles halve how often activations are read, which with one are several times the weights' bytes. Where that
+    leaves multiprocessors without a block, blocks have more warps instead, among which the inputs are split.
     """
-    for bucket in (8, 16, 32):
-        if tokens <= bucket:
-            tiles = 2 if cdiv(out_features, 2 * TILE_ROWS) >= multiprocessors else 1
-            return Gemm(bucket, tiles, warps=8, split=8)
-    tiles = tiles_per_block(out_features, (8, 2, 1), multiprocessors, copies=cdiv(tokens, 64))
-    return Gemm(64, tiles=min(tiles, 2), warps=4, split=1 if tiles == 8 else 4)
+    narrow = cdiv(out_features, 2 * TILE_ROWS) < multiprocessors
+    if tokens > 64:
+        blocks = cdiv(tokens, 64) * cdiv(out_features, 4 * TILE_ROWS)
+        return Gemm(64, 2, 4, split=2 if 2 * blocks >= 3 * multiprocessors else 4)
+    bucket = next(size for size in (8, 16, 32, 64) if tokens <= size)
+    if bucket > 16:
+        return Gemm(bucket, 2, 8, split=8) if narrow else Gemm(bucket, 2, 4, split=4)
+    if narrow:  # 128 registers for each thread of 16 warps, which two tiles of 3 planes exceed
+        return Gemm(bucket, 2 if planes <= 2 and cdiv(out_features, TILE_ROWS) > multiprocessors else 1, 16, split=16)
+    tiles = tiles_per_block(out_features, (2, 1), multiprocessors)
+    wide = tiles == 2 and cdiv(out_features, 2 * TILE_ROWS) >= 8 * multiprocessors
+    return Gemm(bucket, tiles, *((4, 4) if wide else (8, 8)))
 
 
-def linear_config(
-    tokens: int, planes: int, group_size: int, out_features: int, in_features: int, multiprocessors: int, arch: int
-) -> Gemv | Gemm:
-    """What a layer runs with for this many tokens."""
-    if tokens == 1:
-        return gemv_config(planes, group_size, out_features, in_features, multiprocessors, arch)
-    return gemm_config(tokens, out_features, multiprocessors)
+def dense_config(in_features: int) -> Dense:
+    """As many outputs as fit DENSE_BYTES, in tiles that suit a matrix multiplication."""
+    return Dense(max(1, DENSE_BYTES // (2 * in_features * DENSE_TILE)) * DENSE_TILE)
 
 
 @cache
 def linear_configs(
     planes: int, group_size: int, out_features: int, in_features: int, multiprocessors: int, arch: int
-) -> tuple[Gemv | Gemm, ...]:
+) -> tuple[Config, ...]:
     """All that `linear_config` gives a layer for 1 to MAX_TOKENS tokens: past 64 it counts them in 64s."""
     first = (*range(1, 65), *range(65, MAX_TOKENS, 64))
     layer = (planes, group_size, out_features, in_features, multiprocessors, arch)

@@ -1,0 +1,68 @@
+"""Part of the GPU check: one small case of each kernel under compute-sanitizer, memcheck and racecheck.
+
+python -m benchmarks.gpu_sanitize --json sanitize.json
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import torch
+
+from benchmarks.gpu_part import Parser, finish, new_report, save
+from bpdq_kernels import embedding, linear, prepare, stored_linear
+from bpdq_kernels.layout import coefficient_shape, plane_shape
+from bpdq_kernels.tiled_linear import machine
+from bpdq_kernels.tuning import DENSE_TOKENS, DENSE_TOKENS_ELSEWHERE
+
+TOOLS = ("memcheck", "racecheck")
+SECONDS = 25  # of a tool
+
+
+def run_cases() -> None:
+    """Each kernel once, on sizes that leave ragged ends, each result in memory of its own."""
+    N, K, group = 200, 328, 64
+    arch = machine(torch.device("cuda"))[1]
+    B = torch.randint(-(2**31), 2**31, plane_shape(K, N, 2), dtype=torch.int32, device="cuda")
+    c = torch.randn(coefficient_shape(K, N, 2, group), device="cuda").bfloat16()
+    bias = torch.randn(N, device="cuda").bfloat16()
+    packed = prepare(B, c, group, K, torch.bfloat16, "cuda")
+    for tokens in (1, 3, 16, 20, 64, 70, DENSE_TOKENS.get(arch, DENSE_TOKENS_ELSEWHERE)):
+        linear(torch.randn(tokens, K, device="cuda").bfloat16(), packed, bias)
+    stored_linear(torch.randn(3, K, device="cuda").bfloat16(), B, c, group, bias)
+    embedding(torch.tensor([0, N - 1, 7], device="cuda"), packed, torch.bfloat16)
+    torch.cuda.synchronize()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run both tools; returns the exit status."""
+    parser = Parser("gpu_sanitize", __doc__)
+    parser.add_argument("--cases", action="store_true", help="only run the kernels, as the tools do")
+    args = parser.parse_args(argv)
+    if args.cases:
+        run_cases()
+        return 0
+    if not shutil.which("compute-sanitizer"):
+        parser.exit(3, "gpu_sanitize: compute-sanitizer is not installed here\n")
+    report = new_report(args)
+    run_cases()  # compiles
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # so that a tensor's end is its allocation's
+    for tool in TOOLS:
+        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
+        command += [sys.executable, "-m", "benchmarks.gpu_sanitize", "--cases"]
+        try:
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SECONDS)
+            status, output = done.returncode, done.stdout
+        except subprocess.TimeoutExpired as e:
+            status, output = None, (e.stdout or b"").decode()
+        report[tool] = {"exit_status": status, "output": output.splitlines()[-20:]}
+        print(f"{tool}: {(output.splitlines() or ['no output'])[-1]}")
+        if status != 0:
+            report["failures"].append(f"{tool}: exit status {status}")
+        save(report, args.json)
+    return finish(report, args.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,149 @@
+"""The Triton kernels compiled without a GPU, as their launches would compile them."""
+
+import re
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
+
+from benchmarks.sass import read_cubin
+from bpdq_kernels import triton_gemm, triton_gemv, triton_linear
+from bpdq_kernels.triton_dequantize import UNITS, dequantize_kernel
+from bpdq_kernels.triton_dequantize import options as dequantize_options
+from bpdq_kernels.triton_embedding import embedding_kernel
+from bpdq_kernels.triton_linear import Tile, linear_kernel
+from bpdq_kernels.tuning import MAX_COEFFICIENTS, Dense, Gemm, Gemv
+
+FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
+POINTERS = {FP32: "*fp32", FP16: "*fp16", BF16: "*bf16"}
+GEMV = [Gemv(tiles, warps) for tiles in (1, 2, 4) for warps in (4, 8)]
+GEMM = [
+    Gemm(tokens, *tile) for tokens in (8, 16) for tile in ((1, 8, 8), (2, 8, 8), (2, 4, 4), (1, 16, 16), (2, 16, 16))
+]
+GEMM += [Gemm(32, 2, 8, 8), Gemm(32, 2, 4, 4), Gemm(64, 2, 8, 8), Gemm(64, 2, 4, 4), Gemm(64, 2, 4, 2)]
+
+# of a block at most: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"
+_SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+
+
+class Layer(NamedTuple):
+    """The fields print as the test's name."""
+
+    planes: int
+    group: int
+    N: int
+    K: int
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"k{self.planes}-G{self.group}-N{self.N}-K{self.K}-{str(self.dtype)[6:]}"
+
+
+def fits(config: Gemv | Gemm, planes: int, group: int) -> bool:
+    """Whether the dispatch may pick this configuration for such a layer: not if its coefficients fill the registers."""
+    if isinstance(config, Gemm):
+        return planes <= 2 or config.warps < 16 or config.tiles == 1
+    coefficients = config.tiles * max(1, 128 // group) * (planes + 1)
+    if config.warps == 8:
+        return coefficients < MAX_COEFFICIENTS
+    return config.tiles == 1 or coefficients <= MAX_COEFFICIENTS
+
+
+def compile_kernel(
+    kernel: triton.JITFunction,
+    types: dict[str, str],
+    constants: dict[str, Any],
+    divisible: set[str],
+    arch: int,
+    options: dict[str, int],
+) -> CompiledKernel:
+    """types: of every argument, constants come first; divisible: arguments that 16 divides."""
+    names = kernel.arg_names
+    source = ASTSource(
+        kernel,
+        signature={name: "constexpr" if name in constants else types[name] for name in names},
+        constexprs={name: value for name, value in constants.items() if name in names},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in divisible - constants.keys()},
+    )
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def compile_tiled(
+    config: Gemv | Gemm, layer: Layer, bias: bool, arch: int = 86, result: torch.dtype | None = None
+) -> CompiledKernel:
+    """The kernel as its `launch` would start it for a layer of these sizes; result: fp32 in place of 16 bits."""
+    module = triton_gemv if isinstance(config, Gemv) else triton_gemm
+    kernel = module.gemv_kernel if isinstance(config, Gemv) else module.gemm_kernel
+    x = POINTERS[layer.dtype]
+    types = {"x_ptr": x, "planes_ptr": "*i32", "coefficients_ptr": "*i32", "scales_ptr": "*fp32", "bias_ptr": x}
+    types |= {"y_ptr": POINTERS[result or layer.dtype], "M": "i32", "N": "i32", "K": "i32", "stride_x": "i32"}
+    constants = {"PLANES": layer.planes, "GROUP": layer.group, "WHOLE": layer.K % 128 == 0, "TILES": config.tiles}
+    constants |= {"WARPS": config.warps, "BF16": layer.dtype == BF16}
+    if isinstance(config, Gemm):
+        constants |= {"TOKENS": config.tokens, "SPLIT": config.split}
+    if not bias:
+        constants["bias_ptr"] = None
+    divisible = {name for name in types if name.endswith("_ptr")}
+    divisible |= {"N"} if layer.N % 16 == 0 else set()
+    divisible |= {"K", "stride_x"} & set(kernel.arg_names) if layer.K % 16 == 0 else set()
+    return compile_kernel(kernel, types, constants, divisible, arch, module.options(config))
+
+
+def compile_stored(
+    arch: int, tile: Tile, dtype: torch.dtype, planes: int, group: int, aligned: bool = True
+) -> CompiledKernel:
+    """The kernel as `stored_linear` would launch it, with pointers and sizes divisible by 16 or not."""
+    x = POINTERS[dtype]
+    types = {"x_ptr": x, "B_ptr": "*i32", "c_ptr": "*bf16", "bias_ptr": x, "y_ptr": x}
+    divisible = {*types, "N", "K", "stride_x"} if aligned else set()
+    types |= {"M": "i32", "N": "i32", "K": "i32", "stride_x": "i32"}
+    constants = {"PLANES": planes, "GROUP": group, "TILE_M": tile.m, "TILE_N": tile.n, "TILE_K": min(tile.k, group)}
+    constants["INTERPRETED"] = False
+    return compile_kernel(linear_kernel, types, constants, divisible, arch, triton_linear.options(tile))
+
+
+def compile_embedding(arch: int, layer: Layer) -> CompiledKernel:
+    """The kernel as `triton_embedding.launch` would start it for int64 numbers and rows in the layer's dtype."""
+    types = {"ids_ptr": "*i64", "planes_ptr": "*i32", "coefficients_ptr": POINTERS[layer.dtype]}
+    types |= {"scales_ptr": "*fp32", "y_ptr": POINTERS[layer.dtype]}
+    divisible = {*types, "N", "K"}
+    types |= {"N": "i32", "K": "i32"}
+    constants = {"PLANES": layer.planes, "GROUP": layer.group, "UNITS": 8}
+    return compile_kernel(
+        embedding_kernel, types, constants, divisible, arch, {"num_warps": 4, "enable_fp_fusion": True}
+    )
+
+
+def compile_dequantize(arch: int, layer: Layer) -> CompiledKernel:
+    """The kernel as `triton_dequantize.dequantize` would start it for weights in the layer's dtype."""
+    types = {"planes_ptr": "*i32", "coefficients_ptr": POINTERS[layer.dtype], "scales_ptr": "*fp32"}
+    types |= {"w_ptr": POINTERS[layer.dtype]}
+    divisible = {*types, "K"}
+    types |= {"first_tile": "i32", "N": "i32", "K": "i32"}
+    constants = {"PLANES": layer.planes, "GROUP": layer.group, "UNITS": UNITS}
+    return compile_kernel(dequantize_kernel, types, constants, divisible, arch, dequantize_options())
+
+
+def flaws(arch: int, kernel: Gemv | Gemm | Dense | Tile | None, layer: Layer) -> list[str]:
+    """What is wrong with the machine code of a layer's kernel: of the configuration, `stored_linear`'s of the tile, or
+    the embedding's (None)."""
+    if isinstance(kernel, Dense):
+        compiled, multiplies = compile_dequantize(arch, layer), ""
+    elif kernel is None:
+        compiled, multiplies = compile_embedding(arch, layer), ""
+    elif isinstance(kernel, Tile):
+        compiled = compile_stored(arch, kernel, layer.dtype, layer.planes, layer.group)
+        multiplies = "FFMA" if layer.dtype == FP32 else r"(HMMA|HGMMA|UTCHMMA)"
+    else:
+        compiled = compile_tiled(kernel, layer, bias=True, arch=arch)
+        multiplies = "BMMA" if isinstance(kernel, Gemv) else "HMMA"
+    code = read_cubin(compiled.asm["cubin"])
+    found = {
+        f"{code.spills} spills": code.spills,
+        f"{code.subroutines} subroutines": code.subroutines,
+        f"no {multiplies}": not re.search(rf"\b{multiplies}", compiled.asm["sass"]),
+        f"{compiled.metadata.shared} bytes of shared memory": compiled.metadata.shared > _SHARED_BYTES[arch],
+    }
+    return [f"sm_{arch} {kernel} {layer}: {flaw}" for flaw, is_there in found.items() if is_there]

@@ -1,0 +1,56 @@
+"""What the dispatch picks, compiled for every architecture: no register is spilled, no instruction emulated."""
+
+import itertools
+import multiprocessing
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+
+from bpdq_kernels.triton_linear import TILES_16BIT, TILES_FP32, Tile
+from bpdq_kernels.tuning import Config, Dense, Gemm, Gemv, linear_config
+from tests.offline import BF16, FP16, FP32, GEMM, GEMV, Layer, fits, flaws
+
+ARCHITECTURES = [80, 86, 89, 90, 100, 120]
+SCHEMES = list(itertools.product((1, 2, 3, 4), (32, 64, 128, 256)))  # planes, group size
+
+
+@pytest.fixture(scope="module")
+def compilers() -> Iterator[ProcessPoolExecutor]:
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_kernels_of_a_common_layer_spill_and_emulate_nothing(arch: int, compilers: ProcessPoolExecutor):
+    layer = Layer(2, 128, 37888, 3584, BF16)
+    tokens = (1, 8, 64)
+    kernels = {linear_config(m, layer.planes, layer.group, layer.N, layer.K, 82, arch) for m in tokens}
+    jobs = [*kernels, Dense(128), TILES_16BIT[0], TILES_16BIT[-1], None]
+    found = compilers.map(flaws, itertools.repeat(arch), jobs, itertools.repeat(layer))
+    assert not [*itertools.chain.from_iterable(found)]
+
+
+def layers(kernel: Config | Tile | None) -> list[Layer]:
+    """One for each scheme that this kernel is for. 16-bit dtypes take turns, but for one token, where registers are
+    scarcest, each scheme comes with both."""
+    if kernel in TILES_FP32:
+        return [Layer(*scheme, 4096, 4096, FP32) for scheme in SCHEMES]
+    if isinstance(kernel, Gemv):
+        fitting = [scheme for scheme in SCHEMES if fits(kernel, *scheme)]
+        return [Layer(*scheme, 4096, 4096, dtype) for scheme in fitting for dtype in (BF16, FP16)]
+    fitting = [scheme for scheme in SCHEMES if not isinstance(kernel, Gemm) or fits(kernel, *scheme)]
+    return [Layer(*scheme, 4096, 4096, (BF16, FP16)[(i + i // 4) % 2]) for i, scheme in enumerate(fitting)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("kernel", [*GEMV, *GEMM, Dense(128), *TILES_16BIT, *TILES_FP32, None], ids=str)
+def test_nothing_that_the_dispatch_picks_spills_or_is_emulated(
+    arch: int, kernel: Config | Tile | None, compilers: ProcessPoolExecutor
+):
+    if isinstance(kernel, Gemv) and arch >= 100:
+        pytest.skip("one token gets a Gemm")
+    found = compilers.map(flaws, itertools.repeat(arch), itertools.repeat(kernel), layers(kernel))
+    assert not [*itertools.chain.from_iterable(found)]
