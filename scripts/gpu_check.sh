@@ -5,7 +5,12 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-if [[ " $* " != *" --dry-run "* ]] && ! nvidia-smi >/dev/null 2>&1; then
+python=.venv/bin/python
+if [[ " $* " == *" --dry-run "* ]]; then
+    [[ -x $python ]] || python=${PYTHON:-python3}
+    PYTHONPATH=.:quantizer:kernels exec "$python" -m benchmarks.gpu_check "$@"
+fi
+if ! nvidia-smi >/dev/null 2>&1; then
     echo "gpu-check: no NVIDIA GPU here (nvidia-smi does not answer), so there is nothing to check" >&2
     exit 3
 fi
@@ -23,6 +28,5 @@ if [[ -d .gpu-bundle ]]; then
     export PYTHONPATH=$site:.:quantizer:kernels
 else
     scripts/install.sh
-    python=.venv/bin/python
 fi
 "$python" -m benchmarks.gpu_check "$@"
