@@ -1,6 +1,7 @@
 """One vLLM engine in a process of its own, for `gpu_vllm`: its tokens judged by transformers, or its speed.
 
-Reads its task, a JSON object, on stdin and writes its figures as one to the file that it names. An error is the last line of its output.
+Reads its task, a JSON object, on stdin and writes its figures as one to the file that it names. An error is the last
+line of its output.
 """
 
 import json

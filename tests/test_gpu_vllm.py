@@ -109,7 +109,7 @@ def test_a_real_engine_gives_transformers_tokens(tmp_path):
 def test_an_engine_that_ends_early_is_named_by_its_last_line(tmp_path):
     gpu_vllm.write_config(tmp_path / "model", {"model_type": "no such type"})
     task = {"do": "speed"}
-    with pytest.raises(gpu_vllm.EngineError, match="ValidationError: .*no such type"):
+    with pytest.raises(gpu_vllm.EngineError, match=r"ValidationError: .*no such type"):
         gpu_vllm.run(task, {"model": str(tmp_path / "model")}, "cpu", time.monotonic() + 300)
 
 
