@@ -171,8 +171,7 @@ def timed(args: argparse.Namespace) -> Row:
         "matmul_flops_per_s": rate,
         "rows": [],
     }
-    for row in kernel_timing.time_models(args.model, settings, bandwidth):
-        row |= {"of_matmul_rate": row["flops_per_s"] / rate}
+    for row in kernel_timing.time_models(args.model, settings, bandwidth, rate):
         row["predicted_us"] = predicted.get((row["model"], row["layer"]["name"], row["tokens"]))
         report["rows"].append(row)
         print(f"{layer_name(row)}, {row['tokens']} tokens: {row['us']:.1f} us", file=sys.stderr, flush=True)
@@ -263,7 +262,7 @@ def timed_table(rows: Sequence[Row]) -> str:
     cells = []
     for row in rows:
         times = [f"{row['us']:.1f}", f"{row['matmul_us']:.1f}", f"{row['matmul_us'] / row['us']:.2f}"]
-        times += [f"{row['predicted_us']:.1f}" if row["predicted_us"] else ""]
+        times += [f"{row['predicted_us']:.1f}" if row.get("predicted_us") else ""]
         rates = [f"{row['bytes_per_s'] / 1e9:.0f}", f"{row['of_copy_bandwidth']:.0%}", f"{row['of_matmul_rate']:.0%}"]
         cells.append([layer_name(row), str(row["tokens"]), *times, *rates, row["kernel"]])
     return markdown(head, cells)

@@ -138,7 +138,7 @@ def time_layer(model: str, layer: Layer, settings: Settings, timer: Timer) -> It
             "bpdq": [partial(linear, x, weight) for weight in clones],
             "matmul": [partial(torch.matmul, x, weight.T) for weight in dense],
         }
-        if tokens == 1:
+        if tokens == 1 and device != "cpu":
             contenders |= one_token_alternatives(x, clones, B, c, settings)
         seconds = timer(contenders)
         yield {
@@ -170,13 +170,15 @@ def one_token_alternatives(
 
 
 def time_models(
-    models: Sequence[str], settings: Settings, bandwidth: float, timer: Timer = graph_timer
+    models: Sequence[str], settings: Settings, bandwidth: float, rate: float, timer: Timer = graph_timer
 ) -> Iterator[dict[str, Any]]:
-    """Time all layers of the models; every row says which share of the copy `bandwidth` (bytes/s) it reached."""
+    """Time all layers of the models; every row says which share of the copy's `bandwidth` (bytes/s) and of a large
+    product's `rate` (FLOP/s) it reached."""
     for model in models:
         for layer in (*MODELS[model].layers, MODELS[model].head):
             for row in time_layer(model, layer, settings, timer):
-                yield row | {"of_copy_bandwidth": row["bytes_per_s"] / bandwidth}
+                shares = {"of_copy_bandwidth": row["bytes_per_s"] / bandwidth}
+                yield row | shares | {"of_matmul_rate": row["flops_per_s"] / rate}
             if settings.device != "cpu":
                 torch.cuda.empty_cache()  # the next layer's copies need the room of this one's
 

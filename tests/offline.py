@@ -41,6 +41,13 @@ class Layer(NamedTuple):
         return f"k{self.planes}-G{self.group}-N{self.N}-K{self.K}-{str(self.dtype)[6:]}"
 
 
+def name(value: object) -> str:
+    """Of a test's parameter: no signs that `-k` would not take."""
+    if isinstance(value, Gemv | Gemm | Tile):
+        return type(value).__name__ + "x".join(str(field) for field in value)
+    return "embedding" if value is None else str(value)
+
+
 def fits(config: Gemv | Gemm, planes: int, group: int) -> bool:
     """Whether the dispatch may pick this configuration for such a layer: not if its coefficients fill the registers."""
     if isinstance(config, Gemm):

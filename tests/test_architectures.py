@@ -10,7 +10,7 @@ import pytest
 
 from bpdq_kernels.triton_linear import TILES_16BIT, TILES_FP32, Tile
 from bpdq_kernels.tuning import Config, Dense, Gemm, Gemv, linear_config
-from tests.offline import BF16, FP16, FP32, GEMM, GEMV, Layer, fits, flaws
+from tests.offline import BF16, FP16, FP32, GEMM, GEMV, Layer, fits, flaws, name
 
 ARCHITECTURES = [80, 86, 89, 90, 100, 120]
 SCHEMES = list(itertools.product((1, 2, 3, 4), (32, 64, 128, 256)))  # planes, group size
@@ -46,7 +46,7 @@ def layers(kernel: Config | Tile | None) -> list[Layer]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("kernel", [*GEMV, *GEMM, Dense(128), *TILES_16BIT, *TILES_FP32, None], ids=str)
+@pytest.mark.parametrize("kernel", [*GEMV, *GEMM, Dense(128), *TILES_16BIT, *TILES_FP32, None], ids=name)
 def test_nothing_that_the_dispatch_picks_spills_or_is_emulated(
     arch: int, kernel: Config | Tile | None, compilers: ProcessPoolExecutor
 ):

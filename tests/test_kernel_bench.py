@@ -136,7 +136,7 @@ def test_one_token_keeps_all_multiprocessors_of_an_rtx_3090_busy(model):
         (2, 64, Gemm(8, tiles=2, warps=8, split=8)),
         (2, 256, Gemm(8, tiles=2, warps=8, split=8)),
         (2, 128, Gemm(16, tiles=1, warps=8, split=8)),
-        (2, 128, Gemm(64, tiles=2, warps=4, split=1)),
+        (2, 128, Gemm(64, tiles=2, warps=4, split=2)),
     ],
     ids=str,
 )
@@ -270,7 +270,7 @@ def test_every_layer_and_batch_is_timed_against_matmul_with_weights_too_many_for
         seen.append({name: len(calls) for name, calls in contenders.items()})
         return one_call_each(contenders)
 
-    rows = list(kernel_timing.time_models(["tiny"], SETTINGS, 4e9, timer))
+    rows = list(kernel_timing.time_models(["tiny"], SETTINGS, 4e9, 1e9, timer))
     assert [(row["layer"]["name"], row["tokens"]) for row in rows] == [
         (name, m) for name in ("qkv", "o", "head") for m in (1, 5)
     ]
@@ -278,6 +278,7 @@ def test_every_layer_and_batch_is_timed_against_matmul_with_weights_too_many_for
     assert first["packed_bytes"] == 96 * 256 * 2 // 8 + 96 * 4 * 3 * 2
     assert (first["us"], first["matmul_us"]) == (1, 2)
     assert first["bytes_per_s"] == first["packed_bytes"] / 1e-6
+    assert first["of_matmul_rate"] == pytest.approx(2 * 96 * 256 / 1e-6 / 1e9)
     assert first["of_copy_bandwidth"] == pytest.approx(first["bytes_per_s"] / 4e9)
     for row, counts in zip(rows, seen, strict=True):
         assert (counts["bpdq"] - 1) * row["packed_bytes"] >= 8 * 4096

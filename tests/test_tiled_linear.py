@@ -15,7 +15,7 @@ from bpdq_kernels import layout, reference, triton_embedding
 from bpdq_kernels.layout import to_tiles
 from bpdq_kernels.tiled_linear import aligned, machine, tiled_linear
 from bpdq_kernels.tuning import Dense, Gemm, Gemv, balance, cdiv, gemm_config, linear_config
-from tests.offline import BF16, FP16, GEMM, GEMV, Layer, compile_tiled, fits
+from tests.offline import BF16, FP16, GEMM, GEMV, Layer, compile_tiled, fits, name
 from tests.ptx import launch
 
 
@@ -268,12 +268,6 @@ def table(groups: tuple[int, ...]) -> Iterator[tuple[Gemv | Gemm, Layer, int, bo
             group = next((g for g in itertools.islice(sizes, len(groups)) if fits(config, planes, g)), None)
             if group:
                 yield config, Layer(planes, group, N, K, dtype), tokens, bias
-
-
-def name(value: object) -> str:
-    if isinstance(value, Gemv | Gemm):
-        return type(value).__name__ + "x".join(str(field) for field in value)
-    return str(value)
 
 
 @pytest.mark.parametrize(("config", "layer", "tokens", "bias"), list(table((128, 64, 256, 32, 128, 256))), ids=name)

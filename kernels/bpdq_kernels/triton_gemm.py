@@ -80,7 +80,7 @@ def gemm_kernel(
     acc = (tl.zeros([32 * WARPS], tl.float32),) * (TILES * TOKENS // 2)
     # with many tokens, other warps' multiplications hide the latency, and registers are short
     AHEAD: tl.constexpr = TOKENS < 64
-    X_AHEAD: tl.constexpr = TOKENS == 8
+    X_AHEAD: tl.constexpr = TOKENS == 8 and PLANES <= 2
     if X_AHEAD:
         next_x = ()
         for j in tl.static_range(4):
