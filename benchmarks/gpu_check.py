@@ -63,8 +63,8 @@ def parts(cores: int) -> list[Part]:
         Part("fast", 120, (*module, "benchmarks.kernel_bench", "--tokens", TOKENS, "--predict", "--json")),
         Part("rates", 25, (*module, "benchmarks.mma_rates", "--json")),
         Part("model", 90, (*module, "benchmarks.gpu_model", "--json")),
-        Part("quantizer", 120, (*module, "benchmarks.gpu_quantize", "--seconds", "80", "--json")),
-        Part("vllm", 110, (*module, "benchmarks.gpu_vllm", "--json")),
+        Part("quantizer", 100, (*module, "benchmarks.gpu_quantize", "--seconds", "70", "--json")),
+        Part("vllm", 110, (*module, "benchmarks.gpu_vllm", "--seconds", "100", "--json")),
         Part("sanitizer", 60, (*module, "benchmarks.gpu_sanitize", "--json")),
     ]
 
@@ -177,7 +177,7 @@ def parse_args(argv: list[str] | None, names: Sequence[str]) -> argparse.Namespa
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--parts", default=",".join(names), metavar="LIST", help="(%(default)s)")
+    parser.add_argument("--parts", default=",".join(names), metavar="LIST", help="in this order (%(default)s)")
     parser.add_argument("--seconds", type=int, default=SECONDS, metavar="N", help="for all parts (%(default)s)")
     parser.add_argument(
         "--results", type=Path, metavar="FILE", help="default: results/<gpu>-<commit>.json; what else is in it stays"
@@ -200,7 +200,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the check; returns the exit status."""
     everything = parts(os.cpu_count() or 1)
     args = parse_args(argv, [part.name for part in everything])
-    chosen = [part for part in everything if part.name in args.parts]
+    chosen = sorted((part for part in everything if part.name in args.parts), key=lambda p: args.parts.index(p.name))
     if args.dry_run:
         for part in chosen:
             print(f"{part.name:10} {part.seconds:4} s at most: python {' '.join(part.command[2:])}")

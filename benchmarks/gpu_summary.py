@@ -1,8 +1,17 @@
-"""The parts' figures (`gpu_check`), each in a sentence."""
+"""The parts' figures (`gpu_check`), each in a sentence; and the kernels' as the README's table.
 
+python -m benchmarks.gpu_summary results/FILE.json
+"""
+
+import json
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 from typing import Any
+
+from benchmarks.kernel_bench import markdown
+from benchmarks.kernel_timing import decoder_ms
 
 Row = dict[str, Any]
 
@@ -73,3 +82,29 @@ def quantizer(figures: Row) -> str:
 
 
 SUMMARIES: dict[str, Callable[[Row], str]] = {"fast": fast, "rates": rates, "model": model, "quantizer": quantizer}
+
+
+def kernel_table(figures: Row) -> str:
+    """How many times as fast as torch.matmul in 16 bits, for each layer and number of tokens; of one and eight tokens
+    the share of the copy's bandwidth too. The last lines: all Linears of a model's blocks."""
+    tokens = sorted({row["tokens"] for row in figures["rows"]})
+    layers: dict[tuple[str, str], dict[int, Row]] = {}
+    for row in figures["rows"]:
+        layers.setdefault((row["model"], row["layer"]["name"]), {})[row["tokens"]] = row
+    lines = []
+    for (model, name), at in layers.items():
+        size = at[tokens[0]]["layer"]
+        cells = [f"{model.removeprefix('qwen2.5-').upper()} {name}", f"{size['out_features']} x {size['in_features']}"]
+        for m in tokens:
+            share = f" ({at[m]['of_copy_bandwidth']:.0%})" if m in (1, 8) else ""
+            cells.append(f"{at[m]['matmul_us'] / at[m]['us']:.2f}{share}")
+        lines.append(cells)
+    for model in dict.fromkeys(row["model"] for row in figures["rows"]):
+        times = [[decoder_ms(figures["rows"], model, m, key) for key in ("us", "matmul_us")] for m in tokens]
+        name = f"{model.removeprefix('qwen2.5-').upper()}, all blocks"
+        lines.append([name, "ms", *(f"{ours:.1f} / {theirs:.1f}" for ours, theirs in times)])
+    return markdown(["layer", "N x K", *map(str, tokens)], lines)
+
+
+if __name__ == "__main__":
+    print(kernel_table(json.loads(Path(sys.argv[1]).read_text())["parts"]["fast"]["figures"]))
