@@ -64,7 +64,7 @@ def parts(cores: int) -> list[Part]:
         Part("rates", 25, (*module, "benchmarks.mma_rates", "--json")),
         Part("model", 90, (*module, "benchmarks.gpu_model", "--json")),
         Part("quantizer", 100, (*module, "benchmarks.gpu_quantize", "--seconds", "70", "--json")),
-        Part("vllm", 110, (*module, "benchmarks.gpu_vllm", "--seconds", "100", "--json")),
+        Part("vllm", 110, (*module, "benchmarks.gpu_vllm", "--modes", "graphs", "--seconds", "105", "--json")),
         Part("sanitizer", 60, (*module, "benchmarks.gpu_sanitize", "--json")),
     ]
 
