@@ -59,13 +59,13 @@ def parts(cores: int) -> list[Part]:
     tests = [f"tests/{name}.py" for name in KERNEL_TESTS]
     pytest = (*module, "pytest", "-q", "-p", "no:cacheprovider", "--tb=line", "-W", "ignore")
     return [
-        Part("correct", 100, (*pytest, "-m", "gpu and not slow", *spread, *tests), figures=False),
-        Part("fast", 120, (*module, "benchmarks.kernel_bench", "--tokens", TOKENS, "--predict", "--json")),
-        Part("rates", 25, (*module, "benchmarks.mma_rates", "--json")),
-        Part("model", 90, (*module, "benchmarks.gpu_model", "--json")),
-        Part("quantizer", 100, (*module, "benchmarks.gpu_quantize", "--seconds", "70", "--json")),
-        Part("vllm", 110, (*module, "benchmarks.gpu_vllm", "--modes", "graphs", "--seconds", "105", "--json")),
+        Part("correct", 110, (*pytest, "-m", "gpu and not slow", *spread, *tests), figures=False),
+        Part("fast", 110, (*module, "benchmarks.kernel_bench", "--tokens", TOKENS, "--predict", "--json")),
+        Part("rates", 20, (*module, "benchmarks.mma_rates", "--json")),
+        Part("model", 70, (*module, "benchmarks.gpu_model", "--json")),
+        Part("quantizer", 80, (*module, "benchmarks.gpu_quantize", "--seconds", "60", "--json")),
         Part("sanitizer", 60, (*module, "benchmarks.gpu_sanitize", "--json")),
+        Part("vllm", 160, (*module, "benchmarks.gpu_vllm", "--modes", "graphs", "--seconds", "155", "--json")),
     ]
 
 

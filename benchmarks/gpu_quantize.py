@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_part import Parser, Row, finish, new_report, save
-from benchmarks.gpu_solver import SCHEME, Pieces, launches, measure_pieces, measure_stage, stage_seconds
+from benchmarks.gpu_solver import REFINED_INPUTS, SCHEME, Pieces, launches, measure_pieces, measure_stage, stage_seconds
 from benchmarks.kernel_bench import markdown
 from benchmarks.random_models import VOCABULARY, write_model
 from benchmarks.shapes import MODELS, Layer, Model
@@ -45,7 +45,8 @@ TINY = {
 FORMULA = (
     "hours = blocks x (calibration + sum over stages of the measured seconds, or else factor(K) + ceil(K / G) x "
     "group(N) + ceil(N / rows) x refine(K)) / 3600; factor(K): the Cholesky factors of H; group(N): the paper's pass "
-    "over one group of N rows; refine(K): the refinement of `rows` rows, as many as are refined at once; calibration: "
+    "over one group of N rows; refine(K): the refinement of `rows` rows, as many as are refined at once, in proportion to K "
+    f"where K > {REFINED_INPUTS}; calibration: "
     f"{CALIBRATION_TOKENS} tokens x the seconds per token of H and of the cross term, summed over K"
 )
 
@@ -207,6 +208,7 @@ def run(args: argparse.Namespace, report: Row, folder: Path) -> Iterator[str]:
     yield f"a narrow model: losses on {device} are {found['mean_ratio']:.4f} of the CPU's"
 
     report["launches"] = launches(device) if device == "cuda" else "not counted: they need a GPU"
+    yield f"launches: {report['launches']}"
     pieces, rows = measure_pieces(models, device)
     report["pieces"] = rows
     measured: dict[tuple[int, int], float] = {}

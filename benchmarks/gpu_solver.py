@@ -29,6 +29,7 @@ ITERATIONS = 10  # default of `bpdq quantize`
 SOLVER = SOLVERS["refined"]
 WINDOW = 2048  # tokens
 WINDOWS = 8
+REFINED_INPUTS = 8192  # up to which a refinement is timed: one at 29568 takes minutes
 DIRECTIONS = 64  # that many channels of hidden states move together
 
 
@@ -98,7 +99,11 @@ def measure_pieces(models: dict[str, Model], device: str) -> tuple[Pieces, Row]:
         H, pieces.token[k] = random_hessian(k, device, windows, window)
         pieces.factor[k] = timed(partial(inverse_factor, H, torch.arange(k, device=device), SOLVER["damping"]))
         rows = min(rows_at_once(k, WIDTH), max(layer.out_features for layer in layers if layer.in_features == k))
-        pieces.refine[k] = timed(partial(launch_refinement, H, rows, device))
+        if k <= REFINED_INPUTS:
+            pieces.refine[k] = timed(partial(launch_refinement, H, rows, device))
+        else:  # its launches, which take the time, are as many as inputs
+            widest = max(measured for measured in pieces.refine if measured <= REFINED_INPUTS)
+            pieces.refine[k] = pieces.refine[widest] * k / widest
         del H
     for n in sorted({layer.out_features for layer in layers}):
         pieces.group[n] = timed(partial(launch_group, block, n, device))

@@ -87,8 +87,10 @@ def config_for(tokens: int, layer: Layer, planes: int, group: int, multiprocesso
 @cache
 def compile_kernel(variant: Variant, arch: str) -> Kernel:
     """Compile for sizes and pointers that 16 divides and inputs that 128 divides, without a bias, as `launch` would."""
-    module = triton_gemv if variant.tokens == 1 else triton_gemm
-    kernel = triton_gemv.gemv_kernel if variant.tokens == 1 else triton_gemm.gemm_kernel
+    if variant.tokens == 1:
+        kernel, options = triton_gemv.gemv_kernel, triton_gemv.options(variant.config)
+    else:
+        kernel, options = triton_gemm.gemm_kernel, triton_gemm.options(variant.config, variant.planes)
     activations = f"*{variant.dtype}"
     types = {"x_ptr": activations, "planes_ptr": "*i32", "coefficients_ptr": "*i32", "scales_ptr": "*fp32"}
     types |= {"y_ptr": activations, "M": "i32", "N": "i32", "K": "i32", "stride_x": "i32"}
@@ -103,7 +105,7 @@ def compile_kernel(variant: Variant, arch: str) -> Kernel:
         attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in types and name != "M"},
     )
     target = GPUTarget("cuda", MACHINES[arch].capability, 32)
-    compiled = triton.compile(source, target=target, options=module.options(variant.config))
+    compiled = triton.compile(source, target=target, options=options)
     cubin, shared = compiled.asm["cubin"], compiled.metadata.shared
     code = read_cubin(cubin)
     ctas = ctas_per_sm(code.registers, shared, variant.config.warps, MACHINES[arch])

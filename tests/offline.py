@@ -81,8 +81,10 @@ def compile_tiled(
     config: Gemv | Gemm, layer: Layer, bias: bool, arch: int = 86, result: torch.dtype | None = None
 ) -> CompiledKernel:
     """The kernel as its `launch` would start it for a layer of these sizes; result: fp32 in place of 16 bits."""
-    module = triton_gemv if isinstance(config, Gemv) else triton_gemm
-    kernel = module.gemv_kernel if isinstance(config, Gemv) else module.gemm_kernel
+    if isinstance(config, Gemv):
+        kernel, options = triton_gemv.gemv_kernel, triton_gemv.options(config)
+    else:
+        kernel, options = triton_gemm.gemm_kernel, triton_gemm.options(config, layer.planes)
     x = POINTERS[layer.dtype]
     types = {"x_ptr": x, "planes_ptr": "*i32", "coefficients_ptr": "*i32", "scales_ptr": "*fp32", "bias_ptr": x}
     types |= {"y_ptr": POINTERS[result or layer.dtype], "M": "i32", "N": "i32", "K": "i32", "stride_x": "i32"}
@@ -95,7 +97,7 @@ def compile_tiled(
     divisible = {name for name in types if name.endswith("_ptr")}
     divisible |= {"N"} if layer.N % 16 == 0 else set()
     divisible |= {"K", "stride_x"} & set(kernel.arg_names) if layer.K % 16 == 0 else set()
-    return compile_kernel(kernel, types, constants, divisible, arch, module.options(config))
+    return compile_kernel(kernel, types, constants, divisible, arch, options)
 
 
 def compile_stored(

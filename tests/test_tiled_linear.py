@@ -11,7 +11,7 @@ import torch
 
 import bpdq_kernels
 from benchmarks.sass import read_cubin
-from bpdq_kernels import layout, reference, triton_embedding
+from bpdq_kernels import layout, reference, triton_dequantize, triton_embedding
 from bpdq_kernels.layout import to_tiles
 from bpdq_kernels.tiled_linear import aligned, machine, tiled_linear
 from bpdq_kernels.tuning import Dense, Gemm, Gemv, balance, cdiv, gemm_config, linear_config
@@ -194,6 +194,19 @@ def interpret_embedding() -> None:
         assert not y[5:].any(), "rows that the table does not have"
 
 
+def interpret_dense() -> None:
+    for layer in (Layer(2, 128, 70, 256, BF16), Layer(3, 32, 33, 136, FP16), Layer(1, 64, 50, 100, FP16)):
+        p = problem(layer, 5, bias=True)
+        tiles = to_tiles(p.B, p.c, layer.group, layer.dtype)
+        y = torch.full((5, layer.N), float("nan"), dtype=layer.dtype)
+        triton_dequantize.launch(p.x, *tiles, layer.group, p.bias, y, Dense(32))
+        compare(layer, p, y)
+        weight = torch.full((16, layer.K), float("nan"), dtype=layer.dtype)
+        triton_dequantize.dequantize(*tiles, layer.group, 16, weight)
+        W = reference.dequantize(p.B, p.c, layer.group, layer.K)[16:32]
+        assert torch.equal(weight, W.to(layer.dtype)), "rounded once"
+
+
 def interpret_embedding_of_strided_ids() -> None:
     layer = Layer(2, 64, 40, 64, BF16)
     p = problem(layer, 1, bias=False)
@@ -223,6 +236,10 @@ def test_infinity_and_nan_are_passed_on_and_zeros_give_zeros(interpreter: Proces
 
 def test_embedding_rows_are_those_of_the_oracle(interpreter: ProcessPoolExecutor):
     interpreter.submit(interpret_embedding).result()
+
+
+def test_weights_for_many_tokens_are_the_oracles(interpreter: ProcessPoolExecutor):
+    interpreter.submit(interpret_dense).result()
 
 
 def test_a_column_of_ids_looks_up_its_own_rows(interpreter: ProcessPoolExecutor):
@@ -355,10 +372,10 @@ ON_A_GPU = [
 @pytest.mark.parametrize("layer", ON_A_GPU, ids=str)
 def test_kernels_on_a_gpu_agree_with_the_oracle(layer: Layer):
     """Every kernel with a bias for one of the layers: tokens of a bucket share it, so each compiles once."""
-    p = problem(layer, 512, bias=True, device="cuda")
+    p = problem(layer, 1024, bias=True, device="cuda")
     packed = bpdq_kernels.prepare(p.B, p.c, layer.group, layer.K, layer.dtype, "cuda")
     _, arch = machine(p.x.device)
-    for i, bucket in enumerate([(1,), (2, 8), (9, 16), (17, 32), (64, 65, 512)]):
+    for i, bucket in enumerate([(1,), (2, 8), (9, 16), (17, 32), (64, 65, 512, 1024)]):
         bias = p.bias if (i + layer.planes + layer.N // 8) % 2 else None
         for tokens in bucket:
             some = p._replace(x=p.x[-tokens:], bias=bias)
