@@ -1,63 +1,86 @@
 """What the plugin relies upon in vLLM. A failure here says which of it a new vLLM release has changed."""
 
-import inspect
+import subprocess
+import sys
+import zipfile
+from importlib.metadata import requires
+from pathlib import Path
 
 import pytest
 import torch
-from vllm.config import ModelConfig
+import vllm
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from vllm.model_executor import parameter
-from vllm.model_executor.layers import fused_moe, linear, quantization
+from vllm.model_executor.layers import fused_moe, linear
 from vllm.model_executor.layers.quantization import base_config, kv_cache
-from vllm.model_executor.model_loader import utils as loader_utils
 from vllm.model_executor.model_loader import weight_utils
-from vllm.model_executor.models.utils import WeightsMapper
 
+import vllm_sources
 from vllm_bpdq.config import BPDQConfig
 from vllm_bpdq.kv_cache import MISSING
 from vllm_bpdq.linear import BPDQLinearMethod, StoredParameter
 
+INSTALLED = Path(vllm.__file__).parent
+RELEASES = ("0.32.0", "0.33.0")
 
-def parameters(function) -> list[str]:
-    return list(inspect.signature(function).parameters)
+
+def promised() -> SpecifierSet:
+    """The releases of vLLM that the extra `cuda` accepts."""
+    requirements = map(Requirement, requires("vllm-bpdq"))
+    return next(requirement.specifier for requirement in requirements if requirement.name == "vllm")
+
+
+def test_installed_sources_have_what_the_plugin_was_written_for():
+    assert vllm_sources.problems(INSTALLED, like=INSTALLED) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("release", RELEASES)
+def test_sources_of_every_promised_release_have_what_the_plugin_was_written_for(tmp_path, release):
+    """Downloads CUDA wheels of 330 MB; the sdist is smaller, but pip would build it."""
+    target = ["--only-binary", ":all:", "--python-version", "3.12", "--platform", "manylinux_2_28_x86_64"]
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *target, "--dest", str(tmp_path)]
+    subprocess.run([*pip, f"vllm=={release}"], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as files:
+        names = {f"vllm/{file}" for file in vllm_sources.FILES} & set(files.namelist())
+        files.extractall(tmp_path, names)
+    wheel.unlink()
+    assert vllm_sources.problems(tmp_path / "vllm", like=INSTALLED) == []
+
+
+def test_the_checked_releases_are_the_promised_ones():
+    assert all(release in promised() for release in RELEASES)
+    minors = [int(release.split(".")[1]) for release in RELEASES]
+    assert minors == list(range(minors[0], minors[-1] + 1))
+    assert f"0.{minors[0] - 1}.99" not in promised()
+    assert f"0.{minors[-1] + 1}.0" not in promised()
 
 
 @pytest.mark.parametrize(
-    ("function", "expected"),
+    ("file", "old", "new", "problem"),
     [
-        (quantization.register_quantization_config, ["quantization"]),
-        (base_config.QuantizationConfig.get_quant_method, ["self", "layer", "prefix"]),
-        (
-            base_config.QuantizationConfig.override_quantization_method,
-            ["hf_quant_cfg", "user_quant", "hf_config"],
-        ),
-        (base_config.QuantizationConfig.apply_vllm_mapper, ["self", "hf_to_vllm_mapper"]),
-        (base_config.QuantizationConfig.from_config, ["config"]),
-        (
-            linear.LinearMethodBase.create_weights,
-            [
-                "self",
-                "layer",
-                "input_size_per_partition",
-                "output_partition_sizes",
-                "input_size",
-                "output_size",
-                "params_dtype",
-                "extra_weight_attrs",
-            ],
-        ),
-        (linear.LinearMethodBase.apply, ["self", "layer", "x", "bias"]),
-        (base_config.QuantizeMethodBase.process_weights_after_loading, ["self", "layer"]),
-        (parameter.ModelWeightParameter.load_column_parallel_weight, ["self", "loaded_weight"]),
-        (parameter.ModelWeightParameter.load_row_parallel_weight, ["self", "loaded_weight"]),
-        (parameter.ModelWeightParameter.load_merged_column_weight, ["self", "loaded_weight", "kwargs"]),
-        (parameter.ModelWeightParameter.load_qkv_weight, ["self", "loaded_weight", "kwargs"]),
-        (linear.ReplicatedLinear.weight_loader, ["self", "param", "loaded_weight"]),
-        (WeightsMapper.apply_list, ["self", "values"]),
+        (vllm_sources.LINEAR, "**extra_weight_attrs", "**attributes", "create_weights(self layer input_size"),
+        (vllm_sources.LINEAR, "param.tp_rank = self.tp_rank", "param.rank = self.tp_rank", "update_param_tp_status"),
+        (vllm_sources.EMBEDDING, "class ParallelLMHead", "class LMHead", "no ParallelLMHead"),
+        (vllm_sources.PARAMETER, "def load_qkv_weight", "def load_fused_weight", "load_fused_weight"),
+        (vllm_sources.PARAMETER, "def load_qkv_weight", "def load_qkv", "expected load_column_parallel_weight"),
+        (vllm_sources.KV_CACHE, "torch.tensor(-1.0)", "torch.tensor(1.0)", "KVCacheScaleParameter"),
+        (vllm_sources.TURBOQUANT, "+ 4", "+ 8", "TurboQuantConfig is other code"),
+        ("config/cache.py", "ClassVar[int] = 16", "ClassVar[int] = 64", "DEFAULT_BLOCK_SIZE"),
     ],
-    ids=lambda value: getattr(value, "__qualname__", None),
 )
-def test_signatures_are_the_ones_the_plugin_was_written_for(function, expected):
-    assert parameters(function) == expected
+def test_a_changed_vllm_is_noticed(tmp_path, file, old, new, problem):
+    for name in vllm_sources.FILES:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).symlink_to(INSTALLED / name)
+    text = (INSTALLED / file).read_text()
+    assert old in text
+    (tmp_path / file).unlink()
+    (tmp_path / file).write_text(text.replace(old, new))
+    found = vllm_sources.problems(tmp_path, like=INSTALLED)
+    assert any(problem in line for line in found), found
 
 
 def test_the_config_implements_every_abstract_method():
@@ -67,30 +90,6 @@ def test_the_config_implements_every_abstract_method():
 
 def test_methods_registered_for_the_second_loader_are_found_by_name():
     assert "BPDQLinearMethod" in linear.WEIGHT_LOADER_V2_SUPPORTED
-
-
-@pytest.mark.parametrize(
-    ("layer", "call", "arguments"),
-    [
-        (linear.ColumnParallelLinear, "load_column_parallel_weight", []),
-        (linear.RowParallelLinear, "load_row_parallel_weight", []),
-        (linear.MergedColumnParallelLinear, "load_merged_column_weight", ["shard_offset", "shard_size"]),
-        (linear.QKVParallelLinear, "load_qkv_weight", ["num_heads", "shard_id", "shard_offset", "shard_size"]),
-    ],
-)
-def test_layers_tell_the_parameter_which_outputs_a_tensor_holds(layer, call, arguments):
-    source = inspect.getsource(layer.weight_loader_v2)
-    assert f"param.{call}(" in source
-    assert all(f"{argument}=" in source for argument in arguments)
-
-
-def test_layers_hand_their_ranks_to_the_parameters():
-    """StoredParameter counts on tp_rank and tp_size being the layer's, which differ where a layer isn't split."""
-    source = inspect.getsource(linear.LinearBase.update_param_tp_status)
-    assert "param.tp_rank = self.tp_rank" in source
-    assert "param.tp_size = self.tp_size" in source
-    for layer in linear.ColumnParallelLinear, linear.RowParallelLinear:
-        assert "self.update_param_tp_status()" in inspect.getsource(layer.__init__)
 
 
 def test_the_dummy_loader_leaves_integers_alone_and_fills_floats():
@@ -109,21 +108,9 @@ def test_scales_of_the_kv_cache_are_renamed_and_start_as_missing():
     assert kv_cache.KVCacheScaleParameter().item() == MISSING
 
 
-def test_custom_methods_are_asked_before_the_built_in_gptq():
-    source = inspect.getsource(ModelConfig._verify_quantization)
-    assert "quantization_methods = quantization_methods + overrides" in source
-    assert '"gptq"' in source
-
-
 def test_mixture_of_experts_layers_are_recognized_by_name():
     assert "RoutedExperts" in fused_moe.__all__
     assert fused_moe.RoutedExperts.__name__ == "RoutedExperts"
-
-
-def test_loaded_layers_are_processed_once_each():
-    assert "quant_method.process_weights_after_loading(module)" in inspect.getsource(
-        loader_utils.process_weights_after_loading
-    )
 
 
 def test_the_parameter_overrides_every_way_of_loading():

@@ -1,6 +1,6 @@
-"""Bytes of vLLM 0.32's KV cache, by `--kv-cache-dtype`, without importing vLLM (a test compares the two).
+"""Bytes of vLLM 0.32's and 0.33's KV cache, by `--kv-cache-dtype`, without importing vLLM (a test compares the two).
 
-vLLM allocates blocks of `block_size` tokens over all layers (v1/core/kv_cache_utils.py:
+vLLM allocates blocks of `block_size` tokens over all layers (v1/core/kv_cache_utils.py, of 0.33 kv_cache_planning.py:
 get_kv_cache_config_from_groups) and keeps one of them back (v1/core/block_pool.py: null_block). A layer's share of a
 block is that many tokens x key/value heads x a slot, without padding (v1/kv_cache_interface.py: AttentionSpec).
 """
@@ -65,7 +65,8 @@ def _turboquant(key_bits: int, value_bits: int) -> Callable[[int], int]:
 
 _FP8 = KVType(_eight_bits, "FlashInfer", workspace=FLASHINFER_WORKSPACE)
 _ANY = {"needs": "any card", "recommended": True}
-KV_TYPES = {  # config/cache.py: CacheDType, without `fp8_ds_mla` and `nvfp4_ds_mla` (latent attention, refused here)
+# config/cache.py: CacheDType, without `*_ds_mla` (latent attention, refused here) and `octave_*` (0.33, AMD only)
+KV_TYPES = {
     "auto": KVType(_sixteen_bits, **_ANY),
     "bfloat16": KVType(_sixteen_bits, "any card"),
     "float16": KVType(_sixteen_bits, "any card"),

@@ -1,0 +1,205 @@
+"""What the plugin and `bpdq plan` rely upon in vLLM's sources, and a reader that checks a tree of them.
+
+Sources are parsed, never imported, so any release can be checked, CUDA builds too. Files are relative to `vllm/`; names
+are of classes, functions and methods in them, "" of the module.
+"""
+
+import ast
+from functools import cache
+from pathlib import Path
+
+BASE_CONFIG = "model_executor/layers/quantization/base_config.py"
+QUANTIZATION = "model_executor/layers/quantization/__init__.py"
+KV_CACHE = "model_executor/layers/quantization/kv_cache.py"
+TURBOQUANT = "model_executor/layers/quantization/turboquant/config.py"
+LINEAR = "model_executor/layers/linear.py"
+EMBEDDING = "model_executor/layers/vocab_parallel_embedding.py"
+ATTENTION = "model_executor/layers/attention/attention.py"
+PARAMETER = "model_executor/parameter.py"
+LOADER = "model_executor/model_loader/utils.py"
+WEIGHTS = "model_executor/model_loader/weight_utils.py"
+MODELS = "model_executor/models/utils.py"
+FUSED_MOE = "model_executor/layers/fused_moe/__init__.py"
+
+SIGNATURES = {  # parameters in order, as written: name, *name, **name
+    (QUANTIZATION, "register_quantization_config"): "quantization",
+    (BASE_CONFIG, "QuantizationConfig.get_quant_method"): "self layer prefix",
+    (BASE_CONFIG, "QuantizationConfig.override_quantization_method"): "cls hf_quant_cfg user_quant hf_config",
+    (BASE_CONFIG, "QuantizationConfig.apply_vllm_mapper"): "self hf_to_vllm_mapper",
+    (BASE_CONFIG, "QuantizationConfig.from_config"): "cls config",
+    (BASE_CONFIG, "QuantizationConfig.get_name"): "self",
+    (BASE_CONFIG, "QuantizationConfig.get_supported_act_dtypes"): "self",
+    (BASE_CONFIG, "QuantizationConfig.get_min_capability"): "cls",
+    (BASE_CONFIG, "QuantizationConfig.get_config_filenames"): "",
+    (BASE_CONFIG, "QuantizeMethodBase.process_weights_after_loading"): "self layer",
+    (BASE_CONFIG, "QuantizeMethodBase.embedding"): "self layer *args **kwargs",
+    (BASE_CONFIG, "QuantizeMethodBase.tie_weights"): "self layer embed_tokens",
+    (KV_CACHE, "BaseKVCacheMethod.create_weights"): "self layer",
+    (KV_CACHE, "BaseKVCacheMethod.process_weights_after_loading"): "self layer",
+    (LINEAR, "register_weight_loader_v2_supported_method"): "cls",
+    (LINEAR, "ReplicatedLinear.weight_loader"): "self param loaded_weight",
+    (LINEAR, "LinearMethodBase.apply"): "self layer x bias",
+    (LINEAR, "LinearMethodBase.create_weights"): (
+        "self layer input_size_per_partition output_partition_sizes input_size output_size params_dtype "
+        "**extra_weight_attrs"
+    ),
+    (PARAMETER, "ModelWeightParameter"): "",
+    (PARAMETER, "BasevLLMParameter.__init__"): "self data weight_loader",
+    (PARAMETER, "_ColumnvLLMParameter.__init__"): "self output_dim **kwargs",
+    (PARAMETER, "RowvLLMParameter.__init__"): "self input_dim **kwargs",
+    (PARAMETER, "_ColumnvLLMParameter.load_column_parallel_weight"): "self loaded_weight",
+    (PARAMETER, "RowvLLMParameter.load_row_parallel_weight"): "self loaded_weight",
+    (PARAMETER, "_ColumnvLLMParameter.load_merged_column_weight"): "self loaded_weight **kwargs",
+    (PARAMETER, "_ColumnvLLMParameter.load_qkv_weight"): "self loaded_weight **kwargs",
+    (MODELS, "WeightsMapper.apply_list"): "self values",
+    (EMBEDDING, "VocabParallelEmbedding"): "",
+    (ATTENTION, "Attention"): "",
+}
+_SIZES = "layer=self input_size_per_partition=self. output_partition_sizes=self. input_size=self. output_size=self."
+STATEMENTS = {  # fragments of the code of a function or class, as ast.unparse writes it
+    (BASE_CONFIG, "QuantizationConfig.__init__"): ["self.packed_modules_mapping"],
+    (BASE_CONFIG, "resolve_quant_method"): ["quant_config.get_quant_method(layer, prefix)"],
+    (BASE_CONFIG, "QuantizationConfig.get_cache_scale_mapper"): ["k_scale", "v_scale", ".attn."],
+    (KV_CACHE, "KVCacheScaleParameter"): ["torch.tensor(-1.0)"],
+    (LINEAR, "register_weight_loader_v2_supported_method"): ["WEIGHT_LOADER_V2_SUPPORTED", "cls.__name__"],
+    (LINEAR, "LinearBase.update_param_tp_status"): ["param.tp_rank = self.tp_rank", "param.tp_size = self.tp_size"],
+    (LINEAR, "ReplicatedLinear.__init__"): [
+        "self.quant_method.create_weights(self, self.input_size, self.output_partition_sizes, self.input_size, "
+        "self.output_size, self.params_dtype, weight_loader="
+    ],
+    (LINEAR, "ColumnParallelLinear.__init__"): [*_SIZES.split(), "self.update_param_tp_status()"],
+    (LINEAR, "RowParallelLinear.__init__"): [*_SIZES.split(), "self.update_param_tp_status()"],
+    (LINEAR, "ColumnParallelLinear.weight_loader_v2"): ["param.load_column_parallel_weight(loaded_weight="],
+    (LINEAR, "RowParallelLinear.weight_loader_v2"): ["param.load_row_parallel_weight(loaded_weight="],
+    (LINEAR, "MergedColumnParallelLinear.weight_loader_v2"): [
+        "param.load_merged_column_weight(loaded_weight=",
+        "shard_offset=",
+        "shard_size=",
+    ],
+    (LINEAR, "QKVParallelLinear.weight_loader_v2"): [
+        "param.load_qkv_weight(loaded_weight=",
+        "num_heads=",
+        "shard_id=",
+        "shard_offset=",
+        "shard_size=",
+    ],
+    (EMBEDDING, "VocabParallelEmbedding.__init__"): [
+        "self.org_vocab_size =",
+        "self.shard_indices =",
+        "self.params_dtype =",
+        "self.quant_method",
+        "weight_loader=self.weight_loader",
+    ],
+    (EMBEDDING, "VocabParallelEmbedding.forward"): ["self.quant_method.embedding("],
+    (EMBEDDING, "ParallelLMHead.tie_weights"): ["self.quant_method.tie_weights(self, embed_tokens)"],
+    (EMBEDDING, "VocabParallelEmbeddingShardIndices"): ["org_vocab_start_index", "org_vocab_end_index"],
+    (ATTENTION, "Attention.__init__"): ["self.kv_cache_dtype =", "self.layer_name ="],
+    (LOADER, "process_weights_after_loading"): ["quant_method.process_weights_after_loading(module)"],
+    (LOADER, "configure_quant_config"): ["quant_config.packed_modules_mapping = packed_mapping"],
+    (WEIGHTS, "initialize_single_dummy_weight"): ["if not torch.is_floating_point(param):"],
+    (FUSED_MOE, ""): ["'RoutedExperts'"],
+    ("config/model.py", "ModelConfig._verify_quantization"): [
+        "quantization_methods = quantization_methods + overrides",
+        "'gptq'",
+    ],
+    ("model_executor/layers/fused_moe/routed_experts.py", "RoutedExperts"): [],
+    ("plugins/__init__.py", ""): ["DEFAULT_PLUGINS_GROUP = 'vllm.general_plugins'"],
+    # the bytes of KV caches, besides SAME
+    ("config/cache.py", "CacheConfig"): ["DEFAULT_BLOCK_SIZE: ClassVar[int] = 16"],
+    ("envs.py", ""): ["'VLLM_FLASHINFER_WORKSPACE_BUFFER_SIZE', str(394 * 1024 * 1024)"],
+    ("v1/core/block_pool.py", "BlockPool.__init__"): ["self.null_block = self.free_block_queue.popleft()"],
+    ("engine/arg_utils.py", "EngineArgs"): ["get_boundary_skip_layers("],
+}
+LOADERS = {
+    "load_column_parallel_weight",
+    "load_merged_column_weight",
+    "load_qkv_weight",
+    "load_row_parallel_weight",
+}
+SAME = [  # code whose results tests compare with ours in the installed vLLM; in other releases it is the same code
+    (PARAMETER, "ModelWeightParameter"),
+    (PARAMETER, "_ColumnvLLMParameter"),
+    (PARAMETER, "RowvLLMParameter"),
+    (BASE_CONFIG, "QuantizationConfig.get_cache_scale_mapper"),
+    (KV_CACHE, "BaseKVCacheMethod"),
+    (TURBOQUANT, "TurboQuantConfig"),
+    ("v1/kv_cache_interface.py", "AttentionSpec.state_content_size_bytes"),
+    ("v1/kv_cache_interface.py", "AttentionSpec.page_size_bytes"),
+    ("v1/attention/backends/triton_attn.py", "TritonAttentionBackend.customize_spec"),
+    ("v1/attention/backends/turboquant_attn.py", "TurboQuantMetadataBuilder._reserve_workspace"),
+    ("v1/attention/ops/ultraquant/format.py", "slot_size"),
+    ("utils/torch_utils.py", "nvfp4_kv_cache_full_dim"),
+    ("platforms/interface.py", "Platform.update_block_size_for_backend"),
+]
+FILES = sorted({file for file, _ in (*SIGNATURES, *STATEMENTS, *SAME)})
+
+
+def problems(tree: Path, like: Path) -> list[str]:
+    """One line for each thing that `tree`, a folder `vllm`, lacks or has otherwise; SAME is compared with `like`."""
+    found = []
+    for (file, name), expected in SIGNATURES.items():
+        node = _find(tree, file, name)
+        if node is None:
+            found.append(f"{file}: no {name}")
+        elif isinstance(node, ast.FunctionDef) and _parameters(node) != expected:
+            found.append(f"{file}: {name}({_parameters(node)}), expected ({expected})")
+    for (file, name), fragments in STATEMENTS.items():
+        node = _find(tree, file, name)
+        if node is None:
+            found.append(f"{file}: no {name}")
+            continue
+        code = ast.unparse(node)
+        found += [f"{file}: {name or 'the module'} without {text!r}" for text in fragments if text not in code]
+    for file, name in SAME:
+        here, there = (_find(root, file, name) for root in (tree, like))
+        if here is None or there is None:
+            found.append(f"{file}: no {name}")
+        elif _code(here) != _code(there):
+            found.append(f"{file}: {name} is other code than in {like}")
+    if (defined := _loaders(tree)) != LOADERS:
+        found.append(f"{PARAMETER}: loads weights by {' '.join(sorted(defined))}, expected {' '.join(sorted(LOADERS))}")
+    return found
+
+
+def _loaders(tree: Path) -> set[str]:
+    """The `load_*` methods of ModelWeightParameter and the classes above it, which the plugin overrides."""
+    names, methods = ["ModelWeightParameter"], set()
+    while names:
+        node = _find(tree, PARAMETER, names.pop())
+        if isinstance(node, ast.ClassDef):
+            names += [base.id for base in node.bases if isinstance(base, ast.Name)]
+            methods |= {f.name for f in node.body if isinstance(f, ast.FunctionDef) and f.name.startswith("load_")}
+    return methods
+
+
+def _find(tree: Path, file: str, name: str) -> ast.AST | None:
+    """The class, function or method `name` of `file`, the module for "", or None."""
+    node = _parse(tree / file)
+    for part in filter(None, name.split(".")):
+        if node is None:
+            return None
+        named = (child for child in ast.walk(node) if isinstance(child, ast.ClassDef | ast.FunctionDef))
+        node = next((child for child in named if child.name == part and child is not node), None)
+    return node
+
+
+@cache
+def _parse(path: Path) -> ast.Module | None:
+    return ast.parse(path.read_text()) if path.exists() else None
+
+
+def _parameters(node: ast.FunctionDef) -> str:
+    arguments = node.args
+    names = [argument.arg for argument in (*arguments.posonlyargs, *arguments.args)]
+    names += [f"*{arguments.vararg.arg}"] if arguments.vararg else []
+    names += [argument.arg for argument in arguments.kwonlyargs]
+    names += [f"**{arguments.kwarg.arg}"] if arguments.kwarg else []
+    return " ".join(names)
+
+
+def _code(node: ast.AST) -> str:
+    """Without docstrings, which change more often."""
+    for child in ast.walk(node):
+        if isinstance(child, ast.ClassDef | ast.FunctionDef) and ast.get_docstring(child) and len(child.body) > 1:
+            child.body = child.body[1:]
+    return ast.unparse(node)
