@@ -45,8 +45,8 @@ TINY = {
 FORMULA = (
     "hours = blocks x (calibration + sum over stages of the measured seconds, or else factor(K) + ceil(K / G) x "
     "group(N) + ceil(N / rows) x refine(K)) / 3600; factor(K): the Cholesky factors of H; group(N): the paper's pass "
-    "over one group of N rows; refine(K): the refinement of `rows` rows, as many as are refined at once, in proportion to K "
-    f"where K > {REFINED_INPUTS}; calibration: "
+    "over one group of N rows; refine(K): the refinement of `rows` rows, as many as are refined at once, "
+    f"in proportion to K where K > {REFINED_INPUTS}; calibration: "
     f"{CALIBRATION_TOKENS} tokens x the seconds per token of H and of the cross term, summed over K"
 )
 
