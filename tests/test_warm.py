@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -16,22 +15,9 @@ from bpdq_kernels.triton_embedding import embedding_kernel
 from bpdq_kernels.triton_gemm import gemm_kernel
 from bpdq_kernels.triton_gemv import gemv_kernel
 from bpdq_kernels.triton_linear import linear_kernel, stored_linear
+from tests.offline import BF16, FP16, FP32, Layer
 
-FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 KERNELS = (dequantize_kernel, embedding_kernel, gemm_kernel, gemv_kernel, linear_kernel)
-
-
-class Layer(NamedTuple):
-    """The fields print as the test's name."""
-
-    planes: int
-    group: int
-    N: int
-    K: int
-    dtype: torch.dtype
-
-    def __str__(self) -> str:
-        return f"k{self.planes}-G{self.group}-N{self.N}-K{self.K}-{str(self.dtype)[6:]}"
 
 
 LAYERS = [

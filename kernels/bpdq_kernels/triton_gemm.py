@@ -9,8 +9,9 @@
 
 The weights are on the MMA's 16-row side: with few tokens that halves the tensor-core time. Which of the 128 inputs
 an MMA step calls its k-th is free as long as weights and activations agree. So a lane multiplies the 32 inputs of its
-own word, q: their activations are 64 contiguous bytes of X, and their weights share one group's coefficients, for
-every G. A block's warps split inputs and tiles between them; nothing passes through shared memory before the end.
+own word, q, which share one group's coefficients for every G: four runs of 8 inputs, 16 bytes of X each, from G = 128
+on next to those of the row's other lanes, so that a load's rows are read in whole sectors with few bank conflicts. A
+block's warps split inputs and tiles between them; only their sums pass through shared memory, once.
 
 Weights: rotated by 4j, a word has the bits of eight inputs where `and 0x00010001 << (11 + i)` leaves a pair of fp16
 numbers that are 0 or 2^(2^(i+1) - 15) (bits 11..14 belong to the exponent). With each c_p divided by that power once
