@@ -1,7 +1,7 @@
 """Which kernel, tile and split a layer and a batch get: computed from their sizes, never timed at run time.
 
-A block computes some tiles of 16 outputs; its warps share the inputs among them where that leaves enough blocks. The
-largest tile is taken that still gives every multiprocessor about the same number of blocks.
+A block computes some tiles of 16 outputs, and its warps share the inputs. The largest tile is taken that still gives
+every multiprocessor about the same number of blocks.
 """
 
 from functools import cache
@@ -54,12 +54,9 @@ def balance(blocks: int, multiprocessors: int) -> float:
     return blocks / (cdiv(blocks, multiprocessors) * multiprocessors)
 
 
-def tiles_per_block(out_features: int, candidates: tuple[int, ...], multiprocessors: int, copies: int = 1) -> int:
-    """The first candidate that balances the blocks well enough, else the one that does best.
-
-    copies: blocks that compute the same outputs, for other tokens.
-    """
-    blocks = {tiles: copies * cdiv(out_features, TILE_ROWS * tiles) for tiles in candidates}
+def tiles_per_block(out_features: int, candidates: tuple[int, ...], multiprocessors: int) -> int:
+    """The first candidate that balances the blocks well enough, else the one that does best."""
+    blocks = {tiles: cdiv(out_features, TILE_ROWS * tiles) for tiles in candidates}
     for tiles in candidates:
         if blocks[tiles] >= multiprocessors and balance(blocks[tiles], multiprocessors) >= MIN_BALANCE:
             return tiles
