@@ -137,7 +137,8 @@ def steps(args: argparse.Namespace, folder: Path, figures: Figures, deadline: fl
     model, problems = folder / "tiny", figures["problems"]
     write_tiny_checkpoint(model)
     figures["tokens"], figures["not_run"], figures["runs"] = {}, {}, []
-    yield compare(args, model, "eager", figures, deadline)
+    if "eager" in args.modes:
+        yield compare(args, model, "eager", figures, deadline)
     config = TINY if args.tiny else QWEN2_5_7B
     for mode in args.modes:
         figures["runs"] = []
