@@ -1,9 +1,12 @@
 """The CPU kernels give the oracle's product on every instruction set, and are compiled once, or not at all."""
 
 import functools
+import hashlib
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from contextlib import contextmanager
 from unittest import mock
 
@@ -156,25 +159,138 @@ def start(cache, **env: str) -> subprocess.Popen:
 
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
 def test_without_a_compiler_one_line_says_so_and_the_results_are_right(tmp_path, compiler):
-    out, err = start(tmp_path, CXX=compiler).communicate()
-    assert out.splitlines() == ["[[64.0, 64.0, 64.0, 64.0]]"] * 3
+    err = run(tmp_path, CXX=compiler)
     assert len(err.splitlines()) == 1
     assert "BPDQ layers run slowly on this CPU" in err
     assert compiler in err
 
 
-def test_a_cache_folder_that_cannot_be_written_is_named(tmp_path):
+RIGHT = ["[[64.0, 64.0, 64.0, 64.0]]"] * 3
+
+
+def run(cache, **env: str) -> str:
+    """What a process that uses the kernel prints to stderr; its products are right."""
+    process = start(cache, **env)
+    out, err = process.communicate()
+    assert (process.returncode, out.splitlines()) == (0, RIGHT)
+    return err
+
+
+def refused(cache) -> str:
+    (line,) = run(cache).splitlines()
+    assert "BPDQ layers run slowly on this CPU" in line
+    return line
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A cache folder with the library."""
+    folder = tmp_path_factory.mktemp("built")
+    assert run(folder) == ""
+    return folder
+
+
+@pytest.fixture
+def cached(built, tmp_path):
+    """The library in a cache folder of the test's own."""
+    (library,) = shutil.copytree(built, tmp_path / "cache").glob("vllm-bpdq/*.so")
+    return library
+
+
+def is_whole(library) -> bool:
+    content = library.read_bytes()
+    return content[-32:] == hashlib.sha256(content[:-32]).digest()
+
+
+def test_only_the_user_can_write_the_cache_whatever_the_umask(tmp_path):
+    before = os.umask(0)
+    try:
+        assert run(tmp_path / "open") == ""
+    finally:
+        os.umask(before)
+    (library,) = (tmp_path / "open" / "vllm-bpdq").glob("*.so")
+    assert is_whole(library)
+    assert [path.stat().st_mode & 0o022 for path in (library, library.parent)] == [0, 0]
+    built = library.stat().st_mtime_ns
+    assert run(tmp_path / "open") == ""
+    assert library.stat().st_mtime_ns == built
+
+
+def test_a_cache_that_cannot_be_written_costs_the_compiling_only(tmp_path, cached):
     (tmp_path / "file").touch()
-    out, err = start(tmp_path / "file").communicate()
-    assert out.splitlines() == ["[[64.0, 64.0, 64.0, 64.0]]"] * 3
-    assert str(tmp_path / "file") in err
+    assert run(tmp_path / "file") == ""
+    cached.unlink()
+    cached.mkdir()  # nothing can take its place, as on a full disk
+    assert run(tmp_path / "cache") == ""
+    assert {path.name for path in cached.parent.iterdir()} == {cached.name, "lock"}, "nothing is left behind"
+
+
+def test_a_user_without_a_home_has_the_kernel(tmp_path, monkeypatch):
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(cpu.Path, "home", home)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert cpu.open_library("portable").pairs is False
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("left", [0, 31, 4096, -1])
+def test_a_damaged_library_is_compiled_again(tmp_path, cached, left):
+    """After a crash or on a full disk; loading what is left of one kills the process."""
+    content = cached.read_bytes()
+    cached.write_bytes(content[:left])
+    assert run(tmp_path / "cache") == ""
+    assert is_whole(cached)
+
+
+@pytest.mark.parametrize("mode", [0o020, 0o002])
+@pytest.mark.parametrize("which", ["library", "folder"])
+def test_code_that_others_can_write_is_not_loaded(tmp_path, cached, which, mode):
+    path = cached if which == "library" else cached.parent
+    path.chmod(path.stat().st_mode | mode)
+    assert f"{path} can be written by others" in refused(tmp_path / "cache")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+@pytest.mark.parametrize("which", ["library", "folder"])
+def test_code_of_another_user_is_not_loaded(tmp_path, cached, which):
+    path = cached if which == "library" else cached.parent
+    os.chown(path, 12345, -1)
+    assert f"{path} belongs to another user" in refused(tmp_path / "cache")
+
+
+def test_a_compiler_may_have_words(tmp_path):
+    assert run(tmp_path, CXX="env LC_ALL=C g++") == ""
+    assert len(list(tmp_path.glob("vllm-bpdq/*.so"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("script", "line"),
+    [
+        ("echo 'x.cpp: In function f:' >&2; echo 'x.cpp:1: error: no such thing' >&2", "x.cpp:1: error: no such thing"),
+        ("echo >&2; echo 'out of disk' >&2; echo more >&2", "out of disk"),
+        ("echo >&2", "returned non-zero exit status 1"),
+    ],
+)
+def test_a_compiler_that_fails_is_quoted(tmp_path, script, line):
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f"#!/bin/sh\n{script}\nexit 1\n")
+    compiler.chmod(0o755)
+    (logged,) = run(tmp_path, CXX=str(compiler)).splitlines()
+    assert line in logged
+
+
+def test_quotes_that_do_not_close_in_the_compilers_name_are_told(tmp_path):
+    assert "No closing quotation" in run(tmp_path, CXX="'g++")
 
 
 def test_processes_that_start_together_share_one_library(tmp_path):
     """As tensor-parallel ranks do."""
     for process in [start(tmp_path) for _ in range(2)]:
         out, err = process.communicate()
-        assert (out.splitlines(), err) == (["[[64.0, 64.0, 64.0, 64.0]]"] * 3, "")
+        assert (out.splitlines(), err) == (RIGHT, "")
     (library,) = (tmp_path / "vllm-bpdq").glob("*.so")
     built = library.stat().st_mtime_ns
     assert start(tmp_path).wait() == 0

@@ -220,7 +220,7 @@ def test_workers_that_torchrun_starts_make_the_same_checkpoint(root, one, tmp_pa
     done = run(*argv, **secret)
     assert done.stdout.count('"bits_per_weight"') == 1, "one process reports"
     (warning,) = [line for line in done.stderr.splitlines() if "the network must be trusted" in line]
-    assert ("with the secret of BPDQ_SECRET" if secret else "BPDQ_SECRET is not set") in warning
+    assert ("the secret of BPDQ_SECRET" if secret else "BPDQ_SECRET is not set") in warning
     assert tensors(tmp_path / "two") == one
 
 

@@ -163,12 +163,8 @@ def _gather() -> list[socket.socket]:
             shared = secret or secrets.token_hex(32)
             host = "127.0.0.1" if alone else os.environ["MASTER_ADDR"]
             store.set("bpdq", json.dumps([host, server.getsockname()[1], None if secret else shared]))
-            how = (
-                f"with the secret of {SECRET}"
-                if secret
-                else f"with a secret from torchrun's store ({SECRET} is not set)"
-            )
-            warning = f"workers connect {how} and exchange weights unencrypted: the network must be trusted"
+            known = f"the secret of {SECRET}" if secret else f"a secret from torchrun's store, as {SECRET} is not set"
+            warning = f"workers connect with {known}, and unencrypted: the network must be trusted"
             print(f"bpdq: warning: {warning}", file=sys.stderr)
             return admit(server, size, shared.encode())
 
