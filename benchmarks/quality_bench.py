@@ -211,7 +211,8 @@ def table(rows: list[Row]) -> str:
     for r in rows:
         cost = ["", "", ""]
         if "seconds" in r:
-            cost = [f"{r['seconds']:.0f}", f"{r['cpu_seconds']:.0f}", f"{r['peak_memory_bytes'] / 1e9:.2f}"]
+            peak = r["peak_memory_bytes"]  # None where the system does not say
+            cost = [f"{r['seconds']:.0f}", f"{r['cpu_seconds']:.0f}", "" if peak is None else f"{peak / 1e9:.2f}"]
         cells = [r["model"], r["method"], r.get("bits", ""), r.get("group_size", ""), f"{r['bits_per_weight']:.3f}"]
         cells += [f"{r['perplexity']:.2f}", f"{r['kl']:.4f}", f"{r['top1_agreement']:.1%}", *cost]
         cells += [f"{r['tasks'][name]:.4g}" for name in names]

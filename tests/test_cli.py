@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from bpdq_quantizer import work
 from bpdq_quantizer.cli import main
 from tiny import TEXT, bpdq_checkpoint, load_tensors, tiny_model, tiny_tokenizer
 
@@ -53,6 +54,19 @@ def test_quantize_eval_inspect(folder, tmp_path, capsys):
 
     assert main(["eval", str(out), "--text", str(folder / "text.txt"), "--seq-len", "32", "--windows", "2"]) == 0
     assert "perplexity" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("status", [None, "Name:\tpython\nVmRSS:\t10 kB\n"])
+def test_a_system_that_does_not_tell_peak_memory_loses_no_run(folder, tmp_path, capsys, monkeypatch, status):
+    """Some containers and kernels have no VmHWM; it is read when all the work is done."""
+    monkeypatch.setattr(work, "STATUS", tmp_path / "status")
+    if status is not None:
+        work.STATUS.write_text(status)
+    argv = ["quantize", folder / "model", "--output", tmp_path / "out", "--calibration", folder / "text.txt", *QUICK]
+    assert main([str(a) for a in (*argv, "--json")]) == 0
+    summary, report = capsys.readouterr().out.splitlines()[-2:]
+    assert summary.endswith("s CPU)")
+    assert json.loads(report)["peak_host_memory_bytes"] is None
 
 
 def test_tables_appear_in_the_summary_and_in_inspect(folder, tmp_path, capsys):

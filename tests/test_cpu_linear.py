@@ -1,9 +1,6 @@
-"""The CPU kernels give the oracle's product on every instruction set, and are compiled once, or not at all."""
+"""The CPU kernels give the oracle's product on every instruction set."""
 
 import functools
-import os
-import subprocess
-import sys
 from contextlib import contextmanager
 from unittest import mock
 
@@ -133,49 +130,3 @@ def test_rows_can_be_read_back_as_stored(k, group, n, in_features):
     B_rows, c_rows = cpu.stored_rows(*cpu.prepare(B, c, group), group, rows)
     assert torch.equal(B_rows, B[:, :, rows])
     assert torch.equal(c_rows, c[:, :, rows])
-
-
-PROGRAM = """
-import torch
-from bpdq_kernels import linear, prepare
-B, c = torch.full((1, 1, 4), -1, dtype=torch.int32), torch.ones(1, 2, 4)
-for _ in range(3):
-    print(linear(torch.ones(1, 32), prepare(B, c, 32, 32)).tolist())
-"""
-
-
-def start(cache, **env: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM],
-        env=os.environ | {"XDG_CACHE_HOME": str(cache)} | env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-@pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
-def test_without_a_compiler_one_line_says_so_and_the_results_are_right(tmp_path, compiler):
-    out, err = start(tmp_path, CXX=compiler).communicate()
-    assert out.splitlines() == ["[[64.0, 64.0, 64.0, 64.0]]"] * 3
-    assert len(err.splitlines()) == 1
-    assert "BPDQ layers run slowly on this CPU" in err
-    assert compiler in err
-
-
-def test_a_cache_folder_that_cannot_be_written_is_named(tmp_path):
-    (tmp_path / "file").touch()
-    out, err = start(tmp_path / "file").communicate()
-    assert out.splitlines() == ["[[64.0, 64.0, 64.0, 64.0]]"] * 3
-    assert str(tmp_path / "file") in err
-
-
-def test_processes_that_start_together_share_one_library(tmp_path):
-    """As tensor-parallel ranks do."""
-    for process in [start(tmp_path) for _ in range(2)]:
-        out, err = process.communicate()
-        assert (out.splitlines(), err) == (["[[64.0, 64.0, 64.0, 64.0]]"] * 3, "")
-    (library,) = (tmp_path / "vllm-bpdq").glob("*.so")
-    built = library.stat().st_mtime_ns
-    assert start(tmp_path).wait() == 0
-    assert library.stat().st_mtime_ns == built

@@ -70,8 +70,9 @@ def test_a_matrix_gives_json_table_and_plot(folder, tmp_path, capsys):
     assert (tmp_path / "quality.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_finished_checkpoint_is_not_made_again(folder, tmp_path, monkeypatch):
-    report = {"bits_per_weight": 2.75, "seconds": 1.0, "cpu_seconds": 1.0, "peak_host_memory_bytes": 2}
+@pytest.mark.parametrize("peak", [2, None])
+def test_a_finished_checkpoint_is_not_made_again(folder, tmp_path, monkeypatch, peak):
+    report = {"bits_per_weight": 2.75, "seconds": 1.0, "cpu_seconds": 1.0, "peak_host_memory_bytes": peak}
     checkpoint = tmp_path / "checkpoints" / "model-bpdq-k2-g64"
     checkpoint.parent.mkdir()
     checkpoint.symlink_to(folder / "checkpoint")

@@ -2,8 +2,12 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -11,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bpdq_quantizer import workers
+from bpdq_quantizer import links, workers
 from bpdq_quantizer.cli import main
 from bpdq_quantizer.errors import WorkerError
 from bpdq_quantizer.grid import range_start
@@ -34,10 +38,8 @@ def same(a: Solution, b: Solution) -> bool:
 
 @pytest.fixture(scope="module")
 def pair():
-    with pytest.MonkeyPatch.context() as patch:  # a worker unpickles what a test passes
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
-        with workers.team("cpu,cpu") as solve:
-            yield solve
+    with workers.team("cpu,cpu") as solve:
+        yield solve
 
 
 @pytest.mark.parametrize(("rows", "bits", "dtype"), [(2500, 2, torch.float32), (2049, 3, torch.bfloat16)])
@@ -67,24 +69,104 @@ def test_shares_are_whole_chunks_and_even(rows, count, unit):
     assert max(shares) - min(shares) < 2 * unit
 
 
-class FailsElsewhere(tuple):
-    """Starts that only a worker can't read."""
+FAILS_ONCE = """
+from bpdq_quantizer import links, workers
+solve = workers.quantize_linear
+def fail(*args, **options):
+    workers.quantize_linear = solve
+    raise ArithmeticError("nothing to start from")
+workers.quantize_linear = fail
+"""
 
-    def __iter__(self):
-        if "RANK" in os.environ:
-            raise ArithmeticError("nothing to start from")
-        return super().__iter__()
 
-
-def test_an_error_of_a_worker_is_told_on_rank_0_and_leaves_it_alive(pair):
+def test_an_error_of_a_worker_is_told_on_rank_0_and_leaves_it_alive(monkeypatch):
+    monkeypatch.setattr(workers, "WORK", FAILS_ONCE + workers.WORK)
     W, H = layer(1500)
-    with pytest.raises(WorkerError, match="worker 1 of --devices: ArithmeticError: nothing to start from"):
-        pair(W, H, 2, 32, starts=FailsElsewhere((range_start,)))
-    assert len(pair(W, H, 2, 32).codes) == 1500
+    with workers.team("cpu,cpu") as solve:
+        with pytest.raises(WorkerError, match="worker 1 of --devices: ArithmeticError: nothing to start from"):
+            solve(W, H, 2, 32)
+        assert len(solve(W, H, 2, 32).codes) == 1500
 
 
 def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def listening(pid: int) -> list[str]:
+    """Addresses, in hexadecimal, at which a process takes TCP connections."""
+    tables = [Path(f"/proc/{pid}/net/{name}").read_text() for name in ("tcp", "tcp6")]
+    rows = [line.split() for table in tables for line in table.splitlines()]
+    inodes = {f"socket:[{fields[9]}]": fields[1] for fields in rows if fields[3] == "0A"}
+    opened = []
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):
+            opened.append(str(fd.readlink()))
+    return [inodes[name] for name in opened if name in inodes]
+
+
+def test_workers_on_one_machine_open_no_port(pair):
+    """Another user's process could join them, read weights and send what it likes."""
+    with socket.create_server(("127.0.0.1", 0)):
+        assert len(listening(os.getpid())) == 1, "this test would see a port"
+    everyone = [os.getpid(), *children(os.getpid())]
+    assert len(everyone) > 1
+    assert [address for pid in everyone for address in listening(pid)] == []
+
+
+def joining(server: socket.socket, secret: bytes, number: int) -> socket.socket:
+    link = socket.create_connection(server.getsockname())
+    links.authenticate(link, secret, b"worker", b"rank 0")
+    links.send(link, number)
+    return link
+
+
+def test_a_stranger_does_not_join_and_keeps_nobody_out(monkeypatch, capsys):
+    monkeypatch.setattr(workers, "GREETING", 0.2)
+    with ThreadPoolExecutor() as pool, socket.create_server(("127.0.0.1", 0)) as server:
+        admitted = pool.submit(workers.admit, server, 3, b"right")
+        mute = socket.create_connection(server.getsockname())
+        with pytest.raises(PermissionError, match="it has another secret"):
+            joining(server, b"wrong", 1)
+        with socket.create_connection(server.getsockname()) as echo, suppress(OSError):  # what it is told
+            for size in (links.NONCE, 32):
+                echo.sendall(echo.recv(size))
+            echo.recv(1)
+        own = [joining(server, b"right", number) for number in (2, 1)]
+        for link in reversed(own):
+            links.send(link, "here", torch.arange(3.0))
+        for link, number in zip(admitted.result(timeout=30), (1, 2), strict=True):
+            assert link.getpeername() == own[2 - number].getsockname()
+            message, (tensor,) = links.receive(link)
+            assert (message, tensor.tolist()) == ("here", [0, 1, 2])
+            link.close()
+        for link in (mute, *own):
+            link.close()
+    assert capsys.readouterr().err.count("bpdq: warning: turned away a connection from 127.0.0.1") == 3
+
+
+def test_a_worker_of_torchrun_that_never_comes_ends_the_run(monkeypatch):
+    monkeypatch.setattr(workers, "STARTUP", timedelta(seconds=0.1))
+    missing = pytest.raises(WorkerError, match="1 of torchrun's 2 processes have come")
+    with socket.create_server(("127.0.0.1", 0)) as server, missing:
+        workers.admit(server, 2, b"right")
+
+
+def test_messages_hold_json_and_tensors_only():
+    """What pickle would run when it arrives."""
+    a, b = socket.socketpair()
+    with a, b:
+        with pytest.raises(TypeError, match="not JSON serializable"):
+            links.send(a, {"starts": range_start})
+        sent = [torch.randn(3, 5).to(dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16)]
+        sent += [torch.arange(7, dtype=torch.uint8), torch.empty(0, 4), torch.randn(4, 3).T]
+        links.send(a, {"damping": 0.1, "error": "ä"}, *sent)
+        message, tensors = links.receive(b)
+        assert message == {"damping": 0.1, "error": "ä"}
+        assert [t.dtype for t in tensors] == [t.dtype for t in sent]
+        assert all(torch.equal(x, y) for x, y in zip(tensors, sent, strict=True))
+        a.close()
+        with pytest.raises(ConnectionError, match="it closed the connection"):
+            links.receive(b)
 
 
 def test_a_worker_that_does_not_start_ends_the_run(monkeypatch):
@@ -117,11 +199,11 @@ def one(root):
     return tensors(root / "one")
 
 
-def run(*argv):
-    env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # which sums depend on
+def run(*argv, **env):
+    env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())} | env  # threads: sums depend on their number
     done = subprocess.run([sys.executable, "-m", *argv], capture_output=True, text=True, timeout=300, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    return done
 
 
 def test_the_checkpoint_of_two_workers_is_that_of_one(root, one, tmp_path):
@@ -130,11 +212,15 @@ def test_the_checkpoint_of_two_workers_is_that_of_one(root, one, tmp_path):
 
 
 @pytest.mark.slow
-def test_workers_that_torchrun_starts_make_the_same_checkpoint(root, one, tmp_path):
+@pytest.mark.parametrize("secret", [{}, {"BPDQ_SECRET": "of this run"}], ids=["no secret", "secret"])
+def test_workers_that_torchrun_starts_make_the_same_checkpoint(root, one, tmp_path, secret):
     """As on several machines, where --nnodes and --rdzv-endpoint say which."""
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    printed = run(*launcher, "-m", "bpdq_quantizer", *command(root, tmp_path / "two", *TABLES, "--json"))
-    assert printed.count('"bits_per_weight"') == 1, "one process reports"
+    argv = [*launcher, "-m", "bpdq_quantizer", *command(root, tmp_path / "two", *TABLES, "--json")]
+    done = run(*argv, **secret)
+    assert done.stdout.count('"bits_per_weight"') == 1, "one process reports"
+    (warning,) = [line for line in done.stderr.splitlines() if "the network must be trusted" in line]
+    assert ("the secret of BPDQ_SECRET" if secret else "BPDQ_SECRET is not set") in warning
     assert tensors(tmp_path / "two") == one
 
 

@@ -111,9 +111,10 @@ def _quantize(args: argparse.Namespace) -> dict[str, Any] | None:
         seconds = sum(layer["seconds"] for layer in layers)
         bpw = mean_bits(layers)
         print(f"{kind:<14}{len(layers):>6}{bpw:>13.3f}{loss:>12.4g}{error:>17.3%}{seconds:>9.1f}")
+    peak = report["peak_host_memory_bytes"]
     print(
         f"{args.output}: {report['bits_per_weight']:.3f} bits per quantized weight, {report['seconds']:.0f} s "
-        f"({report['cpu_seconds']:.0f} s CPU), peak host memory {report['peak_host_memory_bytes'] / 1e9:.2f} GB"
+        f"({report['cpu_seconds']:.0f} s CPU)" + (f", peak host memory {peak / 1e9:.2f} GB" if peak is not None else "")
     )
     return {**{k: v for k, v in report.items() if k != "layers"}, "output": args.output}
 

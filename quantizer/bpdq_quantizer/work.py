@@ -28,6 +28,8 @@ from torch import Tensor
 
 from bpdq_quantizer.errors import InputError
 
+STATUS = Path("/proc/self/status")
+
 
 class Offloaded(Sequence[Tensor]):
     """As much of a list of tensors as the calibration needs, in the files `names` of `folder` instead of memory.
@@ -164,9 +166,14 @@ def _check_same(folder: Path, run: Mapping[str, Any], resume: bool) -> None:
         raise InputError(f"{folder} is from a run with other options, {', '.join(changed)}: repeat them or remove it")
 
 
-def peak_memory() -> int:
-    """The most bytes of host memory that this process has held. Not ru_maxrss, which starts from the parent's."""
-    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+def peak_memory() -> int | None:
+    """The most bytes of host memory that this process has held, None where the system does not say. Not ru_maxrss,
+    which starts from the parent's."""
+    try:
+        found = re.search(r"VmHWM:\s+(\d+) kB", STATUS.read_text())
+    except OSError:
+        return None
+    return int(found[1]) * 1024 if found else None
 
 
 def digest(tokens: Tensor) -> str:

@@ -1,11 +1,16 @@
 """The rows of a stage or table, solved by several workers (`--devices`), on one machine or on several.
 
-Rows are independent given H. Rank 0 runs the pipeline; for every stage it broadcasts H, sends each worker its share of
-the rows, solves its own, and collects codes and coefficients. torch.distributed with gloo, which is a part of torch,
-does that in one broadcast and one exchange with each worker; a scheduler like Ray would have nothing to schedule.
+Rows are independent given H. Rank 0 runs the pipeline; for every stage it sends each worker H and its share of the
+rows, solves its own, and collects codes and coefficients: two messages with each worker (`bpdq_quantizer.links`), for
+which a scheduler like Ray would have nothing to schedule.
 
-    rank 0      job, H  ->  all       rows -> each       solves its share       <- outcome, codes, c, loss, energy
-    a worker    waits for a job       <- rows            solves its share       -> outcome, codes, c, loss, energy
+    rank 0      job, H, rows -> each       solves its share       <- damping or error, codes, c, loss, energy
+    a worker    waits for a job            solves its share       -> damping or error, codes, c, loss, energy
+
+Workers that this process starts inherit a pair of connected sockets: nobody else can reach those, and no port is open.
+Workers that torchrun starts, perhaps on other machines, connect over TCP and must know a secret, that of SECRET or a
+random one in torchrun's store, which whoever reaches that store can read. A message can't run anything, whoever sent
+it. Nothing is encrypted.
 
 BLAS rounds a column differently in a matrix of another width. On CPUs shares are therefore whole chunks of ROWS rows,
 which are solved one by one whoever does it, so that results do not depend on the number of workers, one included. On
@@ -13,38 +18,38 @@ CUDA, where a step takes as long for a few rows as for many, a share is solved a
 of workers differ by rounding. Workers use as many CPU threads as rank 0.
 """
 
+import json
 import os
+import secrets
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from bpdq_quantizer.errors import InputError, WorkerError
-from bpdq_quantizer.solver import Solution, quantize_linear
+from bpdq_quantizer.grid import Start, paper_start, range_start, residual_start
+from bpdq_quantizer.links import DTYPES, authenticate, receive, send
+from bpdq_quantizer.solver import STARTS, Solution, quantize_linear
 
 ROWS = 1024
-SERVE = "import sys; from bpdq_quantizer.workers import serve; serve(sys.argv[1])"
+WORK = (
+    "import socket, sys; from bpdq_quantizer.workers import work; "
+    "work(socket.socket(fileno=0), int(sys.argv[1]), sys.argv[2])"
+)
 STARTUP = timedelta(minutes=5)  # for all workers to come up
-PATIENCE = timedelta(days=30)  # of a worker that waits for rank 0, which may be tuning; a closed connection ends it
-
-
-class Job(NamedTuple):
-    """What a worker is told of a stage. shares: rows of each rank; options: for `quantize_linear`."""
-
-    shares: list[int]
-    inputs: int
-    dtype: torch.dtype
-    threads: int
-    options: dict[str, Any]
+GREETING = 10  # seconds in which whoever connects must prove to be a worker
+SECRET = "BPDQ_SECRET"
+NAMED_STARTS = {start.__name__: start for start in (paper_start, range_start, residual_start)}
 
 
 def named_devices(names: str) -> list[torch.device]:
@@ -101,52 +106,115 @@ def team(names: str | None) -> Iterator[Callable[..., Solution]]:
     if len(devices) < 2 and not _launched():
         yield partial(quantize_linear, rows=_unit(devices[0])) if devices else quantize_linear
         return
-    children, exits = [], ExitStack()
+    links, children = [], []
     try:
         if _launched():
-            store, _, size = next(dist.rendezvous("env://", timeout=STARTUP))
+            links = _gather()
         else:
-            size = len(devices)
-            store = dist.TCPStore("127.0.0.1", 0, size, is_master=True, timeout=STARTUP, wait_for_workers=False)
-            children = [_spawn(number, device, size, store.port) for number, device in enumerate(devices) if number]
-        _wait_for_all(store, size, children)
-        exits.enter_context(_group(store, 0, size))
+            for number, device in enumerate(devices[1:], 1):
+                own, theirs = socket.socketpair()
+                links.append(own)
+                with theirs:
+                    children.append(_spawn(number, device, theirs))
+            _wait_for_all(links, children)
 
-        yield partial(_solve_together, children)
-        with suppress(RuntimeError):  # of a worker that is gone when all is done
-            dist.broadcast_object_list([None])
+        yield partial(_solve_together, links, children)
+        with suppress(OSError):  # of a worker that is gone when all is done
+            for link in links:
+                send(link, None)
         for child in children:
             child.wait(STARTUP.total_seconds())
     finally:
         for child in children:
             child.kill()
             child.wait()
-        exits.close()
+        for link in links:
+            link.close()
+
+
+def _spawn(number: int, device: torch.device, link: socket.socket) -> subprocess.Popen:
+    # in a session of its own: Ctrl-C is for rank 0
+    argv = [sys.executable, "-c", WORK, str(number), str(device)]
+    return subprocess.Popen(argv, stdin=link, start_new_session=True)
+
+
+def _wait_for_all(links: list[socket.socket], children: list[subprocess.Popen]) -> None:
+    """Before anything waits without a limit: every worker has said its number, or WorkerError."""
+    for link in links:
+        link.settimeout(STARTUP.total_seconds())
+        try:
+            receive(link)
+        except OSError as e:
+            raise WorkerError(
+                f"not all workers of --devices have started{_exits(children)}: see their messages above"
+            ) from e
+        link.settimeout(None)
+
+
+def _gather() -> list[socket.socket]:
+    """Connections to the workers that torchrun started, in the order of their ranks."""
+    with _reached("torchrun's store"):
+        store, _, size = next(dist.rendezvous("env://", timeout=STARTUP))
+        alone = os.environ.get("LOCAL_WORLD_SIZE") == str(size)  # on this machine
+        dual = not alone and socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if dual else socket.AF_INET
+        with socket.create_server(("127.0.0.1" if alone else "", 0), family=family, dualstack_ipv6=dual) as server:
+            secret = os.environ.get(SECRET)
+            shared = secret or secrets.token_hex(32)
+            host = "127.0.0.1" if alone else os.environ["MASTER_ADDR"]
+            store.set("bpdq", json.dumps([host, server.getsockname()[1], None if secret else shared]))
+            known = f"the secret of {SECRET}" if secret else f"a secret from torchrun's store, as {SECRET} is not set"
+            warning = f"workers connect with {known}, and unencrypted: the network must be trusted"
+            print(f"bpdq: warning: {warning}", file=sys.stderr)
+            return admit(server, size, shared.encode())
+
+
+def admit(server: socket.socket, size: int, secret: bytes) -> list[socket.socket]:
+    """Connections to workers 1 to size - 1, in that order; whoever doesn't know the secret is turned away.
+
+    Raises WorkerError where one doesn't come."""
+    deadline, found = time.monotonic() + STARTUP.total_seconds(), {}
+    while len(found) < size - 1:
+        server.settimeout(max(0.01, deadline - time.monotonic()))
+        try:
+            link, (address, *_) = server.accept()
+        except TimeoutError as e:
+            raise WorkerError(f"{len(found) + 1} of torchrun's {size} processes have come: see their messages") from e
+        link.settimeout(GREETING)
+        try:
+            authenticate(link, secret, b"rank 0", b"worker")
+            number, _ = receive(link)
+        except OSError as e:
+            print(f"bpdq: warning: turned away a connection from {address}: {e}", file=sys.stderr)
+            link.close()
+            continue
+        link.settimeout(None)
+        link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        found[number] = link
+    return [found[number] for number in range(1, size)]
+
+
+def serve(device: torch.device) -> None:
+    """What `work` does, where torchrun started this process. Raises WorkerError if rank 0 is not found."""
+    with _reached("rank 0"):
+        store, number, _ = next(dist.rendezvous("env://", timeout=STARTUP))
+        host, port, secret = json.loads(store.get("bpdq"))
+        link = socket.create_connection((host, port), STARTUP.total_seconds())
+        secret = os.environ.get(SECRET) or secret
+        if secret is None:
+            raise PermissionError(f"it has a secret: set {SECRET} here too")
+        authenticate(link, secret.encode(), b"worker", b"rank 0")
+    link.settimeout(None)
+    link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    work(link, number, device)
 
 
 @contextmanager
-def _group(store: dist.Store, number: int, size: int) -> Iterator[None]:
-    dist.init_process_group("gloo", store=store, rank=number, world_size=size, timeout=PATIENCE)
+def _reached(whom: str) -> Iterator[None]:
     try:
         yield
-    finally:
-        dist.destroy_process_group()
-
-
-def _spawn(number: int, device: torch.device, size: int, port: int) -> subprocess.Popen:
-    address = {"RANK": number, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    env = {**os.environ, **{name: str(value) for name, value in address.items()}}
-    # in a session of its own: Ctrl-C is for rank 0
-    return subprocess.Popen([sys.executable, "-c", SERVE, str(device)], env=env, start_new_session=True)
-
-
-def _wait_for_all(store: dist.Store, size: int, children: list[subprocess.Popen]) -> None:
-    """Before anything waits without a limit: every worker is there, or WorkerError."""
-    deadline = time.monotonic() + STARTUP.total_seconds()
-    while not store.check([f"worker {number}" for number in range(1, size)]):
-        if any(child.poll() is not None for child in children) or time.monotonic() > deadline:
-            raise WorkerError(f"not all workers of --devices have started{_exits(children)}: see their messages above")
-        time.sleep(0.05)
+    except (OSError, RuntimeError) as e:  # torch's are RuntimeErrors
+        raise WorkerError(f"no connection to {whom}: {e}") from e
 
 
 def _exits(children: list[subprocess.Popen]) -> str:
@@ -160,21 +228,32 @@ def _unit(device: torch.device) -> int | None:
 
 
 def _solve_together(
-    children: list[subprocess.Popen], W: Tensor, H: Tensor, bits: int, group_size: int, **options: Any
+    links: list[socket.socket],
+    children: list[subprocess.Popen],
+    W: Tensor,
+    H: Tensor,
+    bits: int,
+    group_size: int,
+    *,
+    starts: Sequence[Start] = STARTS,
+    dtype: torch.dtype = torch.bfloat16,
+    **options: Any,
 ) -> Solution:
     unit = _unit(W.device)
     options |= {"bits": bits, "group_size": group_size, "rows": unit}
-    shares = shares_of(len(W), dist.get_world_size(), unit or 1)
-    own, *others = W.split(shares)
-    busy = [(number, rows) for number, rows in enumerate(others, 1) if len(rows)]
+    own, *others = W.split(shares_of(len(W), len(links) + 1, unit or 1))
+    busy = [(number, link, rows) for number, (link, rows) in enumerate(zip(links, others, strict=True), 1) if len(rows)]
+    job = {"threads": torch.get_num_threads(), "starts": [start.__name__ for start in starts], "dtype": str(dtype)}
     with _connected(children):
-        dist.broadcast_object_list([Job(shares, W.shape[1], W.dtype, torch.get_num_threads(), options)])
-        dist.broadcast(H.cpu(), 0)
-        for number, rows in busy:
-            dist.send(rows.cpu().contiguous(), number)
-    parts = [quantize_linear(own, H, **options)]
+        for _, link, rows in busy:
+            send(link, job | {"options": options}, H, rows)
+    parts = [quantize_linear(own, H, starts=starts, dtype=dtype, **options)]
     with _connected(children):
-        parts += [_receive(number, parts[0], len(rows)) for number, rows in busy]
+        replies = [(number, *receive(link)) for number, link, _ in busy]
+    for number, reply, tensors in replies:
+        if "error" in reply:
+            raise WorkerError(f"worker {number} of --devices: {reply['error']}")
+        parts.append(Solution(*tensors, reply["damping"]))
     return Solution(
         codes=torch.cat([part.codes.to(W.device) for part in parts]),
         c=torch.cat([part.c.to(W.device) for part in parts], dim=2),
@@ -186,10 +265,10 @@ def _solve_together(
 
 @contextmanager
 def _connected(children: list[subprocess.Popen]) -> Iterator[None]:
-    """Turn what torch says of a broken connection into a WorkerError."""
+    """Turn what a broken connection raises into a WorkerError."""
     try:
         yield
-    except RuntimeError as e:
+    except OSError as e:
         raise WorkerError(f"a worker of --devices is gone{_exits(children)}: {e}") from e
 
 
@@ -200,51 +279,27 @@ def shares_of(rows: int, workers: int, unit: int) -> list[int]:
     return [stop - start for start, stop in pairwise(bounds)]
 
 
-def _receive(number: int, like: Solution, rows: int) -> Solution:
-    """The outcome of worker `number`, which raises its error as WorkerError; like: a part with other rows."""
-    outcome = [None]
-    dist.recv_object_list(outcome, number)
-    if isinstance(outcome[0], str):
-        raise WorkerError(f"worker {number} of --devices: {outcome[0]}")
-    shapes = [(rows, like.codes.shape[1]), (*like.c.shape[:2], rows), (rows,), (rows,)]
-    tensors = [torch.empty(shape, dtype=part.dtype) for shape, part in zip(shapes, like, strict=False)]
-    for tensor in tensors:
-        dist.recv(tensor.view(torch.uint8), number)
-    return Solution(*tensors, outcome[0])
-
-
-def serve(device: torch.device | str) -> None:
+def work(link: socket.socket, number: int, device: torch.device | str) -> None:
     """Solve what rank 0 hands out, on `device`, until it says that all is done or its connection closes."""
     torch.set_float32_matmul_precision("highest")
-    store, number, size = next(dist.rendezvous("env://", timeout=STARTUP))
-    store.set(f"worker {number}", "is there")
-    with _group(store, number, size):
+    with closing(link):
         try:
-            while (job := _next_job()) is not None:
-                _work(job, number, device)
-        except RuntimeError as e:
+            send(link, number)
+            while (job := receive(link))[0] is not None:
+                reply, tensors = _solved(*job, device)
+                send(link, reply, *tensors)
+        except OSError as e:
             sys.exit(f"bpdq: worker {number} ends, as rank 0 is gone ({e})")
 
 
-def _next_job() -> Job | None:
-    box = [None]
-    dist.broadcast_object_list(box)
-    return box[0]
-
-
-def _work(job: Job, number: int, device: torch.device | str) -> None:
-    H = torch.empty(job.inputs, job.inputs)
-    dist.broadcast(H, 0)
-    if not job.shares[number]:
-        return
-    W = torch.empty(job.shares[number], job.inputs, dtype=job.dtype)
-    dist.recv(W, 0)
-    torch.set_num_threads(job.threads)
+def _solved(
+    job: dict[str, Any], tensors: list[Tensor], device: torch.device | str
+) -> tuple[dict[str, Any], list[Tensor]]:
+    torch.set_num_threads(job["threads"])
     try:
-        solution = quantize_linear(W.to(device), H.to(device), **job.options)
+        H, W = (tensor.to(device) for tensor in tensors)
+        starts, dtype = [NAMED_STARTS[name] for name in job["starts"]], DTYPES[job["dtype"]]
+        *found, damping = quantize_linear(W, H, starts=starts, dtype=dtype, **job["options"])
     except Exception as e:  # whatever it is, rank 0 must learn of it
-        dist.send_object_list([f"{type(e).__name__}: {e}"], 0)
-        return
-    dist.send_object_list([solution.damping], 0)
-    for tensor in solution[:-1]:
-        dist.send(tensor.cpu().contiguous().view(torch.uint8), 0)
+        return {"error": f"{type(e).__name__}: {e}"}, []
+    return {"damping": damping}, found
