@@ -27,7 +27,7 @@ def main() -> None:
     started, cpu_started = time.perf_counter(), time.process_time()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto")
-    ids = tokenizer(args.calibration.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
+    ids = tokenizer(args.calibration.read_text(encoding="utf-8-sig"), add_special_tokens=False)["input_ids"]
     starts = range(0, min(len(ids), args.samples * args.seq_len) - args.seq_len + 1, args.seq_len)
     windows = [ids[start : start + args.seq_len] for start in starts]
     dataset = Dataset.from_dict({"input_ids": windows, "attention_mask": [[1] * args.seq_len for _ in windows]})

@@ -27,7 +27,7 @@ from benchmarks.kernel_bench import markdown
 from benchmarks.random_models import VOCABULARY, write_model
 from benchmarks.shapes import MODELS, Layer, Model
 from bpdq_quantizer import plan, quantize
-from bpdq_quantizer.calibration import read_text, tokenize, windows
+from bpdq_quantizer.calibration import file_windows
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.evaluate import perplexity
 from bpdq_quantizer.loader import load_model, load_tokenizer
@@ -164,9 +164,9 @@ def smollm2(args: argparse.Namespace, folder: Path) -> Row:
         device=args.device,
     )
     seconds = time.perf_counter() - started
-    ids = tokenize([read_text(args.text)], load_tokenizer(args.smollm2))
+    tokens = file_windows(args.text, load_tokenizer(args.smollm2), 1024, 20)
     model = load_model(str(folder / "smollm2"), torch.float32).to(args.device)
-    found = perplexity(model, windows(ids, 1024, 20, args.text))
+    found = perplexity(model, tokens)
     return {"seconds": seconds, "perplexity": found, "expected": args.smollm2_perplexity}
 
 

@@ -30,7 +30,7 @@ from benchmarks import tasks
 from benchmarks.serve_bench import COLORS, machine
 from benchmarks.server import ServerError
 from bpdq_kernels.format import Scheme
-from bpdq_quantizer.calibration import read_text, tokenize, windows
+from bpdq_quantizer.calibration import file_windows
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.loader import load_model, load_tokenizer
 from bpdq_quantizer.tune import final_states, log_probabilities, softcap
@@ -116,9 +116,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def measure(args: argparse.Namespace) -> Any:
     """Yield a row for each 16-bit model, then for each of its quantized versions."""
     for model in args.models:
-        tokens = windows(
-            tokenize([read_text(args.text)], load_tokenizer(model)), args.eval_seq_len, args.windows, args.text
-        )
+        tokens = file_windows(args.text, load_tokenizer(model), args.eval_seq_len, args.windows)
         base = load_model(model, torch.float32)
         states, head = final_states(base, tokens), base.get_output_embeddings()
         named = {"model": Path(model).name}

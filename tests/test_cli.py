@@ -149,7 +149,7 @@ def test_bad_jsonl_names_the_line(folder, tmp_path, capsys):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"text": "fine"}\n{"txt": "no"}\n')
     line = fails_with(capsys, "quantize", folder / "model", "--output", tmp_path / "out", "--calibration", file, *QUICK)
-    assert f"{file}, line 2: expected a JSON object with a `text` field" in line
+    assert f"{file}, line 2: expected a `text` field that holds a string" in line
 
 
 def test_existing_output_is_never_touched(folder, tmp_path, capsys):

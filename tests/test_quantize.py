@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +24,8 @@ from bpdq_kernels.format import Scheme
 from bpdq_quantizer import activations, checkpoint, pipeline, work
 from bpdq_quantizer.activations import block_inputs, capture, find_stages, run_block, stage_statistics
 from bpdq_quantizer.allocate import uniform
-from bpdq_quantizer.blocks import quantize_blocks
+from bpdq_quantizer.blocks import check_finite, quantize_blocks
+from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.hessian import corrected
 from bpdq_quantizer.loader import BPDQLinear
 from bpdq_quantizer.pipeline import ASYMMETRIC, SOLVERS
@@ -178,6 +180,30 @@ def test_fp16_models_get_fp16_coefficients(tmp_path, text):
     bpdq_quantizer.quantize(str(tmp_path / "model"), tmp_path / "out", **small(text, bits=1, group_size=32))
     tensors = load_tensors(tmp_path / "out")
     assert tensors["model.layers.1.mlp.up_proj.c"].dtype == torch.float16
+
+
+def with_large_activations(folder: Path) -> Path:
+    """A random fp16 model whose first MLP reads inputs of several hundred, and a few thousand in all of a window."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model(folder, dtype=torch.float16))
+    layer = model.model.layers[0]
+    with torch.no_grad():
+        layer.post_attention_layernorm.weight.mul_(500)
+        layer.mlp.gate_proj.weight.div_(500)
+        layer.mlp.up_proj.weight.div_(500)
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_large_activations_of_fp16_models_are_quantized(tmp_path, text):
+    model = with_large_activations(tmp_path / "model")
+    report = bpdq_quantizer.quantize(str(model), tmp_path / "out", **small(text))
+    assert all(0 < layer["relative_error"] < 0.6 for layer in report["layers"])
+
+
+def test_infinite_inputs_of_the_16_bit_model_are_not_blamed_on_coefficients():
+    shift = torch.eye(2).fill_diagonal_(torch.inf)
+    with pytest.raises(InputError, match="up_proj: its calibration inputs hold NaN or infinity"):
+        check_finite({"mlp.up_proj.weight": torch.ones(2, 2)}, torch.eye(2), shift)
 
 
 SOMETIME = [random.Random(number).random() for number in range(20)]

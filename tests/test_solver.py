@@ -182,6 +182,43 @@ def test_dead_inputs_are_quantized_as_zeros_and_cost_nothing():
     assert s.loss.sum() < 0.2 * s.energy.sum()
 
 
+@settings(max_examples=15, deadline=None)
+@given(
+    seed=st.integers(0, 99),
+    dead=st.integers(1, 40),
+    scale=st.sampled_from([2.0**-14, 2.0**14, 1e-4, 1e4]),
+    refinements=st.sampled_from([0, 2]),
+)
+def test_the_scale_of_the_inputs_changes_nothing_where_some_are_dead(seed, dead, scale, refinements):
+    W, H = problem(6, 64, seed)
+    unused = torch.randperm(64, generator=torch.Generator().manual_seed(seed))[:dead]
+    H[unused], H[:, unused] = 0, 0
+    a, b = (quantize_linear(W, s * H, 2, 32, iterations=3, refinements=refinements) for s in (1.0, scale))
+    if scale in (2.0**-14, 2.0**14):  # no rounding differs
+        assert torch.equal(a.codes, b.codes)
+        assert torch.equal(a.c, b.c)
+    assert (a.codes != b.codes).float().mean() < 0.1, "rounding may decide between levels equally near"
+    torch.testing.assert_close(b.loss.sum(), scale * a.loss.sum(), rtol=0.02, atol=0)
+
+
+def test_dead_inputs_do_not_change_how_the_others_are_damped():
+    W, H = problem(4, 48)
+    wide = torch.zeros(64, 64)
+    wide[:48, :48] = H
+    U, _ = inverse_factor(H, torch.arange(48), 0.01)
+    U_wide, _ = inverse_factor(wide, torch.arange(64), 0.01)
+    torch.testing.assert_close(U_wide[:48, :48], U, rtol=1e-4, atol=1e-4)
+    C = torch.randn(48, 48)
+    C_wide = torch.nn.functional.pad(C, (0, 16, 0, 16))
+    W_wide = torch.nn.functional.pad(W, (0, 16))
+    torch.testing.assert_close(corrected(W_wide, wide, C_wide, 0.5)[:, :48], corrected(W, H, C, 0.5))
+
+
+def test_a_layer_without_any_live_input_is_quantized_as_zeros():
+    s = quantize_linear(torch.randn(4, 64), torch.zeros(64, 64), 2, 32)
+    assert (dequantize_columns(s.codes.T, s.c.float(), 32) == 0).all()
+
+
 @given(diag=st.lists(st.floats(0, 100, width=32), min_size=1, max_size=200), size=st.sampled_from([32, 64]))
 def test_order_moves_groups_whole(diag, size):
     diag = torch.tensor(diag)
@@ -213,6 +250,13 @@ def test_correction_is_the_least_squares_answer_to_shifted_inputs(monkeypatch):
     whole, half = (corrected(W, symmetrize(H), C, share) for share in (1.0, 0.5))
     torch.testing.assert_close(x @ whole.T, original @ W.T, rtol=1e-2, atol=1e-2)
     torch.testing.assert_close(half, (W + whole) / 2)
+
+
+def test_large_activations_in_fp16_do_not_overflow_the_shift():
+    x = torch.full((1, 50, 4), 3e4, dtype=torch.float16)
+    C = torch.zeros(4, 4)
+    accumulate_shift(C, -x, x, 50)
+    torch.testing.assert_close(C, torch.full((4, 4), -2 * 6e4 * 3e4), rtol=1e-3, atol=0)
 
 
 def test_correction_without_inputs_changes_nothing_and_its_damping_grows_until_the_hessian_factorizes():

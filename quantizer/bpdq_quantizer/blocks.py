@@ -190,7 +190,7 @@ def quantize_block(
 
     def stage_weights(stage: list[str], H: Tensor, C: Tensor | None) -> Tensor:
         weights = {f"{name}.{part}.weight": block.get_submodule(part).weight for part in stage}
-        check_finite(weights, H)
+        check_finite(weights, H, *([] if C is None else [C]))
         W = torch.cat(list(weights.values()))
         return W if C is None else corrected(W, H, C, asymmetric)
 
@@ -226,9 +226,9 @@ def quantize_block(
     return reports
 
 
-def check_finite(weights: dict[str, Tensor], H: Tensor) -> None:
-    """Raise InputError for NaN or infinity in the weights, by name, or in the Hessian of their inputs."""
-    if not torch.isfinite(H).all():
+def check_finite(weights: dict[str, Tensor], *statistics: Tensor) -> None:
+    """Raise InputError for NaN or infinity in the weights, by name, or in statistics of their inputs: H, and C."""
+    if not all(torch.isfinite(statistic).all() for statistic in statistics):
         first = next(iter(weights)).removesuffix(".weight")
         raise InputError(f"{first}: its calibration inputs hold NaN or infinity: check the model and its dtype")
     for name, weight in weights.items():

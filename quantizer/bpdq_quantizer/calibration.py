@@ -1,8 +1,11 @@
 """Text files to windows of token ids, for calibration and for perplexity."""
 
+import io
 import json
-from collections.abc import Iterable
+from codecs import BOM_UTF8
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from torch import Tensor
@@ -10,29 +13,61 @@ from transformers import PreTrainedTokenizerBase
 
 from bpdq_quantizer.errors import InputError
 
+MARGIN = 1024  # tokens at the end of a part of a text: what follows it may change them
+CHARACTERS = 5  # read at first for a token; English has about 4.5
+
 
 def windows(ids: list[int], seq_len: int, limit: int | None, source: str) -> Tensor:
     """Cut ids into consecutive windows [W, seq_len] int64, at most `limit`; the rest is dropped."""
+    if not ids:
+        raise InputError(f"{source}: holds no text")
     count = min(len(ids) // seq_len, limit or len(ids))
     if not count:
         raise InputError(f"{source}: {len(ids)} tokens are less than one window of {seq_len}: lower --seq-len")
     return torch.tensor(ids[: count * seq_len]).view(count, seq_len)
 
 
-def tokenize(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of the texts one after the other, without special tokens."""
-    encoded = (tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts)
-    return [i for ids in encoded for i in ids]
+def first_ids(text: TextIO, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> list[int]:
+    """The first `limit` token ids of a text, by default all, without special tokens.
+
+    No more is read than they take: the start of the text is tokenized, twice as much of it until that gives MARGIN
+    tokens more than asked for. Those are dropped, so that the others are as if the whole text had been tokenized.
+    """
+    start = ""
+    while True:
+        wanted = -1 if limit is None else len(start) or CHARACTERS * (limit + MARGIN)
+        more = text.read(wanted)
+        start += more
+        ids = tokenizer(start, add_special_tokens=False, verbose=False)["input_ids"]
+        if limit is None or len(more) < wanted or len(ids) >= limit + MARGIN:
+            return ids[:limit]
 
 
-def read_text(path: str | Path) -> str:
-    """A text file as str; raises InputError if it is missing or not UTF-8."""
+def tokenize(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, limit: int) -> list[int]:
+    """The first `limit` token ids of the texts one after the other, without special tokens."""
+    ids: list[int] = []
+    for text in texts:
+        ids += first_ids(io.StringIO(text), tokenizer, limit - len(ids))
+        if len(ids) == limit:
+            break
+    return ids
+
+
+def file_windows(path: str, tokenizer: PreTrainedTokenizerBase, seq_len: int, limit: int | None) -> Tensor:
+    """The first `limit` windows [W, seq_len] of a UTF-8 text file, by default all.
+
+    Raises InputError if the file is missing, not UTF-8, or too short for one.
+    """
     try:
-        return Path(path).read_text(encoding="utf-8")
+        with Path(path).open(encoding="utf-8-sig") as text:
+            ids = first_ids(text, tokenizer, limit and limit * seq_len)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"{path}: not a readable UTF-8 text file ({e})") from None
+    except UnicodeDecodeError as e:
+        raise InputError(f"{path}: not UTF-8 text (byte 0x{e.object[e.start]:02x}): convert it to UTF-8") from None
+    except OSError as e:
+        raise InputError(f"{path}: can't be read ({e.strerror})") from None
+    return windows(ids, seq_len, limit, path)
 
 
 def calibration_windows(
@@ -40,21 +75,21 @@ def calibration_windows(
 ) -> Tensor:
     """Calibration tokens [<= samples, seq_len] from `source`.
 
-    `default`: the Python reference topics, English prose and code that every CPython carries; `FILE.txt`:
-    tokenized whole; `FILE.jsonl`: its `text` fields one after the other; `hf:NAME`: the train split of a Hugging
-    Face dataset with a `text` column, streamed, documents shuffled by `seed`.
+    `default`: the Python reference topics, English prose and code that every CPython carries; `FILE.txt`: as one
+    text; `FILE.jsonl`: its `text` fields one after the other; `hf:NAME`: the train split of a Hugging Face dataset
+    with a `text` column, streamed, documents shuffled by `seed`. No more is read than the windows take.
     """
+    if source.endswith(".txt") and not source.startswith("hf:"):
+        return file_windows(source, tokenizer, seq_len, samples)
     if source == "default":
         texts: Iterable[str] = python_topics()
     elif source.startswith("hf:"):
-        texts = dataset_texts(source.removeprefix("hf:"), samples * seq_len, seed)
+        texts = dataset_texts(source.removeprefix("hf:"), seed)
     elif source.endswith(".jsonl"):
         texts = jsonl_texts(source)
-    elif source.endswith(".txt"):
-        texts = [read_text(source)]
     else:
         raise InputError(f"--calibration {source}: expected default, FILE.txt, FILE.jsonl or hf:NAME")
-    return windows(tokenize(texts, tokenizer), seq_len, samples, source)
+    return windows(tokenize(texts, tokenizer, samples * seq_len), seq_len, samples, source)
 
 
 def python_topics() -> list[str]:
@@ -64,20 +99,47 @@ def python_topics() -> list[str]:
     return [topics[name] for name in sorted(topics)]
 
 
-def jsonl_texts(path: str) -> list[str]:
-    """The `text` fields of a JSON-lines file."""
-    texts = []
-    for number, line in enumerate(read_text(path).splitlines(), 1):
-        if line.strip():
-            try:
-                texts.append(str(json.loads(line)["text"]))
-            except (ValueError, KeyError, TypeError):
-                raise InputError(f"{path}, line {number}: expected a JSON object with a `text` field") from None
-    return texts
+def jsonl_texts(path: str) -> Iterator[str]:
+    """The `text` fields of a JSON-lines file; raises InputError with the line for one that can't be used."""
+    try:
+        with Path(path).open("rb") as file:  # in text mode other characters than a newline could end a line
+            for number, line in enumerate(file, 1):
+                line = line.removeprefix(BOM_UTF8) if number == 1 else line
+                if line.strip():
+                    yield row_text(line, f"{path}, line {number}")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except OSError as e:
+        raise InputError(f"{path}: can't be read ({e.strerror})") from None
 
 
-def dataset_texts(name: str, tokens: int, seed: int) -> Iterable[str]:
-    """Texts of a Hugging Face dataset `NAME` or `NAME:CONFIG`, until they surely hold `tokens` tokens."""
+def row_text(line: bytes, place: str) -> str:
+    """The `text` field of a line of JSON; raises InputError, which names `place`."""
+    try:
+        row = json.loads(line.decode())
+    except UnicodeDecodeError as e:
+        raise InputError(f"{place}: not UTF-8 text (byte 0x{line[e.start]:02x}): convert the file to UTF-8") from None
+    except (ValueError, RecursionError):
+        raise InputError(f"{place}: not a JSON object: give it a `text` field, or drop the line") from None
+    return checked(row.get("text") if isinstance(row, dict) else None, place)
+
+
+def checked(text: object, place: str) -> str:
+    """`text`, if a tokenizer can take it; raises InputError, which names `place`."""
+    if not isinstance(text, str):
+        raise InputError(f"{place}: expected a `text` field that holds a string: give it one, or drop the row")
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise InputError(
+            f"{place}: its text holds half of a surrogate pair, \\u{ord(text[e.start]):04x}, which is no character: "
+            "drop it, or the row"
+        ) from None
+    return text
+
+
+def dataset_texts(name: str, seed: int) -> Iterator[str]:
+    """Texts of a Hugging Face dataset `NAME` or `NAME:CONFIG`; raises InputError for one that can't be used."""
     try:
         from datasets import load_dataset
     except ImportError:
@@ -85,11 +147,9 @@ def dataset_texts(name: str, tokens: int, seed: int) -> Iterable[str]:
     name, _, config = name.partition(":")
     try:
         dataset = load_dataset(name, config or None, split="train", streaming=True)
-        characters = 0
-        for row in dataset.shuffle(seed=seed, buffer_size=1000):
-            yield row["text"]
-            characters += len(row["text"])
-            if characters > 8 * tokens:
-                return
+        for number, row in enumerate(dataset.shuffle(seed=seed, buffer_size=1000), 1):
+            yield checked(row["text"], f"hf:{name}, row {number} of the shuffled train split")
+    except InputError:
+        raise
     except (OSError, ValueError, KeyError) as e:
         raise InputError(f"--calibration hf:{name}: can't be read as a dataset with a `text` column ({e})") from None

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from bpdq_quantizer import checkpoint, workers
-from bpdq_quantizer.calibration import read_text, tokenize, windows
+from bpdq_quantizer.calibration import file_windows
 from bpdq_quantizer.errors import InputError, WorkerError
 from bpdq_quantizer.evaluate import perplexity
 from bpdq_quantizer.kv_cache import KV_TYPES
@@ -122,8 +122,7 @@ def _quantize(args: argparse.Namespace) -> dict[str, Any] | None:
 def _eval(args: argparse.Namespace) -> dict[str, Any]:
     if args.seq_len < 2 or (args.windows is not None and args.windows < 1):
         raise InputError("--seq-len must be at least 2 and --windows at least 1")
-    ids = tokenize([read_text(args.text)], load_tokenizer(args.model))
-    tokens = windows(ids, args.seq_len, args.windows, args.text)
+    tokens = file_windows(args.text, load_tokenizer(args.model), args.seq_len, args.windows)
     cuda = torch.cuda.is_available()
     model = load_model(args.model, "auto" if cuda else torch.float32).to("cuda" if cuda else "cpu")
     value = perplexity(model, tokens)

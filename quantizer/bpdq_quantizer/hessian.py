@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 MAX_DAMPING = 1.0
-CORRECTION_DAMPING = 0.1  # of the mean of diag(H)
+CORRECTION_DAMPING = 0.1  # of `live_mean`
 
 
 def accumulate(H: Tensor, x: Tensor, total_tokens: int) -> None:
@@ -30,10 +30,21 @@ def symmetrize(H: Tensor) -> Tensor:
 def accumulate_shift(C: Tensor, original: Tensor, x: Tensor, total_tokens: int) -> None:
     """Add (2 / total_tokens) (original - x)^T x to C [K, K] fp32 in place.
 
-    original, x: [windows, L, K], a Linear's inputs in the 16-bit model and in the one that is quantized so far.
+    original, x: [windows, L, K], any float dtype, a Linear's inputs in the 16-bit model and in the one that is
+    quantized so far. All is computed in fp32: sums over a window's tokens overflow fp16 where no activation does.
     """
     for before, now in zip(original, x, strict=True):
-        C += ((before - now).T @ now).float() * (2.0 / total_tokens)
+        tokens = now.to(torch.float32)
+        C.addmm_((before.to(torch.float32) - tokens).T, tokens, alpha=2.0 / total_tokens)
+
+
+def live_mean(diagonal: Tensor) -> Tensor:
+    """Mean of diag(H) [K] over the inputs that were used, those where it is not zero; 1 if none was. A scalar tensor.
+
+    Damping is a share of it, so that neither the scale of H nor the number of dead inputs changes what it does.
+    """
+    live = diagonal.count_nonzero()
+    return torch.where(live > 0, diagonal.mean() * (len(diagonal) / live), 1)
 
 
 def corrected(W: Tensor, H: Tensor, C: Tensor, share: float) -> Tensor:
@@ -41,13 +52,13 @@ def corrected(W: Tensor, H: Tensor, C: Tensor, share: float) -> Tensor:
 
     That is W + share W C (H + d I)^-1, fp32, the least squares solution (QEP, arXiv 2504.09629; GPTAQ, arXiv
     2504.02692, puts the same cross term into the error propagation), with C from `accumulate_shift` and
-    d = CORRECTION_DAMPING * mean(diag(H)), doubled until the Cholesky factorization succeeds. Where H is zero, no input
+    d = CORRECTION_DAMPING * `live_mean`, doubled until the Cholesky factorization succeeds. Where H is zero, no input
     was ever used and W stays as it is.
     """
     W, diagonal = W.float(), H.diagonal()
     if not diagonal.any():
         return W
-    damping, failed = CORRECTION_DAMPING * diagonal.mean(), True
+    damping, failed = CORRECTION_DAMPING * live_mean(diagonal), True
     while failed:
         damped = H.clone()
         damped.diagonal().add_(damping)
@@ -60,15 +71,14 @@ def corrected(W: Tensor, H: Tensor, C: Tensor, share: float) -> Tensor:
 def inverse_factor(H: Tensor, order: Tensor, damping: float) -> tuple[Tensor, float]:
     """Upper triangular U with (H' + d I)^-1 = U^T U, and the damping that was needed (GPTQ, section 3.3).
 
-    H' is H with its rows and columns in `order`, and 1 for zeros on its diagonal, the inputs that were never used.
-    d = damping * mean(diag(H)); `damping` is doubled until both Cholesky factorizations succeed. Raises
-    ValueError when even d = mean(diag(H)) is not enough, which means that H holds NaN or infinity.
+    H' is H with its rows and columns in `order`; inputs that were never used have d alone on the diagonal.
+    d = damping * `live_mean`; `damping` is doubled until both Cholesky factorizations succeed. Raises ValueError when
+    even damping 1 is not enough, which means that H holds NaN or infinity.
     """
     diagonal = H.diagonal()[order]
-    diagonal = diagonal.where(diagonal != 0, 1)
     while damping <= MAX_DAMPING:
         damped = H[order.unsqueeze(1), order]  # at K = 29568 a matrix has 3.5 GB: no more of them than need be
-        damped.diagonal().copy_(diagonal + damping * diagonal.mean())
+        damped.diagonal().copy_(diagonal + damping * live_mean(diagonal))
         L, failed = torch.linalg.cholesky_ex(damped)
         del damped
         if not failed:

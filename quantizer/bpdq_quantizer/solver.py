@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bpdq_quantizer.grid import Start, quantize_group, range_start, residual_start
-from bpdq_quantizer.hessian import inverse_factor
+from bpdq_quantizer.hessian import inverse_factor, live_mean
 from bpdq_quantizer.order import group_aware_order
 from bpdq_quantizer.refine import dequantize_columns, refine
 
@@ -56,7 +56,7 @@ def quantize_linear(
     del U
     if refinements:
         damped = H.clone()
-        damped.diagonal().add_(damping * diagonal.mean())
+        damped.diagonal().add_(damping * live_mean(diagonal))
         targets = (used_inputs(chunk, diagonal) for chunk in chunks)
         found = [
             refine(*one, target, damped, group_size, refinements, alpha, dtype)
