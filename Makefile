@@ -15,7 +15,7 @@ test-slow: install
 
 # not after install: a bundle for a machine without a network takes its place
 gpu-check:
-	scripts/gpu_check.sh
+	@scripts/gpu_check.sh
 
 lint: install
 	.venv/bin/ruff check .
