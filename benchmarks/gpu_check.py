@@ -35,7 +35,7 @@ SECONDS = 480
 KERNEL_TESTS = ("test_tiled_linear", "test_triton_linear", "test_warm", "test_solver", "test_offload")
 TOKENS = "1,4,8,16,32,64,512,4096"
 CANNOT_RUN = 3
-TAIL = 40  # lines of a part's output that the report keeps
+TAIL = 120  # lines of a part's output that the report keeps
 
 
 class Part(NamedTuple):
@@ -65,7 +65,7 @@ def parts(cores: int) -> list[Part]:
         Part("model", 70, (*module, "benchmarks.gpu_model", "--json")),
         Part("quantizer", 80, (*module, "benchmarks.gpu_quantize", "--seconds", "60", "--json")),
         Part("sanitizer", 60, (*module, "benchmarks.gpu_sanitize", "--json")),
-        Part("vllm", 160, (*module, "benchmarks.gpu_vllm", "--modes", "graphs", "--seconds", "155", "--json")),
+        Part("vllm", 200, (*module, "benchmarks.gpu_vllm", "--modes", "graphs", "--seconds", "195", "--json")),
     ]
 
 

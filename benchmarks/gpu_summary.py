@@ -81,7 +81,25 @@ def quantizer(figures: Row) -> str:
     return "; ".join(told)
 
 
-SUMMARIES: dict[str, Callable[[Row], str]] = {"fast": fast, "rates": rates, "model": model, "quantizer": quantizer}
+def vllm(figures: Row) -> str:
+    """Speed against 16 bits, and tokens against transformers'."""
+    times = {(row["weights"], row["batch"]): row for row in figures["runs"]}
+    told = []
+    for (weights, batch), row in times.items():
+        if weights == "bpdq":
+            gain = times["bf16", batch]["tpot_ms"] / row["tpot_ms"]
+            told.append(f"7B, {row['mode']}, batch {batch}: {row['tpot_ms']:.2f} ms per token, {gain:.2f} x 16 bits")
+    told += [f"{mode}: {row['equal']} of {row['tokens']} tokens equal" for mode, row in figures["tokens"].items()]
+    return "; ".join(told)
+
+
+SUMMARIES: dict[str, Callable[[Row], str]] = {
+    "fast": fast,
+    "rates": rates,
+    "model": model,
+    "quantizer": quantizer,
+    "vllm": vllm,
+}
 
 
 def kernel_table(figures: Row) -> str:

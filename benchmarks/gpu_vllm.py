@@ -10,6 +10,7 @@ CUDA graphs alone, else eager. Each engine is a process of its own. The figures 
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -63,6 +64,7 @@ QWEN2_5_7B = QWEN2 | {
 }
 MODES = ("compiled", "graphs", "eager")
 TOLERANCE = 0.1  # standard deviations of a position's logits
+TAIL = 100  # lines of an engine's output that a failure shows
 TPOT, THROUGHPUT = "tpot_ms", "output_throughput"
 
 
@@ -203,7 +205,7 @@ def engine(model: Path, mode: str, args: argparse.Namespace) -> Figures:
 
 def run(task: Figures, arguments: Figures, device: str, deadline: float) -> Figures:
     """The figures of one engine; raises EngineError."""
-    env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
+    env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
     env |= {"HF_HUB_OFFLINE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     if device == "cuda" and not find_spec("flashinfer"):
         env["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
@@ -215,17 +217,21 @@ def run(task: Figures, arguments: Figures, device: str, deadline: float) -> Figu
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=dict(os.environ) | env, text=True
         )
+        late = False
         try:
             process.communicate(json.dumps(task), timeout=max(1, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
+            late = True
+            process.send_signal(signal.SIGUSR1)  # it writes where it is
+            time.sleep(1)
             process.kill()
             process.wait()
-            raise EngineError("out of time") from None
         log.seek(0)
         lines = [line for line in log.read().splitlines() if line.strip()]
     if process.returncode or not result.exists():
-        print("\n".join(lines[-25:]), file=sys.stderr)
-        raise EngineError(lines[-1] if lines else f"ended with status {process.returncode}")
+        print("\n".join(lines[-TAIL:]), file=sys.stderr)
+        last = lines[-1] if lines else f"ended with status {process.returncode}"
+        raise EngineError("out of time" if late else last)
     return json.loads(result.read_text())
 
 

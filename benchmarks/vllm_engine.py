@@ -4,7 +4,9 @@ Reads its task, a JSON object, on stdin and writes its figures as one to the fil
 line of its output.
 """
 
+import faulthandler
 import json
+import signal
 import sys
 import time
 import traceback
@@ -22,6 +24,7 @@ ROUNDS = 3
 
 
 def main() -> None:
+    faulthandler.register(signal.SIGUSR1)
     task = json.load(sys.stdin)
     vllm_bpdq.register()  # as the entry point of an installed plugin does
     from vllm import LLM

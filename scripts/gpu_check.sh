@@ -21,6 +21,7 @@ if [[ -d .gpu-bundle ]]; then
     "$python" -m pip install --quiet --disable-pip-version-check --no-index --no-deps --no-compile --no-cache-dir \
         --target "$site" .gpu-bundle/*.whl
     [[ ! -f .gpu-bundle/vllm-python.tar.gz ]] || tar -xzf .gpu-bundle/vllm-python.tar.gz -C "$site"
+    "$python" -m compileall -q -j 0 "$site" >/dev/null || true # by all cores, not by the first engine alone
     # vLLM finds its plugin by the metadata of an installed distribution
     mkdir "$site/vllm_bpdq-0.dist-info"
     printf 'Metadata-Version: 2.1\nName: vllm-bpdq\nVersion: 0\n' >"$site/vllm_bpdq-0.dist-info/METADATA"

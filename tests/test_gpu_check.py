@@ -132,3 +132,10 @@ def test_a_part_that_was_stopped_before_its_figures_shows_its_last_line():
     row = {"figures": {"rows": [], "models": {}}, "output": ["compiling", "o, 8 tokens: 1 us", ""]}
     assert summarize("quantizer", row) == "o, 8 tokens: 1 us"
     assert summarize("correct", {"figures": None, "output": ["== 3 passed in 1s =="]}) == "3 passed in 1s"
+
+
+@pytest.mark.parametrize("file", sorted((gpu_check.ROOT / "results").glob("*.json")), ids=lambda file: file.name)
+def test_figures_of_real_runs_are_summarized(file):
+    parts = json.loads(file.read_text())["parts"]
+    for name, summary in gpu_summary.SUMMARIES.items():
+        assert summary(parts[name]["figures"])

@@ -19,7 +19,7 @@ from bpdq_quantizer.grid import (
     quantize_group,
     residual_planes,
 )
-from bpdq_quantizer.hessian import accumulate, accumulate_shift, corrected, inverse_factor, symmetrize
+from bpdq_quantizer.hessian import accumulate, accumulate_shift, corrected, factorize, inverse_factor, symmetrize
 from bpdq_quantizer.order import group_aware_order
 from bpdq_quantizer.refine import dequantize_columns, descend, joint_fit, refine
 from bpdq_quantizer.solver import STARTS, quantize_linear
@@ -247,7 +247,7 @@ def test_correction_is_the_least_squares_answer_to_shifted_inputs(monkeypatch):
     H, C = torch.zeros(6, 6), torch.zeros(6, 6)
     accumulate(H, x, 100)
     accumulate_shift(C, original, x, 100)
-    whole, half = (corrected(W, symmetrize(H), C, share) for share in (1.0, 0.5))
+    whole, half = (corrected(W, symmetrize(H), C.clone(), share) for share in (1.0, 0.5))
     torch.testing.assert_close(x @ whole.T, original @ W.T, rtol=1e-2, atol=1e-2)
     torch.testing.assert_close(half, (W + whole) / 2)
 
@@ -267,6 +267,26 @@ def test_correction_without_inputs_changes_nothing_and_its_damping_grows_until_t
     d = 4 * hessian.CORRECTION_DAMPING
     expected = W + 0.5 * W @ C @ torch.linalg.inv(H + d * torch.eye(6))
     torch.testing.assert_close(corrected(W, H, C, 0.5), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("scale", [1e38, torch.nan])
+def test_a_correction_by_a_hessian_that_no_damping_makes_factorizable_ends(scale):
+    """The sum of such a diagonal overflows fp32."""
+    with pytest.raises(ValueError, match="overflow fp32"):
+        corrected(torch.randn(4, 6), scale * torch.eye(6), torch.randn(6, 6), 0.5)
+
+
+@pytest.mark.parametrize("upper", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_matrix_is_factorized_in_its_own_memory(upper, transposed):
+    X = torch.randn(40, 8)
+    A = symmetrize(X.T @ X)
+    expected = torch.linalg.cholesky(A, upper=upper)
+    A = A.mT if transposed else A
+    factor, failed = factorize(A, upper)
+    assert not failed
+    assert factor.data_ptr() == A.data_ptr()
+    torch.testing.assert_close(factor, expected)
 
 
 def test_damping_grows_until_the_hessian_factorizes():

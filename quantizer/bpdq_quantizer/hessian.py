@@ -5,6 +5,10 @@ from torch import Tensor
 
 MAX_DAMPING = 1.0
 CORRECTION_DAMPING = 0.1  # of `live_mean`
+UNFACTORIZED = (
+    f"the Hessian can't be factorized even with damping {MAX_DAMPING}: "
+    "the calibration activations hold NaN or infinity, or overflow fp32"
+)
 
 
 def accumulate(H: Tensor, x: Tensor, total_tokens: int) -> None:
@@ -47,25 +51,37 @@ def live_mean(diagonal: Tensor) -> Tensor:
     return torch.where(live > 0, diagonal.mean() * (len(diagonal) / live), 1)
 
 
+def factorize(A: Tensor, upper: bool = False) -> tuple[Tensor, bool]:
+    """Cholesky factor of the symmetric A [K, K], in A's memory, and whether there is none. The other triangle is zero.
+
+    At K = 29568 a matrix has 3.5 GB: no more of them than need be.
+    """
+    A = A if A.stride(0) == 1 else A.mT  # in the order of LAPACK and cuSOLVER, which else get a copy
+    info = torch.empty((), dtype=torch.int32, device=A.device)
+    torch.linalg.cholesky_ex(A, upper=upper, out=(A, info))
+    return A, bool(info)
+
+
 def corrected(W: Tensor, H: Tensor, C: Tensor, share: float) -> Tensor:
     """W [N, K] moved by `share` of the way to what, applied to the inputs x, comes closest to W on the original inputs.
 
     That is W + share W C (H + d I)^-1, fp32, the least squares solution (QEP, arXiv 2504.09629; GPTAQ, arXiv
-    2504.02692, puts the same cross term into the error propagation), with C from `accumulate_shift` and
-    d = CORRECTION_DAMPING * `live_mean`, doubled until the Cholesky factorization succeeds. Where H is zero, no input
-    was ever used and W stays as it is.
+    2504.02692, puts the same cross term into the error propagation), with C from `accumulate_shift`, whose memory is
+    used up, and d = CORRECTION_DAMPING * `live_mean`, doubled until the Cholesky factorization succeeds; ValueError
+    when d = MAX_DAMPING * `live_mean` is not enough. Where H is zero, no input was ever used and W stays as it is.
     """
     W, diagonal = W.float(), H.diagonal()
     if not diagonal.any():
         return W
-    damping, failed = CORRECTION_DAMPING * live_mean(diagonal), True
-    while failed:
-        damped = H.clone()
-        damped.diagonal().add_(damping)
-        L, failed = torch.linalg.cholesky_ex(damped)
-        del damped
+    shift, damping = W @ C, CORRECTION_DAMPING
+    while damping <= MAX_DAMPING:
+        C.copy_(H).diagonal().add_(damping * live_mean(diagonal))
+        L, failed = factorize(C)
+        if not failed:
+            half = torch.linalg.solve_triangular(L, shift.T, upper=False)
+            return W + share * torch.linalg.solve_triangular(L.mT, half, upper=True).T
         damping *= 2
-    return W + share * torch.cholesky_solve((W @ C).T, L).T
+    raise ValueError(UNFACTORIZED)
 
 
 def inverse_factor(H: Tensor, order: Tensor, damping: float) -> tuple[Tensor, float]:
@@ -77,19 +93,16 @@ def inverse_factor(H: Tensor, order: Tensor, damping: float) -> tuple[Tensor, fl
     """
     diagonal = H.diagonal()[order]
     while damping <= MAX_DAMPING:
-        damped = H[order.unsqueeze(1), order]  # at K = 29568 a matrix has 3.5 GB: no more of them than need be
+        damped = H[order.unsqueeze(1), order]
         damped.diagonal().copy_(diagonal + damping * live_mean(diagonal))
-        L, failed = torch.linalg.cholesky_ex(damped)
+        L, failed = factorize(damped)
         del damped
         if not failed:
             inverse = torch.cholesky_inverse(L)
             del L
-            U, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-            del inverse
+            U, failed = factorize(inverse, upper=True)
             if not failed and torch.isfinite(U).all():
                 return U, damping
+            del inverse, U
         damping *= 2
-    raise ValueError(
-        f"the Hessian can't be factorized even with damping {MAX_DAMPING}: "
-        "the calibration activations hold NaN or infinity, or overflow fp32"
-    )
+    raise ValueError(UNFACTORIZED)

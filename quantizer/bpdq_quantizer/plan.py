@@ -33,7 +33,6 @@ VOCABULARY_PADDING = 64  # model_executor/layers/vocab_parallel_embedding.py: DE
 DEFAULT_CONTEXT = 2048
 CALIBRATION = 128, 2048  # windows and their tokens, defaults of `bpdq quantize`
 MOST_BITS = Scheme(MAX_PLANES, GROUP_SIZES[0]).bits_per_weight
-REFINED_WEIGHTS = CHUNK_ELEMENTS // 3  # `bpdq_quantizer.refine`, at a time with two planes and a bias
 CPU_SECONDS_PER_WEIGHT = 485 / 106e6
 
 ASSUMPTIONS = (
@@ -52,7 +51,7 @@ ASSUMPTIONS = (
     "time: SmolLM2-135M's 485 CPU s for 106 M weights and 32 x 512 calibration tokens, in proportion to the weights: "
     "an extrapolation over sizes never tried; more calibration text takes longer",
     "memory to quantize, without Python's and torch's own: on the device a block twice, four fp32 matrices [K, K] and "
-    f"[N, K] of the largest stage, {4 * 4 * REFINED_WEIGHTS / GIB:.2f} GiB to refine, {ACTIVATION_BYTES / GIB:.0f} GiB "
+    f"[N, K] of the largest stage, {4 * 4 * CHUNK_ELEMENTS / GIB:.0f} GiB to refine, {ACTIVATION_BYTES / GIB:.0f} GiB "
     "of activations; on the host the embedding, the head, a block and, without --offload-dir, the hidden states of "
     f"{CALIBRATION[0]} x {CALIBRATION[1]} calibration tokens twice, in page-locked batches, which torch rounds up to "
     "powers of two; without a GPU the sum of device and host",
@@ -320,9 +319,9 @@ def quantize_device_bytes(m: Model) -> int:
 
 
 def stage_bytes(n: int, k: int) -> int:
-    """Of that, a stage with weights [n, k]: about four fp32 [k, k] (H and its factors) and four [n, k] (W, the target,
-    what is left of it), and four more of the rows that are refined at a time."""
-    return 4 * 4 * (k * k + n * k + min(n * k, REFINED_WEIGHTS))
+    """Of that, a stage with weights [n, k]: about four fp32 [k, k] (H, its factors, a solver's copy) and four [n, k]
+    (W, the target, what is left of it), and four of the refinement's temporaries, with two planes and a bias."""
+    return 4 * 4 * (k * k + n * k + min(3 * n * k, CHUNK_ELEMENTS))
 
 
 def quantize_host_bytes(m: Model, calibration: tuple[int, int] = CALIBRATION, page_locked: bool = True) -> int:
