@@ -136,7 +136,8 @@ def launch_refinement(H: Tensor, n: int, device: str) -> None:
     W = random_weights(n, k, device).float().T.contiguous()
     codes = torch.randint(2**SCHEME.bits, (k, n), dtype=torch.uint8, device=device, generator=generator(device, 2))
     c = torch.zeros(-(-k // SCHEME.group_size), WIDTH, n, device=device)
-    refine(codes, c, W, H, SCHEME.group_size, SOLVER["refinements"], SOLVER["alpha"], torch.bfloat16)
+    loss = torch.full((n,), torch.inf, device=device)
+    refine(codes, c, loss, W, H @ W, H, SCHEME.group_size, SOLVER["refinements"], SOLVER["alpha"], torch.bfloat16)
 
 
 def measure_stage(n: int, k: int, device: str) -> Row:

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 
 from bpdq_kernels import cpu
+from bpdq_kernels.compiled import compile_library, instruction_set
 
 pytestmark = pytest.mark.skipif(cpu.library() is None, reason="no C++ compiler")
 
+SOURCE = Path(cpu.__file__).with_name("cpu_linear.cpp")
 PROGRAM = """
 import torch
 from bpdq_kernels import linear, prepare
@@ -54,7 +56,7 @@ def test_without_a_compiler_one_line_says_so_and_the_results_are_right(tmp_path,
 
 def compiled() -> Path:
     """Where the library is, or was while it could be loaded."""
-    with cpu.compile_library(cpu.instruction_set()) as path:
+    with compile_library(SOURCE, instruction_set()) as path:
         assert path.stat().st_size > 10_000
     return path
 
@@ -117,7 +119,7 @@ def test_a_user_without_a_home_has_the_kernel(tmp_path, monkeypatch):
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(cpu.Path, "home", home)
+    monkeypatch.setattr(Path, "home", home)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert cpu.library.__wrapped__() is not None
     assert list(tmp_path.iterdir()) == [], "nothing is left behind"

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bpdq_kernels import cpu, dequantize, layout, linear, prepare
+from bpdq_kernels.compiled import FLAGS, instruction_set
 from products import assert_product
 
-ISAS = list(cpu.FLAGS)[list(cpu.FLAGS).index(cpu.instruction_set()) :]
+ISAS = list(FLAGS)[list(FLAGS).index(instruction_set()) :]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 KERNELS = ["lookup", "multiply"]
 
@@ -104,7 +105,7 @@ def test_infinite_and_nan_activations_stay_in_their_token():
     x = torch.randn(4, 128)
     x[1, 5], x[2, 100] = float("nan"), float("inf")
     for kernel in KERNELS:
-        with using(cpu.instruction_set(), kernel):
+        with using(instruction_set(), kernel):
             y = linear(x, prepare(B, c, 64, 128))
         assert torch.isfinite(y[[0, 3]]).all()
         assert not torch.isfinite(y[1]).any()

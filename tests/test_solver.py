@@ -356,6 +356,17 @@ def test_constant_planes_still_give_finite_coefficients():
     torch.testing.assert_close(c.sum(0), torch.ones(4), rtol=1e-2, atol=1e-2)
 
 
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 3), st.integers(20, 90), st.integers(0, 2), st.integers(0, 99))
+def test_loss_and_energy_are_those_of_the_undamped_hessian(bits, inputs, refinements, seed):
+    W, H = problem(5, inputs, seed)
+    H[3], H[:, 3] = 0, 0  # an input that was never used
+    s = quantize_linear(W, H, bits, 32, refinements=refinements)
+    expected = row_loss(W.T, s.codes.T, s.c.float(), H, 32)
+    torch.testing.assert_close(s.energy, (W * (W @ H)).sum(1), rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(s.loss, expected, rtol=1e-3, atol=1e-4 * s.energy.max().item())
+
+
 def row_loss(W, codes, c, H, group_size):
     D = W - dequantize_columns(codes, c, group_size)
     return (D * (H @ D)).sum(0)
@@ -369,8 +380,10 @@ def test_refinement_never_makes_a_row_worse(k, k_in, n, seed):
     s = quantize_linear(W, H, k, 32, iterations=2, refinements=0)
     codes, c = s.codes.T.contiguous(), s.c.float()
     before = row_loss(W.T, codes, c, H, 32)
-    after = row_loss(W.T, *refine(codes, c, W.T, H, 32, 2, 1e-6, torch.bfloat16), H, 32)
+    codes, c, loss = refine(codes, c, before, W.T, H @ W.T, H, 32, 2, 1e-6, torch.bfloat16)
+    after = row_loss(W.T, codes, c, H, 32)
     assert (after <= before * (1 + 1e-4)).all()
+    torch.testing.assert_close(loss, after, rtol=1e-3, atol=1e-4 * before.max().item())
 
 
 def test_joint_fit_solves_the_rows_least_squares_problem():
@@ -392,7 +405,8 @@ def test_a_row_with_singular_equations_keeps_its_coefficients():
     codes, c = s.codes.T.contiguous(), s.c.float()
     codes[:, 1] = 3  # both planes constant: they can't be told from the bias, and nothing damps them
     assert joint_fit(codes, H @ W.T, H, 32, 2, -1e-3, torch.float32)[:, :, 1].isnan().all()
-    refined_codes, refined_c = refine(codes, c, W.T, H, 32, 2, -1e-3, torch.bfloat16)
+    loss = row_loss(W.T, codes, c, H, 32)
+    refined_codes, refined_c, _ = refine(codes, c, loss, W.T, H @ W.T, H, 32, 2, -1e-3, torch.bfloat16)
     assert torch.equal(refined_codes[:, 1], codes[:, 1])
     assert torch.equal(refined_c[:, :, 1], c[:, :, 1])
 

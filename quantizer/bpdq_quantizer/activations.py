@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.hessian import accumulate, accumulate_shift, symmetrize
+from bpdq_quantizer.products import quick_products
 from bpdq_quantizer.work import Batches, Offloaded
 
 ACTIVATION_BYTES = 1 << 30  # a calibration batch is as many windows as keep a block's activations within this
@@ -117,7 +118,8 @@ def _same(a: Any, b: Any) -> bool:
 
 def run_block(block: nn.Module, call: tuple[tuple, dict[str, Any]], device: torch.device, hidden: Tensor) -> Tensor:
     args, kwargs = call
-    out = block(hidden.to(device, non_blocking=True), *args, **kwargs)
+    with quick_products(device):
+        out = block(hidden.to(device, non_blocking=True), *args, **kwargs)
     return out[0] if isinstance(out, tuple) else out
 
 

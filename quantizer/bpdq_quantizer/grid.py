@@ -166,3 +166,23 @@ def quantize_group(
             break
     best = best_loss.view(len(starts), N).argmin(0) * N + torch.arange(N, device=W.device)
     return best_codes[:, best], best_c[:, best], best_E[:, best]
+
+
+def descend_group(W_hat: Tensor, V: Tensor, H: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """A sweep of coordinate descent over a group, with levels c [k+1, N]; returns codes and the change of W_hat [g, N].
+
+    V [g, N]: the gradient H (W - W_hat) of whole rows, in this group's inputs; H [g, g]: the group's diagonal block.
+    Column i's best value given the others is W_hat[i] + V[i] / H[i, i]; the nearest level is taken.
+    """
+    best = W_hat + V / H.diagonal().unsqueeze(1)
+    spread = H / H.diagonal()  # column j: what a change of one input does to best[j]
+    levels, order = (level_table(len(c) - 1, c.device) @ c).sort(dim=0)
+    midpoints = (levels[1:] + levels[:-1]) / 2
+    nearest = torch.empty(W_hat.shape, dtype=torch.int64, device=W_hat.device)
+    change = torch.empty_like(W_hat)
+    for t in range(len(W_hat)):
+        index = nearest[t : t + 1]
+        torch.sum(best[t] > midpoints, 0, keepdim=True, out=index)
+        torch.sub(levels.gather(0, index)[0], W_hat[t], out=change[t])
+        best[t + 1 :].addr_(spread[t, t + 1 :], change[t], alpha=-1)
+    return order.to(torch.uint8).gather(0, nearest), change

@@ -13,6 +13,7 @@ Tensors are transposed as in `grid`: W [K, N], codes [K, N], c [ceil(K/G), k+1, 
 import torch
 from torch import Tensor
 
+from bpdq_quantizer.cpu_solver import descend_group
 from bpdq_quantizer.grid import BATCH, features, level_table
 
 SWEEPS = 2  # of descent to a fit: 4 rounds of 2 end lower than 10 rounds of 1, in less time
@@ -21,32 +22,43 @@ CACHE_ELEMENTS = 1 << 20  # likewise for the joint fit on a CPU, whose cache mak
 
 
 def refine(
-    codes: Tensor, c: Tensor, W: Tensor, H: Tensor, group_size: int, rounds: int, alpha: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Alternate `joint_fit` and `descend` for `rounds` rounds; returns codes and c (rounded to `dtype`)."""
+    codes: Tensor,
+    c: Tensor,
+    loss: Tensor,
+    W: Tensor,
+    HW: Tensor,
+    H: Tensor,
+    group_size: int,
+    rounds: int,
+    alpha: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Alternate `joint_fit` and `descend` for `rounds` rounds; returns codes, c (rounded to `dtype`) and loss [N].
+
+    HW [K, N] is H W; loss: of `codes` and `c` as they come.
+    """
     K, N = W.shape
     groups, width, _ = c.shape
     rows = rows_at_once(K, width)
     fit_elements = CACHE_ELEMENTS if W.device.type == "cpu" else CHUNK_ELEMENTS
     fit_rows = min(BATCH, max(1, fit_elements // max((groups * width) ** 2, K * width)))
-    codes, c = codes.clone(), c.clone()
+    codes, c, loss = codes.clone(), c.clone(), loss.clone()
     for start in range(0, N, rows):
         part = slice(start, start + rows)
-        w, best_codes, best_c = W[:, part].contiguous(), codes[:, part].contiguous(), c[:, :, part].contiguous()
-        residual = w - dequantize_columns(best_codes, best_c, group_size)
-        best_loss = (residual * (H @ residual)).sum(0)
-        row_codes, HW = best_codes, H @ w
+        w, hw = W[:, part].contiguous(), HW[:, part].contiguous()
+        best_codes, best_c, best_loss = codes[:, part].contiguous(), c[:, :, part].contiguous(), loss[part]
+        row_codes = best_codes
         for _ in range(rounds):
-            parts = zip(row_codes.split(fit_rows, dim=1), HW.split(fit_rows, dim=1), strict=True)
-            fits = [joint_fit(*part, H, group_size, width - 1, alpha, dtype) for part in parts]
+            parts = zip(row_codes.split(fit_rows, dim=1), hw.split(fit_rows, dim=1), strict=True)
+            fits = [joint_fit(*fitted, H, group_size, width - 1, alpha, dtype) for fitted in parts]
             row_c = torch.cat(fits, dim=2)
-            row_codes, loss = descend(row_codes, row_c, w, H, group_size, SWEEPS)
-            better = loss < best_loss
+            row_codes, row_loss = descend(row_codes, row_c, w, H, group_size, SWEEPS)
+            better = row_loss < best_loss
             best_codes = torch.where(better, row_codes, best_codes)
             best_c = torch.where(better, row_c, best_c)
-            best_loss = torch.where(better, loss, best_loss)
-        codes[:, part], c[:, :, part] = best_codes, best_c
-    return codes, c
+            best_loss = torch.where(better, row_loss, best_loss)
+        codes[:, part], c[:, :, part], loss[part] = best_codes, best_c, best_loss
+    return codes, c, loss
 
 
 def rows_at_once(inputs: int, width: int) -> int:
@@ -91,30 +103,24 @@ def descend(codes: Tensor, c: Tensor, W: Tensor, H: Tensor, group_size: int, swe
     """Coordinate descent, `sweeps` times over the columns; returns the new codes [K, N] and each row's loss [N].
 
     With the gradient V = H (W - W_hat), column i's best value given the others is W_hat[i] + V[i] / H[i, i]; the
-    nearest level is taken. V is kept up to date within a group column by column, beyond it once per group.
+    nearest level is taken. V is kept up to date within a group column by column, beyond it once per group, and in the
+    last sweep only for the groups to come.
     """
     W_hat = dequantize_columns(codes, c, group_size)
-    V = H @ (W - W_hat)
-    table = level_table(c.shape[1] - 1, W.device)
+    error = W - W_hat
+    V = H @ error
+    loss = (error * V).sum(0)
     codes = torch.empty_like(codes)
-    for g in list(range(c.shape[0])) * sweeps:
-        block = slice(g * group_size, min((g + 1) * group_size, len(W)))
-        w_hat, H_block = W_hat[block], H[block, block]
-        best = w_hat + V[block] / H_block.diagonal().unsqueeze(1)
-        spread = H_block / H_block.diagonal()  # column j: what a change of one input does to best[j]
-        levels, order = (table @ c[g]).sort(dim=0)
-        midpoints = (levels[1:] + levels[:-1]) / 2
-        nearest = torch.empty(w_hat.shape, dtype=torch.int64, device=W.device)
-        change = torch.empty_like(w_hat)
-        for t in range(len(w_hat)):
-            index = nearest[t : t + 1]
-            torch.sum(best[t] > midpoints, 0, keepdim=True, out=index)
-            torch.sub(levels.gather(0, index)[0], w_hat[t], out=change[t])
-            best[t + 1 :].addr_(spread[t, t + 1 :], change[t], alpha=-1)
-        codes[block] = order.to(torch.uint8).gather(0, nearest)
-        w_hat += change  # a view: W_hat changes too
-        V.addmm_(H[:, block], change, alpha=-1)
-    return codes, ((W - W_hat) * V).sum(0)
+    for sweep in range(sweeps):
+        for g in range(len(c)):
+            block = slice(g * group_size, min((g + 1) * group_size, len(W)))
+            later = slice(block.start if sweep == sweeps - 1 else 0, None)
+            codes[block], change = descend_group(W_hat[block], V[block], H[block, block], c[g])
+            W_hat[block] += change
+            loss -= (change * V[block]).sum(0)
+            V[later].addmm_(H[later, block], change, alpha=-1)
+            loss -= (change * V[block]).sum(0)
+    return codes, loss
 
 
 def dequantize_columns(codes: Tensor, c: Tensor, group_size: int) -> Tensor:

@@ -25,9 +25,9 @@ from bpdq_kernels.layout import GROUP_SIZES, MAX_PLANES
 from bpdq_quantizer.activations import block_inputs, embed, find_stages, head_inputs, run_block, to_host
 from bpdq_quantizer.blocks import check_finite, check_supported, one_thread
 from bpdq_quantizer.grid import range_start
-from bpdq_quantizer.hessian import accumulate, inverse_factor, symmetrize
+from bpdq_quantizer.hessian import accumulate, inverse_factor, live_mean, symmetrize
 from bpdq_quantizer.order import group_aware_order
-from bpdq_quantizer.solver import losses, one_pass, used_inputs
+from bpdq_quantizer.solver import one_pass, undamped, used_inputs
 from bpdq_quantizer.stream import Streamed, drop_block, load_block
 from bpdq_quantizer.tune import LOSS_ELEMENTS, log_probabilities, softcap
 from bpdq_quantizer.work import Batches
@@ -158,10 +158,11 @@ def try_schemes(W: Tensor, H: Tensor, alpha: float, damping: float) -> list[tupl
     with one_thread():
         for group_size in GROUP_SIZES:
             steps = group_aware_order(H.diagonal(), group_size)
-            U, _ = inverse_factor(H, torch.cat([columns for _, columns in steps]), damping)
+            U, used = inverse_factor(H, torch.cat([columns for _, columns in steps]), damping)
+            d = used * live_mean(H.diagonal())
             for bits in range(1, MAX_PLANES + 1):
-                solved = one_pass(target, U, steps, bits, ITERATIONS, alpha, torch.bfloat16, (range_start,))
-                found.append((Scheme(bits, group_size), losses(target, *solved, H, group_size)[0]))
+                codes, c, loss = one_pass(target, U, steps, bits, ITERATIONS, alpha, torch.bfloat16, (range_start,))
+                found.append((Scheme(bits, group_size), undamped(loss, d, target, codes, c, group_size)))
     return found
 
 

@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bpdq_quantizer.grid import Start, quantize_group, range_start, residual_start
+from bpdq_quantizer.cpu_solver import quantize_group
+from bpdq_quantizer.grid import Start, range_start, residual_start
 from bpdq_quantizer.hessian import inverse_factor, live_mean
 from bpdq_quantizer.order import group_aware_order
 from bpdq_quantizer.refine import dequantize_columns, refine
@@ -54,19 +55,17 @@ def quantize_linear(
     targets = (used_inputs(chunk, diagonal) for chunk in chunks)  # one at a time in memory
     found = [one_pass(target, U, steps, bits, iterations, alpha, dtype, starts) for target in targets]
     del U
-    if refinements:
-        damped = H.clone()
-        damped.diagonal().add_(damping * live_mean(diagonal))
-        targets = (used_inputs(chunk, diagonal) for chunk in chunks)
-        found = [
-            refine(*one, target, damped, group_size, refinements, alpha, dtype)
-            for one, target in zip(found, targets, strict=True)
-        ]
-        del damped
-    codes, c = (torch.cat(parts, dim=-1) for parts in zip(*found, strict=True))
-    parts = [losses(chunk.float().T, *one, H, group_size) for chunk, one in zip(chunks, found, strict=True)]
-    loss, energy = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    return Solution(codes.T.contiguous(), c.to(dtype), loss, energy, damping)
+    damped, d = H.clone(), damping * live_mean(diagonal)
+    damped.diagonal().add_(d)
+    energies = []
+    for i, chunk in enumerate(chunks):
+        target = used_inputs(chunk, diagonal)
+        HW = damped @ target
+        energies.append((HW * target).sum(0) - d * target.square().sum(0))
+        codes, c, loss = refine(*found[i], target, HW, damped, group_size, refinements, alpha, dtype)
+        found[i] = codes, c, undamped(loss, d, target, codes, c, group_size)
+    codes, c, loss = (torch.cat(parts, dim=-1) for parts in zip(*found, strict=True))
+    return Solution(codes.T.contiguous(), c.to(dtype), loss, torch.cat(energies), damping)
 
 
 def used_inputs(W: Tensor, diagonal: Tensor) -> Tensor:
@@ -85,11 +84,13 @@ def one_pass(
     alpha: float,
     dtype: torch.dtype,
     starts: Sequence[Start],
-) -> tuple[Tensor, Tensor]:
-    """Codes [K, N] and c [ceil(K/G), k+1, N] of target [K, N]: group after group in the order of `steps`."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes [K, N], c [ceil(K/G), k+1, N] and loss [N] under the damped H of target [K, N]: group after group in the
+    order of `steps`."""
     weight = target[torch.cat([columns for _, columns in steps])]
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=target.device)
     c = torch.empty(len(steps), bits + 1, weight.shape[1], device=target.device)
+    loss = torch.zeros_like(weight[0])
     start = 0
     for group, columns in steps:
         stop = start + len(columns)
@@ -97,11 +98,12 @@ def one_pass(
         U_block = U[block, block]
         codes[columns], c[group], E = quantize_group(weight[block], U_block, bits, iterations, alpha, dtype, starts)
         weight[stop:].addmm_(U[block, stop:].T, E, alpha=-1)
+        loss += E.square().sum(0)
         start = stop
-    return codes, c
+    return codes, c, loss
 
 
-def losses(W: Tensor, codes: Tensor, c: Tensor, H: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """`Solution`'s loss and energy [N] of W [K, N]."""
+def undamped(loss: Tensor, d: Tensor, W: Tensor, codes: Tensor, c: Tensor, group_size: int) -> Tensor:
+    """What `loss` [N], that of W [K, N] under H + d I, is under H."""
     error = W - dequantize_columns(codes, c, group_size)
-    return ((H @ error) * error).sum(0), ((H @ W) * W).sum(0)
+    return (loss - d * error.square().sum(0)).clamp(min=0)

@@ -1,0 +1,87 @@
+"""The solver's loops over columns on a CPU: cpu_solver.cpp, compiled for this machine at first use.
+
+Same signatures and, but for the order of sums in fp32, same results as `grid.quantize_group` and
+`grid.descend_group`, which are the readable form, run on other devices, and where there is no compiler.
+"""
+
+import ctypes
+import functools
+import logging
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bpdq_kernels.compiled import failure, instruction_set, load_library
+from bpdq_quantizer import grid
+from bpdq_quantizer.grid import Start, paper_start, range_start, residual_start
+
+_SOURCE = Path(__file__).with_name("cpu_solver.cpp")
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum Dtype
+_STARTS = {paper_start: 0, range_start: 1, residual_start: 2}  # enum Start
+_log = logging.getLogger(__name__)
+
+
+def open_library(isa: str) -> ctypes.CDLL:
+    """The library for an instruction set. Raises as `bpdq_kernels.compiled.compile_library`."""
+    library = load_library(_SOURCE, isa)
+    integer, rows, pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
+    library.bpdq_quantize_group.restype = library.bpdq_descend_group.restype = None
+    library.bpdq_quantize_group.argtypes = [integer, rows, integer, *[pointer] * 5, integer, ctypes.c_float, integer]
+    library.bpdq_quantize_group.argtypes += [pointer, integer, *[pointer] * 3]
+    library.bpdq_descend_group.argtypes = [integer, rows, integer, *[pointer] * 7]
+    return library
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The library for this machine; None, after one line in the log, where there can be none."""
+    try:
+        return open_library(instruction_set())
+    except (OSError, ValueError, subprocess.CalledProcessError) as e:
+        _log.warning("quantizing is some ten times slower on this CPU, as its loops can't be compiled: %s", failure(e))
+    return None
+
+
+def quantize_group(
+    W: Tensor,
+    U: Tensor,
+    bits: int,
+    iterations: int,
+    alpha: float,
+    dtype: torch.dtype,
+    starts: Sequence[Start] = (paper_start,),
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `grid.quantize_group`, which it falls back to."""
+    compiled = library() if W.device.type == "cpu" and all(start in _STARTS for start in starts) else None
+    if compiled is None:
+        return grid.quantize_group(W, U, bits, iterations, alpha, dtype, starts)
+    g, N = W.shape
+    W = W.contiguous()
+    diagonal = U.diagonal()
+    spread = (U / diagonal.unsqueeze(1)).contiguous()
+    whiten = torch.linalg.solve_triangular(U, torch.eye(g), upper=True).contiguous()  # V^T
+    ones, weight = whiten.sum(0), 1 / diagonal
+    codes, c, E = torch.empty(g, N, dtype=torch.uint8), torch.empty(bits + 1, N), torch.empty(g, N)
+    kinds = (ctypes.c_int * len(starts))(*(_STARTS[start] for start in starts))
+    tensors = [tensor.data_ptr() for tensor in (W, spread, whiten, ones, weight)]
+    outputs = [tensor.data_ptr() for tensor in (codes, c, E)]
+    compiled.bpdq_quantize_group(g, N, bits, *tensors, iterations, alpha, _DTYPES[dtype], kinds, len(starts), *outputs)
+    return codes, c, E
+
+
+def descend_group(W_hat: Tensor, V: Tensor, H: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """As `grid.descend_group`, which it falls back to."""
+    compiled = library() if W_hat.device.type == "cpu" else None
+    if compiled is None:
+        return grid.descend_group(W_hat, V, H, c)
+    g, N = W_hat.shape
+    W_hat, V, c = W_hat.contiguous(), V.contiguous(), c.contiguous()
+    diagonal = H.diagonal()
+    spread, inverse = (H / diagonal).contiguous(), 1 / diagonal
+    codes, change = torch.empty(g, N, dtype=torch.uint8), torch.empty(g, N)
+    tensors = [tensor.data_ptr() for tensor in (spread, inverse, V, c, W_hat, codes, change)]
+    compiled.bpdq_descend_group(g, N, len(c) - 1, *tensors)
+    return codes, change

@@ -1,0 +1,130 @@
+"""The solver's compiled loops do what their readable form in torch does, on every instruction set."""
+
+import functools
+from contextlib import contextmanager
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bpdq_kernels.compiled import FLAGS, instruction_set
+from bpdq_quantizer import cpu_solver, grid
+from bpdq_quantizer.grid import paper_start, range_start, residual_start
+from bpdq_quantizer.hessian import inverse_factor
+
+ISAS = list(FLAGS)[list(FLAGS).index(instruction_set()) :]
+STARTS = [(paper_start,), (range_start, residual_start), (residual_start,)]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+pytestmark = pytest.mark.skipif(cpu_solver.library() is None, reason="no C++ compiler")
+
+
+@functools.cache
+def opened(isa: str):
+    return cpu_solver.open_library(isa)
+
+
+@contextmanager
+def using(isa: str):
+    with mock.patch.object(cpu_solver, "library", return_value=opened(isa)):
+        yield
+
+
+def random_group(g: int, N: int, seed: int):
+    """W [g, N], H [g, g] of correlated inputs, and its factor U."""
+    generator = torch.Generator().manual_seed(seed)
+    X = torch.randn(4 * g, g, generator=generator)
+    X += 2 * torch.randn(4 * g, 1, generator=generator) @ torch.randn(1, g, generator=generator)
+    H = X.T @ X / len(X)
+    return torch.randn(g, N, generator=generator), H, inverse_factor(H, torch.arange(g), 0.01)[0]
+
+
+GROUPS = st.tuples(st.integers(1, 70), st.integers(1, 40), st.integers(0, 2**20))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@settings(deadline=None, max_examples=40)
+@given(GROUPS, st.integers(1, 4), st.sampled_from(STARTS), st.sampled_from(DTYPES), st.integers(1, 6))
+def test_groups_are_quantized_as_well_as_in_torch(isa, shape, bits, starts, dtype, iterations):
+    """Rounding breaks ties, and the rest of a row follows from that: most rows are the same, none is out of line."""
+    W, _, U = random_group(*shape)
+    expected = grid.quantize_group(W, U, bits, iterations, 1e-6, dtype, starts)
+    with using(isa):
+        codes, c, E = cpu_solver.quantize_group(W, U, bits, iterations, 1e-6, dtype, starts)
+    assert torch.equal(c, c.to(dtype).float())
+    W_hat = (grid.level_table(bits, W.device) @ c).gather(0, codes.long())
+    whiten = torch.linalg.solve_triangular(U.T, torch.eye(len(U)), upper=False)
+    torch.testing.assert_close(E, whiten @ (W - W_hat), rtol=1e-3, atol=1e-3 * whiten.abs().max().item())
+    loss, expected_loss = E.square().sum(0), expected[2].square().sum(0)
+    scale = (whiten @ W).square().sum(0)
+    assert (loss <= 1.3 * expected_loss + 1e-3 * scale).all()
+    assert loss.sum() <= 1.02 * expected_loss.sum() + 1e-3 * scale.sum()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_most_rows_are_the_same_as_in_torch(isa, bits):
+    W, _, U = random_group(64, 400, bits)
+    expected = grid.quantize_group(W, U, bits, 10, 1e-6, torch.bfloat16, STARTS[1])
+    with using(isa):
+        found = cpu_solver.quantize_group(W, U, bits, 10, 1e-6, torch.bfloat16, STARTS[1])
+    same = (found[0] == expected[0]).all(0)
+    assert same.float().mean() > 0.9
+    torch.testing.assert_close(found[1][:, same], expected[1][:, same], rtol=2**-7, atol=2**-7)
+    torch.testing.assert_close(found[2].square().sum(), expected[2].square().sum(), rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@settings(deadline=None, max_examples=40)
+@given(GROUPS, st.integers(1, 4))
+def test_descent_takes_the_same_steps_as_in_torch(isa, shape, bits):
+    W, H, _ = random_group(*shape)
+    H = H + 0.01 * torch.eye(len(H))
+    c = torch.randn(bits + 1, W.shape[1], generator=torch.Generator().manual_seed(shape[2]))
+    W_hat = (grid.level_table(bits, W.device) @ c).gather(0, torch.zeros(W.shape, dtype=torch.int64))
+    V = H @ (W - W_hat)
+    expected = grid.descend_group(W_hat, V, H, c)
+    with using(isa):
+        codes, change = cpu_solver.descend_group(W_hat, V, H, c)
+    rows = (codes == expected[0]).all(0)
+    assert rows.float().mean() >= 0.9 or (~rows).sum() <= 1
+    torch.testing.assert_close(change[:, rows], expected[1][:, rows], rtol=1e-4, atol=1e-4)
+    level = (grid.level_table(bits, W.device) @ c).gather(0, codes.long())
+    torch.testing.assert_close(W_hat + change, level, rtol=1e-5, atol=1e-5)
+
+
+def test_a_row_s_result_depends_on_nothing_else():
+    W, _, U = random_group(48, 200, 0)
+    whole = cpu_solver.quantize_group(W, U, 2, 5, 1e-6, torch.bfloat16, STARTS[1])
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = cpu_solver.quantize_group(W, U, 2, 5, 1e-6, torch.bfloat16, STARTS[1])
+        part = cpu_solver.quantize_group(W[:, 33:70], U, 2, 5, 1e-6, torch.bfloat16, STARTS[1])
+    finally:
+        torch.set_num_threads(threads)
+    for a, b, c in zip(whole, alone, part, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a[:, 33:70], c)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_row_without_a_finite_loss_gives_coefficients_that_are_noticed(value):
+    W, _, U = random_group(32, 5, 0)
+    W[3, 2] = value
+    _, c, _ = cpu_solver.quantize_group(W, U, 2, 5, 1e-6, torch.bfloat16, STARTS[1])
+    assert c.isfinite().all(0).tolist() == [True, True, False, True, True]
+
+
+def test_without_a_compiler_torch_solves_and_one_line_says_so(monkeypatch, caplog):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert cpu_solver.library.__wrapped__() is None
+    (record,) = caplog.records
+    assert "no-such-compiler" in record.getMessage()
+    monkeypatch.setattr(cpu_solver, "library", lambda: None)
+    W, _, U = random_group(32, 5, 0)
+    expected = grid.quantize_group(W, U, 2, 5, 1e-6, torch.bfloat16, STARTS[1])
+    found = cpu_solver.quantize_group(W, U, 2, 5, 1e-6, torch.bfloat16, STARTS[1])
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
