@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bpdq_kernels.compiled import FLAGS, instruction_set
-from bpdq_quantizer import cpu_solver, grid
+from bpdq_quantizer import cpu_solver, equations, grid
 from bpdq_quantizer.grid import paper_start, range_start, residual_start
 from bpdq_quantizer.hessian import inverse_factor
 
@@ -93,6 +93,20 @@ def test_descent_takes_the_same_steps_as_in_torch(isa, shape, bits):
     torch.testing.assert_close(change[:, rows], expected[1][:, rows], rtol=1e-4, atol=1e-4)
     level = (grid.level_table(bits, W.device) @ c).gather(0, codes.long())
     torch.testing.assert_close(W_hat + change, level, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 150), st.integers(1, 90), st.integers(1, 4), st.sampled_from([7, 32, 64]), st.integers(0, 99))
+def test_normal_equations_are_those_of_torch(isa, inputs, rows, bits, group_size, seed):
+    generator = torch.Generator().manual_seed(seed)
+    X = torch.randn(inputs + 5, inputs, generator=generator)
+    H = X.T @ X
+    codes = torch.randint(2**bits, (inputs, rows), dtype=torch.uint8, generator=generator)
+    expected = equations.normal_matrix(codes, H, group_size, bits)
+    with using(isa):
+        found = cpu_solver.normal_matrix(codes, H, group_size, bits)
+    torch.testing.assert_close(found.tril(), expected.tril(), rtol=1e-4, atol=1e-5 * expected.abs().max().item())
 
 
 def test_a_row_s_result_depends_on_nothing_else():

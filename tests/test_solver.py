@@ -438,7 +438,7 @@ def test_refinement_does_not_depend_on_how_many_rows_are_refined_at_once(monkeyp
     W, H = problem(24, 96)
     one = quantize_linear(W, H, 2, 32, refinements=2)
     monkeypatch.setattr(refine_module, "CHUNK_ELEMENTS", 7 * 96 * 3)
-    monkeypatch.setattr(refine_module, "CACHE_ELEMENTS", 2 * 96 * 3)
+    monkeypatch.setattr(refine_module, "CPU_ELEMENTS", 2 * 96 * 3)
     other = quantize_linear(W, H, 2, 32, refinements=2)
     assert (one.codes != other.codes).float().mean() < 0.02, "rounding may decide between levels equally near"
     torch.testing.assert_close(other.loss.sum(), one.loss.sum(), rtol=1e-3, atol=0)

@@ -9,8 +9,8 @@
      input t  | row  | +1   |   ...   | +15  |      t = 0 .. g-1, one array for W, one for each V x plane, ...
               '------'------'---   ---'------'
 
-   Products with the triangular factors take a block of BLOCK inputs at once, whose sums stay in registers. Sums over
-   inputs are in order, in fp32, so that no result depends on the number of threads or on a row's neighbours. */
+   Products with [g, g] matrices take a block of inputs at once, whose sums stay in registers. Sums over inputs are in
+   order, in fp32, so that no result depends on the number of threads or on a row's neighbours. */
 
 #include <algorithm>
 #include <cmath>
@@ -25,16 +25,20 @@
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int LANES = 16;
+constexpr int LANES = 16, REGISTERS = 32;
 #elif defined(__AVX2__)
-constexpr int LANES = 8;
+constexpr int LANES = 8, REGISTERS = 16;
 #else
-constexpr int LANES = 4;
+constexpr int LANES = 4, REGISTERS = 16;
 #endif
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 
-constexpr int BLOCK = 8, CLUSTER_ROUNDS = 5, INITIAL_BITS = 8;
+constexpr int BLOCK = 8;  // inputs of a sweep
+constexpr int CLUSTER_ROUNDS = 5, INITIAL_BITS = 8;
+
+/* Inputs whose sums for n features fit the registers beside their operands. */
+constexpr int block_of(int n) { return n == 1 ? 8 : n == 2 ? REGISTERS / 4 : REGISTERS / 8; }
 constexpr float CLUSTER_ALPHA = 1e-6f;
 
 enum Dtype { FLOAT32, FLOAT16, BFLOAT16 };
@@ -257,6 +261,7 @@ struct Tile {
   /* y = V x for x [g] of each of n arrays; V is lower triangular. */
   template <int n, class X>
   inline void product(int first, int count, Floats (*sums)[n], X x) {
+    constexpr int BLOCK = block_of(n);
     for (int i = 0; i < count; ++i)
       for (int p = 0; p < n; ++p) sums[i][p] = Floats{};
     const auto add = [&](int j, int i) __attribute__((always_inline)) {
@@ -273,6 +278,7 @@ struct Tile {
   }
 
   void whiten_weights() {
+    constexpr int BLOCK = block_of(1);
     for (int first = 0; first < g; first += BLOCK) {
       const int count = std::min(BLOCK, g - first);
       Floats sums[BLOCK][1];
@@ -283,6 +289,7 @@ struct Tile {
 
   /* Coefficients of `codes` in H's metric; leaves VX for `loss`. */
   void fit(Floats* c) {
+    constexpr int BLOCK = block_of(k);
     Fit<k> fit;
     for (int first = 0; first < g; first += BLOCK) {
       const int count = std::min(BLOCK, g - first);
@@ -405,6 +412,90 @@ void descend_group(int g, int64_t N, const float* S, const float* inverse, const
   }
 }
 
+/* The rows of a thread that share what is read of H. */
+constexpr int TILES = 4;
+
+template <int k>
+struct Equations {
+  static constexpr int WIDTH = k + 1, INPUTS = block_of(k);
+  const int group_size, K, groups, n;
+  const float *H, *sums;
+  std::vector<Ints> codes[TILES];
+  std::vector<Floats> planes[TILES];  // of a group: [t][p]
+
+  Equations(int group_size, int K, const float* H, const float* sums)
+      : group_size(group_size), K(K), groups((K + group_size - 1) / group_size), n(groups * WIDTH), H(H), sums(sums) {
+    for (int tile = 0; tile < TILES; ++tile) {
+      codes[tile].resize(K);
+      planes[tile].resize(group_size * k);
+    }
+  }
+
+  /* The rows and columns of a group with itself and all later ones: A [lane][n][n], the lower triangle's blocks. */
+  void run(int group, int tiles, float* const* A, const int* lanes) {
+    const int start = group * group_size, size = std::min(group_size, K - start);
+    for (int tile = 0; tile < tiles; ++tile)
+      for (int t = 0; t < size; ++t)
+        for (int p = 0; p < k; ++p) planes[tile][t * k + p] = plane(codes[tile][start + t], p);
+    for (int other = group; other < groups; ++other) {
+      Floats block[TILES][WIDTH][WIDTH] = {};
+      const int end = std::min((other + 1) * group_size, K);
+      for (int first = other * group_size; first < end; first += INPUTS)
+        for (int tile = 0; tile < tiles; ++tile)
+          add(group, tile, start, size, first, std::min(INPUTS, end - first), block[tile]);
+      for (int tile = 0; tile < tiles; ++tile)
+        for (int p = 0; p < WIDTH; ++p)
+          for (int q = 0; q < WIDTH; ++q)
+            for (int i = 0; i < lanes[tile]; ++i)
+              A[tile][((int64_t)i * n + other * WIDTH + p) * n + group * WIDTH + q] = block[tile][p][q][i];
+    }
+  }
+
+  inline void add(int group, int tile, int start, int size, int first, int count, Floats (*block)[WIDTH]) {
+    Floats HX[INPUTS][k] = {};
+    const Floats* x = planes[tile].data();
+    const float* h = H + (int64_t)start * K + first;
+    if (count == INPUTS)
+      for (int t = 0; t < size; ++t)
+        for (int i = 0; i < INPUTS; ++i)
+          for (int p = 0; p < k; ++p) HX[i][p] += h[(int64_t)t * K + i] * x[t * k + p];
+    else
+      for (int t = 0; t < size; ++t)
+        for (int i = 0; i < count; ++i)
+          for (int p = 0; p < k; ++p) HX[i][p] += h[(int64_t)t * K + i] * x[t * k + p];
+    for (int i = 0; i < count; ++i) {
+      const float sum = sums[(int64_t)group * K + first + i];
+      for (int p = 0; p < k; ++p) {
+        const Floats feature = plane(codes[tile][first + i], p);
+        for (int q = 0; q < k; ++q) block[p][q] += feature * HX[i][q];
+        block[p][k] += feature * sum;
+        block[k][p] += HX[i][p];
+      }
+      block[k][k] += sum;
+    }
+  }
+};
+
+template <int k>
+void normal_equations(int group_size, int K, int64_t N, const uint8_t* codes, const float* H, const float* sums,
+                      float* A) {
+#pragma omp parallel
+  {
+    Equations<k> equations(group_size, K, H, sums);
+#pragma omp for schedule(dynamic)
+    for (int64_t first = 0; first < N; first += TILES * LANES) {
+      float* rows[TILES];
+      int lanes[TILES], tiles = 0;
+      for (int64_t row = first; row < std::min<int64_t>(N, first + TILES * LANES); row += LANES, ++tiles) {
+        rows[tiles] = A + row * equations.n * equations.n;
+        lanes[tiles] = (int)std::min<int64_t>(LANES, N - row);
+        for (int t = 0; t < K; ++t) load(equations.codes[tiles][t], codes + t * N + row, lanes[tiles]);
+      }
+      for (int group = 0; group < equations.groups; ++group) equations.run(group, tiles, rows, lanes);
+    }
+  }
+}
+
 }  // namespace
 
 extern "C" {
@@ -423,5 +514,16 @@ void bpdq_descend_group(int g, int64_t N, int k, const float* S, const float* in
                         const float* W_hat, uint8_t* codes, float* change) {
   const auto run = k == 1 ? descend_group<1> : k == 2 ? descend_group<2> : k == 3 ? descend_group<3> : descend_group<4>;
   run(g, N, S, inverse, V, c, W_hat, codes, change);
+}
+
+/* equations.normal_matrix: A [N, n, n] from codes [K, N] and the symmetric H [K, K]; sums [ceil(K/G), K]: of H over
+   the inputs of a group. Only blocks of the lower triangle are written. */
+void bpdq_normal_matrix(int group_size, int K, int64_t N, int k, const uint8_t* codes, const float* H,
+                        const float* sums, float* A) {
+  const auto run = k == 1   ? normal_equations<1>
+                   : k == 2 ? normal_equations<2>
+                   : k == 3 ? normal_equations<3>
+                            : normal_equations<4>;
+  run(group_size, K, N, codes, H, sums, A);
 }
 }

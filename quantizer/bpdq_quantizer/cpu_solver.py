@@ -1,7 +1,7 @@
 """The solver's loops over columns on a CPU: cpu_solver.cpp, compiled for this machine at first use.
 
-Same signatures and, but for the order of sums in fp32, same results as `grid.quantize_group` and
-`grid.descend_group`, which are the readable form, run on other devices, and where there is no compiler.
+Same signatures and, but for the order of sums in fp32, same results as `grid.quantize_group`, `grid.descend_group` and
+`equations.normal_matrix`, which are the readable form, run on other devices, and where there is no compiler.
 """
 
 import ctypes
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bpdq_kernels.compiled import failure, instruction_set, load_library
-from bpdq_quantizer import grid
+from bpdq_quantizer import equations, grid
 from bpdq_quantizer.grid import Start, paper_start, range_start, residual_start
 
 _SOURCE = Path(__file__).with_name("cpu_solver.cpp")
@@ -28,10 +28,12 @@ def open_library(isa: str) -> ctypes.CDLL:
     """The library for an instruction set. Raises as `bpdq_kernels.compiled.compile_library`."""
     library = load_library(_SOURCE, isa)
     integer, rows, pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
-    library.bpdq_quantize_group.restype = library.bpdq_descend_group.restype = None
+    for function in (library.bpdq_quantize_group, library.bpdq_descend_group, library.bpdq_normal_matrix):
+        function.restype = None
     library.bpdq_quantize_group.argtypes = [integer, rows, integer, *[pointer] * 5, integer, ctypes.c_float, integer]
     library.bpdq_quantize_group.argtypes += [pointer, integer, *[pointer] * 3]
     library.bpdq_descend_group.argtypes = [integer, rows, integer, *[pointer] * 7]
+    library.bpdq_normal_matrix.argtypes = [integer, integer, rows, integer, *[pointer] * 4]
     return library
 
 
@@ -85,3 +87,17 @@ def descend_group(W_hat: Tensor, V: Tensor, H: Tensor, c: Tensor) -> tuple[Tenso
     tensors = [tensor.data_ptr() for tensor in (spread, inverse, V, c, W_hat, codes, change)]
     compiled.bpdq_descend_group(g, N, len(c) - 1, *tensors)
     return codes, change
+
+
+def normal_matrix(codes: Tensor, H: Tensor, group_size: int, bits: int) -> Tensor:
+    """As `equations.normal_matrix`, which it falls back to."""
+    compiled = library() if codes.device.type == "cpu" else None
+    if compiled is None:
+        return equations.normal_matrix(codes, H, group_size, bits)
+    K, N = codes.shape
+    codes, H = codes.contiguous(), H.contiguous()
+    sums = torch.stack([part.sum(1) for part in H.split(group_size, dim=1)])
+    n = len(sums) * (bits + 1)
+    A = torch.empty(N, n, n)
+    compiled.bpdq_normal_matrix(group_size, K, N, bits, *(t.data_ptr() for t in (codes, H, sums, A)))
+    return A

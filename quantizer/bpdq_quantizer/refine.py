@@ -13,12 +13,13 @@ Tensors are transposed as in `grid`: W [K, N], codes [K, N], c [ceil(K/G), k+1, 
 import torch
 from torch import Tensor
 
-from bpdq_quantizer.cpu_solver import descend_group
-from bpdq_quantizer.grid import BATCH, features, level_table
+from bpdq_quantizer.cpu_solver import descend_group, normal_matrix
+from bpdq_quantizer.equations import right_sides
+from bpdq_quantizer.grid import BATCH, level_table
 
 SWEEPS = 2  # of descent to a fit: 4 rounds of 2 end lower than 10 rounds of 1, in less time
 CHUNK_ELEMENTS = 1 << 26  # of the largest temporary: 256 MiB in fp32
-CACHE_ELEMENTS = 1 << 20  # likewise for the joint fit on a CPU, whose cache makes it 1.4 times as fast
+CPU_ELEMENTS = 1 << 24  # likewise for the joint fit on a CPU
 
 
 def refine(
@@ -40,7 +41,7 @@ def refine(
     K, N = W.shape
     groups, width, _ = c.shape
     rows = rows_at_once(K, width)
-    fit_elements = CACHE_ELEMENTS if W.device.type == "cpu" else CHUNK_ELEMENTS
+    fit_elements = CPU_ELEMENTS if W.device.type == "cpu" else CHUNK_ELEMENTS
     fit_rows = min(BATCH, max(1, fit_elements // max((groups * width) ** 2, K * width)))
     codes, c, loss = codes.clone(), c.clone(), loss.clone()
     for start in range(0, N, rows):
@@ -71,32 +72,16 @@ def joint_fit(
 ) -> Tensor:
     """All coefficients of each row, c [ceil(K/G), k+1, N]: ridge least squares of W on its planes in the metric H.
 
-    HW [K, N] is H W. The normal equations couple every pair of groups; only the lower triangle is built, which Cholesky
-    reads. A row whose equations are singular in fp32 gets NaN, which no later comparison of losses takes for better.
+    HW [K, N] is H W. A row whose equations are singular in fp32 gets NaN, which no later comparison of losses takes for
+    better.
     """
-    K, N = HW.shape
-    groups, width = -(-K // group_size), bits + 1
-    X = features(codes, bits)  # [K, k+1, N]
-    X = torch.cat([X, X.new_zeros(groups * group_size - K, width, N)])  # zeros: a short last group
-    HW = torch.cat([HW, HW.new_zeros(len(X) - K, N)])
-    b = (X * HW.unsqueeze(1)).unflatten(0, (groups, group_size)).sum(1)  # [groups, k+1, N]
-    A = torch.zeros(groups, width, groups, width, N, device=HW.device)
-    for g in range(groups):
-        first, last = g * group_size, min((g + 1) * group_size, K)
-        HX = X.new_zeros(len(X) - first, width, N)
-        torch.mm(H[first:, first:last], X[first:last].flatten(1), out=HX[: K - first].flatten(1))
-        HX = HX.unflatten(0, (groups - g, group_size))
-        X_later = X[first:].unflatten(0, (groups - g, group_size))
-        for p in range(width):
-            A[g:, p, g] = (X_later[:, :, p : p + 1] * HX).sum(1)
-    A = A.view(groups * width, groups * width, N).permute(2, 0, 1).contiguous()
+    A, b = normal_matrix(codes, H, group_size, bits), right_sides(codes, HW, group_size, bits)
     diagonal = A.diagonal(dim1=1, dim2=2)
     diagonal.add_(alpha * diagonal.mean(1, keepdim=True))
-    b = b.view(groups * width, N).T.unsqueeze(2)
     L, failed = torch.linalg.cholesky_ex(A)
-    c = torch.cholesky_solve(b, L).squeeze(2).T
+    c = torch.cholesky_solve(b.unsqueeze(2), L).squeeze(2).T
     c[:, failed != 0] = torch.nan
-    return c.unflatten(0, (groups, width)).to(dtype).float().contiguous()
+    return c.unflatten(0, (-1, bits + 1)).to(dtype).float().contiguous()
 
 
 def descend(codes: Tensor, c: Tensor, W: Tensor, H: Tensor, group_size: int, sweeps: int) -> tuple[Tensor, Tensor]:
