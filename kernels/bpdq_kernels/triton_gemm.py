@@ -35,7 +35,12 @@ from bpdq_kernels.tuning import Gemm, cdiv
 from bpdq_kernels.warp import fma_pair, load4, load_planes, mma, prefetch, rotate_left, stack, sum_last
 
 # Of a thread, where ptxas, left to itself, stops a few short for the sake of one more block, and spills one or two.
-REGISTERS = {(Gemm(16, 1, 8, 8), 1): 64, (Gemm(16, 2, 4, 4), 2): 128, (Gemm(32, 2, 4, 4), 3): 192}
+REGISTERS = {
+    (Gemm(16, 1, 8, 8), 1): 64,
+    (Gemm(16, 1, 8, 8), 3): 80,
+    (Gemm(16, 2, 4, 4), 2): 128,
+    (Gemm(32, 2, 4, 4), 3): 192,
+}
 
 
 @triton.jit(do_not_specialize=["M", "stride_x"])

@@ -7,7 +7,6 @@ quantized, and the rows of its Linears are solved together, as they share H.
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,8 +36,6 @@ from bpdq_quantizer.solver import Solution, quantize_linear
 from bpdq_quantizer.stream import Streamed, drop_block, load_block, trim_heap
 from bpdq_quantizer.tune import tune_block
 from bpdq_quantizer.work import Batches, States
-
-SMALL_STAGE = 8192  # rows; torch splits an operation from 32768 elements on, and a column step has 2^k - 1 per row
 
 
 @dataclass
@@ -241,23 +238,10 @@ def solve_stage(
 ) -> Solution:
     """Quantize W [N, K], the stacked rows of Linears that share the input with Hessian H; `name`: of the first; solve:
     `quantize_linear`, or what does the same elsewhere (`bpdq_quantizer.workers`)."""
-    with one_thread() if len(W) < SMALL_STAGE else nullcontext():
-        solution = solve(W, H, scheme.bits, scheme.group_size, **solver)
+    solution = solve(W, H, scheme.bits, scheme.group_size, **solver)
     if not torch.isfinite(solution.c).all():
         raise InputError(f"{name}: its coefficients overflow {solution.c.dtype}: convert the model to bfloat16 first")
     return solution
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Let torch use one CPU thread. The solver's column loops are thousands of small operations; shared by several
-    threads, each waits for the slowest core, which on a busy machine is a hundred times its own work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def pack_rows(solution: Solution, rows: slice, linear: nn.Linear, scheme: Scheme) -> BPDQLinear:

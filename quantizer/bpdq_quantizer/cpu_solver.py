@@ -8,7 +8,8 @@ import ctypes
 import functools
 import logging
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from bpdq_quantizer.grid import Start, paper_start, range_start, residual_start
 _SOURCE = Path(__file__).with_name("cpu_solver.cpp")
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum Dtype
 _STARTS = {paper_start: 0, range_start: 1, residual_start: 2}  # enum Start
+SHORT = 8192  # rows; torch splits an operation from 32768 elements on, and a column step has 2^k - 1 per row
 _log = logging.getLogger(__name__)
 
 
@@ -47,6 +49,20 @@ def library() -> ctypes.CDLL | None:
     return None
 
 
+@contextmanager
+def one_thread(W: Tensor) -> Iterator[None]:
+    """Let torch use one CPU thread for the columns of W [g, N], where they are short. Its loops are thousands of small
+    operations; shared by several threads, each waits for the slowest core, which on a busy machine is a hundred times
+    its own work."""
+    threads = torch.get_num_threads()
+    if W.device.type == "cpu" and W.shape[1] < SHORT:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def quantize_group(
     W: Tensor,
     U: Tensor,
@@ -59,7 +75,8 @@ def quantize_group(
     """As `grid.quantize_group`, which it falls back to."""
     compiled = library() if W.device.type == "cpu" and all(start in _STARTS for start in starts) else None
     if compiled is None:
-        return grid.quantize_group(W, U, bits, iterations, alpha, dtype, starts)
+        with one_thread(W):
+            return grid.quantize_group(W, U, bits, iterations, alpha, dtype, starts)
     g, N = W.shape
     W = W.contiguous()
     diagonal = U.diagonal()
@@ -78,7 +95,8 @@ def descend_group(W_hat: Tensor, V: Tensor, H: Tensor, c: Tensor) -> tuple[Tenso
     """As `grid.descend_group`, which it falls back to."""
     compiled = library() if W_hat.device.type == "cpu" else None
     if compiled is None:
-        return grid.descend_group(W_hat, V, H, c)
+        with one_thread(W_hat):
+            return grid.descend_group(W_hat, V, H, c)
     g, N = W_hat.shape
     W_hat, V, c = W_hat.contiguous(), V.contiguous(), c.contiguous()
     diagonal = H.diagonal()

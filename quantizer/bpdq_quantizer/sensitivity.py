@@ -23,7 +23,7 @@ from tqdm import tqdm
 from bpdq_kernels.format import Scheme
 from bpdq_kernels.layout import GROUP_SIZES, MAX_PLANES
 from bpdq_quantizer.activations import block_inputs, embed, find_stages, head_inputs, run_block, to_host
-from bpdq_quantizer.blocks import check_finite, check_supported, one_thread
+from bpdq_quantizer.blocks import check_finite, check_supported
 from bpdq_quantizer.grid import range_start
 from bpdq_quantizer.hessian import accumulate, inverse_factor, live_mean, symmetrize
 from bpdq_quantizer.order import group_aware_order
@@ -155,14 +155,13 @@ def try_schemes(W: Tensor, H: Tensor, alpha: float, damping: float) -> list[tupl
     """Every scheme and the losses [N] with it of the rows of W [N, K] in the metric H, by one pass of the solver."""
     target = used_inputs(W, H.diagonal())
     found = []
-    with one_thread():
-        for group_size in GROUP_SIZES:
-            steps = group_aware_order(H.diagonal(), group_size)
-            U, used = inverse_factor(H, torch.cat([columns for _, columns in steps]), damping)
-            d = used * live_mean(H.diagonal())
-            for bits in range(1, MAX_PLANES + 1):
-                codes, c, loss = one_pass(target, U, steps, bits, ITERATIONS, alpha, torch.bfloat16, (range_start,))
-                found.append((Scheme(bits, group_size), undamped(loss, d, target, codes, c, group_size)))
+    for group_size in GROUP_SIZES:
+        steps = group_aware_order(H.diagonal(), group_size)
+        U, used = inverse_factor(H, torch.cat([columns for _, columns in steps]), damping)
+        d = used * live_mean(H.diagonal())
+        for bits in range(1, MAX_PLANES + 1):
+            codes, c, loss = one_pass(target, U, steps, bits, ITERATIONS, alpha, torch.bfloat16, (range_start,))
+            found.append((Scheme(bits, group_size), undamped(loss, d, target, codes, c, group_size)))
     return found
 
 
