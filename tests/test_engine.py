@@ -147,7 +147,7 @@ def test_scales_change_nothing_where_the_cache_has_none(eager):
 
 @fp8_cache
 def test_a_checkpoint_without_one_scale_does_not_start(eager):
-    assert "model.layers.0.self_attn.k_scale not in the checkpoint" in eager["a scale is missing"]
+    assert "model.layers.0.self_attn.k_scale is not in the checkpoint" in eager["a scale is missing"]
 
 
 @pytest.mark.parametrize("name", ["dummy", pytest.param("scales, dummy", marks=fp8_cache)])
@@ -156,7 +156,7 @@ def test_dummy_weights_generate(eager, name):
 
 
 def test_a_checkpoint_without_one_tensor_does_not_start(eager):
-    assert "model.layers.1.mlp.up_proj.B not in the checkpoint" in eager["without B"]
+    assert "model.layers.1.mlp.up_proj.B is not in the checkpoint" in eager["without B"]
 
 
 def test_a_flag_for_another_method_does_not_start(eager):
