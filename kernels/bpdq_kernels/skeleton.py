@@ -3,6 +3,7 @@
 vLLM gives its parameters the same names and shapes, in fused layers, and does not notice all that are missing.
 """
 
+import logging
 import re
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
@@ -18,6 +19,9 @@ from bpdq_kernels.layout import WORD
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+
+logger = logging.getLogger(__name__)
 
 
 def check_depth(config: "PreTrainedConfig", stored: Headers) -> None:
@@ -100,9 +104,23 @@ def stored_layer(name: str, stored: Headers, module: nn.Module, scheme: Scheme) 
     return B, c
 
 
-def check_stored(stored: Headers, model: "PreTrainedModel", fmt: Format) -> None:
+def is_renamed(model: "PreTrainedModel") -> bool:
+    """Whether transformers renames tensors as it loads them, so that a checkpoint may call them otherwise."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    return bool(get_model_conversion_mapping(model, add_legacy=False))
+
+
+def check_stored(stored: Headers, model: "PreTrainedModel | None", fmt: Format) -> None:
     """Raise InputError unless a checkpoint of format `fmt` fills the 16-bit skeleton `model`: every tensor is there, of
-    the shape and a dtype that it must have, and no tensor has no place."""
+    the shape and a dtype that it must have, and no tensor has no place.
+
+    Without a model, and for one whose tensors transformers renames, names are not checked, and a warning says so.
+    """
+    if model is None or is_renamed(model):
+        logger.warning("whether all tensors of this architecture are in the checkpoint can't be checked")
+        _check_unnamed(stored, fmt)
+        return
     layers = quantized_layers(model, fmt)
     for name, (module, scheme) in layers.items():
         stored_layer(name, stored, module, scheme)
@@ -146,27 +164,26 @@ def _check_plain(name: str, entry: Entry, shape: tuple[int, ...]) -> None:
 
 
 def _check_scales(stored: Headers, model: "PreTrainedModel", fmt: Format) -> set[str]:
-    """Names of the scales of the KV cache that are stored; raises InputError unless those are all, if there are to be
-    any."""
+    """Names of the scales of the KV cache that are stored; raises InputError for shapes, and if there are to be any,
+    unless every attention layer has both."""
     found = {name for name in stored if name.rpartition(".")[2] in KV_SCALES}
-    layers = {name.rpartition(".")[0] for name in found}
-    if fmt.kv_cache_scales:
-        attention = {name for name, module in model.named_modules() if hasattr(module, "layer_idx")}
-        layers |= {name for name in attention if not any(other.startswith(f"{name}.") for other in attention)}
-    for name in sorted(f"{layer}.{scale}" for layer in layers for scale in KV_SCALES):
-        if name not in stored:
-            raise InputError(
-                f"{name} is not in the checkpoint, though its config.json says that there are scales for the KV cache: "
-                f"{REMEDY}"
-            )
-        if stored[name].dtype not in FLOATS or stored[name].shape not in ((), (1,)):
+    for name in found:
+        if stored[name].shape != ():
             _check_plain(name, stored[name], (1,))
+    indexed = {name for name, module in model.named_modules() if hasattr(module, "layer_idx")}
+    attention = {name for name in indexed if not any(other.startswith(f"{name}.") for other in indexed)}
+    due = {f"{layer}.{scale}" for layer in attention for scale in KV_SCALES} if fmt.kv_cache_scales else set()
+    for name in sorted(due - found):
+        raise InputError(
+            f"{name} is not in the checkpoint, though its config.json says that there are scales for the KV cache: "
+            f"{REMEDY}"
+        )
     return found
 
 
-def check_unnamed(stored: Headers, fmt: Format) -> None:
-    """What can be said without a skeleton: raises InputError for other dtypes than `check_stored` takes, and for a
-    layer's B and c that don't fit each other and `fmt`."""
+def _check_unnamed(stored: Headers, fmt: Format) -> None:
+    """What can be said without a skeleton: raises InputError for other dtypes, and for a layer's B and c that don't fit
+    each other and `fmt`."""
     for name, entry in stored.items():
         layer, _, kind = name.rpartition(".")
         if kind not in ("B", "c"):
