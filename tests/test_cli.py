@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -225,3 +226,21 @@ def test_products_in_fp32_are_not_rounded_to_tf32_where_the_environment_allows_i
         assert torch.get_float32_matmul_precision() == "highest"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_a_perplexity_that_is_no_number_is_an_error_and_no_json(folder, tmp_path, capsys):
+    damaged = shutil.copytree(folder / "checkpoint", tmp_path / "damaged")
+    tensors = load_file(damaged / "model.safetensors")
+    tensors["model.norm.weight"].fill_(3e38)  # a number, but the logits are none
+    save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
+    line = fails_with(capsys, "eval", damaged, "--text", folder / "text.txt", "--seq-len", "32", "--json")
+    assert "its perplexity in torch.float32 is " in line
+
+
+@pytest.mark.parametrize("command", ["eval", "inspect"])
+def test_a_damaged_checkpoint_gets_one_line(folder, tmp_path, capsys, command):
+    damaged = shutil.copytree(folder / "checkpoint", tmp_path / "damaged")
+    file = damaged / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    text = ["--text", folder / "text.txt", "--seq-len", "32"] if command == "eval" else []
+    assert "model.safetensors: not a complete safetensors file" in fails_with(capsys, command, damaged, *text)

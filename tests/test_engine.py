@@ -81,6 +81,14 @@ def eager(checkpoints) -> dict[str, list[list[int]] | str]:
     tensors = load_file(base / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.B"]
     save_file(tensors, without_b / "model.safetensors", metadata={"format": "pt"})
+    without_norm = shutil.copytree(base, base.parent / "without-norm")
+    tensors = load_file(base / "model.safetensors")
+    del tensors["model.layers.1.input_layernorm.weight"]
+    save_file(tensors, without_norm / "model.safetensors", metadata={"format": "pt"})
+    damaged = shutil.copytree(checkpoints["qwen2"], base.parent / "damaged")
+    tensors = load_file(damaged / "model.safetensors")
+    tensors["model.layers.0.self_attn.k_proj.bias"][5] = torch.nan
+    save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
     runs = {name: {"load": {"model": str(checkpoints[name]), **flags}} for name, (_, flags) in EAGER.items()}
     runs["llama"]["reload_from"] = str(other)
     tables = bpdq_checkpoint(base.parent / "other-model", base.parent / "other-tables", **EAGER["llama tables"][0])
@@ -101,6 +109,9 @@ def eager(checkpoints) -> dict[str, list[list[int]] | str]:
     runs["a scale is missing"] = {"load": {"model": str(folders["one missing"]), "kv_cache_dtype": "fp8_e4m3"}}
     runs["dummy"] = {"load": {"model": str(base), "load_format": "dummy"}}
     runs["without B"] = {"load": {"model": str(without_b)}}
+    runs["without a norm"] = {"load": {"model": str(without_norm)}}
+    runs["without a norm, dummy"] = {"load": {"model": str(without_norm), "load_format": "dummy"}}
+    runs["NaN in a bias"] = {"load": {"model": str(damaged)}}
     runs["another method"] = {"load": {"model": str(base), "quantization": "awq"}}
     return dict(zip(runs, vllm_tokens(list(runs.values())), strict=True))
 
@@ -147,16 +158,21 @@ def test_scales_change_nothing_where_the_cache_has_none(eager):
 
 @fp8_cache
 def test_a_checkpoint_without_one_scale_does_not_start(eager):
-    assert "model.layers.0.self_attn.k_scale not in the checkpoint" in eager["a scale is missing"]
+    assert "model.layers.0.self_attn.k_scale is not in the checkpoint" in eager["a scale is missing"]
 
 
-@pytest.mark.parametrize("name", ["dummy", pytest.param("scales, dummy", marks=fp8_cache)])
+@pytest.mark.parametrize("name", ["dummy", "without a norm, dummy", pytest.param("scales, dummy", marks=fp8_cache)])
 def test_dummy_weights_generate(eager, name):
     assert [len(tokens) for tokens in eager[name]] == [TOKENS] * len(PROMPTS)
 
 
+def test_layers_that_are_not_in_bit_planes_are_checked_too(eager):
+    assert "model.layers.1.input_layernorm.weight is not in the checkpoint" in eager["without a norm"]
+    assert "model.layers.0.self_attn.k_proj.bias holds NaN or infinity" in eager["NaN in a bias"]
+
+
 def test_a_checkpoint_without_one_tensor_does_not_start(eager):
-    assert "model.layers.1.mlp.up_proj.B not in the checkpoint" in eager["without B"]
+    assert "model.layers.1.mlp.up_proj.B is not in the checkpoint" in eager["without B"]
 
 
 def test_a_flag_for_another_method_does_not_start(eager):

@@ -157,10 +157,10 @@ def test_attention_gets_a_method_where_the_checkpoint_has_scales(dtype):
     assert config(kv_cache_scheme=KV_CACHE_SCHEME).get_quant_method(layer, "x.attn") is None
 
 
-@pytest.mark.parametrize("scale", [[0.0], [-2.0], [torch.nan], [torch.inf], [1.0, 2.0], []])
-def test_a_scale_is_one_positive_number(scale):
+@pytest.mark.parametrize("scale", [[0.0], [-2.0], [torch.nan], [torch.inf], [1.0, 2.0], [], [3e38], [1e-20]])
+def test_a_scale_is_one_number_that_keys_can_have_been_divided_by(scale):
     param = torch.nn.Parameter(torch.tensor(-1.0), requires_grad=False)
-    with pytest.raises(ValueError, match="expected one positive number"):
+    with pytest.raises(ValueError, match="expected one number from"):
         load_scale(param, torch.tensor(scale))
     load_scale(param, torch.tensor([0.5]))
     assert param.item() == 0.5

@@ -17,7 +17,9 @@ EMBEDDING = "model_executor/layers/vocab_parallel_embedding.py"
 ATTENTION = "model_executor/layers/attention/attention.py"
 PARAMETER = "model_executor/parameter.py"
 LOADER = "model_executor/model_loader/utils.py"
+DEFAULT_LOADER = "model_executor/model_loader/default_loader.py"
 WEIGHTS = "model_executor/model_loader/weight_utils.py"
+CONFIG = "config/vllm.py"
 MODELS = "model_executor/models/utils.py"
 FUSED_MOE = "model_executor/layers/fused_moe/__init__.py"
 
@@ -26,6 +28,12 @@ SIGNATURES = {  # parameters in order, as written: name, *name, **name
     (BASE_CONFIG, "QuantizationConfig.get_quant_method"): "self layer prefix",
     (BASE_CONFIG, "QuantizationConfig.override_quantization_method"): "cls hf_quant_cfg user_quant hf_config",
     (BASE_CONFIG, "QuantizationConfig.apply_vllm_mapper"): "self hf_to_vllm_mapper",
+    (BASE_CONFIG, "QuantizationConfig.maybe_update_config"): "self model_name hf_config revision",
+    (WEIGHTS, "download_weights_from_hf"): (
+        "model_name_or_path cache_dir allow_patterns revision subfolder ignore_patterns"
+    ),
+    (WEIGHTS, "download_safetensors_index_file_from_hf"): "model_name_or_path index_file cache_dir subfolder revision",
+    (CONFIG, "get_current_vllm_config_or_none"): "",
     (BASE_CONFIG, "QuantizationConfig.from_config"): "cls config",
     (BASE_CONFIG, "QuantizationConfig.get_name"): "self",
     (BASE_CONFIG, "QuantizationConfig.get_supported_act_dtypes"): "self",
@@ -96,6 +104,13 @@ STATEMENTS = {  # fragments of the code of a function or class, as ast.unparse w
     (ATTENTION, "Attention.__init__"): ["self.kv_cache_dtype =", "self.layer_name ="],
     (LOADER, "process_weights_after_loading"): ["quant_method.process_weights_after_loading(module)"],
     (LOADER, "configure_quant_config"): ["quant_config.packed_modules_mapping = packed_mapping"],
+    (CONFIG, "VllmConfig._get_quantization_config"): [
+        "quant_config.maybe_update_config(model_config.model, hf_config=model_config.hf_config, "
+        "revision=model_config.revision)"
+    ],
+    (LOADER, "initialize_model"): ["set_current_vllm_config(vllm_config"],
+    (DEFAULT_LOADER, "DefaultModelLoader._prepare_weights"): ["filter_duplicate_safetensors_files("],
+    ("config/load.py", "LoadConfig"): ["load_format:", "download_dir:", "ignore_patterns:"],
     (WEIGHTS, "initialize_single_dummy_weight"): ["if not torch.is_floating_point(param):"],
     (FUSED_MOE, ""): ["'RoutedExperts'"],
     ("config/model.py", "ModelConfig._verify_quantization"): [
@@ -123,6 +138,7 @@ SAME = [  # code whose results tests compare with ours in the installed vLLM; in
     (BASE_CONFIG, "QuantizationConfig.get_cache_scale_mapper"),
     (KV_CACHE, "BaseKVCacheMethod"),
     (TURBOQUANT, "TurboQuantConfig"),
+    (WEIGHTS, "filter_duplicate_safetensors_files"),
     ("v1/kv_cache_interface.py", "AttentionSpec.state_content_size_bytes"),
     ("v1/kv_cache_interface.py", "AttentionSpec.page_size_bytes"),
     ("v1/attention/backends/triton_attn.py", "TritonAttentionBackend.customize_spec"),

@@ -21,7 +21,8 @@ class BPDQConfig(QuantizationConfig):
 
     def __init__(self, parsed: format.Format) -> None:
         super().__init__()
-        self.format = parsed
+        self.format = self.stored_format = parsed
+        self.model: tuple[str, str | None] | None = None  # name or folder, and revision, until its files are checked
 
     def __repr__(self) -> str:
         return f"BPDQConfig({self.format})"
@@ -59,6 +60,12 @@ class BPDQConfig(QuantizationConfig):
             return cls.get_name()
         return None
 
+    def maybe_update_config(
+        self, model_name: str, hf_config: Any = None, revision: str | None = None, **kwargs: Any
+    ) -> None:
+        """Remember which checkpoint this is the config of."""
+        self.model = model_name, revision
+
     def apply_vllm_mapper(self, hf_to_vllm_mapper: "WeightsMapper") -> None:
         """Rename exact module names as the model renames its weights. `re:` patterns and bare names stay."""
 
@@ -76,16 +83,21 @@ class BPDQConfig(QuantizationConfig):
         """The method of layer `prefix`; None for an embedding or LM head in 16 bits, and for attention unless the
         checkpoint has scales for its KV cache (which fp8_e5m2 has no use for, and vLLM refuses beside them).
 
-        Raises ValueError for mixture-of-experts layers and for fused layers whose parts differ in scheme.
+        Before the first layer the checkpoint's files are checked: this is where vLLM's load format is known. Raises
+        ValueError for what they lack, for mixture-of-experts layers, and for fused layers whose parts differ in scheme.
         """
         from vllm.model_executor.layers.attention import Attention
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
         from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
+        from vllm_bpdq.checkpoint import check
         from vllm_bpdq.embedding import BPDQEmbeddingMethod
         from vllm_bpdq.kv_cache import BPDQKVCacheMethod
         from vllm_bpdq.linear import BPDQLinearMethod
 
+        if self.model is not None:
+            check(*self.model, self.stored_format)
+            self.model = None
         if isinstance(layer, Attention) and self.format.kv_cache_scales and layer.kv_cache_dtype != "fp8_e5m2":
             return BPDQKVCacheMethod(self)
         if isinstance(layer, VocabParallelEmbedding):

@@ -1,17 +1,18 @@
 """Scales of the fp8 KV cache of a BPDQ checkpoint, for vLLM's own method."""
 
-from torch import Tensor, isfinite
+from torch import Tensor
 from torch.nn import Parameter
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
+
+from bpdq_kernels.folder import check_scale
 
 MISSING = -1.0  # what vLLM's parameters hold before they are loaded
 
 
 def load_scale(param: Parameter, loaded_weight: Tensor) -> None:
-    """Weight loader. Raises ValueError unless the scale is one positive number."""
-    if loaded_weight.numel() != 1 or not isfinite(loaded_weight).all() or not loaded_weight.item() > 0:
-        raise ValueError(f"KV-cache scale {loaded_weight}: expected one positive number: quantize the model again")
+    """Weight loader. Raises ValueError unless the scale is one number in range."""
+    check_scale("a scale of the KV cache", loaded_weight)
     param.data.copy_(loaded_weight.reshape(()))  # not fill_: a reload counts what is copied
 
 

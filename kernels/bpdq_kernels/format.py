@@ -26,10 +26,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bpdq_kernels import patterns
+from bpdq_kernels.errors import InputError
 from bpdq_kernels.layout import GROUP_SIZES, MAX_PLANES, coefficient_shape, plane_shape
 
 FORMAT_VERSION = 1
 KV_CACHE_SCHEME = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+KV_SCALES = ("k_scale", "v_scale")
 
 
 @dataclass(frozen=True)
@@ -41,9 +44,9 @@ class Scheme:
 
     def __post_init__(self) -> None:
         if type(self.bits) is not int or self.bits not in range(1, MAX_PLANES + 1):  # True and 2.0 are "in" it
-            raise ValueError(f"bits = {self.bits!r} bit-planes are not supported: use 1 to {MAX_PLANES}")
+            raise InputError(f"bits = {self.bits!r} bit-planes are not supported: use 1 to {MAX_PLANES}")
         if type(self.group_size) is not int or self.group_size not in GROUP_SIZES:
-            raise ValueError(f"group_size = {self.group_size!r} is not supported: use one of {GROUP_SIZES}")
+            raise InputError(f"group_size = {self.group_size!r} is not supported: use one of {GROUP_SIZES}")
 
     @property
     def bits_per_weight(self) -> float:
@@ -87,9 +90,11 @@ def claims(config: Mapping[str, Any]) -> bool:
 
 
 def parse(config: Mapping[str, Any]) -> Format:
-    """Read a `quantization_config`; raises ValueError that names the key and the remedy."""
+    """Read a `quantization_config`; raises InputError that names the key and the remedy."""
+    if not isinstance(config, Mapping):
+        raise InputError(f"quantization_config = {config!r} must be an object: download or quantize the model again")
     if not claims(config):
-        raise ValueError(
+        raise InputError(
             f"quantization_config is not BPDQ: quant_method {config.get('quant_method')!r}, "
             f"checkpoint_format {config.get('checkpoint_format')!r}"
         )
@@ -97,27 +102,29 @@ def parse(config: Mapping[str, Any]) -> Format:
         return _parse_authors(config)
     version = config.get("format_version", FORMAT_VERSION)
     if version != FORMAT_VERSION:
-        raise ValueError(
+        raise InputError(
             f"quantization_config: format_version {version!r} is not supported (this release reads "
             f"{FORMAT_VERSION}): upgrade vllm-bpdq or quantize the model again"
         )
     default = _scheme(config, "quantization_config")
     ignore = config.get("ignore") or []
     if not isinstance(ignore, list | tuple) or not all(isinstance(name, str) for name in ignore):
-        raise ValueError(f"quantization_config: ignore = {ignore!r} must be a list of layer names or 're:' patterns")
+        raise InputError(f"quantization_config: ignore = {ignore!r} must be a list of layer names or 're:' patterns")
     layers = {}
     for pattern, override in _mapping(config, "layers", "quantization_config").items():
         where = f"quantization_config: layers[{pattern!r}]"
         if not isinstance(override, Mapping) or not override.keys() <= {"bits", "group_size"}:
-            raise ValueError(f"{where} = {override!r} must be an object of bits, group_size or both")
+            raise InputError(f"{where} = {override!r} must be an object of bits, group_size or both")
         layers[pattern] = _scheme({"bits": default.bits, "group_size": default.group_size, **override}, where)
+    _checked("ignore", ignore)
+    _checked("layers", layers)
     return Format(default, tuple(ignore), layers, _has_kv_cache_scales(config))
 
 
 def _has_kv_cache_scales(config: Mapping[str, Any]) -> bool:
     scheme = _mapping(config, "kv_cache_scheme", "quantization_config")
     if any(scheme.get(key) != value for key, value in KV_CACHE_SCHEME.items()) and scheme:
-        raise ValueError(
+        raise InputError(
             f"quantization_config: kv_cache_scheme = {scheme!r} is not supported, only {KV_CACHE_SCHEME} is: remove it "
             "to serve with a 16-bit KV cache"
         )
@@ -127,11 +134,11 @@ def _has_kv_cache_scales(config: Mapping[str, Any]) -> bool:
 def _parse_authors(config: Mapping[str, Any]) -> Format:
     bpdq = _mapping(_mapping(config, "meta", "quantization_config"), "bpdq", "quantization_config: meta")
     if "msbits" not in bpdq:
-        raise ValueError(
+        raise InputError(
             "quantization_config: meta.bpdq.msbits (the number of bit-planes) is missing: add it or quantize again"
         )
     if config.get("lm_head"):
-        raise ValueError(
+        raise InputError(
             "quantization_config: lm_head = true (a quantized LM head) is not supported: quantize again without it"
         )
     default = _scheme({"bits": bpdq["msbits"], "group_size": config.get("group_size")}, "quantization_config")
@@ -142,59 +149,73 @@ def _parse_authors(config: Mapping[str, Any]) -> Format:
             continue
         where = f"quantization_config: dynamic[{pattern!r}]"
         if not isinstance(override, Mapping):
-            raise ValueError(f"{where} = {override!r} must be an object")
+            raise InputError(f"{where} = {override!r} must be an object")
         group_size = override.get("group_size", default.group_size)
         layers["re:" + pattern.removeprefix("+:")] = _scheme({"bits": default.bits, "group_size": group_size}, where)
+    _checked("dynamic", [*ignore, *layers])
     return Format(default, tuple(ignore), layers)
 
 
 def _mapping(config: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
     value = config.get(key) or {}
     if not isinstance(value, Mapping):
-        raise ValueError(f"{where}: {key} = {value!r} must be an object")
+        raise InputError(f"{where}: {key} = {value!r} must be an object")
     return value
 
 
 def _scheme(config: Mapping[str, Any], where: str) -> Scheme:
     missing = [key for key in ("bits", "group_size") if config.get(key) is None]
     if missing:
-        raise ValueError(f"{where}: {' and '.join(missing)} missing: add the value or quantize the model again")
+        raise InputError(f"{where}: {' and '.join(missing)} missing: add the value or quantize the model again")
     try:
         return Scheme(config["bits"], config["group_size"])
-    except ValueError as e:
-        raise ValueError(f"{where}: {e}") from None
+    except InputError as e:
+        raise InputError(f"{where}: {e}") from None
+
+
+def _checked(patterns_of: str, names: Iterable[str]) -> None:
+    for name in names:
+        try:
+            patterns.check(name)
+        except InputError as e:
+            raise InputError(f"quantization_config: {patterns_of}: {e}") from None
 
 
 def _matches(name: str, targets: Iterable[str]) -> bool:
-    from compressed_tensors.utils.match import match_name  # imports transformers: not at import time
-
-    return any(match_name(name, target) for target in targets)
+    return any(patterns.matches(name, target) for target in targets)
 
 
 _REMEDY = "the checkpoint does not fit its config.json: download or quantize it again"
+_COEFFICIENTS = (torch.float16, torch.bfloat16)
 
 
 def check_planes(name: str, B: Tensor, in_features: int, out_features: int, scheme: Scheme) -> None:
-    """Raise ValueError naming the layer unless `B` has the dtype and shape that `scheme` asks for.
+    """Raise InputError naming the layer unless `B` has the dtype and shape that `scheme` asks for.
 
     At G = 256, words that pad the inputs to a multiple of 256 are accepted (the authors write them).
     """
     want = plane_shape(in_features, out_features, scheme.bits)
     padded = plane_shape(-(-in_features // 256) * 256, out_features, scheme.bits)
     if B.dtype != torch.int32 or B.shape not in ((want, padded) if scheme.group_size == 256 else (want,)):
-        raise ValueError(f"{name}.B is {B.dtype} {tuple(B.shape)}, expected int32 {want}: {_REMEDY}")
+        raise InputError(f"{name}.B is {B.dtype} {tuple(B.shape)}, expected int32 {want}: {_REMEDY}")
 
 
 def check_coefficients(name: str, c: Tensor, in_features: int, out_features: int, scheme: Scheme) -> None:
-    """Raise ValueError naming the layer unless `c` is floating point and has the shape that `scheme` asks for."""
+    """Raise InputError naming the layer unless `c` is float16 or bfloat16 in the shape that `scheme` asks for."""
     want = coefficient_shape(in_features, out_features, scheme.bits, scheme.group_size)
-    if not c.is_floating_point() or c.shape != want:
-        raise ValueError(f"{name}.c is {c.dtype} {tuple(c.shape)}, expected 16-bit floats {want}: {_REMEDY}")
+    if c.dtype not in _COEFFICIENTS or c.shape != want:
+        raise InputError(f"{name}.c is {c.dtype} {tuple(c.shape)}, expected 16-bit floats {want}: {_REMEDY}")
+
+
+def check_finite(name: str, c: Tensor) -> None:
+    """Raise InputError naming the layer unless its coefficients `c` are finite."""
+    if not torch.isfinite(c).all():
+        raise InputError(f"{name}.c holds NaN or infinity, or was not in the checkpoint: {_REMEDY}")
 
 
 def check(name: str, B: Tensor, c: Tensor, in_features: int, out_features: int, scheme: Scheme) -> None:
-    """`check_planes`, `check_coefficients`, and ValueError unless c is finite."""
+    """`check_planes`, `check_coefficients`, and `check_finite` unless they are on the meta device."""
     check_planes(name, B, in_features, out_features, scheme)
     check_coefficients(name, c, in_features, out_features, scheme)
-    if not c.is_meta and not torch.isfinite(c).all():
-        raise ValueError(f"{name}.c holds NaN or infinity, or was not in the checkpoint: {_REMEDY}")
+    if not c.is_meta:
+        check_finite(name, c)

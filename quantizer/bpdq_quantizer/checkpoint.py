@@ -2,19 +2,18 @@
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from accelerate import init_empty_weights
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from bpdq_kernels import format as bpdq_format
+from bpdq_kernels.folder import Headers, read_headers
 from bpdq_kernels.format import FORMAT_VERSION, KV_CACHE_SCHEME, Scheme
+from bpdq_kernels.skeleton import quantized_layers, stored_layer
 from bpdq_quantizer.errors import InputError
-from bpdq_quantizer.loader import Headers, quantized_layers, read_headers, stored_layer
+from bpdq_quantizer.loader import open_checkpoint
 from bpdq_quantizer.stream import Streamed
 from bpdq_quantizer.work import shard, write_tensors
 
@@ -85,7 +84,7 @@ def finish(
 
 def stored_bytes(stored: Headers) -> int:
     """Bytes of the tensors that headers describe."""
-    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in stored.values())
+    return sum(entry.nbytes for entry in stored.values())
 
 
 def inspect(checkpoint: str | Path) -> dict[str, Any]:
@@ -93,15 +92,7 @@ def inspect(checkpoint: str | Path) -> dict[str, Any]:
     folder = Path(checkpoint)
     if not (folder / "config.json").is_file():
         raise InputError(f"{checkpoint}: not a checkpoint folder (config.json is missing)")
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    try:
-        settings = bpdq_format.parse(getattr(config, "quantization_config", None) or {})
-    except ValueError as e:
-        raise InputError(f"{folder / 'config.json'}: {e}") from None
-    files = sorted(folder.glob("*.safetensors"))
-    stored = read_headers(files)
-    with init_empty_weights():
-        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    _, settings, stored, skeleton = open_checkpoint(folder)
     layers = []
     for name, (module, scheme) in quantized_layers(skeleton, settings).items():
         out_features, in_features = module.weight.shape
@@ -129,5 +120,5 @@ def inspect(checkpoint: str | Path) -> dict[str, Any]:
         "quantized_bytes": quantized,
         "other_bytes": total - quantized,
         "kv_cache_scales": settings.kv_cache_scales,
-        "file_bytes": sum(file.stat().st_size for file in files),
+        "file_bytes": sum(file.stat().st_size for file in {entry.file for entry in stored.values()}),
     }

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import sys
 from collections import defaultdict
 from typing import Any
@@ -126,6 +127,11 @@ def _eval(args: argparse.Namespace) -> dict[str, Any]:
     cuda = torch.cuda.is_available()
     model = load_model(args.model, "auto" if cuda else torch.float32).to("cuda" if cuda else "cpu")
     value = perplexity(model, tokens)
+    if not math.isfinite(value):  # which JSON has no word for
+        raise InputError(
+            f"{args.model}: its perplexity in {model.dtype} is {value}: the weights are damaged, or too large for that "
+            "dtype: download or quantize the model again"
+        )
     print(f"perplexity {value:.4f} ({len(tokens)} windows of {args.seq_len} tokens)")
     return {
         "model": args.model,

@@ -6,13 +6,20 @@ registry gets a class that hands them over and leaves every other GPTQ config as
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, GPTQConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    GPTQConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     register_quantization_config,
@@ -23,13 +30,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import bpdq_kernels
 from bpdq_kernels import format as bpdq_format
-from bpdq_kernels.format import Format, Scheme
+from bpdq_kernels import skeleton
+from bpdq_kernels.folder import REMEDY, Headers, check_scale, read_folder, read_json
+from bpdq_kernels.format import KV_SCALES, Format
 from bpdq_kernels.layout import trim
 from bpdq_kernels.reference import rows
+from bpdq_kernels.skeleton import is_tied, quantized_layers, stored_layer, table_names
 from bpdq_quantizer.errors import InputError
-
-KV_SCALES = ("k_scale", "v_scale")
-Headers = dict[str, tuple[tuple[int, ...], torch.dtype]]  # shape and dtype of stored tensors, by name
 
 
 class BPDQLinear(nn.Module):
@@ -124,19 +131,31 @@ class BPDQQuantizer(HfQuantizer):
 
     requires_calibration = True
 
+    def update_tp_plan(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """Where transformers shows the config before it reads the index and builds the model, which may take for ever:
+        a local folder is checked here."""
+        folder = Path(config.name_or_path)
+        if (folder / "config.json").is_file():
+            skeleton.check_depth(config, read_folder(folder))
+        return config
+
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        stored = read_headers(checkpoint_files or [])
+        files = [Path(file) for file in checkpoint_files or ()]
+        stored = read_folder(files[0].parent) if files else {}
+        if {file.name for file in files} != {entry.file.name for entry in stored.values()}:
+            raise InputError(f"{files[0]}: transformers would read this file, which is not the checkpoint's")
+        skeleton.check_stored(stored, model, self.quantization_config.format)
         self.schemes = {}
         for name, (module, scheme) in quantized_layers(model, self.quantization_config.format).items():
             replace(model, name, *stored_layer(name, stored, module, scheme), scheme.group_size)
             self.schemes[name] = scheme
         modules = dict(model.named_modules())
-        for name, (shape, dtype) in stored.items():  # no use to transformers, but kept: for whom the model is saved
+        for name, entry in stored.items():  # no use to transformers, but kept: for whom the model is saved
             parent, _, scale = name.rpartition(".")
             if self.quantization_config.format.kv_cache_scales and scale in KV_SCALES and parent in modules:
-                modules[parent].register_buffer(scale, torch.empty(shape, dtype=dtype, device="meta"))
+                modules[parent].register_buffer(scale, entry.meta())
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         for name, scheme in self.schemes.items():
@@ -145,6 +164,11 @@ class BPDQQuantizer(HfQuantizer):
             m.B = trim(m.B, m.in_features)
             if isinstance(m, BPDQEmbedding):
                 m.scale.fill_(m.embed_scale)  # not stored: empty after loading
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if name.rpartition(".")[2] in KV_SCALES and not tensor.is_meta:
+                check_scale(name, tensor)
+            if not tensor.is_meta and tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise InputError(f"{name} holds NaN or infinity in {tensor.dtype}: {REMEDY}")
         return model
 
     def is_serializable(self) -> bool:
@@ -155,43 +179,9 @@ class BPDQQuantizer(HfQuantizer):
         return False
 
 
-def table_names(model: PreTrainedModel) -> tuple[str, str]:
-    """Names of the model's tables: the input embedding and the LM head, "" for one that it lacks."""
-    names = {id(module): name for name, module in model.named_modules()}
-    return names.get(id(model.get_input_embeddings()), ""), names.get(id(model.get_output_embeddings()), "")
-
-
-def is_tied(model: PreTrainedModel) -> bool:
-    """Whether the LM head is the input embedding."""
-    return f"{table_names(model)[1]}.weight" in model.all_tied_weights_keys
-
-
 def looks_up_rows(embedding: nn.Module) -> bool:
     """Whether an input embedding looks up rows, perhaps times a constant, and does nothing else."""
     return type(embedding).forward is nn.Embedding.forward or hasattr(embedding, "scalar_embed_scale")
-
-
-def quantized_layers(model: PreTrainedModel, fmt: Format) -> dict[str, tuple[nn.Module, Scheme]]:
-    """The Linears and tables of a 16-bit skeleton that a checkpoint of format `fmt` holds as bit-planes, by name.
-
-    Of tied tables only the embedding, by whose name both are stored; raises InputError where `fmt` tells them apart.
-    """
-    tables = table_names(model)
-    found = {}
-    for name, module in model.named_modules():
-        if name in tables or isinstance(module, nn.Linear):
-            scheme = fmt.table_scheme(name) if name in tables else fmt.scheme_for(name)
-            if scheme is not None:
-                found[name] = (module, scheme)
-    if is_tied(model):
-        embedding, head = (fmt.table_scheme(name) for name in tables)
-        if embedding != head:
-            raise InputError(
-                f"{' and '.join(tables)} are tied, but quantization_config makes them {embedding} and {head}: "
-                "`layers` must name both, with the same bits and group_size"
-            )
-        found.pop(tables[1], None)
-    return found
 
 
 def replace(model: PreTrainedModel, name: str, B: Tensor, c: Tensor, group_size: int) -> None:
@@ -210,42 +200,38 @@ def replace(model: PreTrainedModel, name: str, B: Tensor, c: Tensor, group_size:
     model.set_submodule(name, table)
 
 
-def stored_layer(name: str, stored: Headers, module: nn.Module, scheme: Scheme) -> tuple[Tensor, Tensor]:
-    """B and c of a layer on the meta device, as the headers describe them; raises InputError unless they fit.
+class Checkpoint(NamedTuple):
+    """A BPDQ checkpoint folder, of which nothing but values is unchecked."""
 
-    module: the layer in 16 bits, with a weight [N, K].
-    """
-    for key in (f"{name}.B", f"{name}.c"):
-        if key not in stored:
-            raise InputError(
-                f"{key} is not in the checkpoint, though its config.json says that the layer is quantized: "
-                "download or quantize it again"
-            )
-    B, c = (torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in (stored[f"{name}.{t}"] for t in "Bc"))
-    out_features, in_features = module.weight.shape
+    config: PreTrainedConfig
+    format: Format
+    stored: Headers
+    skeleton: PreTrainedModel  # in 16 bits, on the meta device
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Read a folder's config.json and the headers of its files; raises InputError unless they belong together."""
+    file = folder / "config.json"
+    fmt = bpdq_format.parse(read_json(file).get("quantization_config") or {})
     try:
-        bpdq_format.check(name, B, c, in_features, out_features, scheme)
-    except ValueError as e:
-        raise InputError(str(e)) from None
-    return B, c
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as e:  # whatever a value of config.json makes transformers raise
+        raise InputError(f"{file}: transformers can't use it ({' '.join(str(e).split())})") from e
+    stored = read_folder(folder)
+    try:
+        model = skeleton.build(config, stored)
+    except ImportError as e:
+        raise InputError(f"{file}: {e}") from e
+    skeleton.check_stored(stored, model, fmt)
+    return Checkpoint(config, fmt, stored, model)
 
 
-_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64, "I32": torch.int32}
-_DTYPES |= {"I64": torch.int64, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
-
-
-def read_headers(files: list[str] | list[Path]) -> Headers:
-    """Shape and dtype of every tensor in safetensors files, from their headers alone."""
-    stored = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118, not a dict
-                    header = tensors.get_slice(name)
-                    stored[name] = (tuple(header.get_shape()), _DTYPES.get(header.get_dtype(), torch.uint8))
-        except Exception as e:  # SafetensorError has no public home
-            raise InputError(f"{file}: not a complete safetensors file ({e}): download or quantize it again") from None
-    return stored
+def is_checkpoint(model: str) -> bool:
+    """Whether `model` is a folder whose config.json speaks of BPDQ, or of a quantization that can't be told."""
+    if not (Path(model) / "config.json").exists():
+        return False
+    quantization = read_json(Path(model) / "config.json").get("quantization_config")
+    return quantization is not None and (not isinstance(quantization, dict) or bpdq_format.claims(quantization))
 
 
 def load_model(model: str, dtype: torch.dtype | str = "auto", **options: Any) -> PreTrainedModel:
@@ -255,6 +241,8 @@ def load_model(model: str, dtype: torch.dtype | str = "auto", **options: Any) ->
     Raises InputError.
     """
     source = gguf_arguments(model)
+    if is_checkpoint(model):
+        open_checkpoint(Path(model))
     quantization = {"quantization_config": GgufConfig(dequantize=True)} if "gguf_file" in source else {}
     try:
         lm, info = AutoModelForCausalLM.from_pretrained(
@@ -268,7 +256,7 @@ def load_model(model: str, dtype: torch.dtype | str = "auto", **options: Any) ->
         )
     except InputError:
         raise
-    except (OSError, ValueError, ImportError, KeyError) as e:
+    except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as e:
         raise InputError(f"{model}: can't be loaded as a causal language model: {e}") from e
     if info["missing_keys"]:  # transformers would serve random numbers in their place
         raise InputError(f"{model}: {min(info['missing_keys'])} is not in its files: download the model again")

@@ -1,0 +1,212 @@
+"""A checkpoint's tensors against the model that they are for: a skeleton on the meta device, as transformers builds it.
+
+vLLM gives its parameters the same names and shapes, in fused layers, and does not notice all that are missing.
+"""
+
+import logging
+import re
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from bpdq_kernels import format as bpdq_format
+from bpdq_kernels.errors import InputError
+from bpdq_kernels.folder import FLOATS, REMEDY, Entry, Headers
+from bpdq_kernels.format import KV_SCALES, Format, Scheme
+from bpdq_kernels.layout import WORD
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+logger = logging.getLogger(__name__)
+
+
+def check_depth(config: "PreTrainedConfig", stored: Headers) -> None:
+    """Raise InputError for a config that asks for more layers than there are tensors: they would take for ever."""
+    layers = getattr(config.get_text_config(decoder=True), "num_hidden_layers", 0)
+    if not isinstance(layers, int) or layers > len(stored):
+        raise InputError(
+            f"config.json: num_hidden_layers = {layers!r}, but the checkpoint has {len(stored)} tensors: {REMEDY}"
+        )
+
+
+def build(config: "PreTrainedConfig", stored: Headers) -> "PreTrainedModel":
+    """The 16-bit causal LM of `config` on the meta device, for a checkpoint's tensors `stored`.
+
+    Raises InputError, and ImportError for a model that transformers does not have, or not without other packages.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM  # takes seconds
+
+    check_depth(config, stored)
+    check_architecture(config)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ImportError(f"config.json: transformers has no causal language model for model_type {config.model_type}")
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except ImportError:
+        raise
+    except Exception as e:  # whatever a value of config.json makes a model's code raise
+        reason = " ".join(str(e).split())
+        raise InputError(f"config.json: transformers can't build the model ({type(e).__name__}: {reason})") from e
+
+
+def table_names(model: "PreTrainedModel") -> tuple[str, str]:
+    """Names of the model's tables: the input embedding and the LM head, "" for one that it lacks."""
+    names = {id(module): name for name, module in model.named_modules()}
+    return names.get(id(model.get_input_embeddings()), ""), names.get(id(model.get_output_embeddings()), "")
+
+
+def is_tied(model: "PreTrainedModel") -> bool:
+    """Whether the LM head is the input embedding."""
+    return f"{table_names(model)[1]}.weight" in model.all_tied_weights_keys
+
+
+def quantized_layers(model: "PreTrainedModel", fmt: Format) -> dict[str, tuple[nn.Module, Scheme]]:
+    """The Linears and tables of a 16-bit skeleton that a checkpoint of format `fmt` holds as bit-planes, by name.
+
+    Of tied tables only the embedding, by whose name both are stored; raises InputError where `fmt` tells them apart.
+    """
+    tables = table_names(model)
+    found = {}
+    for name, module in model.named_modules():
+        if name in tables or isinstance(module, nn.Linear):
+            scheme = fmt.table_scheme(name) if name in tables else fmt.scheme_for(name)
+            if scheme is not None:
+                found[name] = (module, scheme)
+    if is_tied(model):
+        embedding, head = (fmt.table_scheme(name) for name in tables)
+        if embedding != head:
+            raise InputError(
+                f"{' and '.join(tables)} are tied, but quantization_config makes them {embedding} and {head}: "
+                "`layers` must name both, with the same bits and group_size"
+            )
+        found.pop(tables[1], None)
+    return found
+
+
+def stored_layer(name: str, stored: Headers, module: nn.Module, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """B and c of a layer on the meta device, as the headers describe them; raises InputError unless they fit.
+
+    module: the layer in 16 bits, with a weight [N, K].
+    """
+    for key in (f"{name}.B", f"{name}.c"):
+        if key not in stored:
+            raise InputError(
+                f"{key} is not in the checkpoint, though its config.json says that the layer is quantized: {REMEDY}"
+            )
+    B, c = (stored[f"{name}.{t}"].meta() for t in "Bc")
+    out_features, in_features = module.weight.shape
+    bpdq_format.check(name, B, c, in_features, out_features, scheme)
+    return B, c
+
+
+def is_renamed(model: "PreTrainedModel") -> bool:
+    """Whether transformers renames tensors as it loads them, so that a checkpoint may call them otherwise."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    return bool(get_model_conversion_mapping(model, add_legacy=False))
+
+
+def check_stored(stored: Headers, model: "PreTrainedModel | None", fmt: Format) -> None:
+    """Raise InputError unless a checkpoint of format `fmt` fills the 16-bit skeleton `model`: every tensor is there, of
+    the shape and a dtype that it must have, and no tensor has no place.
+
+    Without a model, and for one whose tensors transformers renames, names are not checked, and a warning says so.
+    """
+    if model is None or is_renamed(model):
+        logger.warning("whether all tensors of this architecture are in the checkpoint can't be checked")
+        _check_unnamed(stored, fmt)
+        return
+    layers = quantized_layers(model, fmt)
+    for name, (module, scheme) in layers.items():
+        stored_layer(name, stored, module, scheme)
+    plain = model.state_dict()
+    expected = plain.keys() - {f"{name}.weight" for name in layers} - model.all_tied_weights_keys.keys()
+    optional = _ignored(model._keys_to_ignore_on_load_missing)
+    for name in sorted(expected):
+        if name in stored:
+            _check_plain(name, stored[name], tuple(plain[name].shape))
+        elif not optional(name):
+            raise InputError(f"{name} is not in the checkpoint: {REMEDY}")
+    expected |= {f"{name}.{tensor}" for name in layers for tensor in "Bc"}
+    expected |= _check_scales(stored, model, fmt)
+    ignored = _ignored({*(model._keys_to_ignore_on_load_unexpected or ()), *_DERIVED})
+    for name in sorted(stored.keys() - expected):
+        if twin := model.all_tied_weights_keys.get(name):
+            raise InputError(
+                f"{stored[name].file}: {name} is stored, though config.json ties it to {twin}: remove it, or set "
+                "tie_word_embeddings to false"
+            )
+        if not ignored(name):
+            raise InputError(
+                f"{stored[name].file}: {name} has no place in the model of config.json, a {type(model).__name__} with "
+                f"that quantization_config: {REMEDY}"
+            )
+
+
+_DERIVED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")  # older checkpoints store what models compute
+
+
+def _ignored(patterns: Iterable[str] | None) -> Callable[[str], object]:
+    """Whether a name matches one of transformers' own patterns."""
+    return re.compile("|".join(f"({pattern})" for pattern in patterns or ()) or r"(?!)").search
+
+
+def _check_plain(name: str, entry: Entry, shape: tuple[int, ...]) -> None:
+    if entry.dtype not in FLOATS or entry.shape != shape:
+        raise InputError(
+            f"{entry.file}: {name} is {entry.dtype} {entry.shape}, expected {' or '.join(FLOATS)} {shape}: {REMEDY}"
+        )
+
+
+def _check_scales(stored: Headers, model: "PreTrainedModel", fmt: Format) -> set[str]:
+    """Names of the scales of the KV cache that are stored; raises InputError for shapes, and if there are to be any,
+    unless every attention layer has both."""
+    found = {name for name in stored if name.rpartition(".")[2] in KV_SCALES}
+    for name in found:
+        if stored[name].shape != ():
+            _check_plain(name, stored[name], (1,))
+    indexed = {name for name, module in model.named_modules() if hasattr(module, "layer_idx")}
+    attention = {name for name in indexed if not any(other.startswith(f"{name}.") for other in indexed)}
+    due = {f"{layer}.{scale}" for layer in attention for scale in KV_SCALES} if fmt.kv_cache_scales else set()
+    for name in sorted(due - found):
+        raise InputError(
+            f"{name} is not in the checkpoint, though its config.json says that there are scales for the KV cache: "
+            f"{REMEDY}"
+        )
+    return found
+
+
+def _check_unnamed(stored: Headers, fmt: Format) -> None:
+    """What can be said without a skeleton: raises InputError for other dtypes, and for a layer's B and c that don't fit
+    each other and `fmt`."""
+    for name, entry in stored.items():
+        layer, _, kind = name.rpartition(".")
+        if kind not in ("B", "c"):
+            _check_plain(name, entry, entry.shape)
+            continue
+        B, c = stored.get(f"{layer}.B"), stored.get(f"{layer}.c")
+        if B is None or c is None:
+            raise InputError(f"{layer}.{'c' if c is None else 'B'} is not in the checkpoint: {REMEDY}")
+        scheme = fmt.layers.get(layer) or fmt.scheme_for(layer)
+        if scheme is None or len(B.shape) != 3:
+            raise InputError(
+                f"{B.file}: {layer}.B is {B.dtype} {B.shape}, but config.json says {scheme or '16 bits'}: {REMEDY}"
+            )
+        bpdq_format.check(layer, B.meta(), c.meta(), WORD * B.shape[0], B.shape[2], scheme)
+
+
+def check_architecture(config: "PreTrainedConfig") -> None:
+    """Raise InputError if config.json names an architecture of another model type, which vLLM would go by."""
+    import transformers
+
+    for name in config.architectures or ():
+        known = getattr(getattr(transformers, name, None), "config_class", None)
+        if known is not None and known.model_type != config.model_type:
+            raise InputError(
+                f"config.json: architectures names {name}, which is not of model_type {config.model_type}: {REMEDY}"
+            )

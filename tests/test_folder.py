@@ -1,0 +1,125 @@
+"""What a checkpoint folder must hold: patterns, scales and architectures, below the loaders."""
+
+import json
+import logging
+import time
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
+
+from bpdq_kernels import format as bpdq_format
+from bpdq_kernels import patterns
+from bpdq_kernels.errors import InputError
+from bpdq_kernels.folder import SCALE_RANGE, check_values, read_folder, read_headers
+from mutants import PATTERNS
+from tiny import bpdq_checkpoint, tiny_model
+from vllm_bpdq.checkpoint import check_folder
+
+NAME = "model.layers.10.self_attn.q_proj"
+
+
+def answer(pattern):
+    """Whether a pattern matches, or the sentence that refuses it."""
+    try:
+        patterns.check(f"re:{pattern}")
+        return patterns.matches(NAME, f"re:{pattern}")
+    except InputError as e:
+        return str(e)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=range(len(PATTERNS)))
+def test_a_pattern_that_is_a_trap_takes_no_time(pattern):
+    start = time.process_time()
+    answered = answer(pattern)
+    assert time.process_time() - start < 3
+    assert answered is False or (answered.startswith("the pattern ") and len(answered) < 500)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        (r".*q_proj", True),
+        (r".*\.layers\.(0|10)\..*_proj$", True),
+        (r"model\.layers\.\d{1,2}\.self_attn\.[qkv]_proj", True),
+        (r"^(?!.*lm_head).*proj$", True),
+        (r"layers", False),
+        (r"(?i)MODEL", True),
+    ],
+)
+def test_patterns_match_at_the_start_as_they_did(pattern, expected):
+    assert patterns.matches(NAME, f"re:{pattern}") is expected
+
+
+@given(st.text(alphabet="ab.(|)*+?[]{1,}\\^$", max_size=12))
+def test_any_pattern_answers_or_is_refused(pattern):
+    assert answer(pattern) in (True, False) or answer(pattern).startswith("the pattern ")
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("folder")
+    model = tiny_model(folder / "model", hidden=64, ffn=96, layers=1, heads=2, kv_heads=1)
+    return bpdq_checkpoint(model, folder / "out", group_size=32)
+
+
+def changed(sound, folder, change):
+    folder.mkdir()
+    tensors = load_file(sound / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text((sound / "config.json").read_text())
+    return folder
+
+
+def test_nbytes_are_those_of_the_tensors(sound):
+    headers = read_headers([sound / "model.safetensors"])
+    assert {n: e.nbytes for n, e in headers.items()} == {
+        n: t.nbytes for n, t in load_file(sound / "model.safetensors").items()
+    }
+
+
+@pytest.mark.parametrize("elements", [1, 64, 1 << 24])
+def test_a_number_that_is_none_is_found_wherever_it_is(sound, tmp_path, monkeypatch, elements):
+    monkeypatch.setattr("bpdq_kernels.folder._CHUNK", elements)
+    check_values(read_folder(sound))
+    folder = changed(sound, tmp_path / "bad", lambda t: t["lm_head.weight"][383, 63].fill_(torch.nan))
+    with pytest.raises(InputError, match=r"lm_head\.weight holds NaN or infinity"):
+        check_values(read_folder(folder))
+
+
+def unknown(sound, folder, change, config=None):
+    fmt = bpdq_format.parse(json.loads((sound / "config.json").read_text())["quantization_config"])
+    return check_folder(changed(sound, folder, change), config, fmt)
+
+
+def test_what_needs_no_skeleton_is_checked_of_architectures_that_transformers_lacks(sound, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        unknown(sound, tmp_path / "right", lambda t: None)
+    assert "can't be checked" in caplog.text
+    layer = "model.layers.0.mlp.down_proj"
+    for i, (change, message) in enumerate(
+        [
+            (lambda t: t.pop(f"{layer}.B"), "B is not in the checkpoint"),
+            (lambda t: t.update({f"{layer}.B": t[f"{layer}.B"][:, :1].clone()}), r"down_proj\.B is .* expected int32"),
+            (lambda t: t.update({f"{layer}.c": t[f"{layer}.c"][:1].clone()}), r"down_proj\.c is .* expected 16-bit"),
+            (lambda t: t.update({"lm_head.weight": t["lm_head.weight"].int()}), r"lm_head\.weight is I32"),
+            (lambda t: t["model.norm.weight"].fill_(torch.inf), r"model\.norm\.weight holds NaN or infinity"),
+        ]
+    ):
+        with pytest.raises(InputError, match=message):
+            unknown(sound, tmp_path / str(i), change)
+
+
+def test_another_class_than_transformers_builds_is_an_architecture_that_is_not_known(sound, tmp_path, caplog):
+    config = AutoConfig.from_pretrained(sound, architectures=["OtherForCausalLM"])
+    with caplog.at_level(logging.WARNING):
+        unknown(sound, tmp_path / "other", lambda t: None, config)
+    assert "can't be checked" in caplog.text
+
+
+def test_the_largest_scale_serves_all_numbers_of_float16():
+    assert SCALE_RANGE[1] * torch.finfo(torch.float8_e4m3fn).max == torch.finfo(torch.float16).max

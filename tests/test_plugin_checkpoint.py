@@ -1,0 +1,98 @@
+"""When the plugin looks at a checkpoint's files, and where it finds those of the hub."""
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from vllm.config import DeviceConfig, ModelConfig, VllmConfig, set_current_vllm_config
+from vllm.config.load import LoadConfig
+from vllm.model_executor.layers.linear import ReplicatedLinear
+
+import benchmarks.gpu_vllm
+import vllm_bpdq
+from bpdq_kernels.errors import InputError
+from bpdq_kernels.folder import read_folder
+from mutants import split
+from tiny import bpdq_checkpoint, tiny_model
+from vllm_bpdq.checkpoint import check_folder, local_folder
+from vllm_bpdq.config import BPDQConfig
+from vllm_bpdq.linear import BPDQLinearMethod
+
+NORM = "model.norm.weight"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A sound checkpoint and one without a norm."""
+    folder = tmp_path_factory.mktemp("plugin")
+    model = tiny_model(folder / "model", hidden=64, ffn=96, layers=1, heads=2, kv_heads=1)
+    sound = bpdq_checkpoint(model, folder / "sound", group_size=32)
+    incomplete = shutil.copytree(sound, folder / "incomplete")
+    tensors = load_file(sound / "model.safetensors")
+    del tensors[NORM]
+    save_file(tensors, incomplete / "model.safetensors")
+    return {"sound": sound, "incomplete": incomplete}
+
+
+def method(folder, load_format):
+    """What the first layer gets from the config of an engine for `folder`."""
+    vllm_bpdq.register()
+    model = ModelConfig(model=str(folder), skip_tokenizer_init=True)
+    load = LoadConfig(load_format=load_format)
+    engine = VllmConfig(model_config=model, load_config=load, device_config=DeviceConfig("cpu"))
+    assert isinstance(engine.quant_config, BPDQConfig)
+    engine.quant_config.packed_modules_mapping = {}
+    with set_current_vllm_config(engine):
+        layer = ReplicatedLinear.__new__(ReplicatedLinear)
+        return engine.quant_config.get_quant_method(layer, "model.layers.0.mlp.down_proj")
+
+
+@pytest.mark.parametrize("load_format", ["auto", "safetensors"])
+def test_the_files_are_checked_before_the_first_layer(folders, load_format):
+    assert isinstance(method(folders["sound"], load_format), BPDQLinearMethod)
+    with pytest.raises(InputError, match=rf"{NORM} is not in the checkpoint: download or quantize it again"):
+        method(folders["incomplete"], load_format)
+
+
+@pytest.mark.parametrize("load_format", ["dummy", "sharded_state"])
+def test_files_that_will_not_be_loaded_are_not_looked_at(folders, load_format):
+    assert isinstance(method(folders["incomplete"], load_format), BPDQLinearMethod)
+
+
+def test_a_folder_without_safetensors_is_left_to_vllm(folders, tmp_path):
+    (tmp_path / "config.json").write_text((folders["sound"] / "config.json").read_text())
+    assert isinstance(method(tmp_path, "auto"), BPDQLinearMethod)
+
+
+def test_files_of_the_hub_are_found_in_its_cache(folders, tmp_path, monkeypatch):
+    """There each file is a link to a blob."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    sharded = shutil.copytree(folders["sound"], tmp_path / "sharded")
+    split(sharded)
+    cache = tmp_path / "models--some--model"
+    snapshot = cache / "snapshots" / ("0" * 40)
+    for place in (snapshot, cache / "refs", cache / "blobs"):
+        place.mkdir(parents=True)
+    (cache / "refs" / "main").write_text("0" * 40)
+    for i, file in enumerate(sharded.iterdir()):
+        blob = file.rename(cache / "blobs" / f"{i:064}")
+        (snapshot / file.name).symlink_to(blob)
+    found = local_folder("some/model", None, LoadConfig(download_dir=str(tmp_path)))
+    assert found == snapshot
+    assert read_folder(found).keys() == read_folder(folders["sound"]).keys()
+
+
+def test_the_checkpoint_of_the_gpu_check_is_whole(tmp_path):
+    folder = tmp_path / "tiny"
+    benchmarks.gpu_vllm.write_tiny_checkpoint(folder)
+    config = ModelConfig(model=str(folder), skip_tokenizer_init=True).hf_config
+    check_folder(folder, config, BPDQConfig.from_config(config.quantization_config).format)
+
+
+def test_the_check_leaves_device_and_dtype_as_they_were(folders):
+    """The skeleton is built inside vLLM's device and dtype contexts."""
+    with torch.device("cpu"):
+        method(folders["sound"], "auto")
+        assert torch.empty(1).device.type == "cpu"
+    assert torch.get_default_dtype() == torch.float32

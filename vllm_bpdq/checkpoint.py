@@ -1,0 +1,78 @@
+"""Whether a checkpoint's files hold what vLLM is about to load: vLLM checks that for unquantized models only, and
+computes with uninitialised memory where a tensor is missing."""
+
+import copy
+import os
+from pathlib import Path
+from typing import Any
+
+from vllm import envs
+from vllm.config import VllmConfig, get_current_vllm_config_or_none
+from vllm.config.load import LoadConfig
+from vllm.logger import init_logger
+from vllm.model_executor.model_loader.weight_utils import (
+    download_safetensors_index_file_from_hf,
+    download_weights_from_hf,
+)
+
+from bpdq_kernels import skeleton
+from bpdq_kernels.folder import INDEX, check_values, read_folder
+from bpdq_kernels.format import Format
+
+FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor")  # that read the folder's safetensors files
+
+logger = init_logger(__name__)
+
+
+def check(model: str, revision: str | None, fmt: Format) -> None:
+    """Check the files of `model` (folder or hub id), which is downloaded first, if vLLM is about to load them.
+
+    fmt: the checkpoint's, by its own names. Raises InputError; files of other load formats than FORMATS are not looked
+    at.
+    """
+    current = get_current_vllm_config_or_none()
+    if current is None or current.load_config.load_format not in FORMATS:
+        return
+    folder = local_folder(model, revision, current.load_config)
+    if folder is None or not any(folder.glob("*.safetensors*")):
+        logger.warning("%s: no safetensors files in reach, so that its tensors are not checked", model)
+        return
+    check_folder(folder, _hf_config(current, model), fmt)
+
+
+def check_folder(folder: Path, config: Any, fmt: Format) -> None:
+    """Raise InputError unless the files of `folder` fill the model of `config`, a transformers config or None, in the
+    shapes that it and `fmt` ask for, with finite numbers.
+
+    Of an architecture that transformers doesn't have, or builds as another class, names are not checked.
+    """
+    stored = read_folder(folder)
+    model = None
+    if config is not None:
+        try:
+            model = skeleton.build(copy.deepcopy(config), stored)
+        except ImportError as e:
+            logger.warning("%s", e)
+    if model is not None and type(model).__name__ not in (config.architectures or [type(model).__name__]):
+        model = None  # vLLM builds another
+    skeleton.check_stored(stored, model, fmt)
+    check_values(stored)
+
+
+def local_folder(model: str, revision: str | None, load: LoadConfig) -> Path | None:
+    """Where vLLM will read `model`; None if its files are not of the Hugging Face hub."""
+    if os.path.isdir(model):
+        return Path(model)
+    if envs.VLLM_USE_MODELSCOPE:
+        return None
+    ignored = load.ignore_patterns
+    folder = download_weights_from_hf(
+        model, load.download_dir, ["*.safetensors"], revision=revision, ignore_patterns=ignored
+    )
+    download_safetensors_index_file_from_hf(model, INDEX, cache_dir=load.download_dir, revision=revision)
+    return Path(folder)
+
+
+def _hf_config(current: VllmConfig, model: str) -> Any:
+    """transformers' config of `model`: not of the model that it is a draft for."""
+    return current.model_config.hf_config if current.model_config.model == model else None
