@@ -192,14 +192,14 @@ def quick(folder, **options):
 
 def stop_after(saves, monkeypatch):
     """Let the next run die as if killed, right after it has written its state `saves` times."""
-    original, count = tune.save_atomically, iter(range(saves))
+    original, count = tune.save_state, iter(range(saves))
 
-    def save(value, file):
-        original(value, file)
+    def save(*args):
+        original(*args)
         if next(count, None) is None:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(tune, "save_atomically", save)
+    monkeypatch.setattr(tune, "save_state", save)
 
 
 def test_a_stopped_run_goes_on_as_if_never_stopped(folder, tmp_path, monkeypatch):
@@ -233,7 +233,7 @@ def test_a_stopped_run_is_neither_mixed_up_nor_lost(folder, tmp_path, monkeypatc
     with pytest.raises(bpdq_quantizer.InputError) as error:
         bpdq_quantizer.quantize(str(folder / "model"), tmp_path / "out", **quick(folder, **change))
     assert message in str(error.value)
-    assert (tmp_path / "out.partial" / "resume" / "tuning.pt").is_file()
+    assert (tmp_path / "out.partial" / "resume" / "tuning.safetensors").is_file()
 
 
 def test_one_window_is_too_few(folder, tmp_path):
