@@ -84,10 +84,10 @@ def test_without_the_options_tables_stay_as_they_were(tmp_path, text):
     assert "layers" not in json.loads((out / "config.json").read_text())["quantization_config"]
 
 
-@pytest.mark.parametrize("tie", [False, True])
-def test_each_table_is_solved_in_its_own_metric(tmp_path, text, tie):
+@pytest.mark.parametrize(("tie", "options"), [(False, {}), (True, {}), (False, {"tune": "model", "tune_steps": 20})])
+def test_each_table_is_solved_in_its_own_metric(tmp_path, text, tie, options):
     """The embedding in the identity, the head in the Hessian of what it is fed in the end, tied ones in the sum."""
-    out, report = quantize(tmp_path, text, tie=tie, embed_bits=2, head_bits=2)
+    out, report = quantize(tmp_path, text, tie=tie, embed_bits=2, head_bits=2, **options)
     model = AutoModelForCausalLM.from_pretrained(out)
     original = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     ids = AutoTokenizer.from_pretrained(out)(TEXT * 4, add_special_tokens=False)["input_ids"][: 6 * 32]

@@ -9,8 +9,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from bpdq_quantizer.errors import InputError
 
 PATTERNS = (
-    *("generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt"),
-    *("*.model", "*.tiktoken", "tekken.json", "chat_template*", "additional_chat_templates/*.jinja"),
+    *("generation_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt", "tekken.json"),
+    *("tokenizer*.json", "tokenizer.model*", "*.model", "*.tiktoken", "vocab*.json", "vocab*.txt"),
+    *("chat_template*.jinja", "chat_template*.json", "additional_chat_templates/*.jinja"),
     *("LICEN[CS]E*", "licen[cs]e*", "NOTICE*", "USE_POLICY*"),
 )
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from bpdq_quantizer.errors import InputError
-from bpdq_quantizer.storage import Damaged, read_json, sync, write_json
+from bpdq_quantizer.storage import DamagedError, read_json, sync, write_json
 from bpdq_quantizer.work import state_files
 
 PROGRAM = "bpdq quantize"
@@ -143,8 +143,9 @@ def _lock(folder: Path) -> int:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if os.path.samestat(os.fstat(descriptor), os.stat(file)):
-                    os.truncate(descriptor, 0)
-                    os.write(descriptor, json.dumps(_this_process()).encode())
+                    holder = json.dumps(_this_process()).encode()
+                    os.pwrite(descriptor, holder, 0)
+                    os.truncate(descriptor, len(holder))
                     return descriptor
             except BlockingIOError:
                 holder = os.pread(descriptor, 4096, 0)
@@ -178,6 +179,9 @@ def _check_ours(folder: Path) -> None:
         with suppress(OSError, ValueError, KeyError, TypeError):
             if json.loads((resume / "lock").read_bytes())["program"] == PROGRAM:
                 return
+        with suppress(DamagedError):
+            read_json(resume / "run.json")
+            return
         inside = os.listdir(folder)
         if not inside or (inside == ["resume"] and set(os.listdir(resume)) <= {"lock"}):  # of a run that just starts
             return
@@ -227,8 +231,8 @@ def _remove_offload(folder: Path | None) -> None:
 def _check_same(folder: Path, run: Mapping[str, Any]) -> None:
     try:
         before = read_json(folder / "resume" / "run.json")
-    except Damaged as e:
-        raise InputError(f"{e}: remove {folder} to start again") from None
+    except DamagedError as e:
+        raise InputError(f"{e}: remove {folder}") from None
     changed = {key: value for key, value in before.items() if value != run.get(key)}
     if changed:
         listed = ", ".join(f"{key} = {value!r} (now {run.get(key)!r})" for key, value in changed.items())

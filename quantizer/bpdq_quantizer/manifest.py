@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from bpdq_quantizer.errors import InputError
-from bpdq_quantizer.storage import Damaged, file_digest, save, stored_digests
+from bpdq_quantizer.storage import DamagedError, file_digest, save, stored_digests
 
 NAME = "digests.json"
 READ = (".safetensors", ".json", ".jinja", ".model", ".bin")  # suffixes of what loaders may read: none may be added
@@ -56,7 +56,7 @@ def _tensor_faults(folder: Path, expected: Digests) -> Iterator[str]:
             continue
         try:
             found = stored_digests(folder / name)
-        except Damaged as e:
+        except DamagedError as e:
             yield str(e)
             continue
         for tensor in sorted(digests.keys() | found.keys()):

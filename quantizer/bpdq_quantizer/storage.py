@@ -21,7 +21,7 @@ from bpdq_quantizer.errors import InputError
 CHUNK_BYTES = 1 << 24
 
 
-class Damaged(Exception):  # noqa: N818, a finding
+class DamagedError(InputError):
     """A file is missing, or not what was written."""
 
 
@@ -79,24 +79,21 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def stored_digests(file: Path) -> dict[str, str]:
-    """Digests of the tensors of a safetensors file, by name; raises Damaged if it can't be read."""
+    """Digests of the tensors of a safetensors file, by name; raises DamagedError if it can't be read."""
     try:
         with safe_open(file, framework="pt") as stored:
             return {name: tensor_digest(stored.get_tensor(name)) for name in stored.keys()}  # noqa: SIM118, not a dict
     except FileNotFoundError:
-        raise Damaged(f"{file} is missing") from None
+        raise DamagedError(f"{file} is missing") from None
     except (OSError, SafetensorError) as e:
-        raise Damaged(f"{file} can't be read ({e})") from e
+        raise DamagedError(f"{file} can't be read ({e})") from e
 
 
 def check_intact(file: Path, written: Collection[str]) -> dict[str, str]:
-    """Digests of a file's tensors, by name; raises InputError unless their combination is among those `written`."""
-    try:
-        found = stored_digests(file)
-    except Damaged as e:
-        raise InputError(f"{e}, though it was written: check the disk") from e
+    """Digests of a file's tensors, by name; raises DamagedError unless their combination is among those `written`."""
+    found = stored_digests(file)
     if combined(found) not in written:
-        raise InputError(f"{file} is not what was written: check the disk, and what else writes there")
+        raise DamagedError(f"{file} is not what was written: check the disk, and what else writes there")
     return found
 
 
@@ -116,18 +113,18 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], notes: Mapping[str,
 
 
 def read_sealed(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and notes that `write_tensors` wrote; raises Damaged unless both are what they were."""
+    """Tensors and notes that `write_tensors` wrote; raises DamagedError unless both are what they were."""
     try:
         with safe_open(file, framework="pt") as stored:
             metadata = stored.metadata() or {}
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118, not a dict
     except FileNotFoundError:
-        raise Damaged(f"{file} is missing") from None
+        raise DamagedError(f"{file} is missing") from None
     except (OSError, SafetensorError) as e:
-        raise Damaged(f"{file} can't be read ({e})") from e
+        raise DamagedError(f"{file} can't be read ({e})") from e
     digests, notes = {name: tensor_digest(tensor) for name, tensor in tensors.items()}, metadata.get("notes", "")
     if combined(digests, notes) != metadata.get("sha256"):
-        raise Damaged(f"{file} is damaged")
+        raise DamagedError(f"{file} is damaged")
     return tensors, json.loads(notes)
 
 
@@ -138,12 +135,12 @@ def write_json(file: Path, value: Any) -> None:
 
 
 def read_json(file: Path) -> Any:
-    """What `write_json` wrote; raises Damaged unless it is what it was."""
+    """What `write_json` wrote; raises DamagedError unless it is what it was."""
     try:
         sealed = json.loads(file.read_bytes())
         intact = combined({}, json.dumps(sealed["value"])) == sealed["sha256"]
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise Damaged(f"{file} can't be read ({e})") from e
+        raise DamagedError(f"{file} can't be read ({e})") from e
     if not intact:
-        raise Damaged(f"{file} is damaged")
+        raise DamagedError(f"{file} is damaged")
     return sealed["value"]

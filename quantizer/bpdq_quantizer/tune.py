@@ -28,7 +28,7 @@ from bpdq_kernels.layout import WORD, expand_words
 from bpdq_kernels.reference import dequantize_t
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.loader import BPDQLinear
-from bpdq_quantizer.storage import Damaged, read_sealed, write_tensors
+from bpdq_quantizer.storage import DamagedError, read_sealed, write_tensors
 from bpdq_quantizer.work import Clock
 
 LEARNING_RATE = 1e-3  # of Adam, times a Linear's root mean square coefficient; cosine decay to zero
@@ -363,7 +363,7 @@ def load_state(file: Path) -> dict[str, Any] | None:
         return None
     try:
         named, notes = read_sealed(file)
-    except Damaged as e:
+    except DamagedError as e:
         tqdm.write(f"{e}: tuning starts again", file=sys.stderr)
         return None
     found: dict[str, Any] = {kind: defaultdict(dict) for kind in ("best", "current", "adam")}

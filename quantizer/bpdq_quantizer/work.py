@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from bpdq_quantizer.errors import InputError
-from bpdq_quantizer.storage import Damaged, read_sealed, write_tensors
+from bpdq_quantizer.storage import DamagedError, read_sealed, write_tensors
 
 STATUS = Path("/proc/self/status")
 
@@ -31,7 +31,7 @@ class Offloaded(Sequence[Tensor]):
     def __getitem__(self, index: int) -> Tensor:
         try:
             return read_sealed(self.folder / self.names[index])[0]["states"]
-        except Damaged as e:
+        except DamagedError as e:
             raise InputError(f"--offload-dir: {e}: --resume starts again from the first block") from e
 
     def __setitem__(self, index: int, states: Tensor) -> None:
@@ -130,7 +130,7 @@ def save_progress(
 
 
 def load_progress(folder: Path, offload: Path | None = None) -> Progress:
-    """What `save_progress` wrote last, or nothing yet; `offload`: where Offloaded states are. Raises Damaged."""
+    """What `save_progress` wrote last, or nothing yet; `offload`: where Offloaded states are. Raises DamagedError."""
     file = folder / "resume" / "states.safetensors"
     if not file.is_file():
         return Progress(None, [], {}, {})
