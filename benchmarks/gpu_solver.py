@@ -18,7 +18,7 @@ from benchmarks.shapes import Model
 from bpdq_kernels.format import Scheme
 from bpdq_quantizer.grid import quantize_group
 from bpdq_quantizer.hessian import accumulate, accumulate_shift, inverse_factor, symmetrize
-from bpdq_quantizer.pipeline import SOLVERS
+from bpdq_quantizer.options import SOLVERS
 from bpdq_quantizer.plan import stage_bytes
 from bpdq_quantizer.refine import descend, refine, rows_at_once
 from bpdq_quantizer.solver import STARTS, quantize_linear

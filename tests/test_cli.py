@@ -2,14 +2,17 @@
 
 import json
 import math
+import os
 import shutil
+import signal
+import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from bpdq_quantizer import work
+from bpdq_quantizer import pipeline, storage, work
 from bpdq_quantizer.cli import main
 from tiny import TEXT, bpdq_checkpoint, load_tensors, tiny_model, tiny_tokenizer
 
@@ -131,6 +134,14 @@ def test_fewer_windows_than_asked_are_used_and_said(folder, tmp_path, capsys):
         (["--calibration", "text.csv"], "expected default, FILE.txt, FILE.jsonl or hf:NAME"),
         (["--seq-len", "100000000"], "lower --seq-len"),
         (["--samples", "0"], "must be at least 1"),
+        (["--samples", "1" + 20 * "0"], "expected 0 to 2147483647"),
+        (["--seed", "1" + 20 * "0"], "expected 0 to 9223372036854775807"),
+        (["--seed", "-1"], "--seed -1: expected 0 to"),
+        (["--target-bpw", "nan"], "--target-bpw nan: expected bits per weight"),
+        (["--target-bpw", "0.5"], "the smallest schemes take"),
+        (["--target-size", "1KB"], "the smallest schemes take"),
+        (["--tune", "block", "--seq-len", "1000"], "holds 1 of 1000 tokens: bring more text or lower --seq-len"),
+        (["--tune", "model", "--seq-len", "1000"], "holds 1 of 1000 tokens: bring more text or lower --seq-len"),
         (["--asymmetric", "1.5"], "--asymmetric 1.5: expected 0 (off) to 1"),
         (["--tune", "model", "--tune-steps", "0"], "must be at least 1"),
         (["--tune", "block", "--tune-loss", "mix"], "--tune-loss mix needs --tune model"),
@@ -151,6 +162,67 @@ def test_bad_jsonl_names_the_line(folder, tmp_path, capsys):
     file.write_text('{"text": "fine"}\n{"txt": "no"}\n')
     line = fails_with(capsys, "quantize", folder / "model", "--output", tmp_path / "out", "--calibration", file, *QUICK)
     assert f"{file}, line 2: expected a `text` field that holds a string" in line
+
+
+def test_an_existing_output_is_refused_before_the_model_is_opened(tmp_path, capsys):
+    line = fails_with(capsys, "quantize", "/no/such/model", "--output", tmp_path, *QUICK)
+    assert f"--output {tmp_path} exists already" in line
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "name"), [(signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 143, "SIGTERM")]
+)
+def test_a_run_that_is_told_to_stop_keeps_its_work_in_one_line(
+    folder, tmp_path, capsys, monkeypatch, number, status, name
+):
+    original, handler = pipeline.save_progress, signal.getsignal(number)
+
+    def save(*args):
+        original(*args)
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(pipeline, "save_progress", save)
+    argv = ["quantize", folder / "model", "--output", tmp_path / "out", "--calibration", folder / "text.txt", *QUICK]
+    assert main([str(a) for a in argv]) == status
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("bpdq: ")]
+    partial = tmp_path / "out.partial"
+    kept = f"{partial} keeps what is finished: repeat the command with --resume to go on from there"
+    assert lines == [f"bpdq: stopped: by {name}; {kept}"]
+    assert signal.getsignal(number) == handler
+    monkeypatch.undo()
+    assert main([str(a) for a in (*argv, "--resume")]) == 0
+
+
+def test_output_that_nobody_reads_is_no_error(folder, monkeypatch, capsys):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as stdout, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stdout)
+        assert main(["inspect", str(folder / "checkpoint")]) == 141
+    assert capsys.readouterr().err == ""
+
+
+def test_a_disk_that_is_full_before_the_first_block_promises_nothing(folder, tmp_path, capsys, monkeypatch):
+    def save(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(storage, "save_file", save)
+    argv = ["quantize", folder / "model", "--output", tmp_path / "out", "--calibration", folder / "text.txt", *QUICK]
+    line = fails_with(capsys, *argv)
+    assert "can't be written ([Errno 28] No space left on device): make room" in line
+    assert "--resume" not in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_transformers_refuses_to_save_is_found_before_the_first_block(folder, tmp_path, capsys, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise ValueError("no")
+
+    monkeypatch.setattr(LlamaConfig, "save_pretrained", refuse)
+    monkeypatch.setattr(pipeline, "quantize_blocks", lambda *args, **kwargs: pytest.fail("work has begun"))
+    argv = ["quantize", folder / "model", "--output", tmp_path / "out", "--calibration", folder / "text.txt", *QUICK]
+    assert "config.json of the checkpoint can't be written: no" in fails_with(capsys, *argv)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_existing_output_is_never_touched(folder, tmp_path, capsys):

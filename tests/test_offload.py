@@ -13,6 +13,7 @@ from bpdq_kernels.format import Scheme
 from bpdq_quantizer import activations, work
 from bpdq_quantizer.activations import to_host
 from bpdq_quantizer.blocks import quantize_blocks
+from bpdq_quantizer.folder import offload_name
 from bpdq_quantizer.stream import open_model
 from bpdq_quantizer.work import Offloaded, States, load_progress, save_progress
 from tiny import TEXT, tiny_model
@@ -83,7 +84,7 @@ def test_a_run_that_stops_anywhere_goes_on_to_the_same_tensors(root, whole, tmp_
         writes.append(file)
         if len(writes) == number:
             raise Stop
-        original(file, *args)
+        return original(file, *args)
 
     offload = {"offload_dir": str(tmp_path / "states")}
     with monkeypatch.context() as patch:
@@ -98,16 +99,37 @@ def test_a_run_that_stops_anywhere_goes_on_to_the_same_tensors(root, whole, tmp_
     assert not list((tmp_path / "states").iterdir())
 
 
-def test_a_stopped_run_does_not_go_on_without_its_states(root, tmp_path, monkeypatch):
+def remove(file):
+    file.unlink()
+
+
+def change(file):
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [remove, change])
+def test_a_stopped_run_starts_again_where_its_states_are_damaged(root, whole, tmp_path, monkeypatch, capsys, damage):
     offload = {"offload_dir": str(tmp_path / "states")}
     with monkeypatch.context() as patch:
         patch.setattr("bpdq_quantizer.checkpoint.write_tensors", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            quantize(root, tmp_path / "out", **offload, head_bits=4)
-    for file in (tmp_path / "states").rglob("*.safetensors"):
-        file.unlink()
-    with pytest.raises(bpdq_quantizer.InputError, match=r"--offload-dir: .*safetensors can't be read .*\.partial"):
-        quantize(root, tmp_path / "out", **offload, head_bits=4, resume=True)
+            quantize(root, tmp_path / "out", **offload)
+    damaged = max((tmp_path / "states").rglob("*.safetensors"))
+    damage(damaged)
+    assert quantize(root, tmp_path / "out", **offload, resume=True) == whole
+    assert f"{damaged} is " in (error := capsys.readouterr().err)
+    assert "starting again from the first block" in error
+
+
+def test_files_of_the_users_own_stay_in_the_folder_of_the_states(root, tmp_path):
+    """Its name can be foreseen."""
+    folder = tmp_path / "states" / offload_name(tmp_path / "out")
+    folder.mkdir(parents=True)
+    (folder / "mine.safetensors").write_text("")
+    quantize(root, tmp_path / "out", offload_dir=str(tmp_path / "states"), asymmetric=0.0)
+    assert [file.name for file in folder.iterdir()] == ["mine.safetensors"]
 
 
 def test_a_folder_that_can_not_be_written_is_named(root, tmp_path):
@@ -128,7 +150,7 @@ def test_a_copy_keeps_its_values_until_progress_is_saved(tmp_path):
     states[1] = second
     assert [batch.sum().item() for batch in states] == [0, 6]
     assert [batch.sum().item() for batch in copy] == [0, 0]
-    save_progress(tmp_path, States(1, states, []), [], {})
+    save_progress(tmp_path, States(1, states, []), [], {}, {})
     assert len(list((tmp_path / "states").iterdir())) == 2
     loaded = load_progress(tmp_path, tmp_path / "states").states
     assert torch.equal(torch.cat(list(loaded.quantized)), torch.cat([first, second]))

@@ -21,16 +21,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import bpdq_quantizer
 from bpdq_kernels import dequantize
 from bpdq_kernels.format import Scheme
-from bpdq_quantizer import activations, checkpoint, pipeline, work
+from bpdq_quantizer import activations, checkpoint, manifest, pipeline, storage, work
 from bpdq_quantizer.activations import block_inputs, capture, find_stages, run_block, stage_statistics
 from bpdq_quantizer.allocate import uniform
 from bpdq_quantizer.blocks import check_finite, quantize_blocks
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.hessian import corrected
 from bpdq_quantizer.loader import BPDQLinear
-from bpdq_quantizer.pipeline import ASYMMETRIC, SOLVERS
+from bpdq_quantizer.options import ASYMMETRIC, SOLVERS
 from bpdq_quantizer.solver import quantize_linear
-from bpdq_quantizer.stream import decoder_blocks, from_memory, open_model
+from bpdq_quantizer.stream import decoder_blocks, from_memory
 from bpdq_quantizer.tune import final_states
 from tiny import TEXT, load_tensors, tiny_model, tiny_tokenizer
 
@@ -245,7 +245,7 @@ def stop_at(number, monkeypatch):
     def write(*args):
         if next(writes) == number:
             raise Stop
-        original(*args)
+        return original(*args)
 
     for module in (work, pipeline, checkpoint):
         monkeypatch.setattr(module, "write_tensors", write)
@@ -290,7 +290,7 @@ def test_a_stopped_run_goes_on_with_nothing_but_its_own_options_model_and_text(q
 
 def test_a_full_disk_stops_the_run_with_its_work_kept(quantized, tmp_path, text, monkeypatch):
     model, _, _ = quantized
-    original, writes = work.save_file, itertools.count()
+    original, writes = storage.save_file, itertools.count()
 
     def save(tensors, file, **kwargs):
         if next(writes) == 3:
@@ -298,11 +298,10 @@ def test_a_full_disk_stops_the_run_with_its_work_kept(quantized, tmp_path, text,
             raise OSError(28, "No space left on device")
         original(tensors, file, **kwargs)
 
-    monkeypatch.setattr(work, "save_file", save)
-    with pytest.raises(
-        bpdq_quantizer.InputError, match=r"No space left on device.*make room, then go on with --resume"
-    ):
+    monkeypatch.setattr(storage, "save_file", save)
+    with pytest.raises(bpdq_quantizer.InputError, match=r"No space left on device.*make room") as stopped:
         bpdq_quantizer.quantize(str(model), tmp_path / "out", **small(text))
+    assert "repeat the command with --resume" in stopped.value.__notes__[0]
     kept = {file.name for file in (tmp_path / "out.partial").rglob("*.safetensors*")}
     assert kept == {"model-00002-of-00003.safetensors", "model-00003-of-00003.safetensors", "states.safetensors"}
 
@@ -335,21 +334,22 @@ def test_a_model_in_memory_gives_the_tensors_of_its_files(quantized, text):
     assert all(p.is_meta for p in source.blocks.parameters()), "a block that was passed takes no memory"
 
 
-def test_config_is_the_last_file_written(quantized, tmp_path, monkeypatch):
+def test_config_is_the_last_file_written(quantized, tmp_path, text, monkeypatch):
     """Whatever is interrupted before config.json leaves a folder that no loader takes for a model."""
     model, out, _ = quantized
-    source = open_model(str(model))
-    seen = []
+    seen, original = {}, storage.save
 
-    def record(folder, **kwargs):
-        seen.append({p.name for p in tmp_path.iterdir()})
+    def record(file, write):
+        original(file, write)
+        if file.parent.name == "out.partial":
+            seen[file.name] = {path.name for path in file.parent.iterdir()}
 
-    monkeypatch.setattr(source.model.config, "save_pretrained", record)
-    config = checkpoint.quantization_config(Scheme(2, 64), 3, 1e-4, ["lm_head"])
-    checkpoint.finish(tmp_path, source, AutoTokenizer.from_pretrained(out), config, {})
-    assert len(seen) == 1
-    written = {"model.safetensors.index.json", "tokenizer.json", "quantization_report.json", "generation_config.json"}
-    assert seen[0] >= written | {"model-00001-of-00003.safetensors"}
+    for module in (storage, checkpoint, manifest):
+        monkeypatch.setattr(module, "save", record)
+    bpdq_quantizer.quantize(str(model), tmp_path / "out", **small(text))
+    assert list(seen)[-1] == "config.json"
+    assert all("config.json" not in present for present in list(seen.values())[:-1])
+    assert seen["config.json"] - {"resume"} == {path.name for path in out.iterdir()}
 
 
 @pytest.mark.slow

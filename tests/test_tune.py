@@ -1,6 +1,7 @@
 """Tuning the coefficients: its gradient, its loss, and that a stopped run goes on as if never stopped."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from transformers import AutoModelForCausalLM
 import bpdq_quantizer
 from bpdq_kernels import dequantize, layout
 from bpdq_kernels.format import Scheme
-from bpdq_quantizer import tune
+from bpdq_quantizer import pipeline, tune
 from bpdq_quantizer.activations import linear_layers
 from bpdq_quantizer.allocate import uniform
 from bpdq_quantizer.blocks import quantize_blocks
@@ -192,14 +193,14 @@ def quick(folder, **options):
 
 def stop_after(saves, monkeypatch):
     """Let the next run die as if killed, right after it has written its state `saves` times."""
-    original, count = tune.save_atomically, iter(range(saves))
+    original, count = tune.save_state, iter(range(saves))
 
-    def save(value, file):
-        original(value, file)
+    def save(*args):
+        original(*args)
         if next(count, None) is None:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(tune, "save_atomically", save)
+    monkeypatch.setattr(tune, "save_state", save)
 
 
 def test_a_stopped_run_goes_on_as_if_never_stopped(folder, tmp_path, monkeypatch):
@@ -233,7 +234,53 @@ def test_a_stopped_run_is_neither_mixed_up_nor_lost(folder, tmp_path, monkeypatc
     with pytest.raises(bpdq_quantizer.InputError) as error:
         bpdq_quantizer.quantize(str(folder / "model"), tmp_path / "out", **quick(folder, **change))
     assert message in str(error.value)
-    assert (tmp_path / "out.partial" / "resume" / "tuning.pt").is_file()
+    assert (tmp_path / "out.partial" / "resume" / "tuning.safetensors").is_file()
+
+
+@pytest.fixture(scope="module")
+def tuned(folder, tmp_path_factory):
+    """The checkpoint of a whole run, and what one left that stopped when it had rewritten the first tuned block."""
+    root, writes = tmp_path_factory.mktemp("tuned"), []
+    bpdq_quantizer.quantize(str(folder / "model"), root / "whole", **quick(folder))
+    original = pipeline.write_tensors
+
+    def write(file, *args):
+        writes.append(file.name)
+        if writes.count("model-00003-of-00003.safetensors") == 2:
+            raise KeyboardInterrupt
+        return original(file, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "write_tensors", write)
+        with pytest.raises(KeyboardInterrupt):
+            bpdq_quantizer.quantize(str(folder / "model"), root / "out", **quick(folder))
+    return root
+
+
+@pytest.mark.parametrize(
+    ("damaged", "said"),
+    [
+        (None, None),
+        ("resume/tuning.safetensors", "tuning starts again"),
+        ("resume/teacher.safetensors", "running the 16-bit model again"),
+        ("resume/tuned.json", "starting again from the first block"),
+        ("model-00002-of-00003.safetensors", "starting again from the first block"),
+    ],
+)
+def test_a_run_that_stops_between_tuned_blocks_goes_on_to_the_same_tensors(
+    folder, tuned, tmp_path, capsys, damaged, said
+):
+    left = shutil.copytree(tuned / "out.partial", tmp_path / "out.partial")
+    if damaged:
+        content = bytearray((left / damaged).read_bytes())
+        content[-7] ^= 1
+        (left / damaged).write_bytes(content)
+    bpdq_quantizer.quantize(str(folder / "model"), tmp_path / "out", **quick(folder), resume=True)
+    tensors = [{f.name: f.read_bytes() for f in path.glob("model*")} for path in (tuned / "whole", tmp_path / "out")]
+    assert tensors[0] == tensors[1]
+    again = [line for line in capsys.readouterr().err.splitlines() if " again" in line]
+    assert len(again) == (said is not None)
+    assert said is None or (str(left / damaged) in again[0] and again[0].endswith(said))
 
 
 def test_one_window_is_too_few(folder, tmp_path):

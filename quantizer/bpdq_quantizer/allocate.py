@@ -15,7 +15,7 @@ from itertools import pairwise
 from bpdq_kernels.format import Scheme
 from bpdq_quantizer.activations import linear_layers
 from bpdq_quantizer.errors import InputError
-from bpdq_quantizer.sensitivity import Stage
+from bpdq_quantizer.sensitivity import SCHEMES, Stage
 from bpdq_quantizer.stream import Streamed
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -43,6 +43,17 @@ def uniform(source: Streamed, scheme: Scheme) -> dict[str, Scheme]:
     return {f"{source.prefix}.{name}": scheme for name in linear_layers(source.blocks)}
 
 
+def check_budget(source: Streamed, budget: int) -> None:
+    """Raise InputError if the blocks' Linears don't fit `budget` bytes in any scheme."""
+    shapes = [linear.weight.shape for linear in linear_layers(source.blocks).values()]
+    _check_room(sum(min(scheme.stored_bytes(*shape) for scheme in SCHEMES) for shape in shapes), budget)
+
+
+def _check_room(smallest: int, budget: int) -> None:
+    if smallest > budget:
+        raise InputError(f"the smallest schemes take {smallest} bytes, the target leaves {budget}: raise it")
+
+
 def stage_bytes(stage: Stage) -> dict[Scheme, int]:
     """Bytes of a stage's planes and coefficients by scheme."""
     return {scheme: sum(scheme.stored_bytes(*shape) for shape in stage.shapes) for scheme in stage.costs}
@@ -54,8 +65,7 @@ def allocate(stages: Sequence[Stage], budget: int) -> list[Scheme]:
     ladders = [hull(stage.costs, size) for stage, size in zip(stages, sizes, strict=True)]
     chosen = [ladder[0] for ladder in ladders]
     left = budget - sum(size[scheme] for size, scheme in zip(sizes, chosen, strict=True))
-    if left < 0:
-        raise InputError(f"the smallest schemes take {budget - left} bytes, the target leaves {budget}: raise it")
+    _check_room(budget - left, budget)
 
     def gain(i: int, scheme: Scheme, before: Scheme) -> float:
         return (stages[i].costs[before] - stages[i].costs[scheme]) / (sizes[i][scheme] - sizes[i][before])

@@ -66,6 +66,12 @@ def check_supported(name: str, block: nn.Module) -> None:
             )
 
 
+def check_all_supported(source: Streamed) -> None:
+    """`check_supported` for every block of a model."""
+    for index, block in enumerate(source.blocks):
+        check_supported(f"{source.prefix}.{index}", block)
+
+
 def quantize_in_one_pass(
     block: nn.Module,
     stages: list[list[str]],
@@ -124,8 +130,7 @@ def quantize_blocks(
     (`hessian.corrected`). With `tune_steps`, each block's coefficients are then tuned towards the hidden states that
     the 16-bit model has after it. The reports are of the corrected weights, before tuning.
     """
-    for index, block in enumerate(source.blocks):
-        check_supported(f"{source.prefix}.{index}", block)
+    check_all_supported(source)
     calls = block_inputs(source.model, source.blocks, tokens[[0, -1]]).calls
     if start is None:
         batches = embed(source.model, source.blocks, tokens, device, offload)
@@ -155,19 +160,33 @@ def quantize_blocks(
 
 
 @torch.no_grad()
-def original_states(source: Streamed, tokens: Tensor, device: torch.device, offload: Path | None) -> Tensor:
-    """What the LM head of the 16-bit model reads for windows [W, L]: [W, L, D] on the CPU, block by block.
+def final_batches(
+    source: Streamed,
+    tokens: Tensor,
+    device: torch.device,
+    offload: Path | None,
+    load: Callable[[int], nn.Module],
+    label: str,
+) -> Batches:
+    """What the LM head reads for windows [W, L], in batches [n, L, D] on the CPU, block by block.
 
-    offload: as for `quantize_blocks`.
+    `load(i)` gives block i with its tensors, which are dropped afterwards; offload: as for `quantize_blocks`; label: of
+    the progress bar.
     """
     calls = block_inputs(source.model, source.blocks, tokens[[0, -1]]).calls
     hidden = embed(source.model, source.blocks, tokens, device, offload)
-    for index, call in enumerate(tqdm(calls, desc="running the 16-bit model", unit="block")):
-        block, call = load_block(source, index, device), send_to_device(call, device)
+    for index, call in enumerate(tqdm(calls, desc=label, unit="block")):
+        block, call = load(index).to(device), send_to_device(call, device)
         for i, batch in enumerate(hidden):
             hidden[i] = to_host(run_block(block, call, device, batch))
         drop_block(block)
-    return torch.cat(list(head_inputs(source.model, source.blocks, tokens, hidden)))
+    return head_inputs(source.model, source.blocks, tokens, hidden)
+
+
+def original_states(source: Streamed, tokens: Tensor, device: torch.device, offload: Path | None) -> Tensor:
+    """What the LM head of the 16-bit model reads for windows [W, L]: [W, L, D] on the CPU (`final_batches`)."""
+    load = partial(load_block, source, device=device)
+    return torch.cat(list(final_batches(source, tokens, device, offload, load, "running the 16-bit model")))
 
 
 def quantize_block(

@@ -1,21 +1,30 @@
 """Writing a BPDQ checkpoint folder, and reading what one holds."""
 
+import copy
 import dataclasses
 import json
+import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from bpdq_kernels.folder import Headers, read_headers
 from bpdq_kernels.format import FORMAT_VERSION, KV_CACHE_SCHEME, Scheme
 from bpdq_kernels.skeleton import quantized_layers, stored_layer
+from bpdq_quantizer import manifest
+from bpdq_quantizer.carried import carried
 from bpdq_quantizer.errors import InputError
+from bpdq_quantizer.folder import check_only
 from bpdq_quantizer.loader import open_checkpoint
+from bpdq_quantizer.storage import check_intact, save, write_tensors
 from bpdq_quantizer.stream import Streamed
-from bpdq_quantizer.work import shard, write_tensors
+from bpdq_quantizer.work import shard
+
+INDEX, REPORT = "model.safetensors.index.json", "quantization_report.json"
+CARRIED = Path("resume", "carried")  # in the work folder, until the end
 
 
 def quantization_config(
@@ -46,40 +55,69 @@ def quantization_config(
     }
 
 
+def contents(folder: Path, blocks: int) -> list[str]:
+    """Names of all that a finished work folder holds at its top, of a model of so many blocks."""
+    shards = [shard(folder, number, blocks + 1).name for number in range(1, blocks + 2)]
+    taken = {path.parts[0] for path in carried(folder / CARRIED)}
+    return [*shards, INDEX, REPORT, manifest.NAME, "config.json", *sorted(taken)]
+
+
+def write_config(source: Streamed, config: dict[str, Any], to: Path) -> None:
+    """Write the config.json of a checkpoint into the folder `to`; raises InputError if transformers refuses."""
+    model = source.model
+    settings = copy.deepcopy(model.config)
+    settings.quantization_config = config
+    settings.architectures = [type(model).__name__]
+    settings.dtype = model.dtype
+    try:
+        settings.save_pretrained(to)
+    except (OSError, ValueError) as e:
+        raise InputError(f"config.json of the checkpoint can't be written: {e}") from e
+
+
 def finish(
     folder: Path,
     source: Streamed,
-    tokenizer: PreTrainedTokenizerBase,
     config: dict[str, Any],
     report: dict[str, Any],
+    blocks: Mapping[str, str],
     scales: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write what a folder with the blocks' files lacks; config.json, without which no loader takes it, comes last.
 
-    scales: those of the KV cache, by name.
+    blocks: the combined digests of the blocks' files, by name; scales: those of the KV cache, by name. Raises
+    InputError for a file that has changed, is missing or of something else.
     """
-    model, prefix, blocks, _ = source
+    model, prefix, decoder, _ = source
     rest = {
         name: tensor
         for name, tensor in model.state_dict().items()
         if not name.startswith(f"{prefix}.") and name not in model.all_tied_weights_keys
     }
-    write_tensors(shard(folder, 1, len(blocks) + 1), {**rest, **(scales or {})})
-    files = sorted(folder.glob("model-*.safetensors"))
-    headers = {file.name: read_headers([file]) for file in files}
+    first = shard(folder, 1, len(decoder) + 1)
+    written = {first.name: write_tensors(first, {**rest, **(scales or {})}), **blocks}
+    tensors = {name: check_intact(folder / name, {digest}) for name, digest in written.items()}
+    size = sum(stored_bytes(read_headers([folder / name])) for name in tensors)
     index = {
-        "metadata": {"total_size": sum(stored_bytes(stored) for stored in headers.values())},
-        "weight_map": {name: file for file, stored in headers.items() for name in stored},
+        "metadata": {"total_size": size},
+        "weight_map": {name: file for file, names in tensors.items() for name in names},
     }
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    tokenizer.save_pretrained(folder)
-    if model.can_generate():
-        model.generation_config.save_pretrained(folder)
-    (folder / "quantization_report.json").write_text(json.dumps(report, indent=2) + "\n")
-    model.config.quantization_config = config
-    model.config.architectures = [type(model).__name__]
-    model.config.dtype = model.dtype
-    model.config.save_pretrained(folder)
+    for name, value in ((INDEX, index), (REPORT, report)):
+        _write(folder / name, json.dumps(value, indent=2) + "\n")
+    names = [path.as_posix() for path in carried(folder / CARRIED)]
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
+        save(folder / name, partial(shutil.copyfile, folder / CARRIED / name))
+    write_config(source, config, folder / CARRIED.parent)
+    settings = folder / CARRIED.parent / "config.json"
+    others = {name: folder / name for name in (INDEX, REPORT, *names)}
+    manifest.write_manifest(folder, tensors, {**others, "config.json": settings})
+    check_only(folder, contents(folder, len(decoder)))
+    save(folder / "config.json", partial(shutil.copyfile, settings))
+
+
+def _write(file: Path, text: str) -> None:
+    save(file, lambda partial: partial.write_text(text))
 
 
 def stored_bytes(stored: Headers) -> int:

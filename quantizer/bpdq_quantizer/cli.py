@@ -3,35 +3,79 @@
 import argparse
 import json
 import math
+import os
+import signal
 import sys
+import threading
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
 
-from bpdq_quantizer import checkpoint, workers
+from bpdq_quantizer import checkpoint, manifest, workers
 from bpdq_quantizer.calibration import file_windows
 from bpdq_quantizer.errors import InputError, WorkerError
 from bpdq_quantizer.evaluate import perplexity
 from bpdq_quantizer.kv_cache import KV_TYPES
 from bpdq_quantizer.loader import load_model, load_tokenizer
+from bpdq_quantizer.options import DEVICES, ROTATIONS, SOLVERS, TUNE_LOSSES, TUNE_STEPS
 from bpdq_quantizer.picture import draw
-from bpdq_quantizer.pipeline import SOLVERS, TUNE_STEPS, mean_bits, quantize
+from bpdq_quantizer.pipeline import mean_bits, quantize
 from bpdq_quantizer.plan import MOST_BITS, plan
 
 
+class Terminated(BaseException):
+    """SIGTERM came."""
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0 done, 2 bad usage or input, 1 anything else."""
+    """Run the command line; returns the exit status: 0 done, 2 bad usage or input, 130 and 143 stopped by Ctrl-C and
+    SIGTERM, 141 nobody reads the output any more, 1 anything else."""
     args = _parser().parse_args(argv)
     try:
-        result = args.run(args)
+        with _sigterm():
+            result = args.run(args)
+        if args.json and result is not None:
+            print(json.dumps(result))
+        sys.stdout.flush()
     except (InputError, WorkerError) as e:
-        reason = "; ".join([str(e), *getattr(e, "__notes__", [])])
-        print(f"bpdq: error: {' '.join(reason.split())}", file=sys.stderr)
+        _say("error", str(e), e)
         return 2 if isinstance(e, InputError) else 1
-    if args.json and result is not None:
-        print(json.dumps(result))
+    except (KeyboardInterrupt, Terminated) as e:
+        interrupted = isinstance(e, KeyboardInterrupt)
+        _say("stopped", "by Ctrl-C" if interrupted else "by SIGTERM", e)
+        return 130 if interrupted else 143
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at exit
+        return 141
     return 0
+
+
+def _say(what: str, reason: str, error: BaseException) -> None:
+    """One line on stderr, with the error's notes."""
+    reason = "; ".join([reason, *getattr(error, "__notes__", [])])
+    print(f"bpdq: {what}: {' '.join(reason.split())}", file=sys.stderr)
+
+
+@contextmanager
+def _sigterm() -> Iterator[None]:
+    """Let SIGTERM raise Terminated once; the next one ends the process at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def terminate(number: int, _: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -53,18 +97,18 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--iterations", type=int, default=10, help="assign/refit rounds per group (%(default)s)")
     p.add_argument("--solver", choices=SOLVERS, default="refined", help="`paper` is the paper's algorithm alone")
     p.add_argument("--asymmetric", type=float, metavar="SHARE", help="correct for shifted inputs (0.5; paper: 0)")
-    p.add_argument("--rotate", choices=("none", "hadamard"), default="none", help="spread outliers over all channels")
-    p.add_argument("--tune", choices=("none", "block", "model"), default="none", help="train the coefficients too")
+    p.add_argument("--rotate", choices=ROTATIONS, default="none", help="spread outliers over all channels")
+    p.add_argument("--tune", choices=TUNE_STEPS, default="none", help="train the coefficients too")
     p.add_argument(
         "--tune-steps", type=int, help=f"for each block ({TUNE_STEPS['block']}), or the model ({TUNE_STEPS['model']})"
     )
-    p.add_argument("--tune-loss", choices=("kl", "mix"), default="kl", help="of --tune model; mix adds the reverse KL")
+    p.add_argument("--tune-loss", choices=TUNE_LOSSES, default="kl", help="of --tune model; mix adds the reverse KL")
     p.add_argument("--tune-samples", type=int, help="windows to tune the model on (--samples)")
     p.add_argument("--kv-cache-scales", action="store_true", help="calibrate scales for --kv-cache-dtype fp8_e4m3")
     p.add_argument("--offload-dir", metavar="DIR", help="keep the hidden states of the calibration text there")
     p.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
     p.add_argument("--seed", type=int, default=0, help="of hf: data sets, tuning and rotation (%(default)s)")
-    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    p.add_argument("--device", choices=DEVICES, default="auto")
     p.add_argument("--devices", metavar="LIST", help="several instead, such as cuda:0,cuda:1: a worker for each")
     p.set_defaults(run=_quantize)
 
@@ -77,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
 
     p = commands.add_parser("inspect", help="layers, bits per weight and bytes of a checkpoint")
     p.add_argument("checkpoint", metavar="CHECKPOINT")
+    p.add_argument("--verify", action="store_true", help="compare every tensor and file with digests.json first")
     p.add_argument("--plot", metavar="FILE", help="draw the layers' bits and errors too (.png, .svg, .pdf)")
     p.set_defaults(run=_inspect)
 
@@ -144,6 +189,7 @@ def _eval(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _inspect(args: argparse.Namespace) -> dict[str, Any]:
+    verified = manifest.verify(args.checkpoint) if args.verify else None
     found = checkpoint.inspect(args.checkpoint)
     if args.plot:
         try:
@@ -163,6 +209,9 @@ def _inspect(args: argparse.Namespace) -> dict[str, Any]:
         f"other tensors {found['other_bytes'] / 1e6:.1f} MB"
         + (", scales for an fp8 KV cache" if found["kv_cache_scales"] else "")
     )
+    if verified is not None:
+        print(f"{verified['tensors']} tensors and {verified['files']} other files are as they were written")
+        found["verified"] = verified
     return found
 
 

@@ -16,7 +16,7 @@ from transformers import DynamicCache
 
 from bpdq_quantizer.activations import block_inputs, embed, run_block, to_host
 from bpdq_quantizer.errors import InputError
-from bpdq_quantizer.stream import Streamed, drop_block
+from bpdq_quantizer.stream import Streamed, drop_block, load_block
 
 LARGEST = torch.finfo(torch.float8_e4m3fn).max  # 448
 # Of the magnitudes that stay in range; the rest saturate. SmolLM2-135M at 2 bits, keys and values rounded to e4m3, 8 x
@@ -56,24 +56,46 @@ def calibrate(
 
     tokens: [W, L]; offload: a folder for the hidden states, which else stay in memory; `load(i)` gives block i with its
     quantized tensors on the CPU, which are dropped afterwards; one block at a time is on `device`. Raises InputError
-    for a block whose attention isn't one module that fills transformers' cache.
+    for a block whose attention isn't one module that fills transformers' cache, as `check` does beforehand.
     """
     calls = block_inputs(source.model, source.blocks, tokens[[0, -1]]).calls
     hidden = embed(source.model, source.blocks, tokens, device, offload)
     scales = {}
     for index, call in enumerate(tqdm(calls, desc="calibrating the KV cache", unit="block")):
         block, cache = load(index).to(device), _CountingCache()
-        args, kwargs = send_to_device(call, device)
-        call = args, {**kwargs, "past_key_values": cache}
+        call = _with_cache(send_to_device(call, device), cache)
         for i, batch in enumerate(hidden):
             hidden[i] = to_host(run_block(block, call, device, batch))
         drop_block(block)
-        names = [name for name, module in block.named_modules() if name and hasattr(module, "layer_idx")]
-        if len(names) != 1 or not cache.counts.any():
-            raise InputError(
-                f"--kv-cache-scales: {source.prefix}.{index} has no attention layer whose keys and values can be seen: "
-                "leave the option out"
-            )
+        name = _attention(source, index, cache)
         for kind, counts in zip("kv", cache.counts, strict=True):
-            scales[f"{source.prefix}.{index}.{names[0]}.{kind}_scale"] = torch.tensor([scale(counts)])
+            scales[f"{source.prefix}.{index}.{name}.{kind}_scale"] = torch.tensor([scale(counts)])
     return scales
+
+
+@torch.no_grad()
+def check(source: Streamed, tokens: Tensor, device: torch.device) -> None:
+    """Raise InputError for a model whose keys and values `calibrate` can't see, by what the first block caches of the
+    first of the windows [W, L]."""
+    hidden, calls = block_inputs(source.model, source.blocks, tokens[:1])
+    block, cache = load_block(source, 0, device), _CountingCache()
+    run_block(block, _with_cache(send_to_device(calls[0], device), cache), device, hidden[0])
+    drop_block(block)
+    for index in range(len(source.blocks)):
+        _attention(source, index, cache)
+
+
+def _with_cache(call: tuple[tuple, dict[str, Any]], cache: DynamicCache) -> tuple[tuple, dict[str, Any]]:
+    args, kwargs = call
+    return args, {**kwargs, "past_key_values": cache}
+
+
+def _attention(source: Streamed, index: int, cache: _CountingCache) -> str:
+    """The name of the attention layer within block `index`, which has filled a cache; raises InputError."""
+    names = [name for name, module in source.blocks[index].named_modules() if name and hasattr(module, "layer_idx")]
+    if len(names) != 1 or not cache.counts.any():
+        raise InputError(
+            f"--kv-cache-scales: {source.prefix}.{index} has no attention layer whose keys and values can be seen: "
+            "leave the option out"
+        )
+    return names[0]

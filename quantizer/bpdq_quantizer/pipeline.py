@@ -1,11 +1,13 @@
 """From a model folder to a BPDQ checkpoint: load, calibrate, quantize block by block, save."""
 
 import dataclasses
-import json
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -15,48 +17,50 @@ from tqdm import tqdm
 from bpdq_kernels.format import Scheme
 from bpdq_quantizer import checkpoint, kv_scales
 from bpdq_quantizer.activations import head_inputs, linear_layers
-from bpdq_quantizer.allocate import allocate, by_layer, most_common, other_bytes, parse_size, uniform
-from bpdq_quantizer.blocks import original_states, quantize_blocks
+from bpdq_quantizer.allocate import allocate, by_layer, check_budget, most_common, other_bytes, parse_size, uniform
+from bpdq_quantizer.blocks import check_all_supported, final_batches, original_states, quantize_blocks
 from bpdq_quantizer.calibration import calibration_windows
+from bpdq_quantizer.carried import carry_over
 from bpdq_quantizer.errors import InputError
-from bpdq_quantizer.grid import paper_start
+from bpdq_quantizer.folder import Work, begin, work_folder
 from bpdq_quantizer.loader import load_tokenizer
+from bpdq_quantizer.options import SOLVERS, resolved, scheme
+from bpdq_quantizer.recover import recover, tuned_blocks
 from bpdq_quantizer.rotate import rotated
 from bpdq_quantizer.sensitivity import sensitivities
-from bpdq_quantizer.stream import Streamed, fill_block, fingerprint, open_model
+from bpdq_quantizer.solver import Solution
+from bpdq_quantizer.storage import check_intact, read_json, read_sealed, tensors_digest, write_json, write_tensors
+from bpdq_quantizer.stream import Stamps, Streamed, check_unchanged, fill_block, open_model, stamps
 from bpdq_quantizer.tables import quantize_tables, table_schemes
 from bpdq_quantizer.tune import tune_model
-from bpdq_quantizer.work import (
-    Clock,
-    digest,
-    load_progress,
-    offload_folder,
-    peak_memory,
-    save_progress,
-    shard,
-    work_folder,
-    write_json,
-    write_tensors,
-)
+from bpdq_quantizer.work import Batches, Clock, digest, load_progress, peak_memory, save_progress, shard
 from bpdq_quantizer.workers import own_device, team
 
-SOLVERS = {  # options of `quantize_linear`
-    "refined": {"refinements": 2, "alpha": 1e-6, "damping": 0.01},
-    "paper": {"refinements": 0, "alpha": 1e-4, "damping": 0.05, "starts": (paper_start,)},
-}
-ASYMMETRIC = {"refined": 0.5, "paper": 0.0}  # share of the shift of its inputs that a weight is corrected for
-TUNE_STEPS = {"none": 0, "block": 30, "model": 200}  # for each block, or for the model
+
+class Job(NamedTuple):
+    """What a run works on and with. windows: tokens to solve on, and to tune the model on; budget: bytes for the
+    blocks' Linears, None for one scheme for all; files: the source's, as they were when it was opened."""
+
+    options: dict[str, Any]
+    source: Streamed
+    solving: Tensor
+    tuning: Tensor
+    tables: dict[str, Scheme]
+    budget: int | None
+    device: torch.device
+    work: Work
+    files: Stamps
 
 
 def quantize(
-    model: str,
+    model: str | Path,
     output: str | Path,
     *,
     bits: int = 2,
     group_size: int = 128,
     embed_bits: int | None = None,
     head_bits: int | None = None,
-    calibration: str = "default",
+    calibration: str | Path = "default",
     samples: int = 128,
     seq_len: int = 2048,
     iterations: int = 10,
@@ -70,7 +74,7 @@ def quantize(
     target_bpw: float | None = None,
     target_size: str | None = None,
     kv_cache_scales: bool = False,
-    offload_dir: str | None = None,
+    offload_dir: str | Path | None = None,
     seed: int = 0,
     device: str = "auto",
     devices: str | None = None,
@@ -93,159 +97,209 @@ def quantize(
     the folder `output` appears only when everything is written. Until then `output`.partial holds the finished blocks,
     from which `resume` goes on (`bpdq_quantizer.work`). The model's blocks are read from its files one at a time.
     """
-    tune_steps = TUNE_STEPS[tune] if tune_steps is None else tune_steps
-    asymmetric = ASYMMETRIC[solver] if asymmetric is None else asymmetric
-    tune_samples = samples if tune_samples is None else tune_samples
-    options = {k: v for k, v in locals().items() if k not in ("output", "resume")}
-    scheme, *_ = [_scheme(k, group_size) for k in (bits, embed_bits, head_bits) if k is not None]
-    if min(samples, seq_len, iterations) < 1 or tune_steps < (tune != "none"):
-        raise InputError("--samples, --seq-len, --iterations and --tune-steps must be at least 1")
-    if tune_loss != "kl" and tune != "model":
-        raise InputError(f"--tune-loss {tune_loss} needs --tune model")
-    if not 0 <= asymmetric <= 1:
-        raise InputError(f"--asymmetric {asymmetric}: expected 0 (off) to 1")
-    if target_bpw is not None and target_size is not None:
-        raise InputError("--target-bpw and --target-size: give one of them")
-    target = own_device(devices, device)
-    if min(samples, tune_samples) < 1 + (tune != "none"):
-        raise InputError(f"--tune {tune} needs two calibration windows or more: raise --samples and --tune-samples")
-    torch.manual_seed(seed)
-    tokenizer = load_tokenizer(model)
-    wanted = max(samples, tune_samples) if tune == "model" else samples
-    tokens = calibration_windows(calibration, tokenizer, wanted, seq_len, seed)
+    options = resolved({key: value for key, value in locals().items() if key != "output"})
+    with work_folder(output, options["offload_dir"], options.pop("resume")) as work:
+        job = _prepare(options, work)
+        with team(devices) as solve:
+            return _run(job, solve)
+
+
+def _prepare(options: dict[str, Any], work: Work) -> Job:
+    """Open the model and the text, and refuse what can't be done before any of it is; `work` is then this run's."""
+    o = SimpleNamespace(**options)
+    device = own_device(o.devices, o.device)
+    torch.manual_seed(o.seed)
+    tokenizer = load_tokenizer(o.model)
+    tokens = _tokens(o, tokenizer)
+    files = stamps(o.model)
+    source = open_model(o.model)
+    check_all_supported(source)
+    if o.rotate == "hadamard":
+        source = rotated(source, o.seed)
+    tables = table_schemes(source.model, o.embed_bits, o.head_bits, o.group_size)
+    budget = _budget(source, tables, o.target_bpw, o.target_size)
+    if o.kv_cache_scales:
+        kv_scales.check(source, tokens, device)
+    carry_over(o.model, source.model, tokenizer, work.folder / checkpoint.CARRIED)
+    trial = _config(o, uniform(source, scheme(o.bits, o.group_size)), tables, [])
+    checkpoint.write_config(source, trial, work.folder / "resume")
+    run = _identity(options, source, tokens, device) | {"model files": files or source.model.config._commit_hash}
+    begin(work, run, checkpoint.contents(work.folder, len(source.blocks)))
+    recover(work)
+    return Job(options, source, tokens[: o.samples], tokens[: o.tune_samples], tables, budget, device, work, files)
+
+
+def _tokens(o: SimpleNamespace, tokenizer: Any) -> Tensor:
+    """The calibration windows [W, L] for solving and tuning; raises InputError where they are too few."""
+    wanted = max(o.samples, o.tune_samples) if o.tune == "model" else o.samples
+    tokens = calibration_windows(o.calibration, tokenizer, wanted, o.seq_len, o.seed)
+    if len(tokens) < 1 + (o.tune != "none"):
+        raise InputError(
+            f"--tune {o.tune} needs two calibration windows or more, and {o.calibration} holds {len(tokens)} of "
+            f"{o.seq_len} tokens: bring more text or lower --seq-len"
+        )
     if len(tokens) < wanted:
-        tqdm.write(f"{calibration}: holds {len(tokens)} windows of {seq_len} tokens, --samples asked for {wanted}")
-    source = open_model(model)
-    if rotate == "hadamard":
-        source = rotated(source, seed)
-    tables = table_schemes(source.model, embed_bits, head_bits, group_size)
-    run = options | {"model files": fingerprint(model, source.model), "calibration tokens": digest(tokens)}
-    with (
-        team(devices) as solve,
-        offload_folder(offload_dir, Path(output)) as offload,
-        work_folder(Path(output), run, resume) as folder,
-    ):
-        shared = {"solve": solve, "iterations": iterations, **SOLVERS[solver]}
-        settings = {"offload": offload, "asymmetric": asymmetric, **shared}
-        if tune == "block":
-            settings |= {"tune_steps": tune_steps, "seed": seed}
-        teacher = _teacher(source, tokens[:tune_samples], target, folder, offload) if tune == "model" else None
-        schemes, allocation = uniform(source, scheme), {"seconds": 0.0, "cpu_seconds": 0.0}
-        budget = _budget(source, tables, target_bpw, target_size)
-        if budget is not None:
-            trial = {"offload": offload, **{key: SOLVERS[solver][key] for key in ("alpha", "damping")}}
-            schemes, allocation = _allocate(source, tokens[:samples], budget, target, folder, **trial)
-        layers, cost = _solve(source, tokens[:samples], schemes, target, folder, **settings)
-        cost = {key: value + allocation[key] for key, value in cost.items()}
-        report = {"model": model, "options": {k: v for k, v in options.items() if k != "model"}}
-        if teacher is not None:
-            report["tuning"] = _tune(
-                source,
-                tokens[:tune_samples],
-                teacher,
-                schemes,
-                target,
-                folder,
-                steps=tune_steps,
-                seed=seed,
-                mix=tune_loss == "mix",
-            )
-            cost = {key: value + report["tuning"][key] for key, value in cost.items()}
-        clock = Clock(cost)
-        if tables:
-            states = load_progress(folder, offload).states.quantized
-            states = head_inputs(source.model, source.blocks, tokens[:samples], states)
-            found = quantize_tables(source.model, states, tables, target, **shared)
-            layers = layers + [dataclasses.asdict(table) for table in found]
-        scales = {}
-        if kv_cache_scales:
-            read = partial(_read_block, source, schemes, folder)
-            scales = kv_scales.calibrate(source, tokens[:samples], target, offload, read)
-        report |= {
-            "calibration_tokens": tokens[:samples].numel(),
-            "bits_per_weight": mean_bits(layers),
-            **clock.read(),
-            "peak_host_memory_bytes": peak_memory(),
-            "layers": layers,
-        }
-        ignore = [name for name in linear_layers(source.model) if name not in {layer["name"] for layer in layers}]
-        default, alpha = most_common(schemes), SOLVERS[solver]["alpha"]
-        others = {name: s for name, s in (schemes | tables).items() if s != default or name in tables}
-        config = checkpoint.quantization_config(default, iterations, alpha, ignore, others, bool(scales))
-        checkpoint.finish(folder, source, tokenizer, config, report, scales)
+        tqdm.write(f"{o.calibration}: holds {len(tokens)} windows of {o.seq_len} tokens, --samples asked for {wanted}")
+    return tokens
+
+
+def _identity(options: dict[str, Any], source: Streamed, tokens: Tensor, device: torch.device) -> dict[str, Any]:
+    """What the tensors of a run depend on, apart from the model's files."""
+    model, offload = Path(options["model"]), options["offload_dir"]
+    return {key: value for key, value in options.items() if key not in ("calibration", "model")} | {
+        "model": str(model.resolve()) if model.exists() else options["model"],
+        "offload_dir": None if offload is None else os.path.abspath(offload),
+        "device": str(device),
+        "calibration tokens": digest(tokens),
+        "dtype": str(source.model.dtype),
+        "threads": torch.get_num_threads(),
+        "release": _release(),
+        "torch": torch.__version__,
+    }
+
+
+def _release() -> str:
+    try:
+        return version("vllm-bpdq")
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _config(
+    o: SimpleNamespace, schemes: Mapping[str, Scheme], tables: Mapping[str, Scheme], ignore: list[str]
+) -> dict[str, Any]:
+    """The quantization_config of a checkpoint with these schemes of the blocks' Linears and of the tables."""
+    default = most_common(schemes)
+    others = {name: s for name, s in {**schemes, **tables}.items() if s != default or name in tables}
+    alpha = SOLVERS[o.solver]["alpha"]
+    return checkpoint.quantization_config(default, o.iterations, alpha, ignore, others, o.kv_cache_scales)
+
+
+def _run(job: Job, solve: Callable[..., Solution]) -> dict[str, Any]:
+    """Quantize, tune and write what the folder lacks; returns the report."""
+    o, (folder, offload), source = SimpleNamespace(**job.options), (job.work.folder, job.work.offload), job.source
+    shared = {"solve": solve, "iterations": o.iterations, **SOLVERS[o.solver]}
+    settings = {"asymmetric": o.asymmetric, **shared}
+    if o.tune == "block":
+        settings |= {"tune_steps": o.tune_steps, "seed": o.seed}
+    teacher = _teacher(job) if o.tune == "model" else None
+    schemes, allocation = uniform(source, scheme(o.bits, o.group_size)), {"seconds": 0.0, "cpu_seconds": 0.0}
+    if job.budget is not None:
+        schemes, allocation = _allocate(job)
+    layers, cost, blocks = _solve(job, schemes, **settings)
+    cost = {key: value + allocation[key] for key, value in cost.items()}
+    report = {"model": o.model, "options": {k: v for k, v in job.options.items() if k != "model"}}
+    if teacher is not None:
+        report["tuning"], blocks = _tune(job, teacher, schemes, blocks)
+        cost = {key: value + report["tuning"][key] for key, value in cost.items()}
+    clock = Clock(cost)
+    read = partial(_read_block, source, schemes, folder, {name: {digest} for name, digest in blocks.items()})
+    if job.tables:
+        states = _head_inputs(job, read)
+        found = quantize_tables(source.model, states, job.tables, job.device, **shared)
+        layers = layers + [dataclasses.asdict(table) for table in found]
+    scales = {}
+    if o.kv_cache_scales:
+        scales = kv_scales.calibrate(source, job.solving, job.device, offload, read)
+    report |= {
+        "calibration_tokens": job.solving.numel(),
+        "bits_per_weight": mean_bits(layers),
+        **clock.read(),
+        "peak_host_memory_bytes": peak_memory(),
+        "layers": layers,
+    }
+    ignore = [name for name in linear_layers(source.model) if name not in {layer["name"] for layer in layers}]
+    check_unchanged(o.model, job.files)
+    checkpoint.finish(folder, source, _config(o, schemes, job.tables, ignore), report, blocks, scales)
     return report
 
 
-def _teacher(source: Streamed, tokens: Tensor, device: torch.device, folder: Path, offload: Path | None) -> Tensor:
+def _teacher(job: Job) -> Tensor:
     """What the 16-bit model's LM head reads, computed once."""
-    file = folder / "resume" / "teacher.safetensors"
+    file = job.work.folder / "resume" / "teacher.safetensors"
     if not file.is_file():
-        write_tensors(file, {"states": original_states(source, tokens, device, offload)})
-    return load_file(file)["states"]
+        states = original_states(job.source, job.tuning, job.device, job.work.offload)
+        write_tensors(file, {"states": states}, {})
+    return read_sealed(file)[0]["states"]
+
+
+def _head_inputs(job: Job, read: Callable[[int], nn.Module]) -> Batches:
+    """What the LM head reads in the model with quantized blocks, tuned ones if they are."""
+    source, offload = job.source, job.work.offload
+    if job.options["tune"] == "model":
+        return final_batches(source, job.solving, job.device, offload, read, "running the tuned model")
+    states = load_progress(job.work.folder, offload).states.quantized
+    return head_inputs(source.model, source.blocks, job.solving, states)
 
 
 def _budget(
     source: Streamed, tables: Mapping[str, Scheme], target_bpw: float | None, target_size: str | None
 ) -> int | None:
-    """Bytes for the blocks' Linears, if a target says so."""
+    """Bytes for the blocks' Linears, if a target says so; raises InputError if no scheme is as small."""
     if target_bpw is not None:
-        if not 0 < target_bpw <= 16:
-            raise InputError(f"--target-bpw {target_bpw}: expected bits per weight, such as 2.5")
-        return int(target_bpw * sum(m.weight.numel() for m in linear_layers(source.blocks).values()) / 8)
-    return None if target_size is None else parse_size(target_size) - other_bytes(source, tables)
+        budget = int(target_bpw * sum(m.weight.numel() for m in linear_layers(source.blocks).values()) / 8)
+    elif target_size is not None:
+        budget = parse_size(target_size) - other_bytes(source, tables)
+    else:
+        return None
+    check_budget(source, budget)
+    return budget
 
 
-def _allocate(
-    source: Streamed, tokens: Tensor, budget: int, device: torch.device, folder: Path, **options: Any
-) -> tuple[dict[str, Scheme], dict[str, float]]:
-    """The scheme of every Linear, decided once, and what that cost. options: of `sensitivities`."""
-    file, clock = folder / "resume" / "schemes.json", Clock({})
+def _allocate(job: Job) -> tuple[dict[str, Scheme], dict[str, float]]:
+    """The scheme of every Linear, decided once, and what that cost."""
+    file, clock = job.work.folder / "resume" / "schemes.json", Clock({})
     if not file.is_file():
-        stages = sensitivities(source, tokens, device, **options)
-        schemes = by_layer(stages, allocate(stages, budget))
+        trial = {key: SOLVERS[job.options["solver"]][key] for key in ("alpha", "damping")}
+        stages = sensitivities(job.source, job.solving, job.device, offload=job.work.offload, **trial)
+        schemes = by_layer(stages, allocate(stages, job.budget))
         write_json(file, {"schemes": {name: dataclasses.asdict(s) for name, s in schemes.items()}, **clock.read()})
-    found = json.loads(file.read_text())
+    found = read_json(file)
     return {name: Scheme(**scheme) for name, scheme in found.pop("schemes").items()}, found
 
 
 def _solve(
-    source: Streamed,
-    tokens: Tensor,
-    schemes: Mapping[str, Scheme],
-    device: torch.device,
-    folder: Path,
-    offload: Path | None,
-    **solver: Any,
-) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Write the quantized blocks that `folder` lacks; returns the reports of all layers, and what they cost."""
-    start, layers, before = load_progress(folder, offload)
+    job: Job, schemes: Mapping[str, Scheme], **solver: Any
+) -> tuple[list[dict[str, Any]], dict[str, float], dict[str, str]]:
+    """Write the quantized blocks that the folder lacks; returns the reports of all layers, what they cost, and the
+    combined digest of each block's file, by name."""
+    source, folder, offload = job.source, job.work.folder, job.work.offload
+    start, layers, before, blocks = load_progress(folder, offload)
     clock = Clock(before)
     if start is not None and start.block == len(source.blocks):
-        return layers, before
+        return layers, before, blocks
     shapes = [m.weight.shape for m in linear_layers(source.blocks).values()]
     done = sum(layer["in_features"] * layer["out_features"] for layer in layers)
     with tqdm(
         total=sum(shape.numel() for shape in shapes), initial=done, unit="weight", unit_scale=True, desc="quantizing"
     ) as bar:
         options = {"start": start, "offload": offload, **solver}
-        for block, reports, states in quantize_blocks(source, tokens, schemes, device, **options):
+        for block, reports, states in quantize_blocks(source, job.solving, schemes, job.device, **options):
             layers += [dataclasses.asdict(layer) for layer in reports]
-            _write_block(source, states.block - 1, block, folder)
-            save_progress(folder, states, layers, clock.read())
+            file = _block_file(source, states.block - 1, folder)
+            blocks[file.name] = write_tensors(file, _block_tensors(source, states.block - 1, block))
+            save_progress(folder, states, layers, clock.read(), blocks)
             bar.update(sum(layer.in_features * layer.out_features for layer in reports))
             last = reports[-1]
             bar.set_postfix_str(f"{last.name} loss {last.loss:.3g} ({last.relative_error:.2%})")
-    return layers, clock.read()
+    return layers, clock.read(), blocks
 
 
-def _write_block(source: Streamed, index: int, block: nn.Module, folder: Path) -> None:
-    tensors = {f"{source.prefix}.{index}.{name}": tensor for name, tensor in block.state_dict().items()}
-    write_tensors(shard(folder, index + 2, len(source.blocks) + 1), tensors)
+def _block_file(source: Streamed, index: int, folder: Path) -> Path:
+    return shard(folder, index + 2, len(source.blocks) + 1)
 
 
-def _read_block(source: Streamed, schemes: Mapping[str, Scheme], folder: Path, index: int) -> nn.Module:
-    """Block `index` with what `_write_block` wrote, on the CPU."""
-    stored, start = load_file(shard(folder, index + 2, len(source.blocks) + 1)), f"{source.prefix}.{index}."
+def _block_tensors(source: Streamed, index: int, block: nn.Module) -> dict[str, Tensor]:
+    return {f"{source.prefix}.{index}.{name}": tensor for name, tensor in block.state_dict().items()}
+
+
+def _read_block(
+    source: Streamed, schemes: Mapping[str, Scheme], folder: Path, digests: Mapping[str, Collection[str]], index: int
+) -> nn.Module:
+    """Block `index` with what was written, on the CPU; digests: those that its file may have, else InputError."""
+    file, start = _block_file(source, index, folder), f"{source.prefix}.{index}."
+    check_intact(file, digests[file.name])
+    stored = load_file(file)
     tensors, inside = ({n.removeprefix(start): v for n, v in named.items()} for named in (stored, schemes))
     fill_block(source.blocks[index], tensors, inside)
     return source.blocks[index]
@@ -258,27 +312,21 @@ def mean_bits(layers: list[dict[str, Any]]) -> float:
 
 
 def _tune(
-    source: Streamed,
-    tokens: Tensor,
-    teacher: Tensor,
-    schemes: Mapping[str, Scheme],
-    device: torch.device,
-    folder: Path,
-    **options: Any,
-) -> dict[str, Any]:
-    """Tune the coefficients in the blocks' files; returns a report."""
-    lm = source.model
+    job: Job, teacher: Tensor, schemes: Mapping[str, Scheme], blocks: Mapping[str, str]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Tune the coefficients in the blocks' files; returns a report, and the files' digests."""
+    source, resume, lm = job.source, job.work.folder / "resume", job.source.model
+    before = tuned_blocks(job.work.folder)  # by a run that was stopped while it wrote them
+    digests = {name: {digest, before.get(name, digest)} for name, digest in blocks.items()}
     for index in range(len(source.blocks)):
-        _read_block(source, schemes, folder, index)
-    report = tune_model(lm.to(device), tokens, teacher, state=folder / "resume" / "tuning.pt", **options)
+        _read_block(source, schemes, job.work.folder, digests, index)
+    o = SimpleNamespace(**job.options)
+    options = {"steps": o.tune_steps, "seed": o.seed, "mix": o.tune_loss == "mix"}
+    report = tune_model(lm.to(job.device), job.tuning, teacher, state=resume / "tuning.safetensors", **options)
     lm.to("cpu")
-    for index, block in enumerate(source.blocks):
-        _write_block(source, index, block, folder)
-    return report
-
-
-def _scheme(bits: int, group_size: int) -> Scheme:
-    try:
-        return Scheme(bits, group_size)
-    except ValueError as e:
-        raise InputError(f"--bits / --embed-bits / --head-bits / --group-size: {e}") from None
+    files = {_block_file(source, i, job.work.folder): _block_tensors(source, i, b) for i, b in enumerate(source.blocks)}
+    tuned = {file.name: tensors_digest(tensors) for file, tensors in files.items()}
+    write_json(resume / "tuned.json", tuned)
+    for file, tensors in files.items():
+        write_tensors(file, tensors)
+    return report, tuned

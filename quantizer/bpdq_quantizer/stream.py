@@ -1,7 +1,7 @@
 """A model whose decoder blocks stay in their files: a block's weights are read when it is its turn, then dropped."""
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -17,6 +17,25 @@ from bpdq_kernels.format import Scheme
 from bpdq_quantizer.activations import linear_layers
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.loader import BPDQLinear, load_model, plain_skeleton
+
+Stamps = dict[str, list[int]]  # size and time of change (ns) of files, by name
+
+
+class WatchedWeights(Mapping[str, Tensor]):
+    """`weights` of the files of the folder or file `model`; reading one raises InputError once a file has changed."""
+
+    def __init__(self, weights: Mapping[str, Tensor], model: str, before: Stamps) -> None:
+        self.weights, self.model, self.before = weights, model, before
+
+    def __getitem__(self, name: str) -> Tensor:
+        check_unchanged(self.model, self.before)
+        return self.weights[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weights)
+
+    def __len__(self) -> int:
+        return len(self.weights)
 
 
 class Streamed(NamedTuple):
@@ -41,8 +60,10 @@ def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 def open_model(model: str) -> Streamed:
     """Open a Hugging Face folder, hub id or `.gguf` file. A GGUF file is dequantized to bf16 and held in memory.
 
-    Raises InputError for what `load_model` refuses, and for models that are quantized already.
+    Raises InputError for what `load_model` refuses, and for models that are quantized already. Later reads raise it if
+    a file of the folder has changed since.
     """
+    before = stamps(model)
     if model.endswith(".gguf"):  # does not say which 16-bit float was the model's own
         return from_memory(load_model(model, torch.bfloat16))
     skeleton = plain_skeleton(model)
@@ -61,6 +82,8 @@ def open_model(model: str) -> Streamed:
     lm.requires_grad_(False)
     for parameter in lm.parameters():  # no longer mapped from files, of which all that was looked at would stay
         parameter.data = parameter.data.clone()
+    if before:
+        weights = WatchedWeights(weights, model, before)
     return Streamed(lm, *decoder_blocks(lm), weights)
 
 
@@ -79,7 +102,7 @@ def load_block(source: Streamed, index: int, device: torch.device) -> nn.Module:
     for name in block.state_dict():
         full_name = f"{source.prefix}.{index}.{name}"
         try:
-            value = source.weights[full_name]
+            value = source.weights[full_name].to(device, copy=True)  # a mapped file that is cut short later is no harm
         except KeyError:
             raise InputError(f"{full_name} is not in the model's files: download the model again") from None
         except (OSError, SafetensorError) as e:
@@ -110,10 +133,23 @@ def fill_block(block: nn.Module, tensors: Mapping[str, Tensor], schemes: Mapping
     block.load_state_dict(tensors, assign=True)
 
 
-def fingerprint(model: str, lm: PreTrainedModel) -> dict[str, list[int]] | str:
-    """What tells whether a model is still the same: its hub commit, or the size and time of every file."""
+def stamps(model: str) -> Stamps:
+    """Size and time of change of the files that `open_model` reads, none of a hub id; raises InputError."""
     path = Path(model)
-    if not path.exists():
-        return lm.config._commit_hash
     files = [path] if path.is_file() else sorted([*path.glob("*.safetensors"), path / "config.json"])
-    return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
+    try:
+        found = {file.name: file.stat() for file in files} if path.exists() else {}
+    except OSError as e:
+        raise InputError(f"{model}: can't be read ({e}): download the model again") from None
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in found.items()}
+
+
+def check_unchanged(model: str, before: Stamps) -> None:
+    """Raise InputError unless the files of `model` are those of `stamps` before."""
+    now = stamps(model) if before else {}
+    changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+    if changed:
+        raise InputError(
+            f"{model}: {changed[0]} has changed since the run began: put it back as it was, or start again with a "
+            "folder that stays as it is"
+        )

@@ -33,8 +33,8 @@ def table_schemes(
 ) -> dict[str, Scheme]:
     """The scheme of each table that is to be quantized, by name; None leaves one in 16 bits.
 
-    Tied tables are one: either option means both. Raises InputError where the options contradict each other, or the
-    embedding does more than look up rows.
+    Tied tables are one: either option means both. Raises InputError where the options contradict each other, the
+    embedding does more than look up rows, or a table holds NaN or infinity.
     """
     embedding, head = table_names(model)
     if is_tied(model):
@@ -50,7 +50,11 @@ def table_schemes(
             f"--embed-bits: {embedding} is a {type(module).__name__}, which is not supported: leave it out"
         )
     bits = {embedding: embed_bits, head: head_bits}
-    return {name: Scheme(k, group_size) for name, k in bits.items() if k}
+    schemes = {name: Scheme(k, group_size) for name, k in bits.items() if k}
+    for name in schemes:
+        if not torch.isfinite(model.get_submodule(name).weight).all():
+            raise InputError(f"{name}.weight holds NaN or infinity: the model is damaged, download it again")
+    return schemes
 
 
 @torch.no_grad()
@@ -73,8 +77,6 @@ def quantize_tables(
             continue
         started = time.perf_counter()
         weight = model.get_submodule(name).weight
-        if not torch.isfinite(weight).all():
-            raise InputError(f"{name}.weight holds NaN or infinity: the model is damaged, download it again")
         H = torch.eye(weight.shape[1], device=device)
         if tied or name == head:
             H.zero_()

@@ -11,7 +11,8 @@ at a time, and one hidden state per token and block. That is about 8 GB for a 7B
 """
 
 import math
-import os
+import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,7 @@ from bpdq_kernels.layout import WORD, expand_words
 from bpdq_kernels.reference import dequantize_t
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.loader import BPDQLinear
+from bpdq_quantizer.storage import DamagedError, read_sealed, write_tensors
 from bpdq_quantizer.work import Clock
 
 LEARNING_RATE = 1e-3  # of Adam, times a Linear's root mean square coefficient; cosine decay to zero
@@ -155,7 +157,7 @@ def tune_model(
     tokens: [W, L]; teacher: `final_states` of the 16-bit model for them; mix: its `confidence` is the share of reverse
     KL in the loss. The last windows are held out: the state with the lowest KL on them is kept, and PATIENCE
     evaluations without a new one end the run. At every evaluation all that is needed to go on is written to the
-    file `state`; a run that finds one there continues as if never stopped.
+    file `state`; a run that finds one there continues as if never stopped, unless it is damaged.
     Raises InputError for less than two windows.
     """
     if len(tokens) < 2:
@@ -167,15 +169,13 @@ def tune_model(
     layers = make_tunable(model)
     adam = optimizer(layers)
     reverse = confidence(model, tokens[:train], teacher[:train]) if mix else 0.0
-    cost = {}
-    if not state.is_file():
-        step, best, history = 0, snapshot(layers), [mean_kl(model, tokens[train:], teacher[train:])]
+    saved = load_state(state)
+    if saved is None:
+        step, best, history, cost = 0, snapshot(layers), [mean_kl(model, tokens[train:], teacher[train:])], {}
     else:
-        saved = torch.load(state, map_location="cpu", weights_only=True)
-        step, best, history = saved["step"], saved["best"], saved["history"]
-        cost = saved["cost"]
+        step, best, history, cost = (saved[key] for key in ("step", "best", "history", "cost"))
         restore(layers, saved["current"])
-        adam.load_state_dict(saved["adam"])
+        adam.load_state_dict({**adam.state_dict(), "state": saved["adam"]})
     clock = Clock(cost)
     with checkpointed_blocks(model, tokens[:per_step]), tqdm(total=steps, initial=step, desc="tuning") as bar:
         while step < steps and history.index(min(history)) >= len(history) - 1 - PATIENCE:
@@ -187,8 +187,8 @@ def tune_model(
                 history.append(mean_kl(model, tokens[train:], teacher[train:]))
                 if history[-1] == min(history):
                     best = snapshot(layers)
-                reached = {"step": step, "best": best, "history": history, "current": snapshot(layers)}
-                save_atomically({**reached, "adam": adam.state_dict(), "cost": clock.read()}, state)
+                notes = {"step": step, "history": history, "cost": clock.read()}
+                save_state(state, best, snapshot(layers), adam, notes)
             bar.set_postfix_str(f"held-out KL {history[-1]:.4f} (best {min(history):.4f})")
     restore(layers, best)
     make_packed(model, layers)
@@ -342,8 +342,33 @@ def checkpointed_blocks(model: PreTrainedModel, batch: Tensor) -> Iterator[None]
         model.eval()
 
 
-def save_atomically(value: dict[str, Any], file: Path) -> None:
-    """torch.save that leaves either the old file or the whole new one."""
-    partial = file.with_name(file.name + ".partial")
-    torch.save(value, partial)
-    os.replace(partial, file)
+def save_state(
+    file: Path,
+    best: dict[str, tuple[Tensor, Tensor]],
+    current: dict[str, tuple[Tensor, Tensor]],
+    adam: torch.optim.Adam,
+    notes: dict[str, Any],
+) -> None:
+    """Write what `load_state` reads: two `snapshot`s, the optimizer's moments, and notes as JSON."""
+    moments = adam.state_dict()["state"]
+    named = {f"adam/{key}/{i}": value for i, slot in moments.items() for key, value in slot.items()}
+    for kind, layers in (("best", best), ("current", current)):
+        named |= {f"{kind}/{i}/{name}": value for name, pair in layers.items() for i, value in enumerate(pair)}
+    write_tensors(file, named, notes)
+
+
+def load_state(file: Path) -> dict[str, Any] | None:
+    """Notes and tensors of `save_state`; None where there is no file, or a damaged one, which one line says."""
+    if not file.is_file():
+        return None
+    try:
+        named, notes = read_sealed(file)
+    except DamagedError as e:
+        tqdm.write(f"{e}: tuning starts again", file=sys.stderr)
+        return None
+    found: dict[str, Any] = {kind: defaultdict(dict) for kind in ("best", "current", "adam")}
+    for key, value in named.items():
+        kind, part, owner = key.split("/", 2)
+        found[kind][int(owner) if kind == "adam" else owner][part] = value
+    layers = {k: {name: (pair["0"], pair["1"]) for name, pair in found[k].items()} for k in ("best", "current")}
+    return {**notes, **layers, "adam": dict(found["adam"])}

@@ -1,32 +1,16 @@
-"""The folder that a checkpoint grows in, `OUTPUT.partial`, from which a stopped run goes on.
-
-    OUTPUT.partial/model-00002-of-00031.safetensors   block 0, then one file for every block; 1 is the rest of the model
-                   resume/run.json                    options, model and calibration tokens of the run
-                          schemes.json                bits and group size of each layer, if --target-... asked
-                          states.safetensors          what the next block reads, written after each block
-                          teacher.safetensors, tuning.pt     of --tune model
-    DIR/OUTPUT-1a2b3c4d/000000000007.safetensors      with `--offload-dir DIR`: a batch of what the next block reads
-
-Every file appears under its name when it is whole. `config.json` comes last, as neither transformers nor vLLM loads a
-folder without it; then the folder gets the name OUTPUT.
-"""
+"""What a run keeps to go on from (`bpdq_quantizer.folder`): hidden states, reports, and what they cost."""
 
 import hashlib
-import json
-import os
 import re
-import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bpdq_quantizer.errors import InputError
+from bpdq_quantizer.storage import DamagedError, read_sealed, write_tensors
 
 STATUS = Path("/proc/self/status")
 
@@ -45,11 +29,10 @@ class Offloaded(Sequence[Tensor]):
         return len(self.names)
 
     def __getitem__(self, index: int) -> Tensor:
-        file = self.folder / self.names[index]
         try:
-            return load_file(file)["states"]
-        except (OSError, SafetensorError) as e:
-            raise InputError(f"--offload-dir: {file} can't be read ({e}): remove the .partial folder") from e
+            return read_sealed(self.folder / self.names[index])[0]["states"]
+        except DamagedError as e:
+            raise InputError(f"--offload-dir: {e}: --resume starts again from the first block") from e
 
     def __setitem__(self, index: int, states: Tensor) -> None:
         self.names[index] = self._write(states)
@@ -62,10 +45,15 @@ class Offloaded(Sequence[Tensor]):
         return Offloaded(self.folder, self.names)
 
     def _write(self, states: Tensor) -> str:
-        last = max((int(file.stem) for file in self.folder.glob("*.safetensors")), default=-1)
+        last = max((int(file.name[:12]) for file in state_files(self.folder)), default=-1)
         name = f"{last + 1:012}.safetensors"
-        write_tensors(self.folder / name, {"states": states})
+        write_tensors(self.folder / name, {"states": states}, {})
         return name
+
+
+def state_files(folder: Path) -> list[Path]:
+    """The files of Offloaded states in a folder, unfinished ones too."""
+    return [file for file in folder.iterdir() if re.fullmatch(r"\d{12}\.safetensors(\.partial)?", file.name)]
 
 
 Batches = list[Tensor] | Offloaded
@@ -80,11 +68,13 @@ class States(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """What a run has come to: the states to go on from, the reports of the layers, and seconds spent."""
+    """What a run has come to: the states to go on from, the reports of the layers, seconds spent, and the combined
+    digest of each finished block's tensors, by file."""
 
     states: States | None
     layers: list[dict[str, Any]]
     cost: dict[str, float]
+    blocks: dict[str, str]
 
 
 class Clock:
@@ -98,72 +88,6 @@ class Clock:
 
     def read(self) -> dict[str, float]:
         return {key: self.before.get(key, 0.0) + now - self.start[key] for key, now in self._now().items()}
-
-
-@contextmanager
-def work_folder(output: Path, run: Mapping[str, Any], resume: bool) -> Iterator[Path]:
-    """`output`.partial, which becomes `output` if the body succeeds, and stays for `resume` if that saves work.
-
-    run: what must be the same to go on; raises InputError with the differences if it is not.
-    """
-    folder, run = output.with_name(f"{output.name}.partial"), json.loads(json.dumps(run))
-    if output.exists():
-        raise InputError(f"--output {output} exists already: remove it or name another folder")
-    if _worth_keeping(folder):
-        _check_same(folder, run, resume)
-    else:
-        shutil.rmtree(folder, ignore_errors=True)
-        try:
-            (folder / "resume").mkdir(parents=True)
-            (folder / "resume" / "run.json").write_text(json.dumps(run))
-        except OSError as e:
-            raise InputError(f"--output {output} can't be written: {e}") from None
-    try:
-        yield folder
-        os.rename(folder, output)
-    except BaseException as e:
-        if _worth_keeping(folder):
-            e.add_note(f"{folder} keeps what is finished: repeat the command with --resume to go on from there")
-        else:
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
-    shutil.rmtree(output / "resume")
-
-
-@contextmanager
-def offload_folder(directory: str | None, output: Path) -> Iterator[Path | None]:
-    """The folder for Offloaded states of `output`, in `directory`; None without one. It goes where `output`.partial
-    goes: it is empty for a new run, stays for `resume`, and is removed in the end. Raises InputError."""
-    if directory is None:
-        yield None
-        return
-    name = f"{output.name}-{hashlib.sha256(str(output.absolute()).encode()).hexdigest()[:8]}"
-    folder, partial = Path(directory) / name, output.with_name(f"{output.name}.partial")
-    if not partial.exists():
-        shutil.rmtree(folder, ignore_errors=True)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise InputError(f"--offload-dir {directory} can't be written: {e}") from None
-    try:
-        yield folder
-    finally:
-        if not partial.exists():
-            shutil.rmtree(folder)
-
-
-def _worth_keeping(folder: Path) -> bool:
-    finished = {file.name for file in (folder / "resume").glob("*") if file.suffix in (".json", ".safetensors")}
-    return bool(finished - {"run.json"})
-
-
-def _check_same(folder: Path, run: Mapping[str, Any], resume: bool) -> None:
-    if not resume:
-        raise InputError(f"{folder} is from a run that was stopped: add --resume, or remove the folder")
-    before = json.loads((folder / "resume" / "run.json").read_text())
-    changed = [f"{k} = {v!r} (now {run.get(k)!r})" for k, v in before.items() if v != run.get(k)]
-    if changed:
-        raise InputError(f"{folder} is from a run with other options, {', '.join(changed)}: repeat them or remove it")
 
 
 def peak_memory() -> int | None:
@@ -186,50 +110,34 @@ def shard(folder: Path, number: int, of: int) -> Path:
     return folder / f"model-{number:05d}-of-{of:05d}.safetensors"
 
 
-def write_tensors(file: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, Any] | None = None) -> None:
-    """A safetensors file with JSON `notes` in its header, whole or not at all; raises InputError if it can't be."""
-    partial = file.with_name(f"{file.name}.partial")
-    metadata = {"format": "pt"} | {key: json.dumps(value) for key, value in (notes or {}).items()}
-    try:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, partial, metadata=metadata)
-        os.replace(partial, file)
-    except (OSError, SafetensorError) as e:
-        partial.unlink(missing_ok=True)
-        raise InputError(f"{file}: can't be written ({e}): make room, then go on with --resume") from e
-
-
-def write_json(file: Path, value: Any) -> None:
-    """A JSON file, whole or not at all."""
-    partial = file.with_name(f"{file.name}.partial")
-    partial.write_text(json.dumps(value))
-    os.replace(partial, file)
-
-
-def save_progress(folder: Path, states: States, layers: list[dict[str, Any]], cost: Mapping[str, float]) -> None:
-    """Remember where to go on; removes the files of Offloaded states that this does not need."""
+def save_progress(
+    folder: Path,
+    states: States,
+    layers: list[dict[str, Any]],
+    cost: Mapping[str, float],
+    blocks: Mapping[str, str],
+) -> None:
+    """Remember where to go on (`Progress`); removes the files of Offloaded states that this does not need."""
     streams = {kind: getattr(states, kind) for kind in ("quantized", "original")}
     files = {kind: stream.names for kind, stream in streams.items() if isinstance(stream, Offloaded)}
     named = {f"{kind}.{i}": x for kind in streams.keys() - files.keys() for i, x in enumerate(streams[kind])}
-    notes = {"block": states.block, "layers": layers, "cost": cost, "files": files}
+    notes = {"block": states.block, "layers": layers, "cost": cost, "files": files, "blocks": blocks}
     write_tensors(folder / "resume" / "states.safetensors", named, notes)
     for stream in streams.values():
         if isinstance(stream, Offloaded):
-            for name in {file.name for file in stream.folder.iterdir()}.difference(*files.values()):
+            for name in {file.name for file in state_files(stream.folder)}.difference(*files.values()):
                 (stream.folder / name).unlink()
 
 
 def load_progress(folder: Path, offload: Path | None = None) -> Progress:
-    """What `save_progress` wrote last, or nothing yet; `offload`: where Offloaded states are."""
+    """What `save_progress` wrote last, or nothing yet; `offload`: where Offloaded states are. Raises DamagedError."""
     file = folder / "resume" / "states.safetensors"
     if not file.is_file():
-        return Progress(None, [], {})
-    with safe_open(file, framework="pt") as stored:
-        notes = {key: json.loads(value) for key, value in stored.metadata().items() if key != "format"}
-        count = len(stored.keys())
-        keys = [[f"{kind}.{i}" for i in range(count)] for kind in ("quantized", "original")]
-        named = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118, not a dict
+        return Progress(None, [], {}, {})
+    named, notes = read_sealed(file)
     if offload is None:
+        keys = [[f"{kind}.{i}" for i in range(len(named))] for kind in ("quantized", "original")]
         quantized, original = ([named[key] for key in stream if key in named] for stream in keys)
     else:
         quantized, original = (Offloaded(offload, notes["files"].get(kind, ())) for kind in ("quantized", "original"))
-    return Progress(States(notes["block"], quantized, original), notes["layers"], notes["cost"])
+    return Progress(States(notes["block"], quantized, original), notes["layers"], notes["cost"], notes["blocks"])

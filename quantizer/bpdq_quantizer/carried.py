@@ -1,0 +1,50 @@
+"""What a checkpoint takes over from its source as it is: tokenizer, generation settings, chat templates, licence."""
+
+import shutil
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from bpdq_quantizer.errors import InputError
+
+PATTERNS = (
+    *("generation_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt", "tekken.json"),
+    *("tokenizer*.json", "tokenizer.model*", "*.model", "*.tiktoken", "vocab*.json", "vocab*.txt"),
+    *("chat_template*.jinja", "chat_template*.json", "additional_chat_templates/*.jinja"),
+    *("LICEN[CS]E*", "licen[cs]e*", "NOTICE*", "USE_POLICY*"),
+)
+
+
+def carry_over(model: str, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, to: Path) -> None:
+    """Copy the files of a model folder or hub id that match PATTERNS, or that its tokenizer reads, into the folder
+    `to`, byte for byte; of a `.gguf` file, which has none, tokenizer and generation settings are written there.
+
+    Raises InputError.
+    """
+    shutil.rmtree(to, ignore_errors=True)
+    try:
+        to.mkdir()
+        if Path(model).suffix == ".gguf":
+            tokenizer.save_pretrained(to)
+            if lm.can_generate():
+                lm.generation_config.save_pretrained(to)
+            return
+        patterns = [*PATTERNS, *getattr(tokenizer, "vocab_files_names", {}).values()]
+        source = Path(model)
+        if not source.is_dir():
+            source = Path(snapshot_download(model, revision=lm.config._commit_hash, allow_patterns=patterns))
+        for name in _names(source, patterns):
+            (to / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source / name, to / name)  # with the permissions of the umask
+    except (OSError, ValueError) as e:
+        raise InputError(f"{model}: what goes with its weights can't be copied ({e})") from e
+
+
+def carried(folder: Path) -> list[Path]:
+    """The files that `carry_over` put into a folder, relative to it."""
+    return sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+
+
+def _names(source: Path, patterns: list[str]) -> list[Path]:
+    return sorted({file.relative_to(source) for p in patterns for file in source.glob(p) if file.is_file()})

@@ -1,0 +1,143 @@
+"""`digests.json`, what goes into a checkpoint as it is, and options that are refused."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import bpdq_quantizer
+from bpdq_quantizer import carried
+from bpdq_quantizer.cli import main
+from bpdq_quantizer.errors import InputError
+from bpdq_quantizer.manifest import verify
+from tiny import tiny_model
+
+TAKEN = {
+    "generation_config.json": b'{"temperature": 0.6,\n "top_p": 0.9}',  # without do_sample: transformers won't save it
+    "LICENSE.txt": b"Do what you like.\r\n",
+    "NOTICE": b"\xff\x00",
+    "tokenizer_config.json": None,
+    "tokenizer.json": None,
+    "vocab.txt": b"",
+    "additional_chat_templates/tools.jinja": b"{{ messages }}  ",
+}
+LEFT = ("README.md", "modeling.py", "pytorch_model.bin", "consolidated.pth", "tokenizer.py")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A model folder with all kinds of files."""
+    folder = tiny_model(tmp_path_factory.mktemp("source") / "model", dtype=torch.bfloat16)
+    for name, content in (TAKEN | dict.fromkeys(LEFT, b"x")).items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        if content is not None:
+            (folder / name).write_bytes(content)
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()), indent=7))  # as no program would write it again
+    return folder
+
+
+@pytest.fixture(scope="module")
+def out(source, text):
+    small = {"group_size": 64, "calibration": text, "samples": 4, "seq_len": 32, "iterations": 1, "solver": "paper"}
+    bpdq_quantizer.quantize(source, source.parent / "out", **small)
+    return source.parent / "out"
+
+
+def test_files_are_taken_over_byte_for_byte(source, out):
+    for name in TAKEN:
+        assert (out / name).read_bytes() == (source / name).read_bytes(), name
+    assert not [name for name in LEFT if (out / name).exists()]
+
+
+def test_the_files_of_a_hub_id_are_those_of_its_commit(source, tmp_path, monkeypatch):
+    asked = []
+
+    def snapshot(repository, revision, allow_patterns):
+        asked.append((repository, revision))
+        return str(source)
+
+    monkeypatch.setattr(carried, "snapshot_download", snapshot)
+    lm = AutoModelForCausalLM.from_pretrained(source)
+    lm.config._commit_hash = "abc"
+    carried.carry_over("someone/model", lm, object(), tmp_path / "to")
+    assert asked == [("someone/model", "abc")]
+    assert (tmp_path / "to" / "LICENSE.txt").read_bytes() == TAKEN["LICENSE.txt"]
+
+
+def test_an_unchanged_checkpoint_is_verified(out, capsys):
+    names = {name for file in out.glob("*.safetensors") for name in load_file(file)}
+    assert verify(out)["tensors"] == len(names)
+    assert main(["inspect", str(out), "--verify", "--json"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2].startswith(f"{len(names)} tensors and ")
+    assert json.loads(lines[-1])["verified"]["tensors"] == len(names)
+
+
+@settings(deadline=None, max_examples=40)
+@given(data=st.data())
+def test_a_changed_bit_in_any_tensor_is_found_by_name(out, data):
+    tensors = {name: file for file in sorted(out.glob("*.safetensors")) for name in load_file(file)}
+    name = data.draw(st.sampled_from(sorted(tensors)))
+    file, intact = tensors[name], tensors[name].read_bytes()
+    start = 8 + int.from_bytes(intact[:8], "little")
+    first, stop = json.loads(intact[8:start])[name]["data_offsets"]
+    changed = bytearray(intact)
+    changed[start + data.draw(st.integers(first, stop - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    try:
+        file.write_bytes(changed)
+        with pytest.raises(InputError) as found:
+            verify(out)
+    finally:
+        file.write_bytes(intact)
+    assert f"wrote: {name} in {file.name} has changed: download or quantize it again" in str(found.value)
+
+
+def replace_tensors(change):
+    def apply(folder):
+        file = folder / "model-00002-of-00003.safetensors"
+        save_file(change(load_file(file)), file, metadata={"format": "pt"})
+
+    return apply
+
+
+NORM = "model.layers.0.input_layernorm.weight"
+
+
+@pytest.mark.parametrize(
+    ("harm", "fault"),
+    [
+        (replace_tensors(lambda t: {n: v for n, v in t.items() if n != NORM}), f"{NORM} is missing from model-00002"),
+        (replace_tensors(lambda t: t | {"odd": torch.ones(1)}), "odd was added to model-00002"),
+        (replace_tensors(lambda t: t | {NORM: t[NORM].float()}), f"{NORM} in model-00002-of-00003.safetensors has"),
+        (replace_tensors(lambda t: t | {NORM: t[NORM][None]}), f"{NORM} in model-00002-of-00003.safetensors has"),
+        (lambda folder: (folder / "model-00003-of-00003.safetensors").unlink(), "model-00003-of-00003.* is missing"),
+        (lambda folder: (folder / "model-00003-of-00003.safetensors").write_bytes(b""), "model-00003.* can't be read"),
+        (lambda folder: save_file({"a": torch.ones(1)}, folder / "b.safetensors"), "b.safetensors was added"),
+        (lambda folder: (folder / "adapter_config.json").write_text("{}"), "adapter_config.json was added"),
+        (lambda folder: (folder / "config.json").write_text("{}"), "config.json has changed"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json is missing"),
+        (lambda folder: (folder / "digests.json").unlink(), "digests.json is missing"),
+        (lambda folder: (folder / "digests.json").write_text("[1]"), "digests.json can't be read"),
+    ],
+)
+def test_every_other_change_is_found_too(out, tmp_path, harm, fault, capsys):
+    folder = shutil.copytree(out, tmp_path / "out")
+    harm(folder)
+    with pytest.raises(InputError, match=fault):
+        verify(folder)
+    assert main(["inspect", str(folder), "--verify"]) == 2
+    assert capsys.readouterr().err.startswith("bpdq: error: ")
+
+
+def test_what_no_loader_reads_may_be_added(out, tmp_path):
+    folder = shutil.copytree(out, tmp_path / "out")
+    (folder / "README.md").write_text("A model")
+    (folder / ".gitattributes").write_text("")
+    (folder / ".cache").mkdir()
+    assert verify(folder)
