@@ -316,3 +316,11 @@ def test_a_damaged_checkpoint_gets_one_line(folder, tmp_path, capsys, command):
     file.write_bytes(file.read_bytes()[:1000])
     text = ["--text", folder / "text.txt", "--seq-len", "32"] if command == "eval" else []
     assert "model.safetensors: not a complete safetensors file" in fails_with(capsys, command, damaged, *text)
+
+
+def test_a_model_that_cannot_be_run_gets_one_line(folder, tmp_path, capsys):
+    odd = shutil.copytree(folder / "checkpoint", tmp_path / "odd")
+    config = json.loads((odd / "config.json").read_text())
+    (odd / "config.json").write_text(json.dumps(config | {"return_dict": False}))
+    line = fails_with(capsys, "eval", odd, "--text", folder / "text.txt", "--seq-len", "32")
+    assert "the model that its config.json describes can't be run" in line

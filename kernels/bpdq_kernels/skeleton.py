@@ -6,6 +6,7 @@ vLLM gives its parameters the same names and shapes, in fused layers, and does n
 import logging
 import re
 from collections.abc import Callable, Iterable
+from math import inf
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,13 +25,38 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def check_depth(config: "PreTrainedConfig", stored: Headers) -> None:
-    """Raise InputError for a config that asks for more layers than there are tensors: they would take for ever."""
-    layers = getattr(config.get_text_config(decoder=True), "num_hidden_layers", 0)
+def check_config(config: "PreTrainedConfig", stored: Headers) -> None:
+    """Raise InputError for a config that no checkpoint with the tensors `stored` can have: more layers than there are
+    tensors, which would take for ever, numbers that make every activation NaN, and an architecture, by which vLLM goes,
+    of another model_type, by which transformers goes."""
+    text = config.get_text_config(decoder=True)
+    layers = getattr(text, "num_hidden_layers", 0)
     if not isinstance(layers, int) or layers > len(stored):
         raise InputError(
             f"config.json: num_hidden_layers = {layers!r}, but the checkpoint has {len(stored)} tensors: {REMEDY}"
         )
+    rope = getattr(text, "rope_parameters", None)
+    theta = rope.get("rope_theta", 1) if isinstance(rope, dict) else 1
+    numbers = {"rope_theta": (theta, 0 < theta < inf)} if isinstance(theta, int | float) else {}
+    for key in ("rms_norm_eps", "layer_norm_eps", "norm_eps", "layer_norm_epsilon"):
+        eps = getattr(text, key, 0)
+        if isinstance(eps, int | float):
+            numbers[key] = eps, 0 <= eps < 1
+    for key, (value, is_right) in numbers.items():
+        if not is_right:
+            raise InputError(f"config.json: {key} = {value} is out of range: {REMEDY}")
+    _check_architecture(config)
+
+
+def _check_architecture(config: "PreTrainedConfig") -> None:
+    import transformers
+
+    for name in config.architectures or ():
+        known = getattr(getattr(transformers, name, None), "config_class", None)
+        if known is not None and known.model_type != config.model_type:
+            raise InputError(
+                f"config.json: architectures names {name}, which is not of model_type {config.model_type}: {REMEDY}"
+            )
 
 
 def build(config: "PreTrainedConfig", stored: Headers) -> "PreTrainedModel":
@@ -40,8 +66,7 @@ def build(config: "PreTrainedConfig", stored: Headers) -> "PreTrainedModel":
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM  # takes seconds
 
-    check_depth(config, stored)
-    check_architecture(config)
+    check_config(config, stored)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ImportError(f"config.json: transformers has no causal language model for model_type {config.model_type}")
     try:
@@ -198,15 +223,3 @@ def _check_unnamed(stored: Headers, fmt: Format) -> None:
                 f"{B.file}: {layer}.B is {B.dtype} {B.shape}, but config.json says {scheme or '16 bits'}: {REMEDY}"
             )
         bpdq_format.check(layer, B.meta(), c.meta(), WORD * B.shape[0], B.shape[2], scheme)
-
-
-def check_architecture(config: "PreTrainedConfig") -> None:
-    """Raise InputError if config.json names an architecture of another model type, which vLLM would go by."""
-    import transformers
-
-    for name in config.architectures or ():
-        known = getattr(getattr(transformers, name, None), "config_class", None)
-        if known is not None and known.model_type != config.model_type:
-            raise InputError(
-                f"config.json: architectures names {name}, which is not of model_type {config.model_type}: {REMEDY}"
-            )

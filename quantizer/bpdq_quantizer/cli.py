@@ -171,7 +171,11 @@ def _eval(args: argparse.Namespace) -> dict[str, Any]:
     tokens = file_windows(args.text, load_tokenizer(args.model), args.seq_len, args.windows)
     cuda = torch.cuda.is_available()
     model = load_model(args.model, "auto" if cuda else torch.float32).to("cuda" if cuda else "cpu")
-    value = perplexity(model, tokens)
+    try:
+        value = perplexity(model, tokens)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:  # of transformers' code for the model
+        reason = f"{type(e).__name__}: {e}"
+        raise InputError(f"{args.model}: the model that its config.json describes can't be run ({reason})") from e
     if not math.isfinite(value):  # which JSON has no word for
         raise InputError(
             f"{args.model}: its perplexity in {model.dtype} is {value}: the weights are damaged, or too large for that "

@@ -136,7 +136,7 @@ class BPDQQuantizer(HfQuantizer):
         a local folder is checked here."""
         folder = Path(config.name_or_path)
         if (folder / "config.json").is_file():
-            skeleton.check_depth(config, read_folder(folder))
+            skeleton.check_config(config, read_folder(folder))
         return config
 
     def _process_model_before_weight_loading(
