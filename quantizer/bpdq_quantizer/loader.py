@@ -45,6 +45,11 @@ class BPDQLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return bpdq_kernels.stored_linear(x, self.B, self.c, self.group_size, self.bias)
 
+    @property
+    def weight(self) -> Tensor:
+        """The weight [N, K] that B and c stand for, in fp32: code of some models reads it (nanochat, GPT-BigCode)."""
+        return bpdq_kernels.dequantize(self.B, self.c, self.group_size, self.in_features)
+
     def extra_repr(self) -> str:
         k = self.B.shape[1]
         return (

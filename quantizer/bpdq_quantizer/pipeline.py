@@ -24,6 +24,7 @@ from bpdq_quantizer.loader import load_tokenizer
 from bpdq_quantizer.rotate import rotated
 from bpdq_quantizer.sensitivity import sensitivities
 from bpdq_quantizer.stream import Streamed, fill_block, fingerprint, open_model
+from bpdq_quantizer.support import check_blocks, check_tokens
 from bpdq_quantizer.tables import quantize_tables, table_schemes
 from bpdq_quantizer.tune import tune_model
 from bpdq_quantizer.work import (
@@ -116,6 +117,8 @@ def quantize(
     if len(tokens) < wanted:
         tqdm.write(f"{calibration}: holds {len(tokens)} windows of {seq_len} tokens, --samples asked for {wanted}")
     source = open_model(model)
+    check_tokens(source.model, tokens, calibration)
+    check_blocks(source)
     if rotate == "hadamard":
         source = rotated(source, seed)
     tables = table_schemes(source.model, embed_bits, head_bits, group_size)

@@ -15,12 +15,12 @@ from bpdq_kernels.format import Scheme
 from bpdq_kernels.layout import GROUP_SIZES, MAX_PLANES, coefficient_shape, plane_shape, to_tiles
 from bpdq_quantizer import kv_cache
 from bpdq_quantizer.activations import ACTIVATION_BYTES, linear_layers, windows_per_batch
-from bpdq_quantizer.blocks import check_supported
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.kv_cache import KV_TYPES, Attention
 from bpdq_quantizer.loader import plain_skeleton
 from bpdq_quantizer.refine import CHUNK_ELEMENTS
 from bpdq_quantizer.stream import decoder_blocks
+from bpdq_quantizer.support import check_dense
 
 GIB = 2**30
 VISIBLE = 23.69 / 24
@@ -163,8 +163,7 @@ def read_model(model: str) -> Model:
     skeleton = plain_skeleton(model)
     config = skeleton.config
     prefix, blocks = decoder_blocks(skeleton)
-    for index, block in enumerate(blocks):
-        check_supported(f"{prefix}.{index}", block)
+    check_dense(prefix, blocks)
     linears = [tuple(m.weight.shape) for m in linear_layers(blocks).values()]
     embedding, head = skeleton.get_input_embeddings().weight, skeleton.get_output_embeddings().weight
     tied = set(skeleton.all_tied_weights_keys)

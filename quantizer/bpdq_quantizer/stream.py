@@ -68,7 +68,7 @@ def from_memory(lm: PreTrainedModel) -> Streamed:
     """The same for a model in memory, which keeps it there."""
     prefix, blocks = decoder_blocks(lm)
     weights = {f"{prefix}.{name}": tensor for name, tensor in blocks.state_dict().items()}
-    blocks.to("meta")
+    drop_block(blocks)
     lm.requires_grad_(False)
     return Streamed(lm, prefix, blocks, weights)
 
@@ -85,13 +85,24 @@ def load_block(source: Streamed, index: int, device: torch.device) -> nn.Module:
         except (OSError, SafetensorError) as e:
             raise InputError(f"{full_name} can't be read ({e}): download the model again") from e
         set_module_tensor_to_device(block, name, device, value=value)
+    for name, buffer in unsaved_buffers(block).items():
+        set_module_tensor_to_device(block, name, device, value=buffer)
     return block
 
 
 def drop_block(block: nn.Module) -> None:
-    """Free a block's tensors."""
+    """Free the tensors of a block, or of all, but for those that its files lack; they go to the CPU."""
+    kept = {name: buffer.cpu() for name, buffer in unsaved_buffers(block).items()}
     block.to("meta")
+    for name, buffer in kept.items():
+        set_module_tensor_to_device(block, name, "cpu", value=buffer)
     trim_heap()
+
+
+def unsaved_buffers(block: nn.Module) -> dict[str, Tensor]:
+    """Buffers that no checkpoint holds, by name: masks of GPT-Neo, tables of positions of GPT-J."""
+    saved = block.state_dict().keys()
+    return {name: buffer for name, buffer in block.named_buffers() if name not in saved}
 
 
 def trim_heap() -> None:
