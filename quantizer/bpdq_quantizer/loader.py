@@ -12,7 +12,7 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, GPTQConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, GPTQConfig, PreTrainedModel
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     register_quantization_config,
@@ -293,14 +293,6 @@ def plain_skeleton(model: str) -> PreTrainedModel:
     if getattr(config, "quantization_config", None):
         raise InputError(f"{model} is quantized already: start from the 16-bit model")
     return skeleton
-
-
-def load_tokenizer(model: str) -> Any:
-    """The tokenizer of the same sources as `load_model`."""
-    try:
-        return AutoTokenizer.from_pretrained(trust_remote_code=False, **gguf_arguments(model))
-    except (OSError, ValueError, ImportError, KeyError) as e:
-        raise InputError(f"{model}: its tokenizer can't be loaded: {e}") from e
 
 
 def gguf_arguments(model: str) -> dict[str, str]:

@@ -20,12 +20,12 @@ from bpdq_quantizer.blocks import original_states, quantize_blocks
 from bpdq_quantizer.calibration import calibration_windows
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.grid import paper_start
-from bpdq_quantizer.loader import load_tokenizer
 from bpdq_quantizer.rotate import rotated
 from bpdq_quantizer.sensitivity import sensitivities
 from bpdq_quantizer.stream import Streamed, fill_block, fingerprint, open_model
 from bpdq_quantizer.support import check_blocks, check_tokens
 from bpdq_quantizer.tables import quantize_tables, table_schemes
+from bpdq_quantizer.tokens import leading_tokens, load_tokenizer
 from bpdq_quantizer.tune import tune_model
 from bpdq_quantizer.work import (
     Clock,
@@ -60,6 +60,7 @@ def quantize(
     calibration: str = "default",
     samples: int = 128,
     seq_len: int = 2048,
+    special_tokens: str = "auto",
     iterations: int = 10,
     solver: str = "refined",
     asymmetric: float | None = None,
@@ -81,7 +82,8 @@ def quantize(
 
     embed_bits, head_bits: bit-planes of the input embedding and the LM head (`bpdq_quantizer.tables`), by default left
     in 16 bits, as norms and biases always are; calibration: `default`, FILE.txt, FILE.jsonl or hf:NAME, cut into
-    `samples` windows of `seq_len` tokens; solver: a key of SOLVERS; asymmetric: 0 to 1, by default as in ASYMMETRIC;
+    `samples` windows of `seq_len` tokens; special_tokens: `auto`, each begins with what the tokenizer puts before a
+    text, or `none`; solver: a key of SOLVERS; asymmetric: 0 to 1, by default as in ASYMMETRIC;
     rotate: `none` or `hadamard` (`bpdq_quantizer.rotate`); tune: a key of TUNE_STEPS (`bpdq_quantizer.tune`), whose
     value is the default of tune_steps; tune_samples: windows to tune the model on, by default `samples`; tune_loss:
     `kl`, or `mix` with the reverse KL; target_bpw: bits per weight of the blocks' Linears, or target_size: of all
@@ -113,7 +115,8 @@ def quantize(
     torch.manual_seed(seed)
     tokenizer = load_tokenizer(model)
     wanted = max(samples, tune_samples) if tune == "model" else samples
-    tokens = calibration_windows(calibration, tokenizer, wanted, seq_len, seed)
+    lead = leading_tokens(tokenizer, special_tokens)
+    tokens = calibration_windows(calibration, tokenizer, wanted, seq_len, seed, lead)
     if len(tokens) < wanted:
         tqdm.write(f"{calibration}: holds {len(tokens)} windows of {seq_len} tokens, --samples asked for {wanted}")
     source = open_model(model)
@@ -166,6 +169,7 @@ def quantize(
             scales = kv_scales.calibrate(source, tokens[:samples], target, offload, read)
         report |= {
             "calibration_tokens": tokens[:samples].numel(),
+            "special_tokens": tokenizer.convert_ids_to_tokens(lead),
             "bits_per_weight": mean_bits(layers),
             **clock.read(),
             "peak_host_memory_bytes": peak_memory(),

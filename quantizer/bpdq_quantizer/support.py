@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from bpdq_quantizer.activations import block_inputs, find_stages, run_block
 from bpdq_quantizer.errors import InputError
+from bpdq_quantizer.loader import BPDQEmbedding
 from bpdq_quantizer.stream import Streamed, drop_block, load_block
 
 
@@ -52,7 +53,8 @@ def check_blocks(source: Streamed) -> None:
 
 def check_tokens(model: PreTrainedModel, tokens: Tensor, source: str) -> None:
     """Raise InputError where windows [W, L] of the text `source` don't fit the tables of tokens or positions."""
-    rows = model.get_input_embeddings().num_embeddings
+    table = model.get_input_embeddings()
+    rows = table.out_features if isinstance(table, BPDQEmbedding) else table.num_embeddings
     if tokens.max() >= rows:
         raise InputError(
             f"{source}: holds token {tokens.max()}, but the model's embedding has {rows} rows: the tokenizer is "
