@@ -17,6 +17,7 @@ from bpdq_quantizer.loader import load_model
 from bpdq_quantizer.picture import draw
 from bpdq_quantizer.pipeline import SOLVERS, TUNE_STEPS, mean_bits, quantize
 from bpdq_quantizer.plan import MOST_BITS, plan
+from bpdq_quantizer.sources import check_source
 from bpdq_quantizer.support import check_tokens
 from bpdq_quantizer.tokens import leading_tokens, load_tokenizer
 
@@ -135,6 +136,7 @@ def _quantize(args: argparse.Namespace) -> dict[str, Any] | None:
 def _eval(args: argparse.Namespace) -> dict[str, Any]:
     if args.seq_len < 2 or (args.windows is not None and args.windows < 1):
         raise InputError("--seq-len must be at least 2 and --windows at least 1")
+    check_source(args.model)
     tokenizer = load_tokenizer(args.model)
     lead = leading_tokens(tokenizer, args.special_tokens)
     tokens = file_windows(args.text, tokenizer, args.seq_len, args.windows, lead)

@@ -12,7 +12,7 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, GPTQConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GgufConfig, GPTQConfig, PreTrainedModel
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     register_quantization_config,
@@ -27,6 +27,7 @@ from bpdq_kernels.format import Format, Scheme
 from bpdq_kernels.layout import trim
 from bpdq_kernels.reference import rows
 from bpdq_quantizer.errors import InputError
+from bpdq_quantizer.sources import gguf_arguments, read_config
 
 KV_SCALES = ("k_scale", "v_scale")
 Headers = dict[str, tuple[tuple[int, ...], torch.dtype]]  # shape and dtype of stored tensors, by name
@@ -267,40 +268,36 @@ def load_model(model: str, dtype: torch.dtype | str = "auto", **options: Any) ->
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,
             **source,
             **quantization,
             **options,
         )
-    except InputError:
+    except (InputError, MemoryError, torch.OutOfMemoryError):
         raise
-    except (OSError, ValueError, ImportError, KeyError) as e:
+    except Exception as e:  # damaged files raise all kinds
         raise InputError(f"{model}: can't be loaded as a causal language model: {e}") from e
+    for name, stored, wanted in sorted(info["mismatched_keys"]):
+        raise InputError(misfit(model, name, tuple(stored), tuple(wanted)))
     if info["missing_keys"]:  # transformers would serve random numbers in their place
         raise InputError(f"{model}: {min(info['missing_keys'])} is not in its files: download the model again")
     return lm.eval()
 
 
+def misfit(model: str, name: str, stored: tuple[int, ...], wanted: tuple[int, ...]) -> str:
+    """What is said of a tensor whose shape is not the one that config.json gives it."""
+    return f"{model}: {name} is {stored} in its files, but {wanted} by its config.json: download the model again"
+
+
 def plain_skeleton(model: str) -> PreTrainedModel:
     """A 16-bit model on the meta device, from its config.json alone: in a folder or by its own path, of a hub id or a
     `.gguf` file. Raises InputError, also for models that are quantized already."""
-    source = {"pretrained_model_name_or_path": model} if model.endswith(".json") else gguf_arguments(model)
+    config = read_config(model)
     try:
-        config = AutoConfig.from_pretrained(trust_remote_code=False, **source)
         with init_empty_weights():
             skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (OSError, ValueError, ImportError, KeyError) as e:
-        raise InputError(f"{model}: can't be loaded as a causal language model: {e}") from e
+    except Exception as e:  # sizes that contradict each other
+        raise InputError(f"{model}: can't be built from its config.json: {e}") from e
     if getattr(config, "quantization_config", None):
         raise InputError(f"{model} is quantized already: start from the 16-bit model")
     return skeleton
-
-
-def gguf_arguments(model: str) -> dict[str, str]:
-    path = Path(model)
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise InputError(f"{model}: no such file")
-        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    if not path.is_dir() and (path.is_absolute() or model.startswith(".")):
-        raise InputError(f"{model}: no such folder")
-    return {"pretrained_model_name_or_path": model}

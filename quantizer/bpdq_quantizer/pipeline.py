@@ -22,6 +22,7 @@ from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.grid import paper_start
 from bpdq_quantizer.rotate import rotated
 from bpdq_quantizer.sensitivity import sensitivities
+from bpdq_quantizer.sources import check_source
 from bpdq_quantizer.stream import Streamed, fill_block, fingerprint, open_model
 from bpdq_quantizer.support import check_blocks, check_tokens
 from bpdq_quantizer.tables import quantize_tables, table_schemes
@@ -113,6 +114,7 @@ def quantize(
     if min(samples, tune_samples) < 1 + (tune != "none"):
         raise InputError(f"--tune {tune} needs two calibration windows or more: raise --samples and --tune-samples")
     torch.manual_seed(seed)
+    check_source(model)
     tokenizer = load_tokenizer(model)
     wanted = max(samples, tune_samples) if tune == "model" else samples
     lead = leading_tokens(tokenizer, special_tokens)

@@ -19,6 +19,7 @@ from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.kv_cache import KV_TYPES, Attention
 from bpdq_quantizer.loader import plain_skeleton
 from bpdq_quantizer.refine import CHUNK_ELEMENTS
+from bpdq_quantizer.sources import is_gguf
 from bpdq_quantizer.stream import decoder_blocks
 from bpdq_quantizer.support import check_dense
 
@@ -297,7 +298,7 @@ def serve_command(model: str, m: Model, settings: Settings, kv_type: str, eager:
     left = budget(settings.gpu_memory) - needed(m, settings, kv_type, graphs=not eager)
     more = left // (kv_cache.bytes_for(kv_type, m.attention, settings.context) + _sequence_bytes(m))
     path = Path(model).absolute()
-    name = path.parent.name if path.suffix == ".json" else path.name.removesuffix(".gguf")
+    name = path.parent.name if path.suffix == ".json" else (path.stem if is_gguf(model) else path.name)
     flags = {
         "--max-model-len": settings.context,
         "--max-num-seqs": min(1 + more, MAX_SEQUENCES),

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from transformers.utils import cached_file
 
 from bpdq_quantizer.errors import InputError
-from bpdq_quantizer.loader import gguf_arguments
+from bpdq_quantizer.sources import gguf_arguments
 
 PROBES = (
     "The plane  of a\n\n weight,\tisn't 1234.5 or 67890!\r\n",
