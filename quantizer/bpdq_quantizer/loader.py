@@ -135,12 +135,15 @@ class BPDQQuantizer(HfQuantizer):
     ) -> None:
         stored = read_headers(checkpoint_files or [])
         self.schemes = {}
-        for name, (module, scheme) in quantized_layers(model, self.quantization_config.format).items():
-            replace(model, name, *stored_layer(name, stored, module, scheme), scheme.group_size)
+        start = stored_under(model)
+        for name, (module, scheme) in quantized_layers(model, self.quantization_config.format, start).items():
+            if start + name + ".B" not in stored and is_new_head(model, name):
+                continue
+            replace(model, name, *stored_layer(start + name, stored, module, scheme), scheme.group_size)
             self.schemes[name] = scheme
         modules = dict(model.named_modules())
         for name, (shape, dtype) in stored.items():  # no use to transformers, but kept: for whom the model is saved
-            parent, _, scale = name.rpartition(".")
+            parent, _, scale = name.removeprefix(start).rpartition(".")
             if self.quantization_config.format.kv_cache_scales and scale in KV_SCALES and parent in modules:
                 modules[parent].register_buffer(scale, torch.empty(shape, dtype=dtype, device="meta"))
 
@@ -177,16 +180,28 @@ def looks_up_rows(embedding: nn.Module) -> bool:
     return type(embedding).forward is nn.Embedding.forward or hasattr(embedding, "scalar_embed_scale")
 
 
-def quantized_layers(model: PreTrainedModel, fmt: Format) -> dict[str, tuple[nn.Module, Scheme]]:
+def stored_under(model: PreTrainedModel) -> str:
+    """What precedes the names of a model's modules in its checkpoint: AutoModel's lack that of the causal model."""
+    return f"{model.base_model_prefix}." if model.base_model is model and model.base_model_prefix else ""
+
+
+def is_new_head(model: PreTrainedModel, name: str) -> bool:
+    """Whether the Linear `name` is of a head that a task adds to the model, such as AutoModelForSequenceClassification,
+    so that no causal model's checkpoint has it."""
+    return model.base_model is not model and not name.startswith(model.base_model_prefix) and not table_names(model)[1]
+
+
+def quantized_layers(model: PreTrainedModel, fmt: Format, start: str = "") -> dict[str, tuple[nn.Module, Scheme]]:
     """The Linears and tables of a 16-bit skeleton that a checkpoint of format `fmt` holds as bit-planes, by name.
 
-    Of tied tables only the embedding, by whose name both are stored; raises InputError where `fmt` tells them apart.
+    start: what precedes the names in the checkpoint. Of tied tables only the embedding, by whose name both are stored;
+    raises InputError where `fmt` tells them apart.
     """
     tables = table_names(model)
     found = {}
     for name, module in model.named_modules():
         if name in tables or isinstance(module, nn.Linear):
-            scheme = fmt.table_scheme(name) if name in tables else fmt.scheme_for(name)
+            scheme = fmt.table_scheme(start + name) if name in tables else fmt.scheme_for(start + name)
             if scheme is not None:
                 found[name] = (module, scheme)
     if is_tied(model):
