@@ -30,7 +30,8 @@ from bpdq_quantizer import plan, quantize
 from bpdq_quantizer.calibration import file_windows
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.evaluate import perplexity
-from bpdq_quantizer.loader import load_model, load_tokenizer
+from bpdq_quantizer.loader import load_model
+from bpdq_quantizer.tokens import load_tokenizer
 
 # Of the layers' geometric mean, and of one layer: rounding decides between two levels equally near, and the rest of the
 # row follows from that. Noise of 1e-6 in H alone moves the 14 losses by 0.5 % on average, one of them by 4 %.

@@ -32,7 +32,8 @@ from benchmarks.server import ServerError
 from bpdq_kernels.format import Scheme
 from bpdq_quantizer.calibration import file_windows
 from bpdq_quantizer.errors import InputError
-from bpdq_quantizer.loader import load_model, load_tokenizer
+from bpdq_quantizer.loader import load_model
+from bpdq_quantizer.tokens import load_tokenizer
 from bpdq_quantizer.tune import final_states, log_probabilities, softcap
 
 METHODS = {  # options of `bpdq quantize`; gptq has a script of its own
@@ -140,6 +141,7 @@ def quantize(model: str, method: str, bits: int, group_size: int, checkpoint: Pa
         command = [args.gptq_python, Path(__file__).with_name("gptq_peer.py"), model, *settings]
     else:
         command = [sys.executable, "-m", "bpdq_quantizer", "quantize", model, *settings, *METHODS[method], "--resume"]
+        command += ["--special-tokens", "none"]  # as the GPTQ peer calibrates, and as perplexity is measured here
         if "-mixed" in method:
             command += ["--target-bpw", Scheme(bits, group_size).bits_per_weight]
         for option in ("tune_steps", "tune_samples"):

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPTQConfig
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, GPTQConfig
 from transformers.quantizers.auto import AutoQuantizationConfig
 
 import bpdq_quantizer  # noqa: F401, registers the loader
@@ -110,6 +110,30 @@ def test_a_loaded_checkpoint_with_tables_saves_to_one_that_loads(tmp_path, tie):
     assert torch.equal(logits(out), logits(tmp_path / "again"))
     names = load_file(tmp_path / "again" / "model.safetensors").keys()
     assert names == load_file(out / "model.safetensors").keys()
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_the_model_without_its_head_gives_the_hidden_states_of_the_dequantized_weights(tmp_path, tie):
+    out = with_tables(tmp_path, tie=tie)
+    with torch.inference_mode():
+        found, expected = (AutoModel.from_pretrained(f"{out}{kind}").eval()(IDS)[0] for kind in ("", "-dequantized"))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tables", [(), (EMBEDDING, HEAD)])
+def test_a_new_head_goes_on_packed_weights(tmp_path, tables):
+    out = with_tables(tmp_path, names=tables)
+    model, info = AutoModelForSequenceClassification.from_pretrained(out, output_loading_info=True)
+    assert {"score.weight"} == set(info["missing_keys"])
+    assert sum(isinstance(m, BPDQLinear) for m in model.modules()) == 14
+
+
+@pytest.mark.parametrize("kind", [AutoModel, AutoModelForSequenceClassification])
+def test_without_its_head_too_a_model_misses_no_layer(tmp_path, kind):
+    out = with_tables(tmp_path)
+    damage(out, lambda tensors: tensors.pop(f"{LAYER}.B"))
+    with pytest.raises(InputError, match=f"{LAYER}.B is not in the checkpoint"):
+        kind.from_pretrained(out)
 
 
 def test_tied_tables_of_different_schemes_stop_the_load(tmp_path):

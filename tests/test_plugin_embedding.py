@@ -93,6 +93,12 @@ def test_a_missing_table_is_named(rank):
         finish(layer)
 
 
+def test_a_head_that_a_pooling_model_puts_aside_is_left_there(rank):
+    layer = ParallelLMHead(VOCABULARY, HIDDEN, quant_config=tables("lm_head"), prefix="lm_head").to("meta")
+    finish(layer)
+    assert layer.B.is_meta
+
+
 def test_a_table_of_another_vocabulary_is_refused(rank):
     B, c, _ = stored(VOCABULARY - 1, HIDDEN, TABLE.group_size, TABLE.bits)
     layer = ParallelLMHead(VOCABULARY, HIDDEN, quant_config=tables("lm_head"), prefix="lm_head")

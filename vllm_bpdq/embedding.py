@@ -31,7 +31,9 @@ class BPDQEmbeddingMethod(BPDQLinearMethod):
         super().create_weights(layer, *sizes, **{**extra_weight_attrs, "weight_loader": load})
 
     def process_weights_after_loading(self, layer: Module) -> None:
-        """As for a linear layer, which a tied table is too."""
+        """As for a linear layer, which a tied table is too; an LM head that a pooling model has put aside stays so."""
+        if layer.B.is_meta:
+            return
         super().process_weights_after_loading(layer)
         warm_up_embedding(self.packed(layer), layer.params_dtype)
 

@@ -90,16 +90,17 @@ def is_tied(model: "PreTrainedModel") -> bool:
     return f"{table_names(model)[1]}.weight" in model.all_tied_weights_keys
 
 
-def quantized_layers(model: "PreTrainedModel", fmt: Format) -> dict[str, tuple[nn.Module, Scheme]]:
+def quantized_layers(model: "PreTrainedModel", fmt: Format, start: str = "") -> dict[str, tuple[nn.Module, Scheme]]:
     """The Linears and tables of a 16-bit skeleton that a checkpoint of format `fmt` holds as bit-planes, by name.
 
-    Of tied tables only the embedding, by whose name both are stored; raises InputError where `fmt` tells them apart.
+    start: what precedes the names in the checkpoint. Of tied tables only the embedding, by whose name both are stored;
+    raises InputError where `fmt` tells them apart.
     """
     tables = table_names(model)
     found = {}
     for name, module in model.named_modules():
         if name in tables or isinstance(module, nn.Linear):
-            scheme = fmt.table_scheme(name) if name in tables else fmt.scheme_for(name)
+            scheme = fmt.table_scheme(start + name) if name in tables else fmt.scheme_for(start + name)
             if scheme is not None:
                 found[name] = (module, scheme)
     if is_tied(model):

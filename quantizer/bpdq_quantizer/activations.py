@@ -31,11 +31,15 @@ class BlockInputs(NamedTuple):
 
 
 class _Recorder(nn.Module):
-    """Stands in for a block while the inputs of all blocks are recorded: passes hidden states through."""
+    """Stands in for a block while the inputs of all blocks are recorded: passes hidden states through.
 
-    def __init__(self, block: nn.Module) -> None:
+    in_tuple: whether as the first of a tuple (`reads_tuples`).
+    """
+
+    def __init__(self, block: nn.Module, in_tuple: bool = False) -> None:
         super().__init__()
         self.__dict__["block"] = block  # not a submodule
+        self.in_tuple = in_tuple
         self.calls: list[tuple[Tensor, tuple, dict[str, Any]]] = []
 
     def __getattr__(self, name: str) -> Any:
@@ -44,13 +48,30 @@ class _Recorder(nn.Module):
         except AttributeError:
             return getattr(self.__dict__["block"], name)
 
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
         self.calls.append((hidden, args, kwargs))
-        return hidden
+        return (hidden,) if self.in_tuple else hidden
 
 
 class _StageReached(Exception):  # noqa: N818, control flow
     pass
+
+
+@torch.no_grad()
+def reads_tuples(model: PreTrainedModel, blocks: nn.ModuleList) -> bool:
+    """Whether the model takes the first of what a block returns: GPT-J, Falcon. Its blocks are not run.
+
+    Of the tensor [1, L, D] that others expect, such a model takes the first window and fails, or goes on without it.
+    """
+    originals = list(blocks)
+    _fill(blocks, [_Recorder(block) for block in originals])
+    try:
+        states = model.base_model(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=False).last_hidden_state
+        return states.ndim != 3
+    except (RuntimeError, ValueError, IndexError):
+        return True
+    finally:
+        _fill(blocks, originals)
 
 
 @torch.no_grad()
@@ -61,7 +82,8 @@ def block_inputs(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor) 
     first window's serve all; raises InputError for an architecture where they do.
     """
     originals = list(blocks)
-    recorders = [_Recorder(block) for block in originals]
+    in_tuple = reads_tuples(model, blocks)
+    recorders = [_Recorder(block, in_tuple) for block in originals]
     _fill(blocks, recorders)
     try:
         for window in tokens:
@@ -76,10 +98,14 @@ def block_inputs(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor) 
 
 
 class _Output(nn.Module):
-    """Stands in for the last block: returns what it is given beforehand."""
+    """Stands in for the last block: returns what it is given beforehand, `in_tuple` as for `_Recorder`."""
 
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self.output
+    def __init__(self, in_tuple: bool) -> None:
+        super().__init__()
+        self.in_tuple = in_tuple
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
+        return (self.output,) if self.in_tuple else self.output
 
 
 def head_inputs(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor, hidden: Batches) -> Batches:
@@ -87,8 +113,9 @@ def head_inputs(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor, h
 
     The blocks themselves are not run.
     """
-    originals, last = list(blocks), _Output()
-    _fill(blocks, [*(_Recorder(block) for block in originals[:-1]), last])
+    in_tuple = reads_tuples(model, blocks)
+    originals, last = list(blocks), _Output(in_tuple)
+    _fill(blocks, [*(_Recorder(block, in_tuple) for block in originals[:-1]), last])
     rest = iter(tokens)
     try:
         for i, batch in enumerate(hidden):

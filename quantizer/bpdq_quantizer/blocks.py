@@ -56,22 +56,6 @@ class LayerReport:
     seconds: float
 
 
-def check_supported(name: str, block: nn.Module) -> None:
-    """Raise InputError for blocks that hold weights other than in Linears: fused experts would stay in 16 bits."""
-    for parameter_name, parameter in block.named_parameters():
-        if parameter.ndim > 2:
-            raise InputError(
-                f"{name}.{parameter_name} has shape {tuple(parameter.shape)}: mixture-of-experts and convolution "
-                "blocks are not supported, choose a dense model"
-            )
-
-
-def check_all_supported(source: Streamed) -> None:
-    """`check_supported` for every block of a model."""
-    for index, block in enumerate(source.blocks):
-        check_supported(f"{source.prefix}.{index}", block)
-
-
 def quantize_in_one_pass(
     block: nn.Module,
     stages: list[list[str]],
@@ -130,7 +114,6 @@ def quantize_blocks(
     (`hessian.corrected`). With `tune_steps`, each block's coefficients are then tuned towards the hidden states that
     the 16-bit model has after it. The reports are of the corrected weights, before tuning.
     """
-    check_all_supported(source)
     calls = block_inputs(source.model, source.blocks, tokens[[0, -1]]).calls
     if start is None:
         batches = embed(source.model, source.blocks, tokens, device, offload)

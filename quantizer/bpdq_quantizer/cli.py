@@ -20,11 +20,14 @@ from bpdq_quantizer.calibration import file_windows
 from bpdq_quantizer.errors import InputError, WorkerError
 from bpdq_quantizer.evaluate import perplexity
 from bpdq_quantizer.kv_cache import KV_TYPES
-from bpdq_quantizer.loader import load_model, load_tokenizer
+from bpdq_quantizer.loader import load_model
 from bpdq_quantizer.options import DEVICES, ROTATIONS, SOLVERS, TUNE_LOSSES, TUNE_STEPS
 from bpdq_quantizer.picture import draw
 from bpdq_quantizer.pipeline import mean_bits, quantize
 from bpdq_quantizer.plan import MOST_BITS, plan
+from bpdq_quantizer.sources import check_source
+from bpdq_quantizer.support import check_tokens
+from bpdq_quantizer.tokens import leading_tokens, load_tokenizer
 
 
 class Terminated(BaseException):
@@ -94,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--calibration", default="default", metavar="TEXT", help="default, FILE.txt, FILE.jsonl or hf:NAME")
     p.add_argument("--samples", type=int, default=128, help="calibration windows (%(default)s)")
     p.add_argument("--seq-len", type=int, default=2048, help="tokens per window (%(default)s)")
+    _add_special_tokens(p)
     p.add_argument("--iterations", type=int, default=10, help="assign/refit rounds per group (%(default)s)")
     p.add_argument("--solver", choices=SOLVERS, default="refined", help="`paper` is the paper's algorithm alone")
     p.add_argument("--asymmetric", type=float, metavar="SHARE", help="correct for shifted inputs (0.5; paper: 0)")
@@ -117,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--text", required=True, metavar="FILE")
     p.add_argument("--seq-len", type=int, default=2048, help="tokens per window (%(default)s)")
     p.add_argument("--windows", type=int, help="use the first N windows (all)")
+    _add_special_tokens(p)
     p.set_defaults(run=_eval)
 
     p = commands.add_parser("inspect", help="layers, bits per weight and bytes of a checkpoint")
@@ -140,6 +145,15 @@ def _parser() -> argparse.ArgumentParser:
     for p in commands.choices.values():
         p.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     return parser
+
+
+def _add_special_tokens(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--special-tokens",
+        choices=("auto", "none"),
+        default="auto",
+        help="windows begin with what the tokenizer puts before a text, or with the text (%(default)s)",
+    )
 
 
 def _quantize(args: argparse.Namespace) -> dict[str, Any] | None:
@@ -168,11 +182,15 @@ def _quantize(args: argparse.Namespace) -> dict[str, Any] | None:
 def _eval(args: argparse.Namespace) -> dict[str, Any]:
     if args.seq_len < 2 or (args.windows is not None and args.windows < 1):
         raise InputError("--seq-len must be at least 2 and --windows at least 1")
-    tokens = file_windows(args.text, load_tokenizer(args.model), args.seq_len, args.windows)
+    check_source(args.model)
+    tokenizer = load_tokenizer(args.model)
+    lead = leading_tokens(tokenizer, args.special_tokens)
+    tokens = file_windows(args.text, tokenizer, args.seq_len, args.windows, lead)
     cuda = torch.cuda.is_available()
     model = load_model(args.model, "auto" if cuda else torch.float32).to("cuda" if cuda else "cpu")
+    check_tokens(model, tokens, args.text)
     try:
-        value = perplexity(model, tokens)
+        value = perplexity(model, tokens, len(lead))
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:  # of transformers' code for the model
         reason = f"{type(e).__name__}: {e}"
         raise InputError(f"{args.model}: the model that its config.json describes can't be run ({reason})") from e
@@ -181,13 +199,16 @@ def _eval(args: argparse.Namespace) -> dict[str, Any]:
             f"{args.model}: its perplexity in {model.dtype} is {value}: the weights are damaged, or too large for that "
             "dtype: download or quantize the model again"
         )
-    print(f"perplexity {value:.4f} ({len(tokens)} windows of {args.seq_len} tokens)")
+    special = tokenizer.convert_ids_to_tokens(lead)
+    protocol = f"each begins with {' '.join(special)}" if special else "no special tokens"
+    print(f"perplexity {value:.4f} ({len(tokens)} windows of {args.seq_len} tokens, {protocol})")
     return {
         "model": args.model,
         "text": args.text,
         "perplexity": value,
         "windows": len(tokens),
         "seq_len": args.seq_len,
+        "special_tokens": special,
         "dtype": str(model.dtype).removeprefix("torch."),
     }
 

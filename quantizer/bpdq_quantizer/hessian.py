@@ -14,14 +14,20 @@ UNFACTORIZED = (
 def accumulate(H: Tensor, x: Tensor, total_tokens: int) -> None:
     """Add (2 / total_tokens) x^T x to the lower block triangle of H in place; `symmetrize` fills in the rest.
 
-    H: [K, K] fp32; x: [windows, L, K], any float dtype. Blocks above the diagonal are skipped: 5/8 of the work.
+    H: [K, K] fp32; x: [windows, ..., K], or [rows, K] of all windows, any float dtype. Blocks above the diagonal are
+    skipped: 5/8 of the work.
     """
     step = -(-len(H) // 4)
-    for window in x:
+    for window in by_window(x):
         tokens = window.to(torch.float32)
         for start in range(0, len(H), step):
             rows = slice(start, start + step)
             H[rows, : rows.stop].addmm_(tokens[:, rows].T, tokens[:, : rows.stop], alpha=2.0 / total_tokens)
+
+
+def by_window(x: Tensor) -> Tensor:
+    """x [windows, ..., K] as [windows, rows, K]; [rows, K], what OPT feeds its Linears, is one window."""
+    return x.reshape(1 if x.ndim == 2 else len(x), -1, x.shape[-1])
 
 
 def symmetrize(H: Tensor) -> Tensor:
@@ -34,10 +40,10 @@ def symmetrize(H: Tensor) -> Tensor:
 def accumulate_shift(C: Tensor, original: Tensor, x: Tensor, total_tokens: int) -> None:
     """Add (2 / total_tokens) (original - x)^T x to C [K, K] fp32 in place.
 
-    original, x: [windows, L, K], any float dtype, a Linear's inputs in the 16-bit model and in the one that is
-    quantized so far. All is computed in fp32: sums over a window's tokens overflow fp16 where no activation does.
+    original, x: as for `accumulate`, a Linear's inputs in the 16-bit model and in the one that is quantized so far. All
+    is computed in fp32: sums over a window's tokens overflow fp16 where no activation does.
     """
-    for before, now in zip(original, x, strict=True):
+    for before, now in zip(by_window(original), by_window(x), strict=True):
         tokens = now.to(torch.float32)
         C.addmm_((before.to(torch.float32) - tokens).T, tokens, alpha=2.0 / total_tokens)
 

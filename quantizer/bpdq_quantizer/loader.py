@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     GgufConfig,
     GPTQConfig,
     PreTrainedConfig,
@@ -37,6 +36,7 @@ from bpdq_kernels.layout import trim
 from bpdq_kernels.reference import rows
 from bpdq_kernels.skeleton import is_tied, quantized_layers, stored_layer, table_names
 from bpdq_quantizer.errors import InputError
+from bpdq_quantizer.sources import gguf_arguments, read_config
 
 
 class BPDQLinear(nn.Module):
@@ -51,6 +51,11 @@ class BPDQLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return bpdq_kernels.stored_linear(x, self.B, self.c, self.group_size, self.bias)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight [N, K] that B and c stand for, in fp32: code of some models reads it (nanochat, GPT-BigCode)."""
+        return bpdq_kernels.dequantize(self.B, self.c, self.group_size, self.in_features)
 
     def extra_repr(self) -> str:
         k = self.B.shape[1]
@@ -146,14 +151,18 @@ class BPDQQuantizer(HfQuantizer):
         stored = read_folder(files[0].parent) if files else {}
         if {file.name for file in files} != {entry.file.name for entry in stored.values()}:
             raise InputError(f"{files[0]}: transformers would read this file, which is not the checkpoint's")
-        skeleton.check_stored(stored, model, self.quantization_config.format)
+        start = stored_under(model)
+        checked = model if table_names(model)[1] and not start else causal_skeleton(model, stored)
+        skeleton.check_stored(stored, checked, self.quantization_config.format)
         self.schemes = {}
-        for name, (module, scheme) in quantized_layers(model, self.quantization_config.format).items():
-            replace(model, name, *stored_layer(name, stored, module, scheme), scheme.group_size)
+        for name, (module, scheme) in quantized_layers(model, self.quantization_config.format, start).items():
+            if start + name + ".B" not in stored and is_new_head(model, name):
+                continue
+            replace(model, name, *stored_layer(start + name, stored, module, scheme), scheme.group_size)
             self.schemes[name] = scheme
         modules = dict(model.named_modules())
         for name, entry in stored.items():  # no use to transformers, but kept: for whom the model is saved
-            parent, _, scale = name.rpartition(".")
+            parent, _, scale = name.removeprefix(start).rpartition(".")
             if self.quantization_config.format.kv_cache_scales and scale in KV_SCALES and parent in modules:
                 modules[parent].register_buffer(scale, entry.meta())
 
@@ -182,6 +191,25 @@ class BPDQQuantizer(HfQuantizer):
 def looks_up_rows(embedding: nn.Module) -> bool:
     """Whether an input embedding looks up rows, perhaps times a constant, and does nothing else."""
     return type(embedding).forward is nn.Embedding.forward or hasattr(embedding, "scalar_embed_scale")
+
+
+def causal_skeleton(model: PreTrainedModel, stored: Headers) -> PreTrainedModel | None:
+    """The causal LM whose checkpoint AutoModel or a model for a task is loaded from; None if transformers has none."""
+    try:
+        return skeleton.build(model.config, stored)
+    except ImportError:
+        return None
+
+
+def stored_under(model: PreTrainedModel) -> str:
+    """What precedes the names of a model's modules in its checkpoint: AutoModel's lack that of the causal model."""
+    return f"{model.base_model_prefix}." if model.base_model is model and model.base_model_prefix else ""
+
+
+def is_new_head(model: PreTrainedModel, name: str) -> bool:
+    """Whether the Linear `name` is of a head that a task adds to the model, such as AutoModelForSequenceClassification,
+    so that no causal model's checkpoint has it."""
+    return model.base_model is not model and not name.startswith(model.base_model_prefix) and not table_names(model)[1]
 
 
 def replace(model: PreTrainedModel, name: str, B: Tensor, c: Tensor, group_size: int) -> None:
@@ -250,48 +278,36 @@ def load_model(model: str, dtype: torch.dtype | str = "auto", **options: Any) ->
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,
             **source,
             **quantization,
             **options,
         )
-    except InputError:
+    except (InputError, MemoryError, torch.OutOfMemoryError):
         raise
-    except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as e:
+    except Exception as e:  # damaged files raise all kinds
         raise InputError(f"{model}: can't be loaded as a causal language model: {e}") from e
+    for name, stored, wanted in sorted(info["mismatched_keys"]):
+        raise InputError(misfit(model, name, tuple(stored), tuple(wanted)))
     if info["missing_keys"]:  # transformers would serve random numbers in their place
         raise InputError(f"{model}: {min(info['missing_keys'])} is not in its files: download the model again")
     return lm.eval()
 
 
+def misfit(model: str, name: str, stored: tuple[int, ...], wanted: tuple[int, ...]) -> str:
+    """What is said of a tensor whose shape is not the one that config.json gives it."""
+    return f"{model}: {name} is {stored} in its files, but {wanted} by its config.json: download the model again"
+
+
 def plain_skeleton(model: str) -> PreTrainedModel:
     """A 16-bit model on the meta device, from its config.json alone: in a folder or by its own path, of a hub id or a
     `.gguf` file. Raises InputError, also for models that are quantized already."""
-    source = {"pretrained_model_name_or_path": model} if model.endswith(".json") else gguf_arguments(model)
+    config = read_config(model)
     try:
-        config = AutoConfig.from_pretrained(trust_remote_code=False, **source)
         with init_empty_weights():
             skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (OSError, ValueError, ImportError, KeyError) as e:
-        raise InputError(f"{model}: can't be loaded as a causal language model: {e}") from e
+    except Exception as e:  # sizes that contradict each other
+        raise InputError(f"{model}: can't be built from its config.json: {e}") from e
     if getattr(config, "quantization_config", None):
         raise InputError(f"{model} is quantized already: start from the 16-bit model")
     return skeleton
-
-
-def load_tokenizer(model: str) -> Any:
-    """The tokenizer of the same sources as `load_model`."""
-    try:
-        return AutoTokenizer.from_pretrained(trust_remote_code=False, **gguf_arguments(model))
-    except (OSError, ValueError, ImportError, KeyError) as e:
-        raise InputError(f"{model}: its tokenizer can't be loaded: {e}") from e
-
-
-def gguf_arguments(model: str) -> dict[str, str]:
-    path = Path(model)
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise InputError(f"{model}: no such file")
-        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    if not path.is_dir() and (path.is_absolute() or model.startswith(".")):
-        raise InputError(f"{model}: no such folder")
-    return {"pretrained_model_name_or_path": model}

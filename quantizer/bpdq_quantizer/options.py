@@ -18,8 +18,10 @@ TUNE_STEPS = {"none": 0, "block": 30, "model": 200}  # for each block, or for th
 ROTATIONS = ("none", "hadamard")
 TUNE_LOSSES = ("kl", "mix")
 DEVICES = ("auto", "cpu", "cuda")
+SPECIAL_TOKENS = ("auto", "none")
 
 _CHOICES = {"solver": SOLVERS, "rotate": ROTATIONS, "tune": TUNE_STEPS, "tune_loss": TUNE_LOSSES, "device": DEVICES}
+_CHOICES["special_tokens"] = SPECIAL_TOKENS
 _LARGEST = {"seed": 2**63 - 1}  # of integers, else 2^31 - 1
 _INTEGERS = ("bits", "group_size", "embed_bits", "head_bits", "samples", "seq_len", "iterations")
 _INTEGERS += ("tune_steps", "tune_samples", "seed")

@@ -14,37 +14,42 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from bpdq_kernels.compiled import instruction_set
 from bpdq_kernels.format import Scheme
-from bpdq_quantizer import checkpoint, kv_scales
+from bpdq_quantizer import checkpoint, cpu_solver, kv_scales
 from bpdq_quantizer.activations import head_inputs, linear_layers
 from bpdq_quantizer.allocate import allocate, by_layer, check_budget, most_common, other_bytes, parse_size, uniform
-from bpdq_quantizer.blocks import check_all_supported, final_batches, original_states, quantize_blocks
+from bpdq_quantizer.blocks import final_batches, original_states, quantize_blocks
 from bpdq_quantizer.calibration import calibration_windows
 from bpdq_quantizer.carried import carry_over
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.folder import Work, begin, work_folder
-from bpdq_quantizer.loader import load_tokenizer
 from bpdq_quantizer.options import SOLVERS, resolved, scheme
 from bpdq_quantizer.recover import recover, tuned_blocks
 from bpdq_quantizer.rotate import rotated
 from bpdq_quantizer.sensitivity import sensitivities
 from bpdq_quantizer.solver import Solution
+from bpdq_quantizer.sources import check_source
 from bpdq_quantizer.storage import check_intact, read_json, read_sealed, tensors_digest, write_json, write_tensors
 from bpdq_quantizer.stream import Stamps, Streamed, check_unchanged, fill_block, open_model, stamps
+from bpdq_quantizer.support import check_blocks, check_tokens
 from bpdq_quantizer.tables import quantize_tables, table_schemes
+from bpdq_quantizer.tokens import leading_tokens, load_tokenizer
 from bpdq_quantizer.tune import tune_model
 from bpdq_quantizer.work import Batches, Clock, digest, load_progress, peak_memory, save_progress, shard
 from bpdq_quantizer.workers import own_device, team
 
 
 class Job(NamedTuple):
-    """What a run works on and with. windows: tokens to solve on, and to tune the model on; budget: bytes for the
-    blocks' Linears, None for one scheme for all; files: the source's, as they were when it was opened."""
+    """What a run works on and with. solving, tuning: windows of tokens to solve on, and to tune the model on;
+    special_tokens: that each window begins with; budget: bytes for the blocks' Linears, None for one scheme for all;
+    files: the source's, as they were when it was opened."""
 
     options: dict[str, Any]
     source: Streamed
     solving: Tensor
     tuning: Tensor
+    special_tokens: list[str]
     tables: dict[str, Scheme]
     budget: int | None
     device: torch.device
@@ -63,6 +68,7 @@ def quantize(
     calibration: str | Path = "default",
     samples: int = 128,
     seq_len: int = 2048,
+    special_tokens: str = "auto",
     iterations: int = 10,
     solver: str = "refined",
     asymmetric: float | None = None,
@@ -84,7 +90,8 @@ def quantize(
 
     embed_bits, head_bits: bit-planes of the input embedding and the LM head (`bpdq_quantizer.tables`), by default left
     in 16 bits, as norms and biases always are; calibration: `default`, FILE.txt, FILE.jsonl or hf:NAME, cut into
-    `samples` windows of `seq_len` tokens; solver: a key of SOLVERS; asymmetric: 0 to 1, by default as in ASYMMETRIC;
+    `samples` windows of `seq_len` tokens; special_tokens: `auto`, each begins with what the tokenizer puts before a
+    text, or `none`; solver: a key of SOLVERS; asymmetric: 0 to 1, by default as in ASYMMETRIC;
     rotate: `none` or `hadamard` (`bpdq_quantizer.rotate`); tune: a key of TUNE_STEPS (`bpdq_quantizer.tune`), whose
     value is the default of tune_steps; tune_samples: windows to tune the model on, by default `samples`; tune_loss:
     `kl`, or `mix` with the reverse KL; target_bpw: bits per weight of the blocks' Linears, or target_size: of all
@@ -109,11 +116,14 @@ def _prepare(options: dict[str, Any], work: Work) -> Job:
     o = SimpleNamespace(**options)
     device = own_device(o.devices, o.device)
     torch.manual_seed(o.seed)
+    check_source(o.model)
     tokenizer = load_tokenizer(o.model)
-    tokens = _tokens(o, tokenizer)
+    lead = leading_tokens(tokenizer, o.special_tokens)
+    tokens = _tokens(o, tokenizer, lead)
     files = stamps(o.model)
     source = open_model(o.model)
-    check_all_supported(source)
+    check_tokens(source.model, tokens, o.calibration)
+    check_blocks(source)
     if o.rotate == "hadamard":
         source = rotated(source, o.seed)
     tables = table_schemes(source.model, o.embed_bits, o.head_bits, o.group_size)
@@ -126,13 +136,14 @@ def _prepare(options: dict[str, Any], work: Work) -> Job:
     run = _identity(options, source, tokens, device) | {"model files": files or source.model.config._commit_hash}
     begin(work, run, checkpoint.contents(work.folder, len(source.blocks)))
     recover(work)
-    return Job(options, source, tokens[: o.samples], tokens[: o.tune_samples], tables, budget, device, work, files)
+    windows = tokens[: o.samples], tokens[: o.tune_samples]
+    return Job(options, source, *windows, tokenizer.convert_ids_to_tokens(lead), tables, budget, device, work, files)
 
 
-def _tokens(o: SimpleNamespace, tokenizer: Any) -> Tensor:
+def _tokens(o: SimpleNamespace, tokenizer: Any, lead: list[int]) -> Tensor:
     """The calibration windows [W, L] for solving and tuning; raises InputError where they are too few."""
     wanted = max(o.samples, o.tune_samples) if o.tune == "model" else o.samples
-    tokens = calibration_windows(o.calibration, tokenizer, wanted, o.seq_len, o.seed)
+    tokens = calibration_windows(o.calibration, tokenizer, wanted, o.seq_len, o.seed, lead)
     if len(tokens) < 1 + (o.tune != "none"):
         raise InputError(
             f"--tune {o.tune} needs two calibration windows or more, and {o.calibration} holds {len(tokens)} of "
@@ -153,6 +164,7 @@ def _identity(options: dict[str, Any], source: Streamed, tokens: Tensor, device:
         "calibration tokens": digest(tokens),
         "dtype": str(source.model.dtype),
         "threads": torch.get_num_threads(),
+        "instruction set": instruction_set() if cpu_solver.library() else "none",
         "release": _release(),
         "torch": torch.__version__,
     }
@@ -203,6 +215,7 @@ def _run(job: Job, solve: Callable[..., Solution]) -> dict[str, Any]:
         scales = kv_scales.calibrate(source, job.solving, job.device, offload, read)
     report |= {
         "calibration_tokens": job.solving.numel(),
+        "special_tokens": job.special_tokens,
         "bits_per_weight": mean_bits(layers),
         **clock.read(),
         "peak_host_memory_bytes": peak_memory(),

@@ -15,12 +15,13 @@ from bpdq_kernels.format import Scheme
 from bpdq_kernels.layout import GROUP_SIZES, MAX_PLANES, coefficient_shape, plane_shape, to_tiles
 from bpdq_quantizer import kv_cache
 from bpdq_quantizer.activations import ACTIVATION_BYTES, linear_layers, windows_per_batch
-from bpdq_quantizer.blocks import check_supported
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.kv_cache import KV_TYPES, Attention
 from bpdq_quantizer.loader import plain_skeleton
 from bpdq_quantizer.refine import CHUNK_ELEMENTS
+from bpdq_quantizer.sources import is_gguf
 from bpdq_quantizer.stream import decoder_blocks
+from bpdq_quantizer.support import check_dense
 
 GIB = 2**30
 VISIBLE = 23.69 / 24
@@ -163,8 +164,7 @@ def read_model(model: str) -> Model:
     skeleton = plain_skeleton(model)
     config = skeleton.config
     prefix, blocks = decoder_blocks(skeleton)
-    for index, block in enumerate(blocks):
-        check_supported(f"{prefix}.{index}", block)
+    check_dense(prefix, blocks)
     linears = [tuple(m.weight.shape) for m in linear_layers(blocks).values()]
     embedding, head = skeleton.get_input_embeddings().weight, skeleton.get_output_embeddings().weight
     tied = set(skeleton.all_tied_weights_keys)
@@ -298,7 +298,7 @@ def serve_command(model: str, m: Model, settings: Settings, kv_type: str, eager:
     left = budget(settings.gpu_memory) - needed(m, settings, kv_type, graphs=not eager)
     more = left // (kv_cache.bytes_for(kv_type, m.attention, settings.context) + _sequence_bytes(m))
     path = Path(model).absolute()
-    name = path.parent.name if path.suffix == ".json" else path.name.removesuffix(".gguf")
+    name = path.parent.name if path.suffix == ".json" else (path.stem if is_gguf(model) else path.name)
     flags = {
         "--max-model-len": settings.context,
         "--max-num-seqs": min(1 + more, MAX_SEQUENCES),

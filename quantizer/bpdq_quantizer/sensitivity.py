@@ -23,7 +23,7 @@ from tqdm import tqdm
 from bpdq_kernels.format import Scheme
 from bpdq_kernels.layout import GROUP_SIZES, MAX_PLANES
 from bpdq_quantizer.activations import block_inputs, embed, find_stages, head_inputs, run_block, to_host
-from bpdq_quantizer.blocks import check_all_supported, check_finite
+from bpdq_quantizer.blocks import check_finite
 from bpdq_quantizer.grid import range_start
 from bpdq_quantizer.hessian import accumulate, inverse_factor, live_mean, symmetrize
 from bpdq_quantizer.order import group_aware_order
@@ -61,7 +61,6 @@ def sensitivities(
     The Hessians are of all windows in the 16-bit model, the gradients of the first GRADIENT_TOKENS. alpha, damping: as
     of `quantize_linear`; offload: a folder for the hidden states of all windows, which else stay in memory.
     """
-    check_all_supported(source)
     few = tokens[: max(1, GRADIENT_TOKENS // tokens.shape[1])]
     sampled, states = row_losses(source, tokens, len(few), device, alpha, damping, offload)
     weights = gradient_energies(source, few, states, device)
@@ -195,7 +194,7 @@ def watch(energy: Tensor, _: nn.Module, __: tuple, output: Tensor) -> None:
     """Forward hook that adds the squared gradient of each output, over tokens, to `energy` [N]."""
 
     def add(gradient: Tensor) -> None:
-        energy.add_(gradient.float().square().sum((0, 1)))
+        energy.add_(gradient.float().square().sum(tuple(range(gradient.ndim - 1))))
 
     output.register_hook(add)
 

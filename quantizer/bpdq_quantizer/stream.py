@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from bpdq_kernels.format import Scheme
 from bpdq_quantizer.activations import linear_layers
 from bpdq_quantizer.errors import InputError
-from bpdq_quantizer.loader import BPDQLinear, load_model, plain_skeleton
+from bpdq_quantizer.loader import BPDQLinear, load_model, misfit, plain_skeleton, read_headers
+from bpdq_quantizer.sources import is_gguf, weight_files
 
 Stamps = dict[str, list[int]]  # size and time of change (ns) of files, by name
 
@@ -64,9 +65,10 @@ def open_model(model: str) -> Streamed:
     a file of the folder has changed since.
     """
     before = stamps(model)
-    if model.endswith(".gguf"):  # does not say which 16-bit float was the model's own
+    if is_gguf(model):  # does not say which 16-bit float was the model's own
         return from_memory(load_model(model, torch.bfloat16))
     skeleton = plain_skeleton(model)
+    check_tensors(model, skeleton)
     prefix, _ = decoder_blocks(skeleton)
     path = prefix.split(".")
     around = [".".join(path[:depth]) for depth in range(len(path))]  # the modules that hold the blocks, "" first
@@ -87,11 +89,22 @@ def open_model(model: str) -> Streamed:
     return Streamed(lm, *decoder_blocks(lm), weights)
 
 
+def check_tensors(model: str, skeleton: PreTrainedModel) -> None:
+    """Raise InputError for a tensor of a model's folder that is not a float, or not of the skeleton's shape."""
+    stored = read_headers(weight_files(Path(model)))
+    for name, wanted in skeleton.state_dict().items():
+        shape, dtype = stored.get(name, (wanted.shape, wanted.dtype))  # some are stored by another name
+        if shape != tuple(wanted.shape):
+            raise InputError(misfit(model, name, shape, tuple(wanted.shape)))
+        if wanted.is_floating_point() and not dtype.is_floating_point:
+            raise InputError(f"{model}: {name} holds integers: start from the 16-bit model")
+
+
 def from_memory(lm: PreTrainedModel) -> Streamed:
     """The same for a model in memory, which keeps it there."""
     prefix, blocks = decoder_blocks(lm)
     weights = {f"{prefix}.{name}": tensor for name, tensor in blocks.state_dict().items()}
-    blocks.to("meta")
+    drop_block(blocks)
     lm.requires_grad_(False)
     return Streamed(lm, prefix, blocks, weights)
 
@@ -107,14 +120,28 @@ def load_block(source: Streamed, index: int, device: torch.device) -> nn.Module:
             raise InputError(f"{full_name} is not in the model's files: download the model again") from None
         except (OSError, SafetensorError) as e:
             raise InputError(f"{full_name} can't be read ({e}): download the model again") from e
-        set_module_tensor_to_device(block, name, device, value=value)
+        try:
+            set_module_tensor_to_device(block, name, device, value=value)
+        except ValueError as e:
+            raise InputError(f"{full_name} does not fit the model ({e}): download the model again") from e
+    for name, buffer in unsaved_buffers(block).items():
+        set_module_tensor_to_device(block, name, device, value=buffer)
     return block
 
 
 def drop_block(block: nn.Module) -> None:
-    """Free a block's tensors."""
+    """Free the tensors of a block, or of all, but for those that its files lack; they go to the CPU."""
+    kept = {name: buffer.cpu() for name, buffer in unsaved_buffers(block).items()}
     block.to("meta")
+    for name, buffer in kept.items():
+        set_module_tensor_to_device(block, name, "cpu", value=buffer)
     trim_heap()
+
+
+def unsaved_buffers(block: nn.Module) -> dict[str, Tensor]:
+    """Buffers that no checkpoint holds, by name: masks of GPT-Neo, tables of positions of GPT-J."""
+    saved = block.state_dict().keys()
+    return {name: buffer for name, buffer in block.named_buffers() if name not in saved}
 
 
 def trim_heap() -> None:

@@ -1,0 +1,135 @@
+"""What a model is named by, and what can be wrong with its files, said before any of them is loaded."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import transformers
+from safetensors import safe_open
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
+
+from bpdq_quantizer.errors import InputError
+
+LFS_POINTER = b"version https://git-lfs"
+
+
+def gguf_arguments(model: str) -> dict[str, str]:
+    """Arguments of `from_pretrained` for a folder, hub id or `.gguf` file; raises InputError if it does not exist."""
+    path = Path(model)
+    if is_gguf(model):
+        if not path.is_file():
+            raise InputError(f"{model}: no such file")
+        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    if not path.is_dir() and (path.is_absolute() or model.startswith(".")):
+        raise InputError(f"{model}: no such folder")
+    return {"pretrained_model_name_or_path": model}
+
+
+def is_gguf(model: str) -> bool:
+    return model.lower().endswith(".gguf")
+
+
+def read_config(model: str) -> PreTrainedConfig:
+    """The config of a causal language model: of a folder, hub id or `.gguf` file, or a config.json by its own path.
+
+    No code that a model brings is run. Raises InputError, also for architectures that are not causal language models.
+    """
+    source = {"pretrained_model_name_or_path": model} if model.endswith(".json") else gguf_arguments(model)
+    check_content(Path(model) if model.endswith(".json") else Path(model) / "config.json")
+    try:
+        raw = {} if is_gguf(model) else PreTrainedConfig.get_config_dict(model)[0]
+        check_known(model, raw)
+        config = AutoConfig.from_pretrained(trust_remote_code=False, **source)
+    except InputError:
+        raise
+    except Exception as e:  # a config's own checks raise all kinds
+        raise InputError(f"{model}: can't be loaded as a causal language model, for its config.json: {e}") from e
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        architecture = (config.architectures or [type(config).__name__])[0]
+        raise InputError(
+            f"{model}: {architecture} is not a causal language model of transformers: choose a dense decoder-only "
+            "model; the language model inside a multimodal one must be saved as a folder of its own first"
+        )
+    text = config.get_text_config(decoder=True)
+    padding, rows = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
+    if padding is not None and rows is not None and padding >= rows:
+        raise InputError(
+            f"{model}: its config.json says pad_token_id {padding}, but the vocabulary ends at {rows - 1}: set it to "
+            "null there, or to a token of the vocabulary"
+        )
+    return config
+
+
+def check_known(model: str, raw: Any) -> None:
+    """Raise InputError for the content of a config.json whose architecture transformers does not have."""
+    if not isinstance(raw, dict):
+        raise InputError(f"{model}: its config.json does not hold a JSON object: download the model again")
+    kind = raw.get("model_type")
+    if kind is None or kind in CONFIG_MAPPING:
+        return
+    code = "; the code that comes with the model is never run" if "auto_map" in raw else ""
+    raise InputError(
+        f"{model}: transformers {transformers.__version__} does not know the model_type {kind!r} of its config.json"
+        f"{code}: install a release of transformers that does, or look for a version of the model made for it"
+    )
+
+
+def check_source(model: str) -> None:
+    """Raise InputError for a model whose config or files can't be used: git-lfs pointers, cut or empty files.
+
+    Of a hub id only the config is looked at. No tensor is read.
+    """
+    if is_gguf(model):
+        check_gguf(Path(gguf_arguments(model)["pretrained_model_name_or_path"]) / Path(model).name)
+    elif Path(model).is_dir():
+        for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+            check_content(Path(model) / name)
+        for file in weight_files(Path(model)):
+            check_content(file)
+            try:
+                with safe_open(file, framework="pt"):
+                    pass
+            except Exception as e:  # SafetensorError has no public home
+                raise InputError(f"{file}: not a complete safetensors file ({e}): download it again") from None
+    read_config(model)
+
+
+def check_content(file: Path) -> None:
+    """Raise InputError for a file that is there, but empty or a git-lfs pointer."""
+    if not file.is_file():
+        return
+    with file.open("rb") as content:
+        start = content.read(len(LFS_POINTER))
+    if not start:
+        raise InputError(f"{file} is empty: download it again")
+    if start == LFS_POINTER:
+        raise InputError(f"{file} is a git-lfs pointer, not the file itself: run `git lfs pull` in its folder")
+
+
+def check_gguf(file: Path) -> None:
+    """Raise InputError for a GGUF file that can't be read, as far as its header tells."""
+    check_content(file)
+    try:
+        from gguf import GGUFReader
+    except ImportError:
+        raise InputError(f"{file}: reading it needs the gguf package: pip install 'vllm-bpdq[gguf]'") from None
+    try:
+        GGUFReader(file)
+    except Exception as e:  # what it computes from nonsense fails in all ways
+        raise InputError(f"{file}: not a complete GGUF file ({e}): download it again") from None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model's folder that transformers reads; raises InputError for one that is missing."""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file() or not index.is_file():
+        return [file for file in [folder / "model.safetensors"] if file.is_file()]
+    check_content(index)
+    try:
+        names = set(json.loads(index.read_text())["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"{index}: not an index of safetensors files: download it again") from None
+    for name in sorted(names):
+        if not (folder / name).is_file():
+            raise InputError(f"{folder / name} is missing, though {index.name} names it: download it again")
+    return [folder / name for name in sorted(names)]

@@ -1,0 +1,101 @@
+"""Architectures that do things of their own: each is quantized and read back, or refused by name before any work."""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import bpdq_quantizer
+from bpdq_kernels.format import Scheme
+from bpdq_quantizer import pipeline, sensitivity
+from bpdq_quantizer.activations import linear_layers
+from bpdq_quantizer.errors import InputError
+from bpdq_quantizer.stream import open_model
+from tiny import tiny_tokenizer
+
+QUICK = {"bits": 4, "group_size": 32, "samples": 3, "seq_len": 32, "iterations": 1, "solver": "paper"}
+IDS = torch.arange(30)[None] * 7 % 380
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES |= {"num_key_value_heads": 2, "max_position_embeddings": 64}
+GPT = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}
+LATENT = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 16}
+WORKING = {
+    "opt": SIZES | {"ffn_dim": 96, "word_embed_proj_dim": 64},  # windows flattened in front of a Linear
+    "minicpm3": SIZES | LATENT,  # and not: a dimension more
+    "gptj": GPT | {"rotary_dim": 8},  # tuples between blocks, positions in a buffer that is not stored
+    "codegen": GPT | {"rotary_dim": 8},
+    "gpt_neo": {
+        "hidden_size": 64, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]],
+        "max_position_embeddings": 64,
+    },
+    "falcon": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "mpt": {"d_model": 64, "n_layers": 2, "n_heads": 4},
+    "gpt_bigcode": GPT,  # initialization that reads `.weight`
+    "nanochat": SIZES,
+}  # fmt: skip
+REFUSED = {
+    "bloom": {"hidden_size": 64, "n_layer": 2, "n_head": 4},
+    "xglm": {"d_model": 64, "ffn_dim": 96, "num_layers": 2, "attention_heads": 4},
+    "gpt2": GPT,
+}
+
+
+def model(folder, arch):
+    """Write a folder of a random model."""
+    torch.manual_seed(0)
+    config = (WORKING | REFUSED)[arch]
+    config = AutoConfig.for_model(arch, vocab_size=384, bos_token_id=None, eos_token_id=0, pad_token_id=0, **config)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def logits(folder):
+    with torch.inference_mode():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(IDS).logits
+
+
+def assert_close(out, folder):
+    found, expected = logits(out), logits(folder)
+    assert (found - expected).std() < 0.3 * expected.std()
+
+
+@pytest.mark.parametrize("arch", WORKING)
+def test_it_is_quantized_and_read_back(tmp_path, text, arch):
+    folder = model(tmp_path / "model", arch)
+    bpdq_quantizer.quantize(folder, tmp_path / "out", calibration=text, **QUICK)
+    assert_close(tmp_path / "out", folder)
+
+
+@pytest.mark.parametrize("options", [{"head_bits": 4, "tune": "model"}, {"tune": "block"}])
+@pytest.mark.parametrize("arch", ["opt", "minicpm3", "gptj", "falcon"])
+def test_so_it_is_with_tuning_and_tables(tmp_path, text, arch, options):
+    folder = model(tmp_path / "model", arch)
+    bpdq_quantizer.quantize(folder, tmp_path / "out", calibration=text, tune_steps=2, **QUICK | options)
+    assert_close(tmp_path / "out", folder)
+
+
+@pytest.mark.parametrize("arch", ["opt", "minicpm3", "gptj"])
+def test_its_sensitivities_are_measured(tmp_path, arch, monkeypatch):
+    monkeypatch.setattr(sensitivity, "GROUP_SIZES", (32,))
+    monkeypatch.setattr(sensitivity, "MAX_PLANES", 1)
+    source = open_model(model(tmp_path / "model", arch))
+    tokens = torch.arange(64).view(2, 32) * 5
+    stages = sensitivity.sensitivities(source, tokens, torch.device("cpu"), alpha=1e-4, damping=0.05)
+    assert sorted(name for stage in stages for name in stage.names) == sorted(
+        f"{source.prefix}.{name}" for name in linear_layers(source.blocks)
+    )
+    assert all(stage.costs[Scheme(1, 32)] > 0 for stage in stages)
+
+
+@pytest.mark.parametrize(
+    ("arch", "message"),
+    [
+        ("bloom", r"BloomForCausalLM: transformer\.h\.0 can't be quantized"),  # arguments by the number of windows
+        ("xglm", r"XGLMForCausalLM: model\.layers\.0 can't be quantized"),
+        ("gpt2", "GPT2LMHeadModel: no list of 2 decoder blocks with Linear layers"),
+    ],
+)
+def test_it_is_refused_by_name_before_any_work(tmp_path, text, arch, message, monkeypatch):
+    monkeypatch.setattr(pipeline, "work_folder", None)
+    with pytest.raises(InputError, match=message):
+        bpdq_quantizer.quantize(model(tmp_path / "model", arch), tmp_path / "out", calibration=text, **QUICK)

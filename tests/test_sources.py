@@ -1,0 +1,139 @@
+"""Source models that can't be used: one sentence each, which names the file or tensor, and nothing is left behind."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from bpdq_quantizer.cli import main
+from bpdq_quantizer.errors import InputError
+from bpdq_quantizer.sources import gguf_arguments
+from tiny import tiny_model
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+LAYER = "model.layers.1.mlp.up_proj.weight"
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("sources") / "model")
+
+
+def cut(name, keep):
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:keep])
+
+
+def pointer(name):
+    return lambda folder: (folder / name).write_text(POINTER)
+
+
+def tensor(name, change):
+    def do(folder):
+        tensors = load_file(folder / WEIGHTS)
+        tensors[name] = change(tensors[name]).clone()
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+    return do
+
+
+def config(**changes):
+    def do(folder):
+        found = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(found | changes))
+
+    return do
+
+
+def other_config(content):
+    return lambda folder: (folder / "config.json").write_text(json.dumps(content))
+
+
+def index(content):
+    def do(folder):
+        (folder / WEIGHTS).unlink()
+        (folder / f"{WEIGHTS}.index.json").write_text(content)
+
+    return do
+
+
+def gguf(content):
+    return lambda folder: (folder / "m.gguf").write_bytes(content)
+
+
+FILES = {
+    "truncated weights": (cut(WEIGHTS, 50_000), "/model.safetensors: not a complete safetensors file"),
+    "empty weights": (cut(WEIGHTS, 0), "/model.safetensors is empty: download it again"),
+    "pointer to weights": (pointer(WEIGHTS), "/model.safetensors is a git-lfs pointer, not the file itself: run `git"),
+    "pointer to a tokenizer": (pointer("tokenizer.json"), "/tokenizer.json is a git-lfs pointer"),
+    "a missing part": (index('{"weight_map": {"a": "b.safetensors"}}'), "/b.safetensors is missing, though model.safe"),
+    "no index": (index("[]"), "/model.safetensors.index.json: not an index of safetensors files"),
+    "shape in a block": (tensor(LAYER, lambda t: t[1:]), f"{LAYER} is (351, 128) in its files, but (352, 128) by its"),
+    "shape elsewhere": (tensor("model.norm.weight", lambda t: t[:7]), "model.norm.weight is (7,) in its files, but (1"),
+    "vocabulary": (config(vocab_size=400), ".weight is (384, 128) in its files, but (400, 128) by its config.json"),
+    "damaged GGUF": (gguf(b"GGUF\x03\0\0\0" + b"\xff" * 300), "/m.gguf: not a complete GGUF file"),
+    "empty GGUF": (gguf(b""), "/m.gguf is empty"),
+    "pointer to a GGUF": (gguf(POINTER.encode()), "/m.gguf is a git-lfs pointer"),
+}
+CONFIGS = {
+    "pointer": (pointer("config.json"), "/config.json is a git-lfs pointer"),
+    "list": (other_config([]), "its config.json does not hold a JSON object"),
+    "padding": (config(pad_token_id=384), "its config.json says pad_token_id 384, but the vocabulary ends at 383: set"),
+    "code": (
+        config(model_type="evil", auto_map={"AutoConfig": "evil.Config"}),
+        "does not know the model_type 'evil' of its config.json; the code that comes with the model is never run: ins",
+    ),
+    "unknown": (config(model_type="evil"), "does not know the model_type 'evil' of its config.json: install a release"),
+    "wrapper": (
+        other_config({"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"]}),
+        "LlavaForConditionalGeneration is not a causal language model of transformers: choose a dense decoder-only",
+    ),
+    "no heads": (config(num_attention_heads=0), "integer modulo by zero"),
+    "a size that is no number": (config(hidden_size="big"), "'hidden_size' expected int, got str"),
+}
+COMMANDS = [(name, command) for name in FILES for command in ("quantize", "eval")]
+COMMANDS += [(name, command) for name in CONFIGS for command in ("quantize", "eval", "plan")]
+
+
+@pytest.mark.parametrize(("name", "command"), COMMANDS)
+def test_what_is_wrong_with_a_source_is_said_in_one_line(model, tmp_path, text, capsys, name, command):
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    damage, message = (FILES | CONFIGS)[name]
+    damage(folder)
+    source = next(folder.glob("*.gguf"), folder)
+    options = {
+        "quantize": ["--output", tmp_path / "out", "--calibration", text, "--samples", "2"],
+        "eval": ["--text", text, "--windows", "1"],
+        "plan": [],
+    }[command]
+    length = [] if command == "plan" else ["--seq-len", "16"]
+    assert main([str(a) for a in (command, source, *options, *length)]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("bpdq: error: ")]
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert str(folder) in errors[0]
+    assert "trust_remote_code" not in errors[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_integers_are_no_16_bit_model(model, tmp_path, text, capsys):
+    shutil.copytree(model, tmp_path / "model")
+    tensor(LAYER, lambda t: t.to(torch.int8))(tmp_path / "model")
+    argv = ["quantize", tmp_path / "model", "--output", tmp_path / "out", "--calibration", text, "--seq-len", "16"]
+    assert main([str(a) for a in argv]) == 2
+    assert f"{LAYER} holds integers: start from the 16-bit model" in capsys.readouterr().err
+
+
+def test_the_case_of_gguf_does_not_matter(tmp_path):
+    (tmp_path / "M.GGUF").write_bytes(b"GGUF")
+    assert gguf_arguments(str(tmp_path / "M.GGUF"))["gguf_file"] == "M.GGUF"
+    with pytest.raises(InputError, match=r"N\.GGUF: no such file"):
+        gguf_arguments(str(tmp_path / "N.GGUF"))
+
+
+def test_a_data_set_needs_a_name(model, tmp_path, capsys):
+    assert main(["quantize", str(model), "--output", str(tmp_path / "out"), "--calibration", "hf:"]) == 2
+    assert "--calibration hf:: expected default, FILE.txt, FILE.jsonl or hf:NAME" in capsys.readouterr().err
