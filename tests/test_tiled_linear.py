@@ -139,7 +139,7 @@ INTERPRETED = [
 
 def interpret(layer: Layer, tokens: int) -> None:
     p = problem(layer, tokens, bias=tokens % 2 == 1)
-    y = tiled_linear(p.x, *to_tiles(p.B, p.c, layer.group, layer.dtype), layer.N, layer.group, p.bias)
+    y = tiled_linear(p.x, to_tiles(p.B, p.c, layer.group, layer.dtype), layer.N, layer.group, p.bias)
     assert y.dtype == layer.dtype
     compare(layer, p, y)
 
@@ -151,7 +151,7 @@ def interpret_views() -> None:
     tiles = to_tiles(p.B, p.c, layer.group, layer.dtype)
 
     def linear(x: torch.Tensor) -> torch.Tensor:
-        return tiled_linear(x, *tiles, layer.N, layer.group, p.bias)
+        return tiled_linear(x, tiles, layer.N, layer.group, p.bias)
 
     y = linear(p.x)
     wide = torch.full((6, 3 * layer.K), float("nan"), dtype=FP16)
@@ -168,7 +168,7 @@ def interpret_one_token_without_binary_tensor_cores() -> None:
         p = problem(layer, 1, bias=True)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("bpdq_kernels.tiled_linear.machine", lambda _: (1, 120))
-            y = tiled_linear(p.x, *to_tiles(p.B, p.c, layer.group, layer.dtype), layer.N, layer.group, p.bias)
+            y = tiled_linear(p.x, to_tiles(p.B, p.c, layer.group, layer.dtype), layer.N, layer.group, p.bias)
         compare(layer, p, y, arch=120)
 
 
@@ -177,10 +177,10 @@ def interpret_infinity() -> None:
     p = problem(layer, 1, bias=False)
     for bad in (float("inf"), float("-inf"), float("nan")):
         p.x[0, 130] = bad
-        y = tiled_linear(p.x, *to_tiles(p.B, p.c, layer.group, layer.dtype), layer.N, layer.group, None)
+        y = tiled_linear(p.x, to_tiles(p.B, p.c, layer.group, layer.dtype), layer.N, layer.group, None)
         assert y.isnan().all(), f"{bad} in x became {y}"
     p.x[0] = 0
-    assert not tiled_linear(p.x, *to_tiles(p.B, p.c, layer.group, layer.dtype), layer.N, layer.group, None).any()
+    assert not tiled_linear(p.x, to_tiles(p.B, p.c, layer.group, layer.dtype), layer.N, layer.group, None).any()
 
 
 def interpret_embedding() -> None:
@@ -188,7 +188,7 @@ def interpret_embedding() -> None:
         p = problem(layer, 1, bias=False)
         ids = torch.tensor([0, layer.N - 1, 7, 8, 7, -1, layer.N])
         y = torch.full((7, layer.K), float("nan"))
-        triton_embedding.launch(ids, *to_tiles(p.B, p.c, layer.group, layer.dtype), layer.group, y)
+        triton_embedding.launch(ids, to_tiles(p.B, p.c, layer.group, layer.dtype), layer.group, y)
         W = reference.dequantize(p.B, p.c, layer.group, layer.K)
         torch.testing.assert_close(y[:5], W[ids[:5]], rtol=2e-6, atol=1e-6 * W.abs().max().item())
         assert not y[5:].any(), "rows that the table does not have"
@@ -199,11 +199,11 @@ def interpret_dense() -> None:
         p = problem(layer, 5, bias=True)
         tiles = to_tiles(p.B, p.c, layer.group, layer.dtype)
         y = torch.full((5, layer.N), float("nan"), dtype=layer.dtype)
-        triton_dequantize.launch(p.x, *tiles, layer.group, p.bias, y, Dense(32))
+        triton_dequantize.launch(p.x, tiles, layer.group, p.bias, y, Dense(32))
         compare(layer, p, y)
         if layer.dtype == FP16:  # to bf16 the interpreter truncates
             weight = torch.full((16, layer.K), float("nan"), dtype=FP16)
-            triton_dequantize.dequantize(*tiles, layer.group, 16, weight)
+            triton_dequantize.dequantize(tiles, layer.group, 16, weight)
             W = reference.dequantize(p.B, p.c, layer.group, layer.K)[16:32]
             assert torch.equal(weight, W.half()), "not rounded once"
 
@@ -213,7 +213,7 @@ def interpret_embedding_of_strided_ids() -> None:
     p = problem(layer, 1, bias=False)
     ids = torch.randint(0, layer.N, (5, 3), generator=torch.Generator().manual_seed(0))
     y = torch.full((5, layer.K), float("nan"))
-    triton_embedding.launch(ids[:, 1], *to_tiles(p.B, p.c, layer.group, layer.dtype), layer.group, y)
+    triton_embedding.launch(ids[:, 1], to_tiles(p.B, p.c, layer.group, layer.dtype), layer.group, y)
     W = reference.dequantize(p.B, p.c, layer.group, layer.K)
     torch.testing.assert_close(y, W[ids[:, 1]], rtol=2e-6, atol=1e-6 * W.abs().max().item())
 
@@ -347,7 +347,7 @@ def test_activations_of_another_dtype_than_the_layer_was_prepared_for_are_refuse
     with pytest.raises(
         ValueError, match=rf"prepared for torch.float16 activations, not {dtype}: pass dtype to prepare"
     ):
-        tiled_linear(p.x.to(dtype), *to_tiles(p.B, p.c, 64, FP16), 16, 64, None)
+        tiled_linear(p.x.to(dtype), to_tiles(p.B, p.c, 64, FP16), 16, 64, None)
 
 
 # --- for real -------------------------------------------------------------------------------------------------------
