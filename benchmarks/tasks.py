@@ -4,6 +4,7 @@ Tasks are named as lm-eval names them; a folder adds the user's own YAML files, 
 network (`dataset_path: json`, `dataset_kwargs: {data_files: ...}`).
 """
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +47,18 @@ def through_vllm(
         return _evaluate(lm, tasks, folder, limit)
 
 
-def _evaluate(lm: Any, tasks: list[str], folder: str | None, limit: int | None) -> dict[str, float]:
-    from lm_eval import simple_evaluate
+@cache
+def _task_manager(folder: str | None) -> Any:
+    """lm-eval's, which reads thousands of YAML files when it is made."""
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=folder)
+    return TaskManager(include_path=folder)
+
+
+def _evaluate(lm: Any, tasks: list[str], folder: str | None, limit: int | None) -> dict[str, float]:
+    from lm_eval import simple_evaluate
+
+    manager = _task_manager(folder)
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown:
         raise ValueError(f"--tasks {' '.join(unknown)}: lm-eval knows no such task, nor does --task-folder {folder}")

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import bpdq_quantizer
 from generate import PROMPTS, TOKENS, transformers_tokens, vllm_tokens
-from tiny import TEXT, bpdq_checkpoint, tiny_model, with_kv_scales
+from tiny import bpdq_checkpoint, tiny_model, with_kv_scales
 
 LAYERS = {f"model.layers.1.mlp.{name}_proj": {"bits": 3, "group_size": 32} for name in ("gate", "up")}
 MIXED = {  # k from 1 to 4 and two group sizes, in two blocks
@@ -32,10 +32,16 @@ EAGER = {
     "llama": ({"group_size": 128, "layers": LAYERS, "ignore": ("model.layers.0.mlp.down_proj",)}, {}),
     "llama authors": ({"dialect": "authors", "group_size": 256, "bits": 3}, {"quantization": "bpdq"}),
     "qwen2": ({"group_size": 64, "coefficient_dtype": torch.float16}, {"quantization": "bpdq"}),
+}
+MORE_EAGER = {
     "qwen2 authors": ({"dialect": "authors", "group_size": 128}, {}),
     "llama tables": ({"group_size": 128, "layers": TABLES}, {}),
     "llama mixed": ({"group_size": 64, "layers": MIXED}, {}),
     "tied tables": ({"group_size": 128, "layers": TABLES}, {}),
+}
+QUANTIZED = {  # from a model with tied tables, of which rotation makes two, as the last norm has gains
+    "quantized": {"embed_bits": 4},
+    "rotated": {"rotate": "hadamard", "embed_bits": 3, "head_bits": 4},
 }
 SCALES = {
     "model.layers.0.self_attn.k_scale": 3.1,
@@ -43,10 +49,9 @@ SCALES = {
     "model.layers.1.self_attn.k_scale": 2.3,
     "model.layers.1.self_attn.v_scale": 2.9,
 }
-fp8_cache = pytest.mark.skipif(
-    not (torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported()),
-    reason="vLLM's CPU build has no fp8 KV cache without AVX-512 or AMX",
-)
+HAS_FP8_CACHE = torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported()
+fp8_cache = pytest.mark.skipif(not HAS_FP8_CACHE, reason="vLLM's CPU build has no fp8 KV cache without AVX-512 or AMX")
+E4M3, E5M2 = ({"kv_cache_dtype": f"fp8_{name}"} for name in ("e4m3", "e5m2"))
 OTHERS = {name: 1.4 * scale for name, scale in SCALES.items()}  # twice as large, most of a cache would be the same
 
 
@@ -60,23 +65,45 @@ def checkpoints(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("engine")
     models = {arch: tiny_model(folder / f"{arch}-model", arch) for arch in ("llama", "qwen2")}
     models["tied"] = tiny_model(folder / "tied-model", "qwen2", tie_word_embeddings=True)
-    made = {
+    return {
         name: bpdq_checkpoint(models[name.split()[0]], folder / name.replace(" ", "-"), **options)
-        for name, (options, _) in EAGER.items()
+        for name, (options, _) in (EAGER | MORE_EAGER).items()
     }
-    (folder / "text.txt").write_text(TEXT * 4)
-    small = {"calibration": str(folder / "text.txt"), "samples": 2, "seq_len": 32, "iterations": 1, "solver": "paper"}
-    made["rotated"] = folder / "rotated"
-    model = tiny_model(folder / "gains", "qwen2", gains=0.3, tie_word_embeddings=True)
-    bpdq_quantizer.quantize(str(model), made["rotated"], rotate="hadamard", **small)
-    return made
 
 
 @pytest.fixture(scope="module")
-def eager(checkpoints) -> dict[str, list[list[int]] | str]:
+def quantized(tmp_path_factory, text) -> dict[str, Path]:
+    """Checkpoints of the quantizer, tables too."""
+    folder = tmp_path_factory.mktemp("quantized")
+    model = tiny_model(folder / "model", "qwen2", gains=0.3, tie_word_embeddings=True)
+    small = {"calibration": text, "samples": 2, "seq_len": 32, "group_size": 64, "iterations": 1, "solver": "paper"}
+    for name, options in QUANTIZED.items():
+        bpdq_quantizer.quantize(str(model), folder / name, **small, **options)
+    return {name: folder / name for name in QUANTIZED}
+
+
+def run(engines: dict[str, dict]) -> dict[str, list[list[int]] | str]:
     """Tokens, or the error, of engines that share one process to save the start-up of vLLM."""
+    return dict(zip(engines, vllm_tokens(list(engines.values())), strict=True))
+
+
+def other_weights(checkpoints, name: str, options: dict) -> Path:
+    """A checkpoint like another one, of a model with other weights."""
+    folder = checkpoints[name].parent
+    return bpdq_checkpoint(tiny_model(folder / f"other-{name}-model", seed=1), folder / f"other-{name}", **options)
+
+
+@pytest.fixture(scope="module")
+def scaled(checkpoints) -> dict[str, Path]:
+    """Checkpoints with scales of the KV cache."""
+    base = checkpoints["qwen2"]
+    scales = {"scales": SCALES, "other scales": OTHERS, "a scale is missing": dict(list(SCALES.items())[1:])}
+    return {name: with_kv_scales(base, base.with_name(name), values) for name, values in scales.items()}
+
+
+@pytest.fixture(scope="module")
+def eager(checkpoints, quantized, scaled) -> dict[str, list[list[int]] | str]:
     base = checkpoints["llama"]
-    other = bpdq_checkpoint(tiny_model(base.parent / "other-model", seed=1), base.parent / "other", **EAGER["llama"][0])
     without_b = shutil.copytree(base, base.parent / "without-b")
     tensors = load_file(base / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.B"]
@@ -89,31 +116,42 @@ def eager(checkpoints) -> dict[str, list[list[int]] | str]:
     tensors = load_file(damaged / "model.safetensors")
     tensors["model.layers.0.self_attn.k_proj.bias"][5] = torch.nan
     save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
-    runs = {name: {"load": {"model": str(checkpoints[name]), **flags}} for name, (_, flags) in EAGER.items()}
-    runs["llama"]["reload_from"] = str(other)
-    tables = bpdq_checkpoint(base.parent / "other-model", base.parent / "other-tables", **EAGER["llama tables"][0])
-    runs["llama tables"]["reload_from"] = str(tables)
-    cache = {"kv_cache_dtype": "fp8_e5m2"}
-    runs["8-bit cache"] = {"load": {"model": str(checkpoints["qwen2"]), **cache}}
-    runs["8-bit cache, 16 bits"] = {"load": {"model": str(dequantized(checkpoints["qwen2"])), **cache}}
-    runs["rotated"] = {"load": {"model": str(checkpoints["rotated"])}}
-    folders = {}
-    for name, scales in {"scales": SCALES, "others": OTHERS, "one missing": dict(list(SCALES.items())[1:])}.items():
-        folders[name] = with_kv_scales(checkpoints["qwen2"], base.parent / name, scales)
-    scaled = {"model": str(folders["scales"])}
-    runs["scales"] = {"load": {**scaled, "kv_cache_dtype": "fp8_e4m3"}, "reload_from": str(folders["others"])}
-    runs["other scales"] = {"load": {"model": str(folders["others"]), "kv_cache_dtype": "fp8_e4m3"}}
-    runs["scales, 16-bit cache"] = {"load": scaled}
-    runs["scales, e5m2"] = {"load": {**scaled, **cache}}
-    runs["scales, dummy"] = {"load": {**scaled, "kv_cache_dtype": "fp8_e4m3", "load_format": "dummy"}}
-    runs["a scale is missing"] = {"load": {"model": str(folders["one missing"]), "kv_cache_dtype": "fp8_e4m3"}}
-    runs["dummy"] = {"load": {"model": str(base), "load_format": "dummy"}}
-    runs["without B"] = {"load": {"model": str(without_b)}}
-    runs["without a norm"] = {"load": {"model": str(without_norm)}}
-    runs["without a norm, dummy"] = {"load": {"model": str(without_norm), "load_format": "dummy"}}
-    runs["NaN in a bias"] = {"load": {"model": str(damaged)}}
-    runs["another method"] = {"load": {"model": str(base), "quantization": "awq"}}
-    return dict(zip(runs, vllm_tokens(list(runs.values())), strict=True))
+    engines = {name: {"load": {"model": str(checkpoints[name]), **flags}} for name, (_, flags) in EAGER.items()}
+    engines["llama"]["reload_from"] = str(other_weights(checkpoints, "llama", EAGER["llama"][0]))
+    engines |= {name: {"load": {"model": str(folder)}} for name, folder in quantized.items()}
+    engines["dummy"] = {"load": {"model": str(base), "load_format": "dummy"}}
+    engines["without B"] = {"load": {"model": str(without_b)}}
+    engines["without a norm"] = {"load": {"model": str(without_norm)}}
+    engines["without a norm, dummy"] = {"load": {"model": str(without_norm), "load_format": "dummy"}}
+    engines["NaN in a bias"] = {"load": {"model": str(damaged)}}
+    engines["another method"] = {"load": {"model": str(base), "quantization": "awq"}}
+    if HAS_FP8_CACHE:
+        engines |= {name: {"load": {"model": str(folder), **E4M3}} for name, folder in scaled.items()}
+        engines["scales"]["reload_from"] = str(scaled["other scales"])
+    return run(engines)
+
+
+@pytest.fixture(scope="module")
+def more_eager(checkpoints) -> dict[str, list[list[int]] | str]:
+    engines = {name: {"load": {"model": str(checkpoints[name]), **flags}} for name, (_, flags) in MORE_EAGER.items()}
+    other = other_weights(checkpoints, "llama tables", MORE_EAGER["llama tables"][0])
+    engines["llama tables"]["reload_from"] = str(other)
+    return run(engines)
+
+
+@pytest.fixture(scope="module")
+def cached(checkpoints, scaled) -> dict[str, list[list[int]] | str]:
+    """Of engines whose KV cache has 8 bits, or scales, or both."""
+    base, scales = str(checkpoints["qwen2"]), str(scaled["scales"])
+    engines = {
+        "qwen2": {"model": base},
+        "8-bit cache": {"model": base, **E5M2},
+        "8-bit cache, 16 bits": {"model": str(dequantized(checkpoints["qwen2"])), **E5M2},
+        "scales, 16-bit cache": {"model": scales},
+        "scales, e5m2": {"model": scales, **E5M2},
+        "scales, dummy": {"model": scales, **E4M3, "load_format": "dummy"},
+    }
+    return run({name: {"load": load} for name, load in engines.items()})
 
 
 @pytest.mark.parametrize("name", EAGER)
@@ -121,23 +159,30 @@ def test_eager_tokens_equal_transformers(checkpoints, eager, name):
     assert eager[name][: len(PROMPTS)] == transformers_tokens(dequantized(checkpoints[name]))
 
 
-def test_a_rotated_checkpoint_is_a_model_like_any_other(checkpoints, eager):
-    """Its tied tables have become two; the model's last norm has gains."""
-    assert eager["rotated"] == transformers_tokens(checkpoints["rotated"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MORE_EAGER)
+def test_eager_tokens_of_more_layouts_equal_transformers(checkpoints, more_eager, name):
+    assert more_eager[name][: len(PROMPTS)] == transformers_tokens(dequantized(checkpoints[name]))
 
 
-@pytest.mark.parametrize(("name", "other"), [("llama", "other"), ("llama tables", "other-tables")])
-def test_reloading_another_checkpoint_serves_the_other_weights(checkpoints, eager, name, other):
-    before, after = eager[name][: len(PROMPTS)], eager[name][len(PROMPTS) :]
-    assert after == transformers_tokens(checkpoints["llama"].parent / f"{other}-dequantized")
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_an_engine_serves_what_bpdq_quantize_wrote(quantized, eager, name):
+    assert eager[name] == transformers_tokens(quantized[name])
+
+
+def reloads(checkpoints, served: dict[str, list[list[int]] | str], name: str) -> None:
+    before, after = served[name][: len(PROMPTS)], served[name][len(PROMPTS) :]
+    assert after == transformers_tokens(dequantized(checkpoints[name].with_name(f"other-{name}")))
     assert after != before
 
 
-@fp8_cache
-def test_an_8_bit_kv_cache_works_as_with_16_bit_weights(eager):
-    assert isinstance(eager["8-bit cache"], list), "tokens, not an error"
-    assert eager["8-bit cache"] == eager["8-bit cache, 16 bits"]
-    assert eager["8-bit cache"] != eager["qwen2"], "the cache makes a difference that the test can see"
+def test_reloading_another_checkpoint_serves_the_other_weights(checkpoints, eager):
+    reloads(checkpoints, eager, "llama")
+
+
+@pytest.mark.slow
+def test_reloading_another_checkpoint_serves_the_other_tables(checkpoints, more_eager):
+    reloads(checkpoints, more_eager, "llama tables")
 
 
 @fp8_cache
@@ -151,19 +196,38 @@ def test_an_fp8_cache_is_rounded_with_the_scales_of_the_checkpoint(checkpoints, 
 
 
 @fp8_cache
-def test_scales_change_nothing_where_the_cache_has_none(eager):
-    assert eager["scales, 16-bit cache"] == eager["qwen2"]
-    assert eager["scales, e5m2"] == eager["8-bit cache"]
-
-
-@fp8_cache
 def test_a_checkpoint_without_one_scale_does_not_start(eager):
     assert "model.layers.0.self_attn.k_scale is not in the checkpoint" in eager["a scale is missing"]
 
 
-@pytest.mark.parametrize("name", ["dummy", "without a norm, dummy", pytest.param("scales, dummy", marks=fp8_cache)])
+@pytest.mark.slow
+@fp8_cache
+def test_an_8_bit_kv_cache_works_as_with_16_bit_weights(cached):
+    assert isinstance(cached["8-bit cache"], list), "tokens, not an error"
+    assert cached["8-bit cache"] == cached["8-bit cache, 16 bits"]
+    assert cached["8-bit cache"] != cached["qwen2"], "the cache makes a difference that the test can see"
+
+
+@pytest.mark.slow
+@fp8_cache
+def test_scales_change_nothing_where_the_cache_has_none(cached):
+    assert cached["scales, 16-bit cache"] == cached["qwen2"]
+    assert cached["scales, e5m2"] == cached["8-bit cache"]
+
+
+def generates(served: list[list[int]] | str) -> None:
+    assert [len(tokens) for tokens in served] == [TOKENS] * len(PROMPTS)
+
+
+@pytest.mark.parametrize("name", ["dummy", "without a norm, dummy"])
 def test_dummy_weights_generate(eager, name):
-    assert [len(tokens) for tokens in eager[name]] == [TOKENS] * len(PROMPTS)
+    generates(eager[name])
+
+
+@pytest.mark.slow
+@fp8_cache
+def test_dummy_scales_generate(cached):
+    generates(cached["scales, dummy"])
 
 
 def test_layers_that_are_not_in_bit_planes_are_checked_too(eager):

@@ -96,6 +96,7 @@ def test_a_machine_that_can_not_run_it_is_status_3(monkeypatch, capsys, device, 
     assert why in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_real_engine_gives_transformers_tokens(tmp_path):
     args = gpu_vllm.parse_args(["--device", "cpu"])
     gpu_vllm.write_tiny_checkpoint(tmp_path / "tiny")

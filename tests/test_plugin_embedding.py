@@ -7,10 +7,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 
 import vllm_bpdq.embedding
 from bpdq_kernels.format import Format, Scheme
-from bpdq_quantizer.cli import main
-from generate import transformers_tokens, vllm_tokens
 from ranks import become, finish, load, stored
-from tiny import TEXT, tiny_model
 from vllm_bpdq.config import BPDQConfig
 
 VOCABULARY, HIDDEN = 300, 96  # 300 rows: vLLM pads to 320, 160 on each of two ranks
@@ -111,16 +108,3 @@ def test_tying_to_an_embedding_in_16_bits_is_refused(rank):
     head = ParallelLMHead(VOCABULARY, HIDDEN, quant_config=tables("lm_head"), prefix="lm_head")
     with pytest.raises(ValueError, match="lm_head is in bit-planes and tied to an embedding in 16 bits"):
         head.tie_weights(embedding)
-
-
-def test_an_engine_serves_the_tables_that_bpdq_quantize_wrote(tmp_path):
-    (tmp_path / "text.txt").write_text(TEXT * 4)
-    quick = ["--calibration", tmp_path / "text.txt", "--samples", "4", "--seq-len", "32", "--iterations", "2"]
-    folders = []
-    for tie, bits in ((True, ["--embed-bits", "4"]), (False, ["--embed-bits", "3", "--head-bits", "4"])):
-        model = tiny_model(tmp_path / f"model-{tie}", tie_word_embeddings=tie)
-        folders.append(tmp_path / f"out-{tie}")
-        argv = ["quantize", model, "--output", folders[-1], "--group-size", "64", *bits, *quick]
-        assert main([str(a) for a in argv]) == 0
-    served = vllm_tokens([{"load": {"model": str(folder)}} for folder in folders])
-    assert served == [transformers_tokens(folder) for folder in folders]

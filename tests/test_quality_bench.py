@@ -70,13 +70,18 @@ def test_a_matrix_gives_json_table_and_plot(folder, tmp_path, capsys):
     assert (tmp_path / "quality.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("peak", [2, None])
-def test_a_finished_checkpoint_is_not_made_again(folder, tmp_path, monkeypatch, peak):
+def finish(folder, output, peak):
+    """The checkpoint of method bpdq as a run before would have left it in `output`."""
     report = {"bits_per_weight": 2.75, "seconds": 1.0, "cpu_seconds": 1.0, "peak_host_memory_bytes": peak}
-    checkpoint = tmp_path / "checkpoints" / "model-bpdq-k2-g64"
+    checkpoint = output / "checkpoints" / "model-bpdq-k2-g64"
     checkpoint.parent.mkdir()
     checkpoint.symlink_to(folder / "checkpoint")
-    (folder / "checkpoint" / "quantization_report.json").write_text(json.dumps(report))
+    (checkpoint / "quantization_report.json").write_text(json.dumps(report))
+
+
+@pytest.mark.parametrize("peak", [2, None])
+def test_a_finished_checkpoint_is_not_made_again(folder, tmp_path, monkeypatch, peak):
+    finish(folder, tmp_path, peak)
     monkeypatch.setattr(quality_bench.subprocess, "run", lambda *_: pytest.fail("quantized again"))
     assert quality_bench.main(arguments(folder, tmp_path, "--methods", "bpdq")) == 0
 
@@ -147,11 +152,12 @@ def accuracy(checkpoint, docs):
 
 def test_tasks_from_local_files_are_scored(folder, questions, tmp_path):
     tasks, docs = questions
-    argv = arguments(folder, tmp_path, "--methods", "paper", "--tasks", "planes", "--task-folder", str(tasks))
+    finish(folder, tmp_path, None)
+    argv = arguments(folder, tmp_path, "--methods", "bpdq", "--tasks", "planes", "--task-folder", str(tasks))
     assert quality_bench.main(argv) == 0
     rows = json.loads((tmp_path / "quality.json").read_text())["rows"]
     assert rows[0]["tasks"] == {"planes acc": accuracy(folder / "model", docs)}
-    assert rows[1]["tasks"] == {"planes acc": accuracy(tmp_path / "checkpoints" / "model-paper-k2-g64", docs)}
+    assert rows[1]["tasks"] == {"planes acc": accuracy(folder / "checkpoint", docs)}
     assert "| planes acc |" in (tmp_path / "quality.md").read_text()
 
 

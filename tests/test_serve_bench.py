@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -131,16 +132,27 @@ def test_benchmark_that_breaks_off_is_exit_status_1_and_names_the_log(tmp_path, 
     assert not (tmp_path / "serve.png").exists()
 
 
-def test_server_that_dies_at_start_says_why_and_names_its_log(tmp_path):
+def as_vllm(script, folder, monkeypatch):
+    """Put a shell script in place of the `vllm` command, which takes seconds to start."""
+    command = folder / "bin" / "vllm"
+    command.parent.mkdir()
+    command.write_text(f"#!/bin/sh\n{script}\n")
+    command.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(command.with_name("python")))
+
+
+def test_server_that_dies_at_start_says_why_and_names_its_log(tmp_path, monkeypatch):
+    as_vllm('echo "starting"; echo "$2: no such model" >&2; exit 3', tmp_path, monkeypatch)
     log = tmp_path / "server.log"
-    with pytest.raises(server.ServerError, match="vllm serve ended with status") as error:  # noqa: SIM117
+    with pytest.raises(server.ServerError, match="vllm serve ended with status 3") as error:  # noqa: SIM117
         with server.serve(tmp_path / "no-such-model", [], log):
             pytest.fail("a server without a model must not start")
     assert str(log) in str(error.value)
-    assert "no-such-model" in str(error.value)
+    assert "no-such-model: no such model" in str(error.value)
 
 
-def test_server_that_never_answers_is_given_up(tmp_path):
+def test_server_that_never_answers_is_given_up(tmp_path, monkeypatch):
+    as_vllm("sleep 600", tmp_path, monkeypatch)
     started, before = time.monotonic(), psutil.Process().children()  # other tests' pools may have left a helper
     with pytest.raises(server.ServerError, match="did not answer within 1 s"):  # noqa: SIM117
         with server.serve(tmp_path, [], tmp_path / "server.log", timeout=1):

@@ -115,7 +115,7 @@ def test_no_batch_needs_a_kernel_that_loading_does_not_compile(
     requested.clear()
     x = torch.zeros(4096, layer.K, dtype=layer.dtype)
     for tokens in sorted({*range(1, 70), *range(128, 4097, 64), *range(129, 4097, 64)}):
-        tiled_linear.tiled_linear(x[:tokens], *packed[:3], layer.N, layer.group, b)
+        tiled_linear.tiled_linear(x[:tokens], layout.Tiles(*packed[:3]), layer.N, layer.group, b)
     assert {kernel for kernel, _ in requested} == {"gemv_kernel", "gemm_kernel", "dequantize_kernel"}
     assert requested <= ahead
 
@@ -129,7 +129,7 @@ def test_no_view_of_the_activations_needs_a_kernel_of_its_own(layer: Layer, requ
     for start in (0, 1, 8):
         for tokens in (1, 2, 70):
             x = wide[:tokens, start : start + layer.K]
-            tiled_linear.tiled_linear(x, *packed[:3], layer.N, layer.group, None)
+            tiled_linear.tiled_linear(x, layout.Tiles(*packed[:3]), layer.N, layer.group, None)
     assert requested == ahead
 
 
@@ -150,10 +150,10 @@ def test_no_batch_of_an_fp32_model_needs_a_kernel_that_loading_does_not_compile(
 
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
 def test_one_look_up_compiles_the_embedding_for_all(layer: Layer, requested: set[tuple[str, str]]):
-    tiles = tiled(layer)[:3]
+    tiles = layout.Tiles(*tiled(layer)[:3])
     ids = torch.zeros(100, dtype=torch.int64)
     for part in (ids[:1], ids, ids[3:], ids[1:6], ids[::2]):
-        triton_embedding.launch(part, *tiles, layer.group, torch.empty(len(part), layer.K, dtype=layer.dtype))
+        triton_embedding.launch(part, tiles, layer.group, torch.empty(len(part), layer.K, dtype=layer.dtype))
     assert len(requested) == 1
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bpdq_kernels import cpu, reference
-from bpdq_kernels.layout import GROUP_SIZES, check_layer, to_tiles, trim
+from bpdq_kernels.layout import GROUP_SIZES, Tiles, check_layer, to_tiles, trim
 
 
 class Packed(NamedTuple):
@@ -72,7 +72,7 @@ def _linear_cuda(
         return _stored_linear_cuda(x, planes, coefficients, group_size, bias)
     from bpdq_kernels.tiled_linear import tiled_linear
 
-    return tiled_linear(x, planes, coefficients, scales, out_features, group_size, bias)
+    return tiled_linear(x, Tiles(planes, coefficients, scales), out_features, group_size, bias)
 
 
 def _stored_linear_cuda(x: Tensor, B: Tensor, c: Tensor, group_size: int, bias: Tensor | None) -> Tensor:
@@ -114,7 +114,8 @@ def _embedding_cuda(
         return reference.rows(B, c, group_size, in_features, dtype, ids)
     y = coefficients.new_empty((*ids.shape, in_features), dtype=dtype)
     with torch.cuda.device_of(y):
-        triton_embedding.launch(ids.reshape(-1), planes, coefficients, scales, group_size, y.view(-1, in_features))
+        tiles = Tiles(planes, coefficients, scales)
+        triton_embedding.launch(ids.reshape(-1), tiles, group_size, y.view(-1, in_features))
     return y
 
 

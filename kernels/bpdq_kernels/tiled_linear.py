@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from bpdq_kernels import triton_dequantize, triton_gemm, triton_gemv
+from bpdq_kernels.layout import Tiles
 from bpdq_kernels.tuning import Config, Dense, Gemv, linear_config
 
 _ALIGNED = 8  # activations of 16 bits in 16 bytes
@@ -20,24 +21,16 @@ def machine(device: torch.device) -> tuple[int, int]:
     return properties.multi_processor_count, 10 * properties.major + properties.minor
 
 
-def tiled_linear(
-    x: Tensor,
-    planes: Tensor,
-    coefficients: Tensor,
-    scales: Tensor,
-    out_features: int,
-    group_size: int,
-    bias: Tensor | None,
-) -> Tensor:
+def tiled_linear(x: Tensor, tiles: Tiles, out_features: int, group_size: int, bias: Tensor | None) -> Tensor:
     """y [..., N] = x [..., K] @ W.T + bias [N] in x.dtype (fp16 or bf16), accumulated in fp32.
 
-    planes, coefficients, scales: `bpdq_kernels.layout.Tiles`. Allocates nothing but y, unless x's inputs are strided,
-    or its rows not aligned to 16 bytes (up to sm_90 one token may be); and from some hundred tokens on DENSE_BYTES of
-    weights. Raises ValueError if the layer was prepared for another dtype.
+    tiles: W. Allocates nothing but y, unless x's inputs are strided, or its rows not aligned to 16 bytes (up to sm_90
+    one token may be); and from some hundred tokens on DENSE_BYTES of weights. Raises ValueError if the
+    layer was prepared for another dtype.
     """
-    if x.dtype != coefficients.dtype:
+    if x.dtype != tiles.coefficients.dtype:
         raise ValueError(
-            f"the layer was prepared for {coefficients.dtype} activations, not {x.dtype}: pass dtype to prepare"
+            f"the layer was prepared for {tiles.coefficients.dtype} activations, not {x.dtype}: pass dtype to prepare"
         )
     y = x.new_empty((*x.shape[:-1], out_features))
     rows = x.reshape(-1, x.shape[-1])
@@ -45,17 +38,15 @@ def tiled_linear(
     if not tokens:
         return y
     with torch.cuda.device_of(x):
-        layer = (coefficients.shape[3] - 1, group_size, out_features, in_features)
+        layer = (tiles.coefficients.shape[3] - 1, group_size, out_features, in_features)
         config = linear_config(tokens, *layer, *machine(x.device))
-        launch(rows, planes, coefficients, scales, group_size, bias, y.view(-1, out_features), config)
+        launch(rows, tiles, group_size, bias, y.view(-1, out_features), config)
     return y
 
 
 def launch(
     rows: Tensor,
-    planes: Tensor,
-    coefficients: Tensor,
-    scales: Tensor,
+    tiles: Tiles,
     group_size: int,
     bias: Tensor | None,
     y: Tensor,
@@ -65,12 +56,12 @@ def launch(
     """Write rows [M, K] W^T + bias into y [M, N] as `config` says, one row where it is a Gemv; or only compile that."""
     if isinstance(config, Gemv):
         x, y = rows[0].contiguous(), y[0]
-        triton_gemv.launch(x, planes, coefficients, scales, group_size, bias, y, config, compile_only)
+        triton_gemv.launch(x, tiles, group_size, bias, y, config, compile_only)
     elif isinstance(config, Dense):
-        triton_dequantize.launch(rows, planes, coefficients, scales, group_size, bias, y, config, compile_only)
+        triton_dequantize.launch(rows, tiles, group_size, bias, y, config, compile_only)
     else:
         x = aligned(rows)
-        triton_gemm.launch(x, planes, coefficients, scales, group_size, bias, y, config, compile_only)
+        triton_gemm.launch(x, tiles, group_size, bias, y, config, compile_only)
 
 
 def aligned(rows: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bpdq_kernels.layout import TILE_INPUTS, TILE_ROWS
+from bpdq_kernels.layout import TILE_INPUTS, TILE_ROWS, Tiles
 from bpdq_kernels.tuning import Dense, cdiv
 
 UNITS = 4  # of a program
@@ -72,26 +72,22 @@ def options() -> dict[str, Any]:
 
 
 def dequantize(
-    planes: Tensor,
-    coefficients: Tensor,
-    scales: Tensor,
+    tiles: Tiles,
     group_size: int,
     first_output: int,
     weight: Tensor,
     compile_only: bool = False,
 ) -> None:
     """Write the weights of outputs `first_output` (16 divides it) and following into weight [n, K], contiguous, fp16 or
-    bf16; the layer as in `bpdq_kernels.layout.Tiles`. compile_only: compile the kernel, write nothing."""
+    bf16. compile_only: compile the kernel, write nothing."""
     outputs, in_features = weight.shape
     dequantize_kernel.run(
-        planes,
-        coefficients,
-        scales,
+        *tiles,
         weight,
         first_output // TILE_ROWS,
-        min(first_output + outputs, scales.numel()),
+        min(first_output + outputs, tiles.scales.numel()),
         in_features,
-        PLANES=coefficients.shape[3] - 1,
+        PLANES=tiles.coefficients.shape[3] - 1,
         GROUP=group_size,
         UNITS=UNITS,
         grid=(cdiv(outputs, TILE_ROWS), cdiv(in_features, UNITS * TILE_INPUTS)),
@@ -102,26 +98,24 @@ def dequantize(
 
 def launch(
     rows: Tensor,
-    planes: Tensor,
-    coefficients: Tensor,
-    scales: Tensor,
+    tiles: Tiles,
     group_size: int,
     bias: Tensor | None,
     y: Tensor,
     config: Dense,
     compile_only: bool = False,
 ) -> None:
-    """Write X W^T + bias into y [M, N] by `torch.matmul`: rows [M, K] fp16 or bf16; the layer as in
-    `bpdq_kernels.layout.Tiles`. compile_only: compile the kernel that dequantizes, write nothing."""
+    """Write X W^T + bias into y [M, N] by `torch.matmul`: rows [M, K] fp16 or bf16; tiles: W.
+    compile_only: compile the kernel that dequantizes, write nothing."""
     in_features, out_features = rows.shape[1], y.shape[1]
     weight = rows.new_empty((min(config.outputs, out_features), in_features))
     if compile_only:
-        dequantize(planes, coefficients, scales, group_size, 0, weight, compile_only)
+        dequantize(tiles, group_size, 0, weight, compile_only)
         return
     for start in range(0, out_features, config.outputs):
         end = min(start + config.outputs, out_features)
         part = weight[: end - start]
-        dequantize(planes, coefficients, scales, group_size, start, part)
+        dequantize(tiles, group_size, start, part)
         if bias is None:
             torch.mm(rows, part.T, out=y[:, start:end])
         else:

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bpdq_kernels.layout import Tiles
 from bpdq_kernels.warp import input_of_bit
 
 
@@ -51,17 +52,15 @@ def embedding_kernel(
         tl.store(y_ptr + tl.program_id(0).to(tl.int64) * K + i, (w * scale).to(y_ptr.dtype.element_ty), i < K)
 
 
-def launch(ids: Tensor, planes: Tensor, coefficients: Tensor, scales: Tensor, group_size: int, y: Tensor) -> None:
+def launch(ids: Tensor, tiles: Tiles, group_size: int, y: Tensor) -> None:
     """Write rows `ids` [M] (int32 or int64; zeros for those not in 0..N-1) of the weight into y [M, K]."""
     embedding_kernel[(ids.numel(),)](
         ids.contiguous(),
-        planes,
-        coefficients,
-        scales,
+        *tiles,
         y,
-        scales.numel(),
+        tiles.scales.numel(),
         y.shape[1],
-        PLANES=coefficients.shape[3] - 1,
+        PLANES=tiles.coefficients.shape[3] - 1,
         GROUP=group_size,
         UNITS=8,
         num_warps=4,

@@ -31,6 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bpdq_kernels.layout import Tiles
 from bpdq_kernels.tuning import Gemm, cdiv
 from bpdq_kernels.warp import fma_pair, load4, load_planes, mma, prefetch, rotate_left, stack, sum_last
 
@@ -257,31 +258,29 @@ def options(config: Gemm, planes: int) -> dict[str, Any]:
 
 def launch(
     x: Tensor,
-    planes: Tensor,
-    coefficients: Tensor,
-    scales: Tensor,
+    tiles: Tiles,
     group_size: int,
     bias: Tensor | None,
     y: Tensor,
     config: Gemm,
     compile_only: bool = False,
 ) -> None:
-    """Write X W^T + bias into y [M, N]: x [M, K] fp16 or bf16, rows contiguous and 16-byte aligned (8 divides K); the
-    layer as in `bpdq_kernels.layout.Tiles`. `compile_only`: make the kernel and don't run it."""
+    """Write X W^T + bias into y [M, N]: x [M, K] fp16 or bf16, rows contiguous and 16-byte aligned (8 divides K);
+    tiles: W. `compile_only`: make the kernel and don't run it."""
     (tokens, in_features), out_features = x.shape, y.shape[1]
     tiles_per_block = config.tiles * config.warps // config.split
     gemm_kernel.run(
         x,
-        planes,
-        coefficients.view(torch.int32),
-        scales,
+        tiles.planes,
+        tiles.coefficients.view(torch.int32),
+        tiles.scales,
         bias,
         y,
         tokens,
         out_features,
         in_features,
         x.stride(0),
-        PLANES=coefficients.shape[3] - 1,
+        PLANES=tiles.coefficients.shape[3] - 1,
         GROUP=group_size,
         BF16=x.dtype == torch.bfloat16,
         TOKENS=config.tokens,
@@ -291,5 +290,5 @@ def launch(
         WHOLE=in_features % 128 == 0,
         grid=(cdiv(tokens, config.tokens), cdiv(out_features, 16 * tiles_per_block)),
         warmup=compile_only,
-        **options(config, coefficients.shape[3] - 1),
+        **options(config, tiles.coefficients.shape[3] - 1),
     )

@@ -30,6 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bpdq_kernels.layout import Tiles
 from bpdq_kernels.tuning import Gemv, cdiv
 from bpdq_kernels.warp import (
     exchange,
@@ -270,30 +271,28 @@ def options(config: Gemv) -> dict[str, int]:
 
 def launch(
     x: Tensor,
-    planes: Tensor,
-    coefficients: Tensor,
-    scales: Tensor,
+    tiles: Tiles,
     group_size: int,
     bias: Tensor | None,
     y: Tensor,
     config: Gemv,
     compile_only: bool = False,
 ) -> None:
-    """Write W x + bias into y [N]: x [K] contiguous, fp16 or bf16; the layer as in `bpdq_kernels.layout.Tiles`.
+    """Write W x + bias into y [N]: x [K] contiguous, fp16 or bf16; tiles: W.
     `compile_only`: make the kernel and don't run it."""
     in_features, out_features = x.numel(), y.numel()
     gemv_kernel.run(
         x,
-        planes,
-        coefficients.view(torch.int32),
-        scales,
+        tiles.planes,
+        tiles.coefficients.view(torch.int32),
+        tiles.scales,
         bias,
         y,
         out_features,
         in_features,
-        PLANES=coefficients.shape[3] - 1,
+        PLANES=tiles.coefficients.shape[3] - 1,
         GROUP=group_size,
-        BF16=coefficients.dtype == torch.bfloat16,
+        BF16=tiles.coefficients.dtype == torch.bfloat16,
         TILES=config.tiles,
         WARPS=config.warps,
         WHOLE=in_features % 128 == 0,

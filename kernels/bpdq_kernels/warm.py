@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from bpdq_kernels.layout import Tiles
 from bpdq_kernels.ops import Packed, embedding
 
 
@@ -48,7 +49,7 @@ def launches(packed: Packed, bias: Tensor | None) -> Iterator[Callable[..., None
         return
     machine = tiled_linear.machine(planes.device)
     for config in linear_configs(coefficients.shape[3] - 1, group_size, out_features, in_features, *machine):
-        yield partial(tiled_linear.launch, x, planes, coefficients, scales, group_size, bias, y, config)
+        yield partial(tiled_linear.launch, x, Tiles(planes, coefficients, scales), group_size, bias, y, config)
 
 
 def compile_all(launches: Iterable[Callable[..., None]]) -> None:
