@@ -13,10 +13,11 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from bpdq_kernels.folder import read_headers
 from bpdq_kernels.format import Scheme
 from bpdq_quantizer.activations import linear_layers
 from bpdq_quantizer.errors import InputError
-from bpdq_quantizer.loader import BPDQLinear, load_model, misfit, plain_skeleton, read_headers
+from bpdq_quantizer.loader import BPDQLinear, load_model, misfit, plain_skeleton
 from bpdq_quantizer.sources import is_gguf, weight_files
 
 Stamps = dict[str, list[int]]  # size and time of change (ns) of files, by name
@@ -92,11 +93,12 @@ def open_model(model: str) -> Streamed:
 def check_tensors(model: str, skeleton: PreTrainedModel) -> None:
     """Raise InputError for a tensor of a model's folder that is not a float, or not of the skeleton's shape."""
     stored = read_headers(weight_files(Path(model)))
-    for name, wanted in skeleton.state_dict().items():
-        shape, dtype = stored.get(name, (wanted.shape, wanted.dtype))  # some are stored by another name
-        if shape != tuple(wanted.shape):
-            raise InputError(misfit(model, name, shape, tuple(wanted.shape)))
-        if wanted.is_floating_point() and not dtype.is_floating_point:
+    wanted = skeleton.state_dict()
+    for name in wanted.keys() & stored.keys():  # some are stored by another name
+        found = stored[name].meta()
+        if found.shape != wanted[name].shape:
+            raise InputError(misfit(model, name, tuple(found.shape), tuple(wanted[name].shape)))
+        if wanted[name].is_floating_point() and not found.is_floating_point():
             raise InputError(f"{model}: {name} holds integers: start from the 16-bit model")
 
 
