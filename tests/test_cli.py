@@ -149,9 +149,11 @@ def test_fewer_windows_than_asked_are_used_and_said(folder, tmp_path, capsys):
         (["--device", "cuda"], "torch sees no CUDA device"),
     ],
 )
-def test_bad_options_get_one_line(folder, tmp_path, capsys, options, message):
+def test_bad_options_get_one_line(folder, tmp_path, capsys, monkeypatch, options, message):
     if options[0] == "--device" and torch.cuda.is_available():
         pytest.skip("has a CUDA device")
+    for name in ("quantize_blocks", "sensitivities", "original_states"):
+        monkeypatch.setattr(pipeline, name, lambda *args, **kwargs: pytest.fail("work has begun"))
     argv = ["quantize", folder / "model", "--output", tmp_path / "out", "--calibration", folder / "text.txt", *QUICK]
     assert message in fails_with(capsys, *argv, *options)
     assert list(tmp_path.iterdir()) == []

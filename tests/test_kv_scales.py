@@ -118,6 +118,7 @@ def test_the_scale_of_a_percentile(monkeypatch):
 
 def test_a_model_without_a_cache_to_look_into_is_refused(tmp_path, text, monkeypatch):
     monkeypatch.setattr(kv_scales._CountingCache, "update", lambda self, keys, values, *args: (keys, values))
+    monkeypatch.setattr(pipeline, "quantize_blocks", lambda *args, **kwargs: pytest.fail("work has begun"))
     with pytest.raises(InputError, match=r"--kv-cache-scales: model\.layers\.0 has no attention layer"):
         quantize(tmp_path, text)
 

@@ -3,15 +3,14 @@
 import json
 import shutil
 
+import huggingface_hub
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 import bpdq_quantizer
-from bpdq_quantizer import carried
 from bpdq_quantizer.cli import main
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.manifest import verify
@@ -42,10 +41,13 @@ def source(tmp_path_factory):
     return folder
 
 
+def small(text):
+    return {"group_size": 64, "calibration": text, "samples": 4, "seq_len": 32, "iterations": 1, "solver": "paper"}
+
+
 @pytest.fixture(scope="module")
 def out(source, text):
-    small = {"group_size": 64, "calibration": text, "samples": 4, "seq_len": 32, "iterations": 1, "solver": "paper"}
-    bpdq_quantizer.quantize(source, source.parent / "out", **small)
+    bpdq_quantizer.quantize(source, source.parent / "out", **small(text))
     return source.parent / "out"
 
 
@@ -55,19 +57,18 @@ def test_files_are_taken_over_byte_for_byte(source, out):
     assert not [name for name in LEFT if (out / name).exists()]
 
 
-def test_the_files_of_a_hub_id_are_those_of_its_commit(source, tmp_path, monkeypatch):
-    asked = []
-
-    def snapshot(repository, revision, allow_patterns):
-        asked.append((repository, revision))
-        return str(source)
-
-    monkeypatch.setattr(carried, "snapshot_download", snapshot)
-    lm = AutoModelForCausalLM.from_pretrained(source)
-    lm.config._commit_hash = "abc"
-    carried.carry_over("someone/model", lm, object(), tmp_path / "to")
-    assert asked == [("someone/model", "abc")]
-    assert (tmp_path / "to" / "LICENSE.txt").read_bytes() == TAKEN["LICENSE.txt"]
+def test_a_hub_id_is_quantized_to_what_its_folder_gives(source, out, text, tmp_path, monkeypatch):
+    cached = tmp_path / "models--someone--model"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("a" * 40)
+    shutil.copytree(source, cached / "snapshots" / ("a" * 40))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    bpdq_quantizer.quantize("someone/model", tmp_path / "out", **small(text))
+    differ = {"quantization_report.json", "digests.json"}  # the model's name
+    found, expected = ({p.name: p.read_bytes() for p in f.iterdir() if p.is_file()} for f in (tmp_path / "out", out))
+    assert {n: x for n, x in found.items() if n not in differ} == {n: expected[n] for n in found if n not in differ}
+    assert found.keys() == expected.keys()
 
 
 def test_an_unchanged_checkpoint_is_verified(out, capsys):

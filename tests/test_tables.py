@@ -26,7 +26,7 @@ def quantize(folder, text, arch="llama", tie=False, **options):
     """A checkpoint of a tiny model and its report."""
     tiny_model(folder / "model", arch, tie_word_embeddings=tie)
     small = {"bits": 3, "group_size": 64, "calibration": text, "samples": 6, "seq_len": 32, "iterations": 3}
-    report = bpdq_quantizer.quantize(str(folder / "model"), folder / "out", **small, **options)
+    report = bpdq_quantizer.quantize(str(folder / "model"), folder / "out", **(small | options))
     return folder / "out", report
 
 
@@ -84,10 +84,13 @@ def test_without_the_options_tables_stay_as_they_were(tmp_path, text):
     assert "layers" not in json.loads((out / "config.json").read_text())["quantization_config"]
 
 
-@pytest.mark.parametrize(("tie", "options"), [(False, {}), (True, {}), (False, {"tune": "model", "tune_steps": 20})])
+@pytest.mark.parametrize(
+    ("tie", "options"), [(False, {}), (True, {}), (False, {"bits": 1, "tune": "model", "tune_steps": 20})]
+)
 def test_each_table_is_solved_in_its_own_metric(tmp_path, text, tie, options):
     """The embedding in the identity, the head in the Hessian of what it is fed in the end, tied ones in the sum."""
     out, report = quantize(tmp_path, text, tie=tie, embed_bits=2, head_bits=2, **options)
+    assert "tune" not in options or report["tuning"]["best_evaluation"] > 0, "tuning has changed the model"
     model = AutoModelForCausalLM.from_pretrained(out)
     original = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     ids = AutoTokenizer.from_pretrained(out)(TEXT * 4, add_special_tokens=False)["input_ids"][: 6 * 32]

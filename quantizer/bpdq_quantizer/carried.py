@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bpdq_quantizer.errors import InputError
@@ -33,12 +33,22 @@ def carry_over(model: str, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
         patterns = [*PATTERNS, *getattr(tokenizer, "vocab_files_names", {}).values()]
         source = Path(model)
         if not source.is_dir():
-            source = Path(snapshot_download(model, revision=lm.config._commit_hash, allow_patterns=patterns))
+            source = Path(snapshot_download(model, revision=hub_commit(model), allow_patterns=patterns))
         for name in _names(source, patterns):
             (to / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source / name, to / name)  # with the permissions of the umask
+    except InputError:
+        raise
     except (OSError, ValueError) as e:
         raise InputError(f"{model}: what goes with its weights can't be copied ({e})") from e
+
+
+def hub_commit(model: str) -> str:
+    """The commit of a hub id that has been loaded; raises InputError for one that has not."""
+    file = try_to_load_from_cache(model, "config.json")
+    if not isinstance(file, str):
+        raise InputError(f"{model}: its config.json is not in the Hugging Face cache: check HF_HUB_CACHE")
+    return Path(file).parent.name
 
 
 def carried(folder: Path) -> list[Path]:

@@ -122,6 +122,8 @@ def _locked(folder: Path, output: Path) -> Iterator[None]:
     """Create `folder`, unless it is there and ours, and hold its lock, which ends with this process at the latest."""
     try:
         descriptor = _lock(folder)
+    except InputError:
+        raise
     except (OSError, ValueError) as e:
         raise InputError(f"--output {output} can't be written: {e}") from None
     try:
@@ -135,26 +137,31 @@ def _lock(folder: Path) -> int:
     import fcntl  # not on Windows, where checkpoints can still be loaded
 
     file = folder / "resume" / "lock"
-    for _ in range(ATTEMPTS):
+    for attempt in range(ATTEMPTS):
         _check_ours(folder)
-        with suppress(FileNotFoundError):  # of a run that ends now and takes the folder with it
+        try:
             file.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.path.samestat(os.fstat(descriptor), os.stat(file)):
-                    holder = json.dumps(_this_process()).encode()
-                    os.pwrite(descriptor, holder, 0)
-                    os.truncate(descriptor, len(holder))
-                    return descriptor
-            except BlockingIOError:
-                holder = os.pread(descriptor, 4096, 0)
-                raise InputError(f"{folder} is being written by another run{_named(holder)}") from None
-            except BaseException:
-                os.close(descriptor)
+        except FileNotFoundError:  # of a run that ends now and takes the folder with it, or for good
+            if attempt == ATTEMPTS - 1:
                 raise
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if file.exists() and os.path.samestat(os.fstat(descriptor), file.stat()):
+                holder = json.dumps(_this_process()).encode()
+                os.pwrite(descriptor, holder, 0)
+                os.truncate(descriptor, len(holder))
+                return descriptor
+        except BlockingIOError:
+            holder = os.pread(descriptor, 4096, 0)
             os.close(descriptor)
-    raise InputError(f"{folder} comes and goes: wait until other runs have ended")
+            raise InputError(f"{folder} is being written by another run{_named(holder)}") from None
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+    raise OSError("other runs keep creating and removing it")
 
 
 def _this_process() -> dict[str, Any]:

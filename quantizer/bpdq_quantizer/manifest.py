@@ -26,6 +26,8 @@ def verify(checkpoint: str | Path) -> dict[str, int]:
     Raises InputError, which names what has changed, is missing or was added. Files of no suffix in READ may be added.
     """
     folder = Path(checkpoint)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
     tensors, files = _read(folder)
     faults = [*_tensor_faults(folder, tensors), *_file_faults(folder, files), *_added(folder, {*tensors, *files})]
     if faults:

@@ -21,7 +21,7 @@ from bpdq_quantizer.activations import head_inputs, linear_layers
 from bpdq_quantizer.allocate import allocate, by_layer, check_budget, most_common, other_bytes, parse_size, uniform
 from bpdq_quantizer.blocks import final_batches, original_states, quantize_blocks
 from bpdq_quantizer.calibration import calibration_windows
-from bpdq_quantizer.carried import carry_over
+from bpdq_quantizer.carried import carry_over, hub_commit
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.folder import Work, begin, work_folder
 from bpdq_quantizer.options import SOLVERS, resolved, scheme
@@ -133,7 +133,7 @@ def _prepare(options: dict[str, Any], work: Work) -> Job:
     carry_over(o.model, source.model, tokenizer, work.folder / checkpoint.CARRIED)
     trial = _config(o, uniform(source, scheme(o.bits, o.group_size)), tables, [])
     checkpoint.write_config(source, trial, work.folder / "resume")
-    run = _identity(options, source, tokens, device) | {"model files": files or source.model.config._commit_hash}
+    run = _identity(options, source, tokens, device) | {"model files": files or hub_commit(o.model)}
     begin(work, run, checkpoint.contents(work.folder, len(source.blocks)))
     recover(work)
     windows = tokens[: o.samples], tokens[: o.tune_samples]
