@@ -194,3 +194,13 @@ def test_a_data_set_is_read_up_to_the_last_window_and_its_null_rows_are_refused(
     with pytest.raises(InputError) as error:
         calibration_windows("hf:web", tokenizer, 9999, 16, 0)
     assert str(error.value).startswith("hf:web, row 3 of the shuffled train split: expected a `text` field")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Dataset scripts are no longer supported"), KeyError("text")])
+def test_a_data_set_that_can_not_be_read_is_named(monkeypatch, error):
+    def load_dataset(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    with pytest.raises(InputError, match="--calibration hf:web: can't be read as a dataset with a `text` column"):
+        calibration_windows("hf:web", tiny_tokenizer(), 1, 16, 0)

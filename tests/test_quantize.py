@@ -22,7 +22,7 @@ import bpdq_quantizer
 from bpdq_kernels import dequantize
 from bpdq_kernels.format import Scheme
 from bpdq_quantizer import activations, checkpoint, manifest, pipeline, storage, work
-from bpdq_quantizer.activations import block_inputs, capture, find_stages, run_block, stage_statistics
+from bpdq_quantizer.activations import Original, block_inputs, capture, find_stages, run_block, stage_statistics
 from bpdq_quantizer.allocate import uniform
 from bpdq_quantizer.blocks import check_finite, quantize_blocks
 from bpdq_quantizer.errors import InputError
@@ -124,6 +124,26 @@ def test_linears_that_share_an_input_are_one_stage():
         ["mlp.gate_proj", "mlp.up_proj"],
         ["mlp.down_proj"],
     ]
+
+
+@torch.no_grad()
+def test_the_16_bit_block_runs_to_its_end_once_for_each_batch(quantized):
+    """And gives what one forward pass without interruptions gives."""
+    model = AutoModelForCausalLM.from_pretrained(quantized[0])
+    _, decoder = decoder_blocks(model)
+    hidden, calls = block_inputs(model, decoder, torch.arange(30).view(3, 10))
+    run = partial(run_block, decoder[0], calls[0], torch.device("cpu"))
+    names = [stage[0] for stage in find_stages(decoder[0], run, hidden[0])]
+    expected = [capture(decoder[0], names, run, batch) for batch in hidden]
+    original = Original(decoder[0], names, calls[0], torch.device("cpu"), list(hidden))
+    ends = []
+    original.block.register_forward_hook(lambda *_: ends.append(True))
+    for name in names:
+        for i, (inputs, _) in enumerate(expected):
+            assert torch.equal(original.input(name, i), inputs[name])
+    for found, (_, output) in zip(original.outputs(), expected, strict=True):
+        assert torch.equal(found, output)
+    assert len(ends) == 3
 
 
 def test_each_layer_is_calibrated_on_the_quantized_prefix(quantized, text):

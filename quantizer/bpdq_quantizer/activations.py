@@ -198,6 +198,23 @@ def embed(
     return batches
 
 
+def capture_one(linear: nn.Linear, run: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
+    """The input of a Linear, in front of which the forward pass stops."""
+    inputs = []
+
+    def stop(_: nn.Module, args: tuple) -> None:
+        inputs.append(args[0])
+        raise _StageReached
+
+    hook = linear.register_forward_pre_hook(stop)
+    try:
+        with suppress(_StageReached):
+            run(batch)
+    finally:
+        hook.remove()
+    return inputs[0]
+
+
 @torch.no_grad()
 def stage_statistics(
     linear: nn.Linear,
@@ -205,30 +222,15 @@ def stage_statistics(
     batches: Batches,
     original: Callable[[int], Tensor] | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """H and C (`accumulate_shift`) of a Linear's inputs; `original(i)` gives the 16-bit model's inputs of batch i.
-
-    Each forward pass stops as soon as it reaches the Linear.
-    """
-    inputs = []
-
-    def collect(_: nn.Module, args: tuple) -> None:
-        inputs.append(args[0])
-        raise _StageReached
-
+    """H and C (`accumulate_shift`) of a Linear's inputs; `original(i)` gives the 16-bit model's inputs of batch i."""
     tokens = sum(batch.shape[:2].numel() for batch in batches)
     H = torch.zeros(linear.in_features, linear.in_features, device=linear.weight.device)
     C = None if original is None else torch.zeros_like(H)
-    hook = linear.register_forward_pre_hook(collect)
-    try:
-        for i, batch in enumerate(batches):
-            with suppress(_StageReached):
-                run(batch)
-            x = inputs.pop()
-            accumulate(H, x, tokens)
-            if C is not None:
-                accumulate_shift(C, original(i), x, tokens)
-    finally:
-        hook.remove()
+    for i, batch in enumerate(batches):
+        x = capture_one(linear, run, batch)
+        accumulate(H, x, tokens)
+        if C is not None:
+            accumulate_shift(C, original(i), x, tokens)
     return symmetrize(H), C
 
 
@@ -251,22 +253,32 @@ def capture(
 class Original:
     """The 16-bit block, to look up what the model that is not quantized feeds its Linears.
 
-    batches: that model's hidden states before the block, which `outputs` turns into those after it. Of a single batch
-    all inputs are kept, of several they are computed again when asked for.
+    names: of the first Linear of each stage, in order; batches: that model's hidden states before the block, which turn
+    into those after it. Of a single batch all inputs are kept. Of several they are computed when asked for, which must
+    be in the order of the stages: as far as the Linear asked for, and for the last one to the end.
     """
 
     def __init__(self, block: nn.Module, names: list[str], call: tuple, device: torch.device, batches: Batches) -> None:
-        self.batches, self.inputs = batches, {}
+        self.batches, self.last, self.inputs = batches, names[-1], {}
+        self.after: set[int] = set()  # batches that are after the block already
         self.block = block if len(batches) == 1 else copy.deepcopy(block)
         self.run = partial(run_block, self.block, call, device)
         if len(batches) == 1:
             self.inputs, self.output = capture(block, names, self.run, batches[0])
 
     def input(self, name: str, batch: int) -> Tensor:
-        return self.inputs[name] if self.inputs else capture(self.block, [name], self.run, self.batches[batch])[0][name]
+        """The input of the Linear `name` for a batch; to be asked for once."""
+        if self.inputs:
+            return self.inputs[name]
+        if name != self.last:
+            return capture_one(self.block.get_submodule(name), self.run, self.batches[batch])
+        inputs, output = capture(self.block, [name], self.run, self.batches[batch])
+        self.batches[batch] = to_host(output)
+        self.after.add(batch)
+        return inputs[name]
 
     def outputs(self) -> Batches:
         """The 16-bit model's hidden states after the block, on the CPU, in place of those before it."""
-        for i, batch in enumerate(self.batches):
-            self.batches[i] = to_host(self.output if self.inputs else self.run(batch))
+        for i in set(range(len(self.batches))) - self.after:
+            self.batches[i] = to_host(self.output if self.inputs else self.run(self.batches[i]))
         return self.batches
