@@ -96,6 +96,6 @@ def test_its_sensitivities_are_measured(tmp_path, arch, monkeypatch):
     ],
 )
 def test_it_is_refused_by_name_before_any_work(tmp_path, text, arch, message, monkeypatch):
-    monkeypatch.setattr(pipeline, "work_folder", None)
+    monkeypatch.setattr(pipeline, "begin", None)
     with pytest.raises(InputError, match=message):
         bpdq_quantizer.quantize(model(tmp_path / "model", arch), tmp_path / "out", calibration=text, **QUICK)
