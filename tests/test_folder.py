@@ -16,7 +16,7 @@ from bpdq_kernels import patterns
 from bpdq_kernels.errors import InputError
 from bpdq_kernels.folder import SCALE_RANGE, check_values, read_folder, read_headers
 from bpdq_kernels.format import is_finite
-from mutants import PATTERNS
+from mutant_configs import PATTERNS
 from tiny import bpdq_checkpoint, tiny_model
 from vllm_bpdq.checkpoint import check_folder
 
