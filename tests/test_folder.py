@@ -15,7 +15,8 @@ from bpdq_kernels import format as bpdq_format
 from bpdq_kernels import patterns
 from bpdq_kernels.errors import InputError
 from bpdq_kernels.folder import SCALE_RANGE, check_values, read_folder, read_headers
-from mutants import PATTERNS
+from bpdq_kernels.format import is_finite
+from mutant_configs import PATTERNS
 from tiny import bpdq_checkpoint, tiny_model
 from vllm_bpdq.checkpoint import check_folder
 
@@ -89,6 +90,15 @@ def test_a_number_that_is_none_is_found_wherever_it_is(sound, tmp_path, monkeypa
     folder = changed(sound, tmp_path / "bad", lambda t: t["lm_head.weight"][383, 63].fill_(torch.nan))
     with pytest.raises(InputError, match=r"lm_head\.weight holds NaN or infinity"):
         check_values(read_folder(folder))
+
+
+@given(st.sampled_from([torch.float16, torch.bfloat16, torch.float32]), st.integers(0, 200), st.data())
+def test_one_number_that_is_none_is_enough(dtype, size, data):
+    x = torch.randn(size).to(dtype)
+    assert is_finite(x)
+    if size:
+        x[data.draw(st.integers(0, size - 1))] = data.draw(st.sampled_from([torch.nan, torch.inf, -torch.inf]))
+        assert not is_finite(x)
 
 
 def unknown(sound, folder, change, config=None):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import mutant_files
 import mutants
 from bpdq_kernels import format as bpdq_format
 from bpdq_quantizer.checkpoint import inspect
@@ -24,7 +25,7 @@ NAMED = re.compile(r"safetensors|\.json|quantization_config|model\.|lm_head|/")
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    return mutants.bases(tmp_path_factory.mktemp("sound"))
+    return mutant_files.bases(tmp_path_factory.mktemp("sound"))
 
 
 @torch.inference_mode()

@@ -13,7 +13,7 @@ import benchmarks.gpu_vllm
 import vllm_bpdq
 from bpdq_kernels.errors import InputError
 from bpdq_kernels.folder import read_folder
-from mutants import split
+from mutant_files import split
 from tiny import bpdq_checkpoint, tiny_model
 from vllm_bpdq.checkpoint import check_folder, local_folder
 from vllm_bpdq.config import BPDQConfig

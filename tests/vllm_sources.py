@@ -121,7 +121,7 @@ STATEMENTS = {  # fragments of the code of a function or class, as ast.unparse w
     ("plugins/__init__.py", ""): ["DEFAULT_PLUGINS_GROUP = 'vllm.general_plugins'"],
     # the bytes of KV caches, besides SAME
     ("config/cache.py", "CacheConfig"): ["DEFAULT_BLOCK_SIZE: ClassVar[int] = 16"],
-    ("envs.py", ""): ["'VLLM_FLASHINFER_WORKSPACE_BUFFER_SIZE', str(394 * 1024 * 1024)"],
+    ("envs.py", ""): ["'VLLM_USE_MODELSCOPE'", "'VLLM_FLASHINFER_WORKSPACE_BUFFER_SIZE', str(394 * 1024 * 1024)"],
     ("v1/core/block_pool.py", "BlockPool.__init__"): ["self.null_block = self.free_block_queue.popleft()"],
     ("engine/arg_utils.py", "EngineArgs"): ["get_boundary_skip_layers("],
 }

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from bpdq_kernels.errors import InputError
-from bpdq_kernels.format import KV_SCALES
+from bpdq_kernels.format import KV_SCALES, is_finite
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 REMEDY = "download or quantize it again"
@@ -163,6 +163,6 @@ def check_scale(name: str, scale: Tensor) -> None:
 
 def _is_finite(stored: Any, shape: tuple[int, ...]) -> bool:
     if not shape:
-        return bool(torch.isfinite(stored[...]).all())
+        return is_finite(stored[...])
     rows = max(1, _CHUNK // max(1, prod(shape[1:])))
-    return all(torch.isfinite(stored[i : i + rows]).all() for i in range(0, shape[0], rows))
+    return all(is_finite(stored[i : i + rows]) for i in range(0, shape[0], rows))

@@ -31,7 +31,7 @@ def check_config(config: "PreTrainedConfig", stored: Headers) -> None:
     of another model_type, by which transformers goes."""
     text = config.get_text_config(decoder=True)
     layers = getattr(text, "num_hidden_layers", 0)
-    if not isinstance(layers, int) or layers > len(stored):
+    if isinstance(layers, int) and layers > len(stored):
         raise InputError(
             f"config.json: num_hidden_layers = {layers!r}, but the checkpoint has {len(stored)} tensors: {REMEDY}"
         )
@@ -52,7 +52,7 @@ def _check_architecture(config: "PreTrainedConfig") -> None:
     import transformers
 
     for name in config.architectures or ():
-        known = getattr(getattr(transformers, name, None), "config_class", None)
+        known = getattr(getattr(transformers, str(name), None), "config_class", None)
         if known is not None and known.model_type != config.model_type:
             raise InputError(
                 f"config.json: architectures names {name}, which is not of model_type {config.model_type}: {REMEDY}"

@@ -140,7 +140,7 @@ class BPDQQuantizer(HfQuantizer):
         """Where transformers shows the config before it reads the index and builds the model, which may take for ever:
         a local folder is checked here."""
         folder = Path(config.name_or_path)
-        if (folder / "config.json").is_file():
+        if (folder / "config.json").is_file() and any(folder.glob("*.safetensors*")):
             skeleton.check_config(config, read_folder(folder))
         return config
 
@@ -173,10 +173,10 @@ class BPDQQuantizer(HfQuantizer):
             m.B = trim(m.B, m.in_features)
             if isinstance(m, BPDQEmbedding):
                 m.scale.fill_(m.embed_scale)  # not stored: empty after loading
-        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        for name, tensor in model.state_dict().items():
             if name.rpartition(".")[2] in KV_SCALES and not tensor.is_meta:
                 check_scale(name, tensor)
-            if not tensor.is_meta and tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            if not tensor.is_meta and tensor.is_floating_point() and not bpdq_format.is_finite(tensor):
                 raise InputError(f"{name} holds NaN or infinity in {tensor.dtype}: {REMEDY}")
         return model
 
