@@ -8,7 +8,7 @@ demo: install
 	.venv/bin/python -m scripts.demo
 
 test: lint
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 test-slow: install
 	.venv/bin/python -m pytest -m slow
