@@ -41,9 +41,9 @@ from bpdq_quantizer.workers import own_device, team
 
 
 class Job(NamedTuple):
-    """What a run works on and with. solving, tuning: windows of tokens to solve on, and to tune the model on;
+    """What a run works on and with. solving, tuning: windows [W, L] of tokens to solve on, and to tune the model on;
     special_tokens: that each window begins with; budget: bytes for the blocks' Linears, None for one scheme for all;
-    files: the source's, as they were when it was opened."""
+    files: the source's, before it was opened."""
 
     options: dict[str, Any]
     source: Streamed
@@ -102,7 +102,7 @@ def quantize(
     (`bpdq_quantizer.workers`).
     Returns the report that is also saved as quantization_report.json. Raises InputError for input that can't be used;
     the folder `output` appears only when everything is written. Until then `output`.partial holds the finished blocks,
-    from which `resume` goes on (`bpdq_quantizer.work`). The model's blocks are read from its files one at a time.
+    from which `resume` goes on (`bpdq_quantizer.folder`). The model's blocks are read from its files one at a time.
     """
     options = resolved({key: value for key, value in locals().items() if key != "output"})
     with work_folder(output, options["offload_dir"], options.pop("resume")) as work:
