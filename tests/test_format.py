@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from bpdq_kernels import format
+from bpdq_kernels import format, patterns
 from bpdq_kernels.format import Scheme
 
 OURS = {
@@ -214,3 +214,14 @@ def test_padding_is_accepted_only_at_the_group_size_the_authors_pad():
     B, c = layer(words=8)
     with pytest.raises(ValueError, match=r"B is torch.int32 \(8, 2, 8\), expected int32 \(3, 2, 8\)"):
         format.check(Q_PROJ, B, c, 96, 8, Scheme(2, 64))
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["lm_head", "model.layers.1.mlp", "re:.*mlp.*", "re:mlp", "re:model.layers.1", "re:.*_head$", r"re:.*\.(q|k)_proj$"],
+)
+def test_layers_are_named_as_in_compressed_tensors(target):
+    from compressed_tensors.utils.match import match_name
+
+    names = ["lm_head", "model.layers.1.mlp", "model.layers.1.mlp.up_proj", "model.layers.10.self_attn.q_proj", "mlp"]
+    assert [patterns.matches(name, target) for name in names] == [match_name(name, target) for name in names]
