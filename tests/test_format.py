@@ -218,7 +218,15 @@ def test_padding_is_accepted_only_at_the_group_size_the_authors_pad():
 
 @pytest.mark.parametrize(
     "target",
-    ["lm_head", "model.layers.1.mlp", "re:.*mlp.*", "re:mlp", "re:model.layers.1", "re:.*_head$", r"re:.*\.(q|k)_proj$"],
+    [
+        "lm_head",
+        "model.layers.1.mlp",
+        "re:.*mlp.*",
+        "re:mlp",
+        "re:model.layers.1",
+        "re:.*_head$",
+        r"re:.*\.(q|k)_proj$",
+    ],
 )
 def test_layers_are_named_as_in_compressed_tensors(target):
     from compressed_tensors.utils.match import match_name
