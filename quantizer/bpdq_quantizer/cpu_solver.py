@@ -1,7 +1,7 @@
 """The solver's loops over columns on a CPU: cpu_solver.cpp, compiled for this machine at first use.
 
 Same signatures and, but for the order of sums in fp32, same results as `grid.quantize_group` and
-`grid.descend_group`, which are the readable form, run on other devices, and where there is no compiler.
+`grid.descend_group`, which are the readable form and run where there is no compiler (`groups`).
 """
 
 import ctypes
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from bpdq_kernels.compiled import failure, instruction_set, load_library
-from bpdq_quantizer import grid
 from bpdq_quantizer.grid import Start, paper_start, range_start, residual_start
 
 _SOURCE = Path(__file__).with_name("cpu_solver.cpp")
@@ -45,6 +44,11 @@ def library() -> ctypes.CDLL | None:
     return None
 
 
+def supports(starts: Sequence[Start]) -> bool:
+    """Whether all of `starts` are compiled."""
+    return all(start in _STARTS for start in starts)
+
+
 def quantize_group(
     W: Tensor,
     U: Tensor,
@@ -54,10 +58,7 @@ def quantize_group(
     dtype: torch.dtype,
     starts: Sequence[Start] = (paper_start,),
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `grid.quantize_group`, which it falls back to."""
-    compiled = library() if W.device.type == "cpu" and all(start in _STARTS for start in starts) else None
-    if compiled is None:
-        return grid.quantize_group(W, U, bits, iterations, alpha, dtype, starts)
+    """As `grid.quantize_group`, for what `supports` allows where there is a `library`."""
     g, N = W.shape
     W = W.contiguous()
     diagonal = U.diagonal()
@@ -68,20 +69,18 @@ def quantize_group(
     kinds = (ctypes.c_int * len(starts))(*(_STARTS[start] for start in starts))
     tensors = [tensor.data_ptr() for tensor in (W, spread, whiten, ones, weight)]
     outputs = [tensor.data_ptr() for tensor in (codes, c, E)]
-    compiled.bpdq_quantize_group(g, N, bits, *tensors, iterations, alpha, _DTYPES[dtype], kinds, len(starts), *outputs)
+    solve = library().bpdq_quantize_group
+    solve(g, N, bits, *tensors, iterations, alpha, _DTYPES[dtype], kinds, len(starts), *outputs)
     return codes, c, E
 
 
 def descend_group(W_hat: Tensor, V: Tensor, H: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """As `grid.descend_group`, which it falls back to."""
-    compiled = library() if W_hat.device.type == "cpu" else None
-    if compiled is None:
-        return grid.descend_group(W_hat, V, H, c)
+    """As `grid.descend_group`, where there is a `library`."""
     g, N = W_hat.shape
     W_hat, V, c = W_hat.contiguous(), V.contiguous(), c.contiguous()
     diagonal = H.diagonal()
     spread, inverse = (H / diagonal).contiguous(), 1 / diagonal
     codes, change = torch.empty(g, N, dtype=torch.uint8), torch.empty(g, N)
     tensors = [tensor.data_ptr() for tensor in (spread, inverse, V, c, W_hat, codes, change)]
-    compiled.bpdq_descend_group(g, N, len(c) - 1, *tensors)
+    library().bpdq_descend_group(g, N, len(c) - 1, *tensors)
     return codes, change

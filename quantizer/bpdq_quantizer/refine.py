@@ -13,8 +13,8 @@ Tensors are transposed as in `grid`: W [K, N], codes [K, N], c [ceil(K/G), k+1, 
 import torch
 from torch import Tensor
 
-from bpdq_quantizer.cpu_solver import descend_group
 from bpdq_quantizer.grid import BATCH, features, level_table
+from bpdq_quantizer.groups import descend_group
 
 SWEEPS = 2  # of descent to a fit: 4 rounds of 2 end lower than 10 rounds of 1, in less time
 CHUNK_ELEMENTS = 1 << 26  # of the largest temporary: 256 MiB in fp32
@@ -94,8 +94,7 @@ def joint_fit(
     diagonal.add_(alpha * diagonal.mean(1, keepdim=True))
     b = b.view(groups * width, N).T.unsqueeze(2)
     L, failed = torch.linalg.cholesky_ex(A)
-    c = torch.cholesky_solve(b, L).squeeze(2).T
-    c[:, failed != 0] = torch.nan
+    c = torch.cholesky_solve(b, L).squeeze(2).T.masked_fill(failed != 0, torch.nan)
     return c.unflatten(0, (groups, width)).to(dtype).float().contiguous()
 
 
