@@ -32,7 +32,14 @@ Row = dict[str, Any]
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 480
-KERNEL_TESTS = ("test_tiled_linear", "test_triton_linear", "test_warm", "test_solver", "test_offload")
+KERNEL_TESTS = (
+    "test_tiled_linear",
+    "test_triton_linear",
+    "test_warm",
+    "test_solver",
+    "test_triton_solver",
+    "test_offload",
+)
 TOKENS = "1,4,8,16,32,64,512,4096"
 CANNOT_RUN = 3
 TAIL = 120  # lines of a part's output that the report keeps

@@ -1,7 +1,7 @@
 """The solver's pieces timed on a device, and what a stage of any size should take by them.
 
 A stage [N, K] factorizes its Hessian once, passes over ceil(K / G) groups of all N rows, and refines the rows in chunks
-of `refine.rows_at_once`. A group or chunk takes some thousand launches of small kernels, whatever its number of rows.
+of `refine.rows_at_once`. A group takes a few launches (`triton_solver`), a chunk some for each of its groups.
 """
 
 import time
@@ -16,11 +16,11 @@ from benchmarks.gpu_part import Row
 from benchmarks.random_models import STD, generator
 from benchmarks.shapes import Model
 from bpdq_kernels.format import Scheme
-from bpdq_quantizer.grid import quantize_group
+from bpdq_quantizer.groups import descend_group, quantize_group
 from bpdq_quantizer.hessian import accumulate, accumulate_shift, inverse_factor, symmetrize
 from bpdq_quantizer.options import SOLVERS
 from bpdq_quantizer.plan import stage_bytes
-from bpdq_quantizer.refine import descend, refine, rows_at_once
+from bpdq_quantizer.refine import refine, rows_at_once
 from bpdq_quantizer.solver import STARTS, quantize_linear
 
 SCHEME = Scheme(2, 128)
@@ -29,7 +29,7 @@ ITERATIONS = 10  # default of `bpdq quantize`
 SOLVER = SOLVERS["refined"]
 WINDOW = 2048  # tokens
 WINDOWS = 8
-REFINED_INPUTS = 8192  # up to which a refinement is timed: one at 29568 takes minutes
+REFINED_INPUTS = 8192  # up to which a refinement is timed
 DIRECTIONS = 64  # that many channels of hidden states move together
 
 
@@ -101,7 +101,7 @@ def measure_pieces(models: dict[str, Model], device: str) -> tuple[Pieces, Row]:
         rows = min(rows_at_once(k, WIDTH), max(layer.out_features for layer in layers if layer.in_features == k))
         if k <= REFINED_INPUTS:
             pieces.refine[k] = timed(partial(launch_refinement, H, rows, device))
-        else:  # its launches, which take the time, are as many as inputs
+        else:  # products of H with fewer rows the more inputs: proportional to the inputs
             widest = max(measured for measured in pieces.refine if measured <= REFINED_INPUTS)
             pieces.refine[k] = pieces.refine[widest] * k / widest
         del H
@@ -156,18 +156,15 @@ def measure_stage(n: int, k: int, device: str) -> Row:
     return row
 
 
-def launches(device: str) -> dict[str, float]:
-    """CUDA kernels per column of a group in the paper's pass, and in one sweep of the refinement; zeros where the
-    profiler may not count."""
+def launches(device: str) -> dict[str, int]:
+    """CUDA kernels that solve a group in the paper's pass, and in one sweep of descent; zeros where the profiler may
+    not count."""
     g, n = SCHEME.group_size, 1024
     H, U = one_group(device)
     W = random_weights(n, g, device).float().T.contiguous()
-    codes = torch.zeros(g, n, dtype=torch.uint8, device=device)
-    c = torch.randn(1, WIDTH, n, device=device, generator=generator(device, 3))
-    return {
-        "pass_per_column": kernels(lambda: launch_group(U, n, device)) / g,
-        "sweep_per_column": kernels(lambda: descend(codes, c, W, H, g, 1)) / g,
-    }
+    c = torch.randn(WIDTH, n, device=device, generator=generator(device, 3))
+    solve = partial(quantize_group, W, U, SCHEME.bits, ITERATIONS, SOLVER["alpha"], torch.bfloat16, STARTS)
+    return {"pass_per_group": kernels(solve), "sweep_per_group": kernels(partial(descend_group, W, W, H, c))}
 
 
 def kernels(call: Callable[[], object]) -> int:

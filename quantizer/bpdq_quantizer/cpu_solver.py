@@ -1,28 +1,25 @@
 """The solver's loops over columns on a CPU: cpu_solver.cpp, compiled for this machine at first use.
 
 Same signatures and, but for the order of sums in fp32, same results as `grid.quantize_group`, `grid.descend_group` and
-`equations.normal_matrix`, which are the readable form, run on other devices, and where there is no compiler.
+`equations.normal_matrix`, which are the readable form and run where there is no compiler (`groups`).
 """
 
 import ctypes
 import functools
 import logging
 import subprocess
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from bpdq_kernels.compiled import failure, instruction_set, load_library
-from bpdq_quantizer import equations, grid
 from bpdq_quantizer.grid import Start, paper_start, range_start, residual_start
 
 _SOURCE = Path(__file__).with_name("cpu_solver.cpp")
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum Dtype
 _STARTS = {paper_start: 0, range_start: 1, residual_start: 2}  # enum Start
-SHORT = 8192  # rows; torch splits an operation from 32768 elements on, and a column step has 2^k - 1 per row
 _log = logging.getLogger(__name__)
 
 
@@ -49,18 +46,9 @@ def library() -> ctypes.CDLL | None:
     return None
 
 
-@contextmanager
-def one_thread(W: Tensor) -> Iterator[None]:
-    """Let torch use one CPU thread for the columns of W [g, N], where they are short. Its loops are thousands of small
-    operations; shared by several threads, each waits for the slowest core, which on a busy machine is a hundred times
-    its own work."""
-    threads = torch.get_num_threads()
-    if W.device.type == "cpu" and W.shape[1] < SHORT:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+def supports(starts: Sequence[Start]) -> bool:
+    """Whether all of `starts` are compiled."""
+    return all(start in _STARTS for start in starts)
 
 
 def quantize_group(
@@ -72,11 +60,7 @@ def quantize_group(
     dtype: torch.dtype,
     starts: Sequence[Start] = (paper_start,),
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `grid.quantize_group`, which it falls back to."""
-    compiled = library() if W.device.type == "cpu" and all(start in _STARTS for start in starts) else None
-    if compiled is None:
-        with one_thread(W):
-            return grid.quantize_group(W, U, bits, iterations, alpha, dtype, starts)
+    """As `grid.quantize_group`, for what `supports` allows where there is a `library`."""
     g, N = W.shape
     W = W.contiguous()
     diagonal = U.diagonal()
@@ -87,35 +71,30 @@ def quantize_group(
     kinds = (ctypes.c_int * len(starts))(*(_STARTS[start] for start in starts))
     tensors = [tensor.data_ptr() for tensor in (W, spread, whiten, ones, weight)]
     outputs = [tensor.data_ptr() for tensor in (codes, c, E)]
-    compiled.bpdq_quantize_group(g, N, bits, *tensors, iterations, alpha, _DTYPES[dtype], kinds, len(starts), *outputs)
+    solve = library().bpdq_quantize_group
+    solve(g, N, bits, *tensors, iterations, alpha, _DTYPES[dtype], kinds, len(starts), *outputs)
     return codes, c, E
 
 
 def descend_group(W_hat: Tensor, V: Tensor, H: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """As `grid.descend_group`, which it falls back to."""
-    compiled = library() if W_hat.device.type == "cpu" else None
-    if compiled is None:
-        with one_thread(W_hat):
-            return grid.descend_group(W_hat, V, H, c)
+    """As `grid.descend_group`, where there is a `library`."""
     g, N = W_hat.shape
     W_hat, V, c = W_hat.contiguous(), V.contiguous(), c.contiguous()
     diagonal = H.diagonal()
     spread, inverse = (H / diagonal).contiguous(), 1 / diagonal
     codes, change = torch.empty(g, N, dtype=torch.uint8), torch.empty(g, N)
     tensors = [tensor.data_ptr() for tensor in (spread, inverse, V, c, W_hat, codes, change)]
-    compiled.bpdq_descend_group(g, N, len(c) - 1, *tensors)
+    library().bpdq_descend_group(g, N, len(c) - 1, *tensors)
     return codes, change
 
 
 def normal_matrix(codes: Tensor, H: Tensor, group_size: int, bits: int) -> Tensor:
-    """As `equations.normal_matrix`, which it falls back to."""
-    compiled = library() if codes.device.type == "cpu" else None
-    if compiled is None:
-        return equations.normal_matrix(codes, H, group_size, bits)
+    """As `equations.normal_matrix`, where there is a `library`."""
     K, N = codes.shape
     codes, H = codes.contiguous(), H.contiguous()
     sums = torch.stack([part.sum(1) for part in H.split(group_size, dim=1)])
     n = len(sums) * (bits + 1)
     A = torch.empty(N, n, n)
-    compiled.bpdq_normal_matrix(group_size, K, N, bits, *(t.data_ptr() for t in (codes, H, sums, A)))
+    tensors = [tensor.data_ptr() for tensor in (codes, H, sums, A)]
+    library().bpdq_normal_matrix(group_size, K, N, bits, *tensors)
     return A

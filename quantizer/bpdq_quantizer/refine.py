@@ -13,9 +13,9 @@ Tensors are transposed as in `grid`: W [K, N], codes [K, N], c [ceil(K/G), k+1, 
 import torch
 from torch import Tensor
 
-from bpdq_quantizer.cpu_solver import descend_group, normal_matrix
 from bpdq_quantizer.equations import right_sides
 from bpdq_quantizer.grid import BATCH, level_table
+from bpdq_quantizer.groups import descend_group, normal_matrix
 
 SWEEPS = 2  # of descent to a fit: 4 rounds of 2 end lower than 10 rounds of 1, in less time
 CHUNK_ELEMENTS = 1 << 26  # of the largest temporary: 256 MiB in fp32
@@ -79,8 +79,7 @@ def joint_fit(
     diagonal = A.diagonal(dim1=1, dim2=2)
     diagonal.add_(alpha * diagonal.mean(1, keepdim=True))
     L, failed = torch.linalg.cholesky_ex(A)
-    c = torch.cholesky_solve(b.unsqueeze(2), L).squeeze(2).T
-    c[:, failed != 0] = torch.nan
+    c = torch.cholesky_solve(b.unsqueeze(2), L).squeeze(2).T.masked_fill(failed != 0, torch.nan)
     return c.unflatten(0, (-1, bits + 1)).to(dtype).float().contiguous()
 
 

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bpdq_quantizer.cpu_solver import quantize_group
 from bpdq_quantizer.grid import Start, range_start, residual_start
+from bpdq_quantizer.groups import quantize_group
 from bpdq_quantizer.hessian import inverse_factor, live_mean
 from bpdq_quantizer.order import group_aware_order
 from bpdq_quantizer.refine import dequantize_columns, refine
@@ -71,8 +71,7 @@ def quantize_linear(
 def used_inputs(W: Tensor, diagonal: Tensor) -> Tensor:
     """W [N, K] of any float dtype as fp32 [K, N], zero for dead inputs: those that no calibration token ever used."""
     target = W.to(torch.float32, copy=True).T.contiguous()
-    target[diagonal == 0] = 0
-    return target
+    return target.masked_fill_((diagonal == 0).unsqueeze(1), 0)
 
 
 def one_pass(
@@ -89,18 +88,21 @@ def one_pass(
     order of `steps`."""
     weight = target[torch.cat([columns for _, columns in steps])]
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=target.device)
-    c = torch.empty(len(steps), bits + 1, weight.shape[1], device=target.device)
+    coefficients: dict[int, Tensor] = {}
     loss = torch.zeros_like(weight[0])
     start = 0
     for group, columns in steps:
         stop = start + len(columns)
         block = slice(start, stop)
         U_block = U[block, block]
-        codes[columns], c[group], E = quantize_group(weight[block], U_block, bits, iterations, alpha, dtype, starts)
+        codes[columns], coefficients[group], E = quantize_group(
+            weight[block], U_block, bits, iterations, alpha, dtype, starts
+        )
         weight[stop:].addmm_(U[block, stop:].T, E, alpha=-1)
         loss += E.square().sum(0)
         start = stop
-    return codes, c, loss
+    del weight
+    return codes, torch.stack([coefficients[group] for group in range(len(steps))]), loss
 
 
 def undamped(loss: Tensor, d: Tensor, W: Tensor, codes: Tensor, c: Tensor, group_size: int) -> Tensor:

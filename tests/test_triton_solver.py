@@ -1,0 +1,257 @@
+"""The solver's kernels do what their readable form in torch does: executed by Triton's interpreter, compiled offline
+for GPUs, and run for real (-m gpu)."""
+
+import itertools
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from typing import NamedTuple
+from unittest import mock
+
+import pytest
+import torch
+import triton
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.sass import read_cubin
+from bpdq_quantizer import grid, groups, triton_solver
+from bpdq_quantizer.grid import paper_start, range_start, residual_start
+from bpdq_quantizer.hessian import inverse_factor
+from bpdq_quantizer.order import group_aware_order
+from bpdq_quantizer.refine import refine
+from bpdq_quantizer.solver import one_pass
+from tests.offline import compile_solver
+
+FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
+BOTH = (range_start, residual_start)
+ARCHITECTURES = [86, 90]
+KERNELS = ["factor_kernel", "quantize_kernel", "descend_kernel"]
+
+
+class Case(NamedTuple):
+    """One group; the fields print as the test's name."""
+
+    bits: int
+    inputs: int
+    rows: int
+    dtype: torch.dtype
+    starts: tuple
+
+    def __str__(self) -> str:
+        starts = "-".join(start.__name__ for start in self.starts)
+        return f"k{self.bits}-g{self.inputs}-N{self.rows}-{str(self.dtype)[6:]}-{starts}"
+
+
+TINY = [
+    Case(1, 13, 33, FP32, (paper_start,)),
+    Case(2, 16, 5, BF16, BOTH),
+    Case(2, 32, 17, FP16, (paper_start, residual_start)),
+    Case(3, 35, 9, FP16, (residual_start,)),
+    Case(4, 20, 5, BF16, BOTH),
+]
+REAL = [
+    Case(bits, inputs, 1000, dtype, BOTH)
+    for bits, (inputs, dtype) in itertools.product(
+        (1, 2, 3, 4), ((32, BF16), (64, FP16), (100, FP32), (128, BF16), (256, BF16))
+    )
+]
+REAL += [Case(2, 5, 100, BF16, BOTH), *(Case(bits, 64, 77, BF16, (paper_start,)) for bits in (2, 3))]
+
+
+def random_group(inputs: int, rows: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """W [g, N], H [g, g] of correlated inputs, damped, and its factor U."""
+    generator = torch.Generator().manual_seed(seed)
+    X = torch.randn(4 * inputs, inputs, generator=generator)
+    X += 2 * torch.randn(4 * inputs, 1, generator=generator) @ torch.randn(1, inputs, generator=generator)
+    H = X.T @ X / len(X) + 0.01 * torch.eye(inputs)
+    return torch.randn(inputs, rows, generator=generator), H, inverse_factor(H, torch.arange(inputs), 0.01)[0]
+
+
+def compare_groups(case: Case, iterations: int, device: str) -> None:
+    """Rounding breaks ties, and the rest of a row follows from that: most rows are the same, none is out of line."""
+    W, _, U = (tensor.to(device) for tensor in random_group(case.inputs, case.rows, case.bits))
+    arguments = (W, U, case.bits, iterations, 1e-6, case.dtype, case.starts)
+    expected_codes, _, expected_E = grid.quantize_group(*arguments)
+    codes, c, E = triton_solver.quantize_group(*arguments)
+    assert torch.equal(c, c.to(case.dtype).float())
+    whiten = torch.linalg.solve_triangular(U.T, torch.eye(case.inputs, device=device), upper=False)
+    W_hat = (grid.level_table(case.bits, W.device) @ c).gather(0, codes.long())
+    torch.testing.assert_close(E, whiten @ (W - W_hat), rtol=1e-3, atol=1e-3 * whiten.abs().max().item())
+    loss, expected_loss = E.square().sum(0), expected_E.square().sum(0)
+    scale = (whiten @ W).square().sum(0)
+    assert (loss <= 2 * expected_loss + 1e-3 * scale).all()
+    assert abs(loss.sum() - expected_loss.sum()) <= 0.005 * expected_loss.sum() + 1e-5 * scale.sum()
+    changed = (codes != expected_codes).any(0).sum()
+    assert changed <= max(1, case.rows // 10)
+
+
+def compare_descents(case: Case, device: str) -> None:
+    W, H, _ = (tensor.to(device) for tensor in random_group(case.inputs, case.rows, case.bits))
+    c = torch.randn(case.bits + 1, case.rows, generator=torch.Generator().manual_seed(1)).to(device)
+    table = grid.level_table(case.bits, W.device)
+    W_hat = (table @ c).gather(0, torch.zeros(W.shape, dtype=torch.int64, device=device))
+    V = H @ (W - W_hat)
+    expected_codes, expected_change = grid.descend_group(W_hat, V, H, c)
+    codes, change = triton_solver.descend_group(W_hat, V, H, c)
+    same = (codes == expected_codes).all(0)
+    assert (~same).sum() <= max(1, case.rows // 10)
+    torch.testing.assert_close(change[:, same], expected_change[:, same], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(W_hat + change, (table @ c).gather(0, codes.long()), rtol=1e-5, atol=1e-5)
+
+
+def rows_are_solved_alone(device: str) -> None:
+    """A row that no loss is finite for gives coefficients that are noticed; no other row, and no layout, matters."""
+    W, _, U = (tensor.to(device) for tensor in random_group(16, 34, 0))
+    W[3, 2] = torch.nan
+    wide = torch.cat([U, torch.full_like(U, torch.nan)], dim=1)[:, :16]
+    whole = triton_solver.quantize_group(W, wide, 2, 2, 1e-6, BF16, BOTH)
+    part = triton_solver.quantize_group(W[:, 20:], U.T.contiguous().T, 2, 2, 1e-6, BF16, BOTH)
+    assert (~whole[1].isfinite()).any(0).nonzero().flatten().tolist() == [2]
+    for a, b in zip(whole, part, strict=True):
+        assert torch.equal(a[:, 20:], b)
+
+
+@pytest.mark.parametrize("case", TINY, ids=str)
+def test_interpreted_groups_are_quantized_as_well_as_in_torch(case: Case, interpreter: ProcessPoolExecutor):
+    interpreter.submit(compare_groups, case, 2, "cpu").result()
+
+
+@pytest.mark.parametrize("case", TINY, ids=str)
+def test_interpreted_descent_takes_the_same_steps_as_in_torch(case: Case, interpreter: ProcessPoolExecutor):
+    interpreter.submit(compare_descents, case, "cpu").result()
+
+
+def test_interpreted_rows_are_solved_alone(interpreter: ProcessPoolExecutor):
+    interpreter.submit(rows_are_solved_alone, "cpu").result()
+
+
+class Launches(TorchDispatchMode):
+    """Counts what would start a kernel on a GPU: operations of torch but views and allocations, and Triton's runs."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        aliases = [result.alias_info for result in func._schema.returns]
+        is_view = any(alias is not None and not alias.is_write for alias in aliases)
+        self.count += not is_view and "empty" not in func.name()
+        return func(*args, **(kwargs or {}))
+
+    def run(self, *args, **kwargs):
+        self.count += 1
+
+
+@contextmanager
+def counted():
+    launches = Launches()
+    solver = mock.patch.object(groups, "solver_for", return_value=triton_solver)
+    with mock.patch.object(triton.JITFunction, "run", launches.run), solver, launches:
+        yield launches
+
+
+@pytest.mark.parametrize("inputs", [32, 128])
+def test_a_group_and_a_pass_over_it_take_a_few_launches(inputs: int):
+    counts = []
+    for many in (1, 3):
+        W, H, U = random_group(many * inputs, 40, 0)
+        steps = group_aware_order(H.diagonal(), inputs)
+        with counted() as launches:
+            one_pass(W, U, steps, 2, 10, 1e-6, BF16, BOTH)
+        counts.append(launches.count)
+    assert counts[1] - counts[0] <= 2 * 8
+    with counted() as launches:
+        groups.quantize_group(W[:inputs], U[:inputs, :inputs], 2, 10, 1e-6, BF16, BOTH)
+    assert launches.count <= 3
+
+
+def test_a_sweep_of_descent_over_a_group_is_one_launch():
+    W, H, _ = random_group(100, 40, 0)
+    c = torch.zeros(3, 40)
+    with counted() as launches:
+        groups.descend_group(W[:64], W[:64], H[:64, :64], c)
+    assert launches.count == 1
+
+
+def test_groups_that_no_kernel_holds_are_left_to_torch():
+    assert triton_solver.supports(4, 256, BOTH)
+    assert not triton_solver.supports(4, 257, BOTH)
+    assert not triton_solver.supports(5, 256, BOTH)
+    assert not triton_solver.supports(4, 256, (grid.residual_planes,))
+    with mock.patch.object(groups, "triton_solver", return_value=triton_solver):
+        cuda = torch.device("cuda")
+        assert groups.solver_for(cuda, 4, 256, BOTH) is triton_solver
+        assert groups.solver_for(cuda, 4, 257, BOTH) is grid
+        assert groups.solver_for(torch.device("meta"), 2, 64) is grid
+
+
+def test_without_a_compiler_torch_solves_and_one_line_says_so(caplog):
+    error = RuntimeError("Failed to find C compiler")
+    driver = type(triton.runtime.driver)
+    with mock.patch.object(driver, "active", new_callable=mock.PropertyMock, side_effect=error):
+        assert groups.triton_solver.__wrapped__() is None
+    (record,) = caplog.records
+    assert "Failed to find C compiler" in record.getMessage()
+
+
+def assert_no_spills(kernel: str, arch: int, bits: int, inputs: int) -> None:
+    compiled = compile_solver(getattr(triton_solver, kernel), arch, bits, inputs)
+    allowed = 4 if bits == 4 else 0  # at G = 256 on sm_90 ptxas leaves 3
+    assert read_cubin(compiled.asm["cubin"]).spills <= allowed
+    assert compiled.metadata.shared <= 48 << 10
+
+
+@pytest.mark.parametrize(("arch", "inputs"), [(86, 128), (90, 64)])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_kernels_do_not_spill(kernel: str, arch: int, inputs: int):
+    assert_no_spills(kernel, arch, 2, inputs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("inputs", [5, 32, 64, 128, 256])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_no_kernel_spills(kernel: str, arch: int, bits: int, inputs: int):
+    assert_no_spills(kernel, arch, bits, inputs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", REAL, ids=str)
+def test_groups_on_a_gpu_are_quantized_as_well_as_in_torch(case: Case):
+    compare_groups(case, 10, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", REAL, ids=str)
+def test_descent_on_a_gpu_takes_the_same_steps_as_in_torch(case: Case):
+    compare_descents(case, "cuda")
+
+
+@pytest.mark.gpu
+def test_rows_on_a_gpu_are_solved_alone():
+    rows_are_solved_alone("cuda")
+
+
+@pytest.mark.gpu
+def test_a_gpu_s_groups_are_solved_by_a_few_kernels():
+    from benchmarks.gpu_solver import kernels  # imports transformers, which no other test here needs
+
+    W, H, U = (tensor.cuda() for tensor in random_group(128, 1000, 0))
+    assert kernels(lambda: groups.quantize_group(W, U, 2, 10, 1e-6, BF16, BOTH)) in range(9)
+    assert kernels(lambda: groups.descend_group(W, W, H, torch.zeros(3, 1000, device="cuda"))) in (0, 1, 2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rounds", [0, 1])
+def test_nothing_on_a_gpu_waits_for_the_host(rounds: int):
+    W, H, U = (tensor.cuda() for tensor in random_group(160, 100, 0))
+    steps = group_aware_order(H.diagonal(), 64)
+
+    def solve() -> None:
+        found = one_pass(W, U, steps, 2, 3, 1e-6, BF16, BOTH)
+        refine(*found, W, H @ W, H, 64, rounds, 1e-6, BF16)
+
+    solve()  # compiles
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        solve()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
