@@ -1,6 +1,7 @@
 """Loading compiles what requests run: by the keys under which Triton keeps compiled kernels, and for real (-m gpu)."""
 
 import functools
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -162,6 +163,14 @@ def test_layers_that_are_alike_are_compiled_once(offline: None, compiled: list[s
         one_and_few = list(warm.launches(tiled(Layer(1, 128, 64, 128, BF16)), None))[:2]
         warm.compile_all(one_and_few)
         assert sorted(compiled) == ["gemm_kernel", "gemv_kernel"]
+
+
+def test_threads_parse_kernels_while_no_finalizer_runs():
+    """A finalizer that lets another thread parse made CPython 3.11 raise SystemError in one parse of some hundred."""
+    collected = []
+    warm.compile_all([lambda compile_only: collected.append(gc.isenabled())])
+    assert collected == [False]
+    assert gc.isenabled()
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

@@ -6,8 +6,10 @@ or finds in its folder is not compiled again, so that the layers of a model that
 Needs Triton 3.5 or newer.
 """
 
+import gc
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -56,6 +58,19 @@ def compile_all(launches: Iterable[Callable[..., None]]) -> None:
     """Compile the kernels of `launches` in parallel."""
     from triton import AsyncCompileMode
 
-    with ThreadPoolExecutor() as pool, AsyncCompileMode(pool):
+    with uncollected(), ThreadPoolExecutor() as pool, AsyncCompileMode(pool):
         for launch in launches:
             launch(compile_only=True)
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """No cycles are collected meanwhile. Up to CPython 3.11 that may happen within `ast.parse`, run a finalizer there
+    and with it another thread's `ast.parse`, and both then miscount their depth: SystemError, of sound source."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
