@@ -66,7 +66,7 @@ def parts(cores: int) -> list[Part]:
     tests = [f"tests/{name}.py" for name in KERNEL_TESTS]
     pytest = (*module, "pytest", "-q", "-p", "no:cacheprovider", "--tb=line", "-W", "ignore")
     return [
-        Part("correct", 110, (*pytest, "-m", "gpu and not slow", *spread, *tests), figures=False),
+        Part("correct", 140, (*pytest, "-m", "gpu and not slow", *spread, *tests), figures=False),
         Part("fast", 110, (*module, "benchmarks.kernel_bench", "--tokens", TOKENS, "--predict", "--json")),
         Part("rates", 20, (*module, "benchmarks.mma_rates", "--json")),
         Part("model", 70, (*module, "benchmarks.gpu_model", "--json")),
