@@ -311,17 +311,19 @@ def serve_command(model: str, m: Model, settings: Settings, kv_type: str, eager:
     return " ".join([*parts, *(["--enforce-eager"] if eager else [])])
 
 
-def quantize_device_bytes(m: Model) -> int:
+def quantize_device_bytes(m: Model, gpu: bool = True) -> int:
     """What `bpdq quantize` needs where it solves: a block and its copy, one stage's matrices, a batch's activations."""
     block = m.linears[: len(m.linears) // m.attention.layers]
-    stage = max(stage_bytes(n, k) for n, k in m.stages)
+    stage = max(stage_bytes(n, k, gpu) for n, k in m.stages)
     return 2 * m.itemsize * sum(n * k for n, k in block) + stage + ACTIVATION_BYTES
 
 
-def stage_bytes(n: int, k: int) -> int:
+def stage_bytes(n: int, k: int, gpu: bool = True) -> int:
     """Of that, a stage with weights [n, k]: about four fp32 [k, k] (H, its factors, a solver's copy) and four [n, k]
-    (W, the target, what is left of it), and four of the refinement's temporaries, with two planes and a bias."""
-    return 4 * 4 * (k * k + n * k + min(3 * n * k, CHUNK_ELEMENTS))
+    (W, the target, what is left of it), and four of the refinement's temporaries: on a GPU features of its rows, with
+    two planes and a bias, on a CPU the rows themselves."""
+    refined = min(3 * n * k, CHUNK_ELEMENTS) if gpu else min(n * k, CHUNK_ELEMENTS // 3)
+    return 4 * 4 * (k * k + n * k + refined)
 
 
 def quantize_host_bytes(m: Model, calibration: tuple[int, int] = CALIBRATION, page_locked: bool = True) -> int:
