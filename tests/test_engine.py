@@ -170,19 +170,21 @@ def test_an_engine_serves_what_bpdq_quantize_wrote(quantized, eager, name):
     assert eager[name] == transformers_tokens(quantized[name])
 
 
-def reloads(checkpoints, served: dict[str, list[list[int]] | str], name: str) -> None:
-    before, after = served[name][: len(PROMPTS)], served[name][len(PROMPTS) :]
-    assert after == transformers_tokens(dequantized(checkpoints[name].with_name(f"other-{name}")))
-    assert after != before
+def other_tokens(checkpoints, name: str) -> list[list[int]]:
+    return transformers_tokens(dequantized(checkpoints[name].with_name(f"other-{name}")))
 
 
 def test_reloading_another_checkpoint_serves_the_other_weights(checkpoints, eager):
-    reloads(checkpoints, eager, "llama")
+    before, after = eager["llama"][: len(PROMPTS)], eager["llama"][len(PROMPTS) :]
+    assert after == other_tokens(checkpoints, "llama")
+    assert after != before
 
 
 @pytest.mark.slow
 def test_reloading_another_checkpoint_serves_the_other_tables(checkpoints, more_eager):
-    reloads(checkpoints, more_eager, "llama tables")
+    before, after = more_eager["llama tables"][: len(PROMPTS)], more_eager["llama tables"][len(PROMPTS) :]
+    assert after == other_tokens(checkpoints, "llama tables")
+    assert after != before
 
 
 @fp8_cache
@@ -215,19 +217,15 @@ def test_scales_change_nothing_where_the_cache_has_none(cached):
     assert cached["scales, e5m2"] == cached["8-bit cache"]
 
 
-def generates(served: list[list[int]] | str) -> None:
-    assert [len(tokens) for tokens in served] == [TOKENS] * len(PROMPTS)
-
-
 @pytest.mark.parametrize("name", ["dummy", "without a norm, dummy"])
 def test_dummy_weights_generate(eager, name):
-    generates(eager[name])
+    assert [len(tokens) for tokens in eager[name]] == [TOKENS] * len(PROMPTS)
 
 
 @pytest.mark.slow
 @fp8_cache
 def test_dummy_scales_generate(cached):
-    generates(cached["scales, dummy"])
+    assert [len(tokens) for tokens in cached["scales, dummy"]] == [TOKENS] * len(PROMPTS)
 
 
 def test_layers_that_are_not_in_bit_planes_are_checked_too(eager):

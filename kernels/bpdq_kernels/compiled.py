@@ -7,13 +7,14 @@ is compiled by every process where there is none.
 import ctypes
 import fcntl
 import hashlib
+import logging
 import os
 import shlex
 import shutil
 import stat
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -23,6 +24,7 @@ _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 FLAGS = {"avx512_bf16": (*_AVX512, "-mavx512bf16"), "avx512": _AVX512, "avx2": _AVX2, "portable": ()}
 _DIGEST = hashlib.sha256().digest_size
+_log = logging.getLogger(__name__)
 
 
 def instruction_set() -> str:
@@ -127,9 +129,15 @@ def load_library(source: Path, isa: str) -> ctypes.CDLL:
         return ctypes.CDLL(str(path))
 
 
-def failure(error: Exception) -> str:
-    """Why `compile_library` failed, in a line."""
-    if not isinstance(error, subprocess.CalledProcessError):
-        return str(error)
-    lines = [line for line in error.stderr.splitlines() if line.strip()] or [str(error)]
-    return next((line for line in lines if "error" in line.lower()), lines[0])
+def library_or_none(open_library: Callable[[str], ctypes.CDLL], consequence: str) -> ctypes.CDLL | None:
+    """`open_library` of this machine's instruction set; None, after one line in the log that begins with `consequence`,
+    where there can be none."""
+    try:
+        return open_library(instruction_set())
+    except subprocess.CalledProcessError as e:
+        lines = [line for line in e.stderr.splitlines() if line.strip()] or [str(e)]
+        reason = next((line for line in lines if "error" in line.lower()), lines[0])
+    except (OSError, ValueError) as e:
+        reason = str(e)
+    _log.warning("%s can't be compiled or loaded: %s", consequence, reason)
+    return None

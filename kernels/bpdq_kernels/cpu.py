@@ -5,22 +5,19 @@ Where there is no compiler, or others can write the cache, layers stay as stored
 
 import ctypes
 import functools
-import logging
 import mmap
-import subprocess
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from bpdq_kernels import reference
-from bpdq_kernels.compiled import failure, instruction_set, load_library
+from bpdq_kernels.compiled import library_or_none, load_library
 from bpdq_kernels.layout import WORD
 
 _SOURCE = Path(__file__).with_name("cpu_linear.cpp")
 _TILE = 32
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum Dtype
-_log = logging.getLogger(__name__)
 
 
 def open_library(isa: str) -> ctypes.CDLL:
@@ -38,11 +35,7 @@ def open_library(isa: str) -> ctypes.CDLL:
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The library for this machine; None, after one line in the log, where there can be none."""
-    try:
-        return open_library(instruction_set())
-    except (OSError, ValueError, subprocess.CalledProcessError) as e:
-        _log.warning("BPDQ layers run slowly on this CPU, as their kernel can't be compiled or loaded: %s", failure(e))
-    return None
+    return library_or_none(open_library, "BPDQ layers run slowly on this CPU, as their kernel")
 
 
 def prepare(B: Tensor, c: Tensor, group_size: int) -> tuple[Tensor, Tensor]:

@@ -6,21 +6,18 @@ Same signatures and, but for the order of sums in fp32, same results as `grid.qu
 
 import ctypes
 import functools
-import logging
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from bpdq_kernels.compiled import failure, instruction_set, load_library
+from bpdq_kernels.compiled import library_or_none, load_library
 from bpdq_quantizer.grid import Start, paper_start, range_start, residual_start
 
 _SOURCE = Path(__file__).with_name("cpu_solver.cpp")
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum Dtype
 _STARTS = {paper_start: 0, range_start: 1, residual_start: 2}  # enum Start
-_log = logging.getLogger(__name__)
 
 
 def open_library(isa: str) -> ctypes.CDLL:
@@ -39,11 +36,7 @@ def open_library(isa: str) -> ctypes.CDLL:
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The library for this machine; None, after one line in the log, where there can be none."""
-    try:
-        return open_library(instruction_set())
-    except (OSError, ValueError, subprocess.CalledProcessError) as e:
-        _log.warning("quantizing is some ten times slower on this CPU, as its loops can't be compiled: %s", failure(e))
-    return None
+    return library_or_none(open_library, "quantizing is some ten times slower on this CPU, as its loops")
 
 
 def supports(starts: Sequence[Start]) -> bool:
