@@ -26,7 +26,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from benchmarks.serve_bench import COLORS, machine, versions
-from bpdq_kernels import cpu, layout, linear, prepare
+from bpdq_kernels import layout, linear, prepare
+from bpdq_kernels.compiled import instruction_set
 
 LAYERS = {
     "7B qkv": (4608, 3584),
@@ -60,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     report: dict[str, Any] = {
         "command": shlex.join(["python", "-m", "benchmarks.cpu_bench", *(sys.argv[1:] if argv is None else argv)]),
-        "machine": machine() | {"instruction_set": cpu.instruction_set(), "threads": torch.get_num_threads()},
+        "machine": machine() | {"instruction_set": instruction_set(), "threads": torch.get_num_threads()},
         "versions": versions(),
     }
     models = args.models
