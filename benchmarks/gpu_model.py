@@ -3,7 +3,7 @@
     python -m benchmarks.gpu_model --json model.json
 
 Qwen2.5-7B's shapes, and 72B's with 8 of its blocks, k = 2 and G = 128, three ways: `stored` as transformers runs a
-checkpoint (`bpdq_quantizer.loader.BPDQLinear`), `tiled` by the kernels that vLLM uses, and `16 bits`, torch's Linears
+checkpoint (`checkpoint.loader.BPDQLinear`), `tiled` by the kernels that vLLM uses, and `16 bits`, torch's Linears
 with the same planes dequantized. Decoding is greedy with a static cache, a step is one CUDA graph. Compared: the
 three ways' logits, graphs with eager steps, and bytes on the device with what `bpdq plan` says.
 """
@@ -26,9 +26,10 @@ from benchmarks.kernel_bench import markdown
 from benchmarks.random_models import CONFIGS, generator, materialize, random_planes, write_config
 from bpdq_kernels import dequantize, linear, prepare
 from bpdq_kernels.format import Scheme
-from bpdq_quantizer import kv_cache, plan
-from bpdq_quantizer.loader import plain_skeleton, replace
-from bpdq_quantizer.stream import decoder_blocks, linear_layers
+from bpdq_quantizer.fit import kv_bytes, plan
+from bpdq_quantizer.model.modules import replace
+from bpdq_quantizer.model.opening import plain_skeleton
+from bpdq_quantizer.model.stream import decoder_blocks, linear_layers
 
 SCHEME = Scheme(2, 128)
 WAYS = ("stored", "tiled", "16 bits")
@@ -103,7 +104,7 @@ def planned(config: Path) -> Plan:
     stored, tiled = plan.checkpoint_bytes(m, settings), plan.card_bytes(m, settings)
     dense = sum(stored) - stored.linear + sum(n * k for n, k in m.linears) * m.itemsize
     weights = {"stored": sum(stored), "tiled": sum(tiled), "16 bits": dense}
-    return Plan(weights, kv_cache.bytes_per_token("auto", m.attention), plan.overhead(m, graphs=True))
+    return Plan(weights, kv_bytes.bytes_per_token("auto", m.attention), plan.overhead(m, graphs=True))
 
 
 def build(config: Path, way: str, device: str) -> PreTrainedModel:

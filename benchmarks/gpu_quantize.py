@@ -26,12 +26,13 @@ from benchmarks.gpu_solver import REFINED_INPUTS, SCHEME, Pieces, launches, meas
 from benchmarks.kernel_bench import markdown
 from benchmarks.random_models import VOCABULARY, write_model
 from benchmarks.shapes import MODELS, Layer, Model
-from bpdq_quantizer import plan, quantize
-from bpdq_quantizer.calibration import file_windows
+from bpdq_quantizer import quantize
+from bpdq_quantizer.checkpoint.loader import load_model
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.evaluate import perplexity
-from bpdq_quantizer.loader import load_model
-from bpdq_quantizer.tokens import load_tokenizer
+from bpdq_quantizer.fit import plan
+from bpdq_quantizer.model.calibration import file_windows
+from bpdq_quantizer.model.tokens import load_tokenizer
 
 # Of the layers' geometric mean, and of one layer: rounding decides between two levels equally near, and the rest of the
 # row follows from that. Noise of 1e-6 in H alone moves the 14 losses by 0.5 % on average, one of them by 4 %.

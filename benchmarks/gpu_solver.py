@@ -16,12 +16,12 @@ from benchmarks.gpu_part import Row
 from benchmarks.random_models import STD, generator
 from benchmarks.shapes import Model
 from bpdq_kernels.format import Scheme
-from bpdq_quantizer.groups import descend_group, quantize_group
-from bpdq_quantizer.hessian import accumulate, accumulate_shift, inverse_factor, symmetrize
-from bpdq_quantizer.options import SOLVERS
-from bpdq_quantizer.plan import stage_bytes
-from bpdq_quantizer.refine import refine, rows_at_once
-from bpdq_quantizer.solver import STARTS, quantize_linear
+from bpdq_quantizer.algorithm.groups import descend_group, quantize_group
+from bpdq_quantizer.algorithm.hessian import accumulate, accumulate_shift, inverse_factor, symmetrize
+from bpdq_quantizer.algorithm.refine import refine, rows_at_once
+from bpdq_quantizer.algorithm.solver import STARTS, quantize_linear
+from bpdq_quantizer.fit.plan import stage_bytes
+from bpdq_quantizer.run.options import SOLVERS
 
 SCHEME = Scheme(2, 128)
 WIDTH = SCHEME.bits + 1

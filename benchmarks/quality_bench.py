@@ -30,11 +30,11 @@ from benchmarks import tasks
 from benchmarks.serve_bench import COLORS, machine
 from benchmarks.server import ServerError
 from bpdq_kernels.format import Scheme
-from bpdq_quantizer.calibration import file_windows
+from bpdq_quantizer.checkpoint.loader import load_model
 from bpdq_quantizer.errors import InputError
-from bpdq_quantizer.loader import load_model
-from bpdq_quantizer.tokens import load_tokenizer
-from bpdq_quantizer.tune import final_states, log_probabilities, softcap
+from bpdq_quantizer.model.calibration import file_windows
+from bpdq_quantizer.model.tokens import load_tokenizer
+from bpdq_quantizer.passes.tune import final_states, log_probabilities, softcap
 
 METHODS = {  # options of `bpdq quantize`; gptq has a script of its own
     "paper": ["--solver", "paper"],

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from bpdq_kernels.format import Scheme
 from bpdq_kernels.layout import coefficient_shape, plane_shape
-from bpdq_quantizer.calibration import python_topics
-from bpdq_quantizer.loader import plain_skeleton
+from bpdq_quantizer.model.calibration import python_topics
+from bpdq_quantizer.model.opening import plain_skeleton
 
 VOCABULARY = 2048  # of `tokenizer`
 STD = 0.02  # of weights and coefficients

@@ -15,7 +15,7 @@ from bpdq_kernels.triton_dequantize import options as dequantize_options
 from bpdq_kernels.triton_embedding import embedding_kernel
 from bpdq_kernels.triton_linear import Tile, linear_kernel
 from bpdq_kernels.tuning import MAX_COEFFICIENTS, Dense, Gemm, Gemv
-from bpdq_quantizer import triton_solver
+from bpdq_quantizer.algorithm import triton_solver
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 POINTERS = {FP32: "*fp32", FP16: "*fp16", BF16: "*bf16"}

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from bpdq_quantizer.calibration import file_windows
-from bpdq_quantizer.hessian import accumulate, symmetrize
-from bpdq_quantizer.loader import load_model
-from bpdq_quantizer.tokens import load_tokenizer
+from bpdq_quantizer.algorithm.hessian import accumulate, symmetrize
+from bpdq_quantizer.checkpoint.loader import load_model
+from bpdq_quantizer.model.calibration import file_windows
+from bpdq_quantizer.model.tokens import load_tokenizer
 
 FILE = Path(__file__).parent / "data" / "layers.safetensors"
 BLOCK = 15

@@ -13,13 +13,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bpdq_quantizer
 from bpdq_kernels.format import Scheme
-from bpdq_quantizer import pipeline
-from bpdq_quantizer.allocate import allocate, hull, parse_size, stage_bytes
-from bpdq_quantizer.checkpoint import inspect
+from bpdq_quantizer.checkpoint.inspection import inspect
+from bpdq_quantizer.checkpoint.picture import draw
 from bpdq_quantizer.cli import main
-from bpdq_quantizer.picture import draw
-from bpdq_quantizer.sensitivity import SCHEMES, Stage, gradient_energies, sensitivities
-from bpdq_quantizer.stream import open_model
+from bpdq_quantizer.model.stream import open_model
+from bpdq_quantizer.passes.allocate import allocate, hull, parse_size, stage_bytes
+from bpdq_quantizer.passes.sensitivity import SCHEMES, Stage, gradient_energies, sensitivities
+from bpdq_quantizer.run import pipeline
 from tiny import TEXT, load_tensors, tiny_model
 
 SOME = [Scheme(1, 128), Scheme(2, 256), Scheme(2, 64), Scheme(3, 128), Scheme(4, 32)]

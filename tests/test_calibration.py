@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from bpdq_quantizer import calibration
-from bpdq_quantizer.calibration import calibration_windows, file_windows, first_ids
 from bpdq_quantizer.errors import InputError
+from bpdq_quantizer.model import calibration
+from bpdq_quantizer.model.calibration import calibration_windows, file_windows, first_ids
 from tests.tiny import TEXT, tiny_tokenizer
 
 PIECES = [

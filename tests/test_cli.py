@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from bpdq_quantizer import pipeline, storage, work
+from bpdq_quantizer import cost
 from bpdq_quantizer.cli import main
+from bpdq_quantizer.run import pipeline
+from bpdq_quantizer.storage import files
 from tiny import TEXT, bpdq_checkpoint, load_tensors, tiny_model, tiny_tokenizer
 
 QUICK = ["--samples", "4", "--seq-len", "32", "--iterations", "2", "--group-size", "64"]
@@ -63,9 +65,9 @@ def test_quantize_eval_inspect(folder, tmp_path, capsys):
 @pytest.mark.parametrize("status", [None, "Name:\tpython\nVmRSS:\t10 kB\n"])
 def test_a_system_that_does_not_tell_peak_memory_loses_no_run(folder, tmp_path, capsys, monkeypatch, status):
     """Some containers and kernels have no VmHWM; it is read when all the work is done."""
-    monkeypatch.setattr(work, "STATUS", tmp_path / "status")
+    monkeypatch.setattr(cost, "STATUS", tmp_path / "status")
     if status is not None:
-        work.STATUS.write_text(status)
+        cost.STATUS.write_text(status)
     argv = ["quantize", folder / "model", "--output", tmp_path / "out", "--calibration", folder / "text.txt", *QUICK]
     assert main([str(a) for a in (*argv, "--json")]) == 0
     summary, report = capsys.readouterr().out.splitlines()[-2:]
@@ -208,7 +210,7 @@ def test_a_disk_that_is_full_before_the_first_block_promises_nothing(folder, tmp
     def save(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(storage, "save_file", save)
+    monkeypatch.setattr(files, "save_file", save)
     argv = ["quantize", folder / "model", "--output", tmp_path / "out", "--calibration", folder / "text.txt", *QUICK]
     line = fails_with(capsys, *argv)
     assert "can't be written ([Errno 28] No space left on device): make room" in line

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bpdq_kernels.compiled import FLAGS, instruction_set
-from bpdq_quantizer import cpu_solver, equations, grid, groups
-from bpdq_quantizer.grid import paper_start, range_start, residual_start
-from bpdq_quantizer.hessian import inverse_factor
+from bpdq_quantizer.algorithm import cpu_solver, equations, grid, groups
+from bpdq_quantizer.algorithm.grid import paper_start, range_start, residual_start
+from bpdq_quantizer.algorithm.hessian import inverse_factor
 
 ISAS = list(FLAGS)[list(FLAGS).index(instruction_set()) :]
 STARTS = [(paper_start,), (range_start, residual_start), (residual_start,)]

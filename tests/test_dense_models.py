@@ -6,10 +6,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import bpdq_quantizer
 from bpdq_kernels.format import Scheme
-from bpdq_quantizer import pipeline, sensitivity
-from bpdq_quantizer.activations import linear_layers
 from bpdq_quantizer.errors import InputError
-from bpdq_quantizer.stream import open_model
+from bpdq_quantizer.model.activations import linear_layers
+from bpdq_quantizer.model.stream import open_model
+from bpdq_quantizer.passes import sensitivity
+from bpdq_quantizer.run import pipeline
 from tiny import tiny_tokenizer
 
 QUICK = {"bits": 4, "group_size": 32, "samples": 3, "seq_len": 32, "iterations": 1, "solver": "paper"}

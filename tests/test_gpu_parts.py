@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks import gpu_model, gpu_quantize, gpu_solver
 from benchmarks.random_models import write_config
 from benchmarks.shapes import Layer, Model
-from bpdq_quantizer.plan import GIB
+from bpdq_quantizer.fit.plan import GIB
 
 CPU = ["--tiny", "--device", "cpu"]
 
@@ -161,7 +161,7 @@ PIECES = gpu_solver.Pieces(
 
 def test_a_stage_is_its_factors_groups_and_refined_chunks(monkeypatch):
     assert gpu_solver.stage_seconds(10, 256, PIECES) == pytest.approx(1 + 2 * 0.5 + 1 * 0.1)
-    monkeypatch.setattr("bpdq_quantizer.refine.CHUNK_ELEMENTS", 300 * 3 * 40)  # 40 rows at once
+    monkeypatch.setattr("bpdq_quantizer.algorithm.refine.CHUNK_ELEMENTS", 300 * 3 * 40)  # 40 rows at once
     assert gpu_solver.stage_seconds(99, 300, PIECES) == pytest.approx(2 + 3 * 0.7 + 3 * 0.2)
 
 
@@ -216,7 +216,7 @@ def test_random_inputs_have_a_few_strong_directions_and_still_use_all_channels()
 
 
 def test_planned_bytes_of_a_stage_are_part_of_what_plan_says():
-    from bpdq_quantizer.plan import stage_bytes
+    from bpdq_quantizer.fit.plan import stage_bytes
 
     assert stage_bytes(8192, 29568) == pytest.approx(16 * (29568**2 + 8192 * 29568 + 2**26), rel=1e-6)
     assert 16 < stage_bytes(8192, 29568) / GIB < 18

@@ -3,8 +3,15 @@
 import pytest
 import torch
 
-from bpdq_quantizer import hessian
-from bpdq_quantizer.hessian import accumulate, accumulate_shift, corrected, factorize, inverse_factor, symmetrize
+from bpdq_quantizer.algorithm import hessian
+from bpdq_quantizer.algorithm.hessian import (
+    accumulate,
+    accumulate_shift,
+    corrected,
+    factorize,
+    inverse_factor,
+    symmetrize,
+)
 
 
 @pytest.fixture(autouse=True)

@@ -9,9 +9,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 import bpdq_quantizer
 from bpdq_kernels import format as bpdq_format
 from bpdq_kernels.format import KV_CACHE_SCHEME
-from bpdq_quantizer import checkpoint, kv_scales, pipeline
+from bpdq_quantizer.checkpoint import inspection
 from bpdq_quantizer.cli import main
 from bpdq_quantizer.errors import InputError
+from bpdq_quantizer.passes import kv_scales
+from bpdq_quantizer.run import pipeline
 from tiny import TEXT, load_tensors, tiny_model
 
 NAMES = [f"model.layers.{i}.self_attn.{kind}_scale" for i in range(2) for kind in "kv"]
@@ -88,7 +90,7 @@ def test_transformers_loads_the_scales_and_saves_them_again(tmp_path, text):
     assert not info["missing_keys"]
     model.save_pretrained(tmp_path / "again")
     assert stored(tmp_path / "again") == stored(out)
-    assert checkpoint.inspect(tmp_path / "again")["kv_cache_scales"]
+    assert inspection.inspect(tmp_path / "again")["kv_cache_scales"]
 
 
 def test_config_and_inspect_say_that_there_are_scales(tmp_path, text, capsys):

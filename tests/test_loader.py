@@ -9,9 +9,9 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 from transformers.quantizers.auto import AutoQuantizationConfig
 
 import bpdq_quantizer  # noqa: F401, registers the loader
-from bpdq_quantizer.checkpoint import inspect
+from bpdq_quantizer.checkpoint.inspection import inspect
 from bpdq_quantizer.errors import InputError
-from bpdq_quantizer.loader import BPDQEmbedding, BPDQLinear, TiedHead
+from bpdq_quantizer.model.modules import BPDQEmbedding, BPDQLinear, TiedHead
 from tiny import bpdq_checkpoint, tiny_model
 
 IDS = torch.arange(30)[None] * 7 % 380

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import bpdq_quantizer
+from bpdq_quantizer.checkpoint.manifest import verify
 from bpdq_quantizer.cli import main
 from bpdq_quantizer.errors import InputError
-from bpdq_quantizer.manifest import verify
 from tiny import tiny_model
 
 TAKEN = {

@@ -13,9 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import mutant_files
 import mutants
 from bpdq_kernels import format as bpdq_format
-from bpdq_quantizer.checkpoint import inspect
+from bpdq_quantizer.checkpoint.inspection import inspect
+from bpdq_quantizer.checkpoint.loader import is_checkpoint, load_model
 from bpdq_quantizer.errors import InputError
-from bpdq_quantizer.loader import is_checkpoint, load_model
 from vllm_bpdq.checkpoint import check_folder
 
 IDS = torch.arange(24)[None] * 7 % 380

@@ -10,12 +10,14 @@ import torch
 
 import bpdq_quantizer
 from bpdq_kernels.format import Scheme
-from bpdq_quantizer import activations, work
-from bpdq_quantizer.activations import to_host
-from bpdq_quantizer.blocks import quantize_blocks
-from bpdq_quantizer.folder import offload_name
-from bpdq_quantizer.stream import open_model
-from bpdq_quantizer.work import Offloaded, States, load_progress, save_progress
+from bpdq_quantizer.model import activations
+from bpdq_quantizer.model.activations import to_host
+from bpdq_quantizer.model.stream import open_model
+from bpdq_quantizer.passes.blocks import States, quantize_blocks
+from bpdq_quantizer.run import progress
+from bpdq_quantizer.run.progress import load_progress, save_progress
+from bpdq_quantizer.run.work_folder import offload_name
+from bpdq_quantizer.storage.offload import Offloaded
 from tiny import TEXT, tiny_model
 
 TWO_WINDOWS = 2 * 32 * 2 * (4 * 128 + 128 + 2 * 64 + 128 + 2 * 352 + 128)  # of 32 tokens, in bytes of activations
@@ -59,13 +61,13 @@ def whole(root, tmp_path_factory):
     ],
 )
 def test_the_tensors_are_those_of_a_run_in_memory(root, tmp_path, options, monkeypatch):
-    lengths, original = [], work.save_progress
+    lengths, original = [], progress.save_progress
 
     def record(folder, states, *args):
         lengths.append({len(states.quantized), len(states.original)})
         original(folder, states, *args)
 
-    monkeypatch.setattr("bpdq_quantizer.pipeline.save_progress", record)
+    monkeypatch.setattr("bpdq_quantizer.run.pipeline.save_progress", record)
     in_memory = quantize(root, tmp_path / "a", **options)
     assert quantize(root, tmp_path / "b", **options, offload_dir=str(tmp_path / "states")) == in_memory
     assert lengths[0] - {0} == {3}, "several batches"
@@ -78,7 +80,7 @@ class Stop(Exception):  # noqa: N818, stands for a crash
 
 @pytest.mark.parametrize("number", [2, 10, 12, 20])  # embedding, block, progress, states, the rest
 def test_a_run_that_stops_anywhere_goes_on_to_the_same_tensors(root, whole, tmp_path, monkeypatch, number):
-    original, writes = work.write_tensors, []
+    original, writes = progress.write_tensors, []
 
     def write(file, *args):
         writes.append(file)
@@ -88,7 +90,7 @@ def test_a_run_that_stops_anywhere_goes_on_to_the_same_tensors(root, whole, tmp_
 
     offload = {"offload_dir": str(tmp_path / "states")}
     with monkeypatch.context() as patch:
-        for module in ("work", "pipeline", "checkpoint"):
+        for module in ("storage.offload", "run.progress", "run.pipeline", "checkpoint.writer"):
             patch.setattr(f"bpdq_quantizer.{module}.write_tensors", write)
         with pytest.raises(Stop):
             quantize(root, tmp_path / "out", **offload)
@@ -113,7 +115,7 @@ def change(file):
 def test_a_stopped_run_starts_again_where_its_states_are_damaged(root, whole, tmp_path, monkeypatch, capsys, damage):
     offload = {"offload_dir": str(tmp_path / "states")}
     with monkeypatch.context() as patch:
-        patch.setattr("bpdq_quantizer.checkpoint.write_tensors", lambda *args: 1 / 0)
+        patch.setattr("bpdq_quantizer.checkpoint.writer.write_tensors", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             quantize(root, tmp_path / "out", **offload)
     damaged = max((tmp_path / "states").rglob("*.safetensors"))
@@ -162,8 +164,8 @@ def test_peak_memory_does_not_grow_with_the_calibration_text(tmp_path):
     """16 and 256 windows of 0.5 MB of hidden states in two models: 0.25 GB more in memory, next to nothing in files."""
     (tmp_path / "text.txt").write_text(TEXT * 600)
     tiny_model(tmp_path / "model", hidden=1024, ffn=32, layers=1, heads=4, kv_heads=1, dtype=torch.bfloat16)
-    code = "import sys; from bpdq_quantizer import activations, cli; activations.ACTIVATION_BYTES = 1 << 23"
-    code += "; sys.exit(cli.main(sys.argv[1:]))"
+    code = "import sys; from bpdq_quantizer import cli; from bpdq_quantizer.model import activations; "
+    code += "activations.ACTIVATION_BYTES = 1 << 23; sys.exit(cli.main(sys.argv[1:]))"
     offload = ["--offload-dir", tmp_path / "states"]
     peaks = {}
     for name, samples, option in (("few", 16, offload), ("files", 256, offload), ("memory", 256, [])):

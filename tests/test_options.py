@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from bpdq_quantizer.errors import InputError
-from bpdq_quantizer.options import resolved
+from bpdq_quantizer.run.options import resolved
 
 GIVEN = {
     **{"model": "m", "bits": 2, "group_size": 128, "embed_bits": None, "head_bits": None, "calibration": "default"},

@@ -16,7 +16,16 @@ import bpdq_quantizer
 from bpdq_kernels.format import Scheme
 from bpdq_kernels.layout import to_tiles
 from bpdq_quantizer.cli import main
-from bpdq_quantizer.plan import MOST_BITS, Settings, _tiled_bytes, budget, needed, plan, quantize_host_bytes, read_model
+from bpdq_quantizer.fit.plan import (
+    MOST_BITS,
+    Settings,
+    _tiled_bytes,
+    budget,
+    needed,
+    plan,
+    quantize_host_bytes,
+    read_model,
+)
 from tiny import TEXT, bpdq_checkpoint, load_tensors, round_to_planes, tiny_model
 
 QWEN = {  # Qwen2.5: hidden, FFN, layers, heads, key/value heads

@@ -8,14 +8,15 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from bpdq_quantizer import plan
+from bpdq_quantizer.fit import plan
 from tiny import TEXT, tiny_tokenizer
 
 ACTIVATIONS = 1 << 25  # for less work than activations.ACTIVATION_BYTES asks for
 # Anonymous memory, at most, in one more line of JSON: pages of the model's files that are mapped can be dropped.
 MEASURED = f"""
 import json, re, sys, threading, time
-from bpdq_quantizer import activations, cli
+from bpdq_quantizer import cli
+from bpdq_quantizer.model import activations
 activations.ACTIVATION_BYTES = {ACTIVATIONS}
 peak = 0
 def watch():

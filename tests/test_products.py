@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from bpdq_quantizer import products
-from bpdq_quantizer.products import FP32Products, quick_products
+from bpdq_quantizer.model import products
+from bpdq_quantizer.model.products import FP32Products, quick_products
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks import quality_bench
-from bpdq_quantizer.tune import final_states
+from bpdq_quantizer.passes.tune import final_states
 from tiny import TEXT, bpdq_checkpoint, tiny_model, tiny_tokenizer
 
 

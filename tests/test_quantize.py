@@ -21,17 +21,20 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import bpdq_quantizer
 from bpdq_kernels import dequantize
 from bpdq_kernels.format import Scheme
-from bpdq_quantizer import activations, checkpoint, manifest, pipeline, storage, work
-from bpdq_quantizer.activations import Original, block_inputs, capture, find_stages, run_block, stage_statistics
-from bpdq_quantizer.allocate import uniform
-from bpdq_quantizer.blocks import check_finite, quantize_blocks
+from bpdq_quantizer.algorithm.hessian import corrected
+from bpdq_quantizer.algorithm.solver import quantize_linear
+from bpdq_quantizer.checkpoint import manifest, writer
 from bpdq_quantizer.errors import InputError
-from bpdq_quantizer.hessian import corrected
-from bpdq_quantizer.loader import BPDQLinear
-from bpdq_quantizer.options import ASYMMETRIC, SOLVERS
-from bpdq_quantizer.solver import quantize_linear
-from bpdq_quantizer.stream import decoder_blocks, from_memory
-from bpdq_quantizer.tune import final_states
+from bpdq_quantizer.model import activations
+from bpdq_quantizer.model.activations import Original, block_inputs, capture, find_stages, run_block, stage_statistics
+from bpdq_quantizer.model.modules import BPDQLinear
+from bpdq_quantizer.model.stream import decoder_blocks, from_memory
+from bpdq_quantizer.passes.allocate import uniform
+from bpdq_quantizer.passes.blocks import check_finite, quantize_blocks
+from bpdq_quantizer.passes.tune import final_states
+from bpdq_quantizer.run import pipeline, progress
+from bpdq_quantizer.run.options import ASYMMETRIC, SOLVERS
+from bpdq_quantizer.storage import files as storage_files
 from tiny import TEXT, load_tensors, tiny_model, tiny_tokenizer
 
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text"]
@@ -260,14 +263,14 @@ class Stop(Exception):  # noqa: N818, stands for a crash
 
 def stop_at(number, monkeypatch):
     """Let the next run crash instead of writing tensors for the `number`th time."""
-    original, writes = work.write_tensors, itertools.count()
+    original, writes = progress.write_tensors, itertools.count()
 
     def write(*args):
         if next(writes) == number:
             raise Stop
         return original(*args)
 
-    for module in (work, pipeline, checkpoint):
+    for module in (progress, pipeline, writer):
         monkeypatch.setattr(module, "write_tensors", write)
 
 
@@ -310,7 +313,7 @@ def test_a_stopped_run_goes_on_with_nothing_but_its_own_options_model_and_text(q
 
 def test_a_full_disk_stops_the_run_with_its_work_kept(quantized, tmp_path, text, monkeypatch):
     model, _, _ = quantized
-    original, writes = storage.save_file, itertools.count()
+    original, writes = storage_files.save_file, itertools.count()
 
     def save(tensors, file, **kwargs):
         if next(writes) == 3:
@@ -318,7 +321,7 @@ def test_a_full_disk_stops_the_run_with_its_work_kept(quantized, tmp_path, text,
             raise OSError(28, "No space left on device")
         original(tensors, file, **kwargs)
 
-    monkeypatch.setattr(storage, "save_file", save)
+    monkeypatch.setattr(storage_files, "save_file", save)
     with pytest.raises(bpdq_quantizer.InputError, match=r"No space left on device.*make room") as stopped:
         bpdq_quantizer.quantize(str(model), tmp_path / "out", **small(text))
     assert "repeat the command with --resume" in stopped.value.__notes__[0]
@@ -357,14 +360,14 @@ def test_a_model_in_memory_gives_the_tensors_of_its_files(quantized, text):
 def test_config_is_the_last_file_written(quantized, tmp_path, text, monkeypatch):
     """Whatever is interrupted before config.json leaves a folder that no loader takes for a model."""
     model, out, _ = quantized
-    seen, original = {}, storage.save
+    seen, original = {}, storage_files.save
 
     def record(file, write):
         original(file, write)
         if file.parent.name == "out.partial":
             seen[file.name] = {path.name for path in file.parent.iterdir()}
 
-    for module in (storage, checkpoint, manifest):
+    for module in (storage_files, writer, manifest):
         monkeypatch.setattr(module, "save", record)
     bpdq_quantizer.quantize(str(model), tmp_path / "out", **small(text))
     assert list(seen)[-1] == "config.json"

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import bpdq_quantizer
-from bpdq_quantizer import checkpoint, pipeline
+from bpdq_quantizer.checkpoint import writer
 from bpdq_quantizer.errors import InputError
+from bpdq_quantizer.run import pipeline
 from tiny import tiny_model
 
 FIRST, SECOND, REST = (f"model-0000{number}-of-00003.safetensors" for number in (2, 3, 1))
@@ -39,7 +40,7 @@ def runs(tmp_path_factory, text):
     tiny_model(folder / "model", dtype=torch.bfloat16)
     bpdq_quantizer.quantize(str(folder / "model"), folder / "whole", **small(text))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "write_tensors", stop)
+        patch.setattr(writer, "write_tensors", stop)
         with pytest.raises(Stop):
             bpdq_quantizer.quantize(str(folder / "model"), folder / "both", **small(text))
     return folder

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import bpdq_quantizer
+from bpdq_quantizer.checkpoint.loader import load_model
 from bpdq_quantizer.errors import InputError
-from bpdq_quantizer.loader import load_model
-from bpdq_quantizer.rotate import hadamard, random_rotation, rotate, rotate_heads, rotated
-from bpdq_quantizer.stream import from_memory, load_block, open_model
+from bpdq_quantizer.model.stream import from_memory, load_block, open_model
+from bpdq_quantizer.passes.rotate import hadamard, random_rotation, rotate, rotate_heads, rotated
 from tiny import TEXT, load_tensors, tiny_model, tiny_tokenizer
 
 IDS = torch.tensor([tiny_tokenizer()(TEXT)["input_ids"][40:60]])

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bpdq_quantizer import grid
-from bpdq_quantizer import refine as refine_module
-from bpdq_quantizer.grid import (
+from bpdq_quantizer.algorithm import grid
+from bpdq_quantizer.algorithm import refine as refine_module
+from bpdq_quantizer.algorithm.grid import (
     assign_codes,
     clustered,
     fit_coefficients,
@@ -19,10 +19,10 @@ from bpdq_quantizer.grid import (
     quantize_group,
     residual_planes,
 )
-from bpdq_quantizer.hessian import accumulate, corrected, inverse_factor, symmetrize
-from bpdq_quantizer.order import group_aware_order
-from bpdq_quantizer.refine import dequantize_columns, descend, joint_fit, refine
-from bpdq_quantizer.solver import STARTS, quantize_linear
+from bpdq_quantizer.algorithm.hessian import accumulate, corrected, inverse_factor, symmetrize
+from bpdq_quantizer.algorithm.order import group_aware_order
+from bpdq_quantizer.algorithm.refine import dequantize_columns, descend, joint_fit, refine
+from bpdq_quantizer.algorithm.solver import STARTS, quantize_linear
 
 
 def problem(n: int, k_in: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

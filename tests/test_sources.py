@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from bpdq_quantizer.cli import main
 from bpdq_quantizer.errors import InputError
-from bpdq_quantizer.sources import gguf_arguments
+from bpdq_quantizer.model.sources import gguf_arguments
 from tiny import tiny_model
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"

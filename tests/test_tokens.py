@@ -9,11 +9,11 @@ from tokenizers import Tokenizer, processors
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import bpdq_quantizer
-from bpdq_quantizer import calibration
-from bpdq_quantizer.calibration import calibration_windows, file_windows
 from bpdq_quantizer.cli import main
 from bpdq_quantizer.errors import InputError
-from bpdq_quantizer.tokens import PROBES, leading_tokens, load_tokenizer
+from bpdq_quantizer.model import calibration
+from bpdq_quantizer.model.calibration import calibration_windows, file_windows
+from bpdq_quantizer.model.tokens import PROBES, leading_tokens, load_tokenizer
 from tiny import TEXT, tiny_model, tiny_tokenizer
 
 QUICK = ["--samples", "4", "--seq-len", "32", "--iterations", "1", "--group-size", "64", "--solver", "paper"]

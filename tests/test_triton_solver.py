@@ -13,12 +13,12 @@ import triton
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.sass import read_cubin
-from bpdq_quantizer import grid, groups, triton_solver
-from bpdq_quantizer.grid import paper_start, range_start, residual_start
-from bpdq_quantizer.hessian import inverse_factor
-from bpdq_quantizer.order import group_aware_order
-from bpdq_quantizer.refine import refine
-from bpdq_quantizer.solver import one_pass
+from bpdq_quantizer.algorithm import grid, groups, triton_solver
+from bpdq_quantizer.algorithm.grid import paper_start, range_start, residual_start
+from bpdq_quantizer.algorithm.hessian import inverse_factor
+from bpdq_quantizer.algorithm.order import group_aware_order
+from bpdq_quantizer.algorithm.refine import refine
+from bpdq_quantizer.algorithm.solver import one_pass
 from tests.offline import compile_solver
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16

@@ -10,13 +10,13 @@ from transformers import AutoModelForCausalLM
 import bpdq_quantizer
 from bpdq_kernels import dequantize, layout
 from bpdq_kernels.format import Scheme
-from bpdq_quantizer import pipeline, tune
-from bpdq_quantizer.activations import linear_layers
-from bpdq_quantizer.allocate import uniform
-from bpdq_quantizer.blocks import quantize_blocks
-from bpdq_quantizer.loader import BPDQLinear
-from bpdq_quantizer.stream import fill_block, open_model
-from bpdq_quantizer.tune import (
+from bpdq_quantizer.model.activations import linear_layers
+from bpdq_quantizer.model.modules import BPDQLinear
+from bpdq_quantizer.model.stream import fill_block, open_model
+from bpdq_quantizer.passes import tune
+from bpdq_quantizer.passes.allocate import uniform
+from bpdq_quantizer.passes.blocks import quantize_blocks
+from bpdq_quantizer.passes.tune import (
     DistillationLoss,
     TunableLinear,
     draw,
@@ -27,6 +27,7 @@ from bpdq_quantizer.tune import (
     tune_block,
     tune_model,
 )
+from bpdq_quantizer.run import pipeline
 from tiny import TEXT, bpdq_checkpoint, tiny_model, tiny_tokenizer
 
 

@@ -5,9 +5,9 @@ import torch
 
 import bpdq_quantizer
 from bpdq_kernels import layout
-from bpdq_quantizer import blocks
-from bpdq_quantizer.plan import plan
-from bpdq_quantizer.solver import Solution
+from bpdq_quantizer.algorithm.solver import Solution
+from bpdq_quantizer.fit.plan import plan
+from bpdq_quantizer.passes import blocks
 from generate import vllm_tokens
 from test_plan import QWEN, parts_of, qwen, written_bytes
 from tiny import tiny_model

@@ -15,11 +15,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bpdq_quantizer import links, workers
+from bpdq_quantizer.algorithm.grid import range_start
+from bpdq_quantizer.algorithm.solver import Solution, quantize_linear
 from bpdq_quantizer.cli import main
 from bpdq_quantizer.errors import WorkerError
-from bpdq_quantizer.grid import range_start
-from bpdq_quantizer.solver import Solution, quantize_linear
+from bpdq_quantizer.run import links, workers
 from tiny import TEXT, tiny_model
 
 QUICK = ["--samples", "4", "--seq-len", "32", "--iterations", "2", "--group-size", "64"]
@@ -70,7 +70,7 @@ def test_shares_are_whole_chunks_and_even(rows, count, unit):
 
 
 FAILS_ONCE = """
-from bpdq_quantizer import links, workers
+from bpdq_quantizer.run import workers
 solve = workers.quantize_linear
 def fail(*args, **options):
     workers.quantize_linear = solve

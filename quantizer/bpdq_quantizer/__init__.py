@@ -4,9 +4,10 @@ Importing it also teaches transformers to read such checkpoints:
 `import bpdq_quantizer; AutoModelForCausalLM.from_pretrained(folder)`.
 """
 
+import bpdq_quantizer.checkpoint.loader  # noqa: F401  registers with transformers
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.evaluate import perplexity
-from bpdq_quantizer.loader import BPDQLinear
-from bpdq_quantizer.pipeline import quantize
+from bpdq_quantizer.model.modules import BPDQLinear
+from bpdq_quantizer.run.pipeline import quantize
 
 __all__ = ["BPDQLinear", "InputError", "perplexity", "quantize"]

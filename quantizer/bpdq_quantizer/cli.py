@@ -15,19 +15,21 @@ from typing import Any
 
 import torch
 
-from bpdq_quantizer import checkpoint, manifest, workers
-from bpdq_quantizer.calibration import file_windows
+from bpdq_quantizer.checkpoint import manifest
+from bpdq_quantizer.checkpoint.inspection import inspect
+from bpdq_quantizer.checkpoint.loader import load_model
+from bpdq_quantizer.checkpoint.picture import draw
 from bpdq_quantizer.errors import InputError, WorkerError
 from bpdq_quantizer.evaluate import perplexity
-from bpdq_quantizer.kv_cache import KV_TYPES
-from bpdq_quantizer.loader import load_model
-from bpdq_quantizer.options import DEVICES, ROTATIONS, SOLVERS, TUNE_LOSSES, TUNE_STEPS
-from bpdq_quantizer.picture import draw
-from bpdq_quantizer.pipeline import mean_bits, quantize
-from bpdq_quantizer.plan import MOST_BITS, plan
-from bpdq_quantizer.sources import check_source
-from bpdq_quantizer.support import check_tokens
-from bpdq_quantizer.tokens import leading_tokens, load_tokenizer
+from bpdq_quantizer.fit.kv_bytes import KV_TYPES
+from bpdq_quantizer.fit.plan import MOST_BITS, plan
+from bpdq_quantizer.model.calibration import file_windows
+from bpdq_quantizer.model.sources import check_source
+from bpdq_quantizer.model.support import check_tokens
+from bpdq_quantizer.model.tokens import leading_tokens, load_tokenizer
+from bpdq_quantizer.run import workers
+from bpdq_quantizer.run.options import DEVICES, ROTATIONS, SOLVERS, TUNE_LOSSES, TUNE_STEPS
+from bpdq_quantizer.run.pipeline import mean_bits, quantize
 
 
 class Terminated(BaseException):
@@ -215,7 +217,7 @@ def _eval(args: argparse.Namespace) -> dict[str, Any]:
 
 def _inspect(args: argparse.Namespace) -> dict[str, Any]:
     verified = manifest.verify(args.checkpoint) if args.verify else None
-    found = checkpoint.inspect(args.checkpoint)
+    found = inspect(args.checkpoint)
     if args.plot:
         try:
             draw(found).savefig(args.plot, dpi=150)

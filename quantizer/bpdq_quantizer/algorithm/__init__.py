@@ -1,0 +1,1 @@
+"""The algorithm: a weight and the Hessian of its inputs become bit-planes and coefficients. Tensors in, tensors out."""

@@ -1,0 +1,34 @@
+"""The normal equations of all coefficients of a row together, planes fixed (`algorithm.refine.joint_fit`)."""
+
+import torch
+from torch import Tensor
+
+from bpdq_quantizer.algorithm.grid import features
+
+
+def normal_matrix(codes: Tensor, H: Tensor, group_size: int, bits: int) -> Tensor:
+    """A [N, n, n] fp32 = X^T H X of every row's features X [K, n] = [planes, 1] of each group, n = (k+1) ceil(K/G).
+
+    codes [K, N]. It couples every pair of groups; of the blocks above the diagonal nothing is said.
+    """
+    K, N = codes.shape
+    groups, width = -(-K // group_size), bits + 1
+    X = features(codes, bits)  # [K, k+1, N]
+    X = torch.cat([X, X.new_zeros(groups * group_size - K, width, N)])  # zeros: a short last group
+    A = torch.zeros(groups, width, groups, width, N, device=H.device)
+    for g in range(groups):
+        first, last = g * group_size, min((g + 1) * group_size, K)
+        HX = X.new_zeros(len(X) - first, width, N)
+        torch.mm(H[first:, first:last], X[first:last].flatten(1), out=HX[: K - first].flatten(1))
+        HX = HX.unflatten(0, (groups - g, group_size))
+        X_later = X[first:].unflatten(0, (groups - g, group_size))
+        for p in range(width):
+            A[g:, p, g] = (X_later[:, :, p : p + 1] * HX).sum(1)
+    return A.view(groups * width, groups * width, N).permute(2, 0, 1).contiguous()
+
+
+def right_sides(codes: Tensor, HW: Tensor, group_size: int, bits: int) -> Tensor:
+    """b [N, n] = X^T H W, with HW [K, N] = H W."""
+    parts = zip(codes.split(group_size), HW.split(group_size), strict=True)
+    sums = [(features(code, bits) * hw.unsqueeze(1)).sum(0) for code, hw in parts]  # [k+1, N] of each group
+    return torch.cat(sums).T

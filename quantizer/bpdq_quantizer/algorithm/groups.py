@@ -1,0 +1,79 @@
+"""Groups solved by the fastest code for their device: C++ on a CPU, Triton on CUDA, else torch (`grid`)."""
+
+import functools
+import importlib
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from bpdq_quantizer.algorithm import cpu_solver, equations, grid
+from bpdq_quantizer.algorithm.grid import Start, paper_start
+
+SHORT = 8192  # rows; torch splits an operation from 32768 elements on, and a column step has 2^k - 1 per row
+_log = logging.getLogger(__name__)
+
+
+@functools.cache
+def triton_solver() -> ModuleType | None:
+    """The module of kernels; None, after one line in the log, where Triton can't compile."""
+    try:
+        driver = importlib.import_module("triton").runtime.driver
+        driver.active.get_current_target()  # compiles what loads kernels, by the system's C compiler
+        return importlib.import_module("bpdq_quantizer.algorithm.triton_solver")
+    except Exception as e:  # whatever its build raises
+        _log.warning("quantizing takes a hundred times as many launches on this GPU, as Triton can't compile: %s", e)
+    return None
+
+
+def solver_for(device: torch.device, bits: int, inputs: int, starts: Sequence[Start] = ()) -> ModuleType:
+    """The module whose `quantize_group` and `descend_group` solve groups of that many inputs on a device."""
+    if device.type == "cpu" and cpu_solver.supports(starts) and cpu_solver.library() is not None:
+        return cpu_solver
+    if device.type == "cuda" and (kernels := triton_solver()) is not None and kernels.supports(bits, inputs, starts):
+        return kernels
+    return grid
+
+
+@contextmanager
+def threads_for(solver: ModuleType, rows: int) -> Iterator[None]:
+    """One CPU thread for torch's loops over short columns. They are thousands of small operations; shared by several
+    threads, each waits for the slowest core, which on a busy machine is a hundred times its own work."""
+    threads = torch.get_num_threads()
+    if solver is grid and rows < SHORT:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def quantize_group(
+    W: Tensor,
+    U: Tensor,
+    bits: int,
+    iterations: int,
+    alpha: float,
+    dtype: torch.dtype,
+    starts: Sequence[Start] = (paper_start,),
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `grid.quantize_group`."""
+    solver = solver_for(W.device, bits, len(W), starts)
+    with threads_for(solver, W.shape[1]):
+        return solver.quantize_group(W, U, bits, iterations, alpha, dtype, starts)
+
+
+def descend_group(W_hat: Tensor, V: Tensor, H: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """As `grid.descend_group`."""
+    solver = solver_for(W_hat.device, len(c) - 1, len(W_hat))
+    with threads_for(solver, W_hat.shape[1]):
+        return solver.descend_group(W_hat, V, H, c)
+
+
+def normal_matrix(codes: Tensor, H: Tensor, group_size: int, bits: int) -> Tensor:
+    """As `equations.normal_matrix`."""
+    compiled = codes.device.type == "cpu" and cpu_solver.library() is not None
+    return (cpu_solver if compiled else equations).normal_matrix(codes, H, group_size, bits)

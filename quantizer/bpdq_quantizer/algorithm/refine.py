@@ -1,0 +1,113 @@
+"""Refinement of a whole row after the paper's pass: what no group could know, all groups now correct.
+
+The paper's pass fits a group's coefficients against that group's error alone and never revisits a decision. Here
+both are undone in turn, under the full damped Hessian H and for each row on its own:
+
+- `joint_fit`: planes fixed, W_hat is linear in all (k+1) ceil(K/G) coefficients of the row; solve for them together;
+- `descend`: coefficients fixed, set column after column to the level that is best given all other columns.
+
+Neither step can raise the row's loss (W - W_hat) H (W - W_hat)^T except by rounding c; each row keeps its best.
+Tensors are transposed as in `grid`: W [K, N], codes [K, N], c [ceil(K/G), k+1, N].
+"""
+
+import torch
+from torch import Tensor
+
+from bpdq_quantizer.algorithm.equations import right_sides
+from bpdq_quantizer.algorithm.grid import BATCH, level_table
+from bpdq_quantizer.algorithm.groups import descend_group, normal_matrix
+
+SWEEPS = 2  # of descent to a fit: 4 rounds of 2 end lower than 10 rounds of 1, in less time
+CHUNK_ELEMENTS = 1 << 26  # of the largest temporary: 256 MiB in fp32
+CPU_ELEMENTS = 1 << 24  # likewise for the joint fit on a CPU
+
+
+def refine(
+    codes: Tensor,
+    c: Tensor,
+    loss: Tensor,
+    W: Tensor,
+    HW: Tensor,
+    H: Tensor,
+    group_size: int,
+    rounds: int,
+    alpha: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Alternate `joint_fit` and `descend` for `rounds` rounds; returns codes, c (rounded to `dtype`) and loss [N].
+
+    HW [K, N] is H W; loss: of `codes` and `c` as they come.
+    """
+    K, N = W.shape
+    groups, width, _ = c.shape
+    rows = rows_at_once(K, width)
+    fit_elements = CPU_ELEMENTS if W.device.type == "cpu" else CHUNK_ELEMENTS
+    fit_rows = min(BATCH, max(1, fit_elements // max((groups * width) ** 2, K * width)))
+    codes, c, loss = codes.clone(), c.clone(), loss.clone()
+    for start in range(0, N, rows):
+        part = slice(start, start + rows)
+        w, hw = W[:, part].contiguous(), HW[:, part].contiguous()
+        best_codes, best_c, best_loss = codes[:, part].contiguous(), c[:, :, part].contiguous(), loss[part]
+        row_codes = best_codes
+        for _ in range(rounds):
+            parts = zip(row_codes.split(fit_rows, dim=1), hw.split(fit_rows, dim=1), strict=True)
+            fits = [joint_fit(*fitted, H, group_size, width - 1, alpha, dtype) for fitted in parts]
+            row_c = torch.cat(fits, dim=2)
+            row_codes, row_loss = descend(row_codes, row_c, w, H, group_size, SWEEPS)
+            better = row_loss < best_loss
+            best_codes = torch.where(better, row_codes, best_codes)
+            best_c = torch.where(better, row_c, best_c)
+            best_loss = torch.where(better, row_loss, best_loss)
+        codes[:, part], c[:, :, part], loss[part] = best_codes, best_c, best_loss
+    return codes, c, loss
+
+
+def rows_at_once(inputs: int, width: int) -> int:
+    """Rows that are refined together: all share a step's launches, `width` = k + 1 values a weight fit a temporary."""
+    return max(1, CHUNK_ELEMENTS // (inputs * width))
+
+
+def joint_fit(
+    codes: Tensor, HW: Tensor, H: Tensor, group_size: int, bits: int, alpha: float, dtype: torch.dtype
+) -> Tensor:
+    """All coefficients of each row, c [ceil(K/G), k+1, N]: ridge least squares of W on its planes in the metric H.
+
+    HW [K, N] is H W. A row whose equations are singular in fp32 gets NaN, which no later comparison of losses takes for
+    better.
+    """
+    A, b = normal_matrix(codes, H, group_size, bits), right_sides(codes, HW, group_size, bits)
+    diagonal = A.diagonal(dim1=1, dim2=2)
+    diagonal.add_(alpha * diagonal.mean(1, keepdim=True))
+    L, failed = torch.linalg.cholesky_ex(A)
+    c = torch.cholesky_solve(b.unsqueeze(2), L).squeeze(2).T.masked_fill(failed != 0, torch.nan)
+    return c.unflatten(0, (-1, bits + 1)).to(dtype).float().contiguous()
+
+
+def descend(codes: Tensor, c: Tensor, W: Tensor, H: Tensor, group_size: int, sweeps: int) -> tuple[Tensor, Tensor]:
+    """Coordinate descent, `sweeps` times over the columns; returns the new codes [K, N] and each row's loss [N].
+
+    With the gradient V = H (W - W_hat), column i's best value given the others is W_hat[i] + V[i] / H[i, i]; the
+    nearest level is taken. V is kept up to date within a group column by column, beyond it once per group, and in the
+    last sweep only for the groups to come.
+    """
+    W_hat = dequantize_columns(codes, c, group_size)
+    error = W - W_hat
+    V = H @ error
+    loss = (error * V).sum(0)
+    codes = torch.empty_like(codes)
+    for sweep in range(sweeps):
+        for g in range(len(c)):
+            block = slice(g * group_size, min((g + 1) * group_size, len(W)))
+            later = slice(block.start if sweep == sweeps - 1 else 0, None)
+            codes[block], change = descend_group(W_hat[block], V[block], H[block, block], c[g])
+            W_hat[block] += change
+            loss -= (change * V[block]).sum(0)
+            V[later].addmm_(H[later, block], change, alpha=-1)
+            loss -= (change * V[block]).sum(0)
+    return codes, loss
+
+
+def dequantize_columns(codes: Tensor, c: Tensor, group_size: int) -> Tensor:
+    """W_hat [K, N] fp32 from codes [K, N] and c [ceil(K/G), k+1, N]."""
+    table = level_table(c.shape[1] - 1, c.device)
+    return torch.cat([(table @ c[g]).gather(0, part.long()) for g, part in enumerate(codes.split(group_size))])

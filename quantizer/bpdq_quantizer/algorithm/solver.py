@@ -1,0 +1,111 @@
+"""A whole Linear: group after group, with the error of each group propagated to the ones after it (BPDQ, alg. 1)."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bpdq_quantizer.algorithm.grid import Start, range_start, residual_start
+from bpdq_quantizer.algorithm.groups import quantize_group
+from bpdq_quantizer.algorithm.hessian import inverse_factor, live_mean
+from bpdq_quantizer.algorithm.order import group_aware_order
+from bpdq_quantizer.algorithm.refine import dequantize_columns, refine
+
+STARTS = (range_start, residual_start)
+
+
+class Solution(NamedTuple):
+    """Quantized rows. codes: uint8 [N, K], bit p is plane p; c: [ceil(K/G), k+1, N] in the stored dtype;
+    loss, energy: [N], diag of (W - W_hat) H (W - W_hat)^T and of W H W^T with the undamped H; damping: as used."""
+
+    codes: Tensor
+    c: Tensor
+    loss: Tensor
+    energy: Tensor
+    damping: float
+
+
+def quantize_linear(
+    W: Tensor,
+    H: Tensor,
+    bits: int,
+    group_size: int,
+    *,
+    iterations: int = 10,
+    refinements: int = 2,
+    alpha: float = 1e-6,
+    damping: float = 0.01,
+    starts: Sequence[Start] = STARTS,
+    dtype: torch.dtype = torch.bfloat16,
+    rows: int | None = None,
+) -> Solution:
+    """Quantize W [N, K] against the Hessian H [K, K] of its inputs (fp32, symmetric, not modified).
+
+    Rows are independent given H, so the rows of several Linears that read the same input may be stacked.
+    `starts`: initial grids of a group, of which every row keeps the one with the best outcome; rows: that are solved at
+    a time, by default all. The paper's algorithm is `refinements` = 0, `damping` = 0.05, `starts` = (paper_start,);
+    more rounds go on with `algorithm.refine`.
+    """
+    diagonal = H.diagonal()
+    steps = group_aware_order(diagonal, group_size)
+    order = torch.cat([columns for _, columns in steps])
+    U, damping = inverse_factor(H, order, damping)
+    chunks = W.split(rows or len(W))
+    targets = (used_inputs(chunk, diagonal) for chunk in chunks)  # one at a time in memory
+    found = [one_pass(target, U, steps, bits, iterations, alpha, dtype, starts) for target in targets]
+    del U
+    damped, d = H.clone(), damping * live_mean(diagonal)
+    damped.diagonal().add_(d)
+    energies = []
+    for i, chunk in enumerate(chunks):
+        target = used_inputs(chunk, diagonal)
+        HW = damped @ target
+        energies.append((HW * target).sum(0) - d * target.square().sum(0))
+        codes, c, loss = refine(*found[i], target, HW, damped, group_size, refinements, alpha, dtype)
+        found[i] = codes, c, undamped(loss, d, target, codes, c, group_size)
+    codes, c, loss = (torch.cat(parts, dim=-1) for parts in zip(*found, strict=True))
+    return Solution(codes.T.contiguous(), c.to(dtype), loss, torch.cat(energies), damping)
+
+
+def used_inputs(W: Tensor, diagonal: Tensor) -> Tensor:
+    """W [N, K] of any float dtype as fp32 [K, N], zero for dead inputs: those that no calibration token ever used."""
+    target = W.to(torch.float32, copy=True).T.contiguous()
+    return target.masked_fill_((diagonal == 0).unsqueeze(1), 0)
+
+
+def one_pass(
+    target: Tensor,
+    U: Tensor,
+    steps: list[tuple[int, Tensor]],
+    bits: int,
+    iterations: int,
+    alpha: float,
+    dtype: torch.dtype,
+    starts: Sequence[Start],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes [K, N], c [ceil(K/G), k+1, N] and loss [N] under the damped H of target [K, N]: group after group in the
+    order of `steps`."""
+    weight = target[torch.cat([columns for _, columns in steps])]
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=target.device)
+    coefficients: dict[int, Tensor] = {}
+    loss = torch.zeros_like(weight[0])
+    start = 0
+    for group, columns in steps:
+        stop = start + len(columns)
+        block = slice(start, stop)
+        U_block = U[block, block]
+        codes[columns], coefficients[group], E = quantize_group(
+            weight[block], U_block, bits, iterations, alpha, dtype, starts
+        )
+        weight[stop:].addmm_(U[block, stop:].T, E, alpha=-1)
+        loss += E.square().sum(0)
+        start = stop
+    del weight
+    return codes, torch.stack([coefficients[group] for group in range(len(steps))]), loss
+
+
+def undamped(loss: Tensor, d: Tensor, W: Tensor, codes: Tensor, c: Tensor, group_size: int) -> Tensor:
+    """What `loss` [N], that of W [K, N] under H + d I, is under H."""
+    error = W - dequantize_columns(codes, c, group_size)
+    return (loss - d * error.square().sum(0)).clamp(min=0)

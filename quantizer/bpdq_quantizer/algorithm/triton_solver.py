@@ -1,0 +1,363 @@
+"""The solver's loops over columns on CUDA: a group in one Triton kernel, a sweep of descent over a group in another.
+
+Same signatures and, but for the order of sums in fp32, same results as `grid.quantize_group` and
+`grid.descend_group`, which are the readable form. Rows are independent, so a warp takes R of them through all starts,
+k-means, iterations and fits on its own, with nothing to wait for but its own shuffles:
+
+                     R rows = 512 / G                          a thread holds 16 values of one row of
+                    .--------.                                   e     what assignment left of the inputs before t
+           input 0  |        |  lanes along rows first,          V X   a tile for each of k planes
+             ..     |  tile  |  the other lanes and the          S, V  column t of the factors, in the thread's inputs
+            G - 1   |        |  registers along inputs         and the levels, coefficients and codes (4 bits each)
+                    '--------'
+
+Step t of an assignment: the weight of input t less S[:, t] . e, its nearest level, then e[t] and V X += V[:, t] x, so
+that the fit finds V X done. G is g rounded up to a power of two, at least 32: the factors are zero past g. With four
+planes R is half as much, else registers spill. S = U / diag(U) and
+V = U^-T come from a kernel that is launched before, transposed, so that column t is contiguous.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bpdq_quantizer.algorithm.grid import Start, paper_start, range_start, residual_start
+from bpdq_quantizer.algorithm.triton_grid import (
+    DTYPES,
+    clustered,
+    fit,
+    level_of,
+    nearest,
+    range_planes,
+    residual_planes,
+    sorted_grid,
+)
+
+MAX_BITS = 4
+MAX_INPUTS = 256
+STARTS: dict[Start, int] = {paper_start: 0, range_start: 1, residual_start: 2}
+
+_PAPER = tl.constexpr(STARTS[paper_start])
+_RANGE = tl.constexpr(STARTS[range_start])
+_RESIDUAL = tl.constexpr(STARTS[residual_start])
+_STAGES = tl.constexpr(3)  # columns of the factors on their way into shared memory
+
+
+@triton.jit
+def code_at(t: tl.tensor, words: tl.tensor) -> tl.tensor:
+    """Codes [R] of input t."""
+    which = tl.arange(0, words.shape[0])[:, None]
+    return (tl.sum(tl.where(which == t // 8, words, 0), 0) >> (t % 8 * 4)) & 15
+
+
+@triton.jit
+def with_code(words: tl.tensor, word: tl.tensor, t: tl.tensor, code: tl.tensor) -> tl.tensor:
+    """Words, numbered by `word`, with codes [R] of input t, which are zero there so far."""
+    return tl.where((word == t // 8)[:, None], words | (code << (t % 8 * 4))[None, :], words)
+
+
+@triton.jit
+def zeros(G: tl.constexpr, R: tl.constexpr, COUNT: tl.constexpr) -> tl.tuple:
+    """That many tiles."""
+    tiles = ()
+    for _ in tl.static_range(COUNT):
+        tiles = tiles + (tl.zeros([G, R], tl.float32),)
+    return tiles
+
+
+@triton.jit
+def add_planes(VX: tl.tuple, v: tl.tensor, code: tl.tensor, BITS: tl.constexpr) -> tl.tuple:
+    """V X with what an input of these codes [R] adds; v [G]: its column of V."""
+    more = ()
+    for p in tl.static_range(BITS):
+        more = more + (VX[p] + v[:, None] * ((code >> p) & 1).to(tl.float32)[None, :],)
+    return more
+
+
+@triton.jit
+def start_codes(
+    kind: tl.tensor, W_ptr: tl.tensor, whiten_ptr: tl.tensor, g: tl.tensor, N: tl.tensor, n: tl.tensor,
+    BITS: tl.constexpr, G: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """Codes [G, R] of a start."""
+    i = tl.arange(0, G)
+    inside = (i < g)[:, None]
+    # volatile, here and below: hoisted out of the loops, what is loaded would fill the registers
+    W = tl.load(W_ptr + i[:, None] * N + n[None, :], inside & (n < N)[None, :], 0.0, volatile=True)
+    if kind == _RESIDUAL:
+        codes = residual_planes(W, inside, g, BITS)
+    else:
+        codes = range_planes(W, tl.where((kind == _RANGE) & (BITS == 2), 0.8, 1.0), BITS)
+    if kind != _PAPER:
+        weights = tl.load(whiten_ptr + i * (G + 1), volatile=True)  # 1 / U[i, i], the diagonal of V
+        codes = clustered(codes, W, tl.broadcast_to(weights[:, None], W.shape), BITS)
+    return codes
+
+
+@triton.jit
+def whitened_planes(
+    tile: tl.tensor, whiten_ptr: tl.tensor, g: tl.tensor, BITS: tl.constexpr, G: tl.constexpr
+) -> tl.tuple:
+    """Codes [G, R] packed, and V X of them."""
+    i = tl.arange(0, G)
+    word = tl.arange(0, G // 8)
+    codes = tl.zeros([G // 8, tile.shape[1]], tl.int32)
+    VX = zeros(G, tile.shape[1], BITS)
+    for t in tl.range(0, g, num_stages=_STAGES):
+        v = tl.load(whiten_ptr + t * G + i)
+        code = tl.sum(tl.where((i == t)[:, None], tile, 0), 0)
+        codes = with_code(codes, word, t, code)
+        VX = add_planes(VX, v, code, BITS)
+    return codes, VX
+
+
+@triton.jit
+def assign(
+    c: tl.tuple, W_ptr: tl.tensor, whiten_ptr: tl.tensor, spread_ptr: tl.tensor, g: tl.tensor, N: tl.tensor,
+    n: tl.tensor, BITS: tl.constexpr, G: tl.constexpr,
+) -> tl.tuple:  # fmt: skip
+    """`grid.assign_codes`: packed codes, and V X of them."""
+    R: tl.constexpr = n.shape[0]
+    i = tl.arange(0, G)
+    word = tl.arange(0, G // 8)
+    midpoints, order = sorted_grid(c, BITS)
+    e = tl.zeros([G, R], tl.float32)
+    codes = tl.zeros([G // 8, R], tl.int32)
+    VX = zeros(G, R, BITS)
+    for t in tl.range(0, g, num_stages=_STAGES):
+        s = tl.load(spread_ptr + t * G + i)
+        v = tl.load(whiten_ptr + t * G + i)
+        w = tl.load(W_ptr + t * N + n, n < N, 0.0) - tl.sum(s[:, None] * e, 0)
+        code = nearest(w, midpoints, order)
+        left = w - level_of(code, c, BITS)
+        e = tl.where((i == t)[:, None], left[None, :], e)
+        codes = with_code(codes, word, t, code)
+        VX = add_planes(VX, v, code, BITS)
+    return codes, VX
+
+
+@triton.jit
+def loss_of(VW: tl.tensor, features: tl.tuple, c: tl.tuple, BITS: tl.constexpr) -> tl.tensor:
+    E = VW
+    for p in tl.static_range(BITS + 1):
+        E -= features[p] * c[p][None, :]
+    return tl.sum(E * E, 0)
+
+
+@triton.jit(do_not_specialize=["g", "N", "iterations", "starts", "count", "alpha"])
+def quantize_kernel(
+    W_ptr: tl.tensor,
+    VW_ptr: tl.tensor,
+    whiten_ptr: tl.tensor,
+    spread_ptr: tl.tensor,
+    codes_ptr: tl.tensor,
+    c_ptr: tl.tensor,
+    E_ptr: tl.tensor,
+    g: tl.tensor,
+    N: tl.tensor,
+    iterations: tl.tensor,
+    starts: tl.tensor,
+    count: tl.tensor,
+    alpha: tl.tensor,
+    BITS: tl.constexpr,
+    G: tl.constexpr,
+    R: tl.constexpr,
+    DTYPE: tl.constexpr,
+) -> None:
+    i = tl.arange(0, G)
+    n = tl.program_id(0) * R + tl.arange(0, R)
+    tile = i[:, None] * N + n[None, :]
+    inside = (i < g)[:, None] & (n < N)[None, :]
+    best_loss = tl.full([R], float("inf"), tl.float32)
+    best = tl.zeros([G // 8, R], tl.int32)
+    best_c = ()
+    for _ in tl.static_range(BITS + 1):
+        best_c = best_c + (tl.full([R], float("nan"), tl.float32),)  # if no loss is finite
+    for s in range(count):
+        tile_codes = start_codes((starts >> (2 * s)) & 3, W_ptr, whiten_ptr, g, N, n, BITS, G)
+        codes, VX = whitened_planes(tile_codes, whiten_ptr, g, BITS, G)
+        ones = tl.broadcast_to(tl.load(whiten_ptr + G * G + i, volatile=True)[:, None], [G, R])
+        VW = tl.load(VW_ptr + tile, inside, 0.0, volatile=True)
+        c = fit(VX + (ones,), VW, alpha, BITS, DTYPE)
+        left = iterations
+        while left > 0:
+            new_codes, VX = assign(c, W_ptr, whiten_ptr, spread_ptr, g, N, n, BITS, G)
+            ones = tl.broadcast_to(tl.load(whiten_ptr + G * G + i, volatile=True)[:, None], [G, R])
+            VW = tl.load(VW_ptr + tile, inside, 0.0, volatile=True)
+            c = fit(VX + (ones,), VW, alpha, BITS, DTYPE)
+            loss = loss_of(VW, VX + (ones,), c, BITS)
+            better = loss < best_loss
+            best_loss = tl.where(better, loss, best_loss)
+            best = tl.where(better[None, :], new_codes, best)
+            kept = ()
+            for p in tl.static_range(BITS + 1):
+                kept = kept + (tl.where(better, c[p], best_c[p]),)
+            best_c = kept
+            moved = tl.max(tl.max((new_codes != codes).to(tl.int32), 0), 0)
+            codes = new_codes
+            left = tl.where(moved != 0, left - 1, 0)  # all rows are at a fixed point
+    E = tl.zeros([G, R], tl.float32)
+    for t in tl.range(0, g, num_stages=_STAGES):
+        v = tl.load(whiten_ptr + t * G + i)
+        code = code_at(t, best)
+        error = tl.load(W_ptr + t * N + n, n < N, 0.0) - level_of(code, best_c, BITS)
+        E += v[:, None] * error[None, :]
+        tl.store(codes_ptr + t * N + n, code.to(tl.uint8), n < N)
+    tl.store(E_ptr + tile, E, inside)
+    for p in tl.static_range(BITS + 1):
+        tl.store(c_ptr + p * N + n, best_c[p], n < N)
+
+
+@triton.jit(do_not_specialize=["g", "row", "column"])
+def factor_kernel(
+    U_ptr: tl.tensor,
+    whiten_ptr: tl.tensor,
+    spread_ptr: tl.tensor,
+    g: tl.tensor,
+    row: tl.tensor,
+    column: tl.tensor,
+    G: tl.constexpr,
+    R: tl.constexpr,
+) -> None:
+    """R columns of V = U^-T and of S, each contiguous; column G of V: its rows' sums. row, column: strides of U."""
+    i = tl.arange(0, G)
+    t = tl.program_id(0) * R + tl.arange(0, R)
+    one = (i[:, None] == t[None, :]) | (t == G)[None, :]
+    x = tl.where(one & (i < g)[:, None], 1.0, 0.0)
+    for j in tl.range(0, g, num_stages=_STAGES):  # U^T x = one, forwards
+        pivot = tl.load(U_ptr + j * (row + column))
+        u = tl.load(U_ptr + j * row + i * column, (i > j) & (i < g), 0.0)
+        here = (i == j)[:, None]
+        value = tl.sum(tl.where(here, x, 0.0), 0) / pivot
+        x = tl.where(here, value[None, :], x - u[:, None] * value[None, :])
+    to = t[None, :] * G + i[:, None]
+    tl.store(whiten_ptr + to, x, (t <= G)[None, :])
+    pivots = tl.load(U_ptr + i * (row + column), i < g, 1.0)
+    before = (i[:, None] < t[None, :]) & (t < g)[None, :]
+    u = tl.load(U_ptr + i[:, None] * row + t[None, :] * column, before, 0.0)
+    tl.store(spread_ptr + to, u / pivots[:, None], (t < G)[None, :])
+
+
+@triton.jit(do_not_specialize=["g", "N", "stride"])
+def descend_kernel(
+    W_hat_ptr: tl.tensor,
+    V_ptr: tl.tensor,
+    H_ptr: tl.tensor,
+    c_ptr: tl.tensor,
+    codes_ptr: tl.tensor,
+    change_ptr: tl.tensor,
+    g: tl.tensor,
+    N: tl.tensor,
+    stride: tl.tensor,
+    BITS: tl.constexpr,
+    G: tl.constexpr,
+    R: tl.constexpr,
+) -> None:
+    i = tl.arange(0, G)
+    n = tl.program_id(0) * R + tl.arange(0, R)
+    live = n < N
+    c = ()
+    for p in tl.static_range(BITS + 1):
+        c = c + (tl.load(c_ptr + p * N + n, live, 0.0),)
+    midpoints, order = sorted_grid(c, BITS)
+    change = tl.zeros([G, R], tl.float32)
+    for t in tl.range(0, g, num_stages=_STAGES):
+        h = tl.load(H_ptr + t * stride + i, i < g, 0.0)
+        now = tl.load(W_hat_ptr + t * N + n, live, 0.0)
+        gradient = tl.load(V_ptr + t * N + n, live, 0.0) - tl.sum(h[:, None] * change, 0)
+        code = nearest(now + gradient / tl.load(H_ptr + t * (stride + 1)), midpoints, order)
+        moved = level_of(code, c, BITS) - now
+        change = tl.where((i == t)[:, None], moved[None, :], change)
+        tl.store(codes_ptr + t * N + n, code.to(tl.uint8), live)
+        tl.store(change_ptr + t * N + n, moved, live)
+
+
+def supports(bits: int, inputs: int, starts: Sequence[Start] = ()) -> bool:
+    """Whether there are kernels for groups of that many inputs."""
+    return bits <= MAX_BITS and inputs <= MAX_INPUTS and all(start in STARTS for start in starts)
+
+
+def tile(bits: int, inputs: int) -> dict[str, int]:
+    """A program's G and R for groups of that many inputs."""
+    G = max(32, triton.next_power_of_2(inputs))
+    return {"G": G, "R": (512 if bits < 4 else 256) // G}
+
+
+def options() -> dict[str, Any]:
+    """Compiler options: with one warp, sums over inputs are shuffles."""
+    return {"num_warps": 1, "enable_fp_fusion": True}
+
+
+def quantize_group(
+    W: Tensor,
+    U: Tensor,
+    bits: int,
+    iterations: int,
+    alpha: float,
+    dtype: torch.dtype,
+    starts: Sequence[Start] = (paper_start,),
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `grid.quantize_group`, for what `supports` allows, in 3 launches."""
+    g, N = W.shape
+    W, sizes = W.contiguous(), tile(bits, g)
+    G, R = sizes["G"], sizes["R"]
+    whiten, spread = W.new_empty(G + 1, G), W.new_empty(G, G)
+    codes, c, E = W.new_empty(g, N, dtype=torch.uint8), W.new_empty(bits + 1, N), torch.empty_like(W)
+    kinds = sum(STARTS[start] << (2 * i) for i, start in enumerate(starts))
+    with torch.cuda.device_of(W):
+        factor_kernel.run(
+            U, whiten, spread, g, *U.stride(), **sizes, grid=(triton.cdiv(G + 1, R),), warmup=False, **options()
+        )
+        VW = whiten[:g, :g].T @ W
+        quantize_kernel.run(
+            W,
+            VW,
+            whiten,
+            spread,
+            codes,
+            c,
+            E,
+            g,
+            N,
+            iterations,
+            kinds,
+            len(starts),
+            alpha,
+            BITS=bits,
+            **sizes,
+            DTYPE=DTYPES[dtype],
+            grid=(triton.cdiv(N, R),),
+            warmup=False,
+            **options(),
+        )
+    return codes, c, E
+
+
+def descend_group(W_hat: Tensor, V: Tensor, H: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """As `grid.descend_group` for a symmetric H and what `supports` allows, in one launch."""
+    g, N = W_hat.shape
+    W_hat, V, c, H = W_hat.contiguous(), V.contiguous(), c.contiguous(), H if H.stride(1) == 1 else H.contiguous()
+    sizes = tile(len(c) - 1, g)
+    codes, change = W_hat.new_empty(g, N, dtype=torch.uint8), torch.empty_like(W_hat)
+    with torch.cuda.device_of(W_hat):
+        descend_kernel.run(
+            W_hat,
+            V,
+            H,
+            c,
+            codes,
+            change,
+            g,
+            N,
+            H.stride(0),
+            BITS=len(c) - 1,
+            **sizes,
+            grid=(triton.cdiv(N, sizes["R"]),),
+            warmup=False,
+            **options(),
+        )
+    return codes, change

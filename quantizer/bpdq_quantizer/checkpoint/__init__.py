@@ -1,0 +1,1 @@
+"""Checkpoint folders: written, checked, described, and loaded by transformers."""

@@ -1,0 +1,46 @@
+"""What a checkpoint folder holds."""
+
+from pathlib import Path
+from typing import Any
+
+from bpdq_kernels.skeleton import quantized_layers, stored_layer
+from bpdq_quantizer.checkpoint.loader import open_checkpoint
+from bpdq_quantizer.checkpoint.writer import stored_bytes
+from bpdq_quantizer.errors import InputError
+
+
+def inspect(checkpoint: str | Path) -> dict[str, Any]:
+    """Layers, bits per weight and bytes of a checkpoint folder, from config.json and safetensors headers alone."""
+    folder = Path(checkpoint)
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{checkpoint}: not a checkpoint folder (config.json is missing)")
+    _, settings, stored, skeleton = open_checkpoint(folder)
+    layers = []
+    for name, (module, scheme) in quantized_layers(skeleton, settings).items():
+        out_features, in_features = module.weight.shape
+        size = sum(t.nbytes for t in stored_layer(name, stored, module, scheme))
+        layers.append(
+            {
+                "name": name,
+                "in_features": in_features,
+                "out_features": out_features,
+                "bits": scheme.bits,
+                "group_size": scheme.group_size,
+                "bytes": size,
+                "bits_per_weight": 8 * size / module.weight.numel(),
+            }
+        )
+    weights = sum(layer["in_features"] * layer["out_features"] for layer in layers)
+    quantized = sum(layer["bytes"] for layer in layers)
+    total = stored_bytes(stored)
+    return {
+        "checkpoint": str(checkpoint),
+        "architecture": type(skeleton).__name__,
+        "layers": layers,
+        "quantized_weights": weights,
+        "bits_per_weight": 8 * quantized / weights if weights else 0.0,
+        "quantized_bytes": quantized,
+        "other_bytes": total - quantized,
+        "kv_cache_scales": settings.kv_cache_scales,
+        "file_bytes": sum(file.stat().st_size for file in {entry.file for entry in stored.values()}),
+    }

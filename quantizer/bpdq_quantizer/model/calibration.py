@@ -1,0 +1,172 @@
+"""Text files to windows of token ids, for calibration and for perplexity."""
+
+import io
+import json
+from codecs import BOM_UTF8
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TextIO
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from bpdq_quantizer.errors import InputError
+from bpdq_quantizer.model.tokens import ids_of
+
+MARGIN = 1024  # tokens at the end of a part of a text: what follows it may change them
+WHOLE = 1 << 24  # characters of a text that is used to its end; tokenizing takes some 140 bytes for each
+CHARACTERS = 5  # read at first for a token; English has about 4.5
+
+
+def windows(ids: list[int], seq_len: int, limit: int | None, source: str, lead: Sequence[int] = ()) -> Tensor:
+    """At most `limit` windows [W, seq_len] int64: consecutive pieces of ids, each after `lead`; the rest is dropped."""
+    if not ids:
+        raise InputError(f"{source}: holds no text")
+    length = text_length(seq_len, lead)
+    count = min(len(ids) // length, limit or len(ids))
+    if not count:
+        raise InputError(f"{source}: {len(ids)} tokens are less than one window of {seq_len}: lower --seq-len")
+    pieces = torch.tensor(ids[: count * length]).view(count, length)
+    return torch.cat([torch.tensor(lead, dtype=torch.int64).expand(count, -1), pieces], dim=1)
+
+
+def text_length(seq_len: int, lead: Sequence[int]) -> int:
+    """Tokens of text in a window of `seq_len` that begins with `lead`; raises InputError if there is no room."""
+    if seq_len <= len(lead):
+        raise InputError(f"--seq-len {seq_len}: {len(lead)} of it are what the tokenizer puts before a text: raise it")
+    return seq_len - len(lead)
+
+
+def first_ids(text: TextIO, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> list[int]:
+    """The first `limit` token ids of a text, by default all, without special tokens.
+
+    No more is read than they take: the start of the text is tokenized, twice as much of it until that gives MARGIN
+    tokens more than asked for. Those are dropped, so that the others are as if the whole text had been tokenized.
+    """
+    start = ""
+    while True:
+        wanted = -1 if limit is None else len(start) or CHARACTERS * (limit + MARGIN)
+        more = text.read(wanted)
+        start += more
+        ids = ids_of(start, tokenizer)
+        if limit is None or len(more) < wanted or len(ids) >= limit + MARGIN:
+            return ids[:limit]
+
+
+def tokenize(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, limit: int) -> list[int]:
+    """The first `limit` token ids of the texts one after the other, without special tokens."""
+    ids: list[int] = []
+    for text in texts:
+        ids += first_ids(io.StringIO(text), tokenizer, limit - len(ids))
+        if len(ids) == limit:
+            break
+    return ids
+
+
+def file_windows(
+    path: str, tokenizer: PreTrainedTokenizerBase, seq_len: int, limit: int | None, lead: Sequence[int] = ()
+) -> Tensor:
+    """The first `limit` windows [W, seq_len] of a UTF-8 text file, by default all, each after the token ids `lead`.
+
+    Raises InputError if the file is missing, not UTF-8, too short for one, or, for all, longer than WHOLE.
+    """
+    length = text_length(seq_len, lead)
+    try:
+        with Path(path).open(encoding="utf-8-sig") as text:
+            if limit is None and len(start := text.read(WHOLE + 1)) > WHOLE:
+                raise InputError(f"{path}: more than {WHOLE >> 20} Mi characters: say how much of it with --windows")
+            ids = first_ids(io.StringIO(start) if limit is None else text, tokenizer, limit and limit * length)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except UnicodeDecodeError as e:
+        raise InputError(f"{path}: not UTF-8 text (byte 0x{e.object[e.start]:02x}): convert it to UTF-8") from None
+    except OSError as e:
+        raise InputError(f"{path}: can't be read ({e.strerror})") from None
+    return windows(ids, seq_len, limit, path, lead)
+
+
+def calibration_windows(
+    source: str, tokenizer: PreTrainedTokenizerBase, samples: int, seq_len: int, seed: int, lead: Sequence[int] = ()
+) -> Tensor:
+    """Calibration tokens [<= samples, seq_len] from `source`, each window after the token ids `lead`.
+
+    `default`: the Python reference topics, English prose and code that every CPython carries; `FILE.txt`: as one
+    text; `FILE.jsonl`: its `text` fields one after the other; `hf:NAME`: the train split of a Hugging Face dataset
+    with a `text` column, streamed, documents shuffled by `seed`. No more is read than the windows take.
+    """
+    if source.endswith(".txt") and not source.startswith("hf:"):
+        return file_windows(source, tokenizer, seq_len, samples, lead)
+    if source == "default":
+        texts: Iterable[str] = python_topics()
+    elif source.startswith("hf:") and source != "hf:":
+        texts = dataset_texts(source.removeprefix("hf:"), seed)
+    elif source.endswith(".jsonl"):
+        texts = jsonl_texts(source)
+    else:
+        raise InputError(f"--calibration {source}: expected default, FILE.txt, FILE.jsonl or hf:NAME")
+    ids = tokenize(texts, tokenizer, samples * text_length(seq_len, lead))
+    return windows(ids, seq_len, samples, source, lead)
+
+
+def python_topics() -> list[str]:
+    """The Python language reference's help topics, in alphabetical order."""
+    from pydoc_data.topics import topics
+
+    return [topics[name] for name in sorted(topics)]
+
+
+def jsonl_texts(path: str) -> Iterator[str]:
+    """The `text` fields of a JSON-lines file; raises InputError with the line for one that can't be used."""
+    try:
+        with Path(path).open("rb") as file:  # in text mode other characters than a newline could end a line
+            for number, line in enumerate(file, 1):
+                line = line.removeprefix(BOM_UTF8) if number == 1 else line
+                if line.strip():
+                    yield row_text(line, f"{path}, line {number}")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except OSError as e:
+        raise InputError(f"{path}: can't be read ({e.strerror})") from None
+
+
+def row_text(line: bytes, place: str) -> str:
+    """The `text` field of a line of JSON; raises InputError, which names `place`."""
+    try:
+        row = json.loads(line.decode())
+    except UnicodeDecodeError as e:
+        raise InputError(f"{place}: not UTF-8 text (byte 0x{line[e.start]:02x}): convert the file to UTF-8") from None
+    except (ValueError, RecursionError):
+        raise InputError(f"{place}: not a JSON object: give it a `text` field, or drop the line") from None
+    return checked(row.get("text") if isinstance(row, dict) else None, place)
+
+
+def checked(text: object, place: str) -> str:
+    """`text`, if a tokenizer can take it; raises InputError, which names `place`."""
+    if not isinstance(text, str):
+        raise InputError(f"{place}: expected a `text` field that holds a string: give it one, or drop the row")
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise InputError(
+            f"{place}: its text holds half of a surrogate pair, \\u{ord(text[e.start]):04x}, which is no character: "
+            "drop it, or the row"
+        ) from None
+    return text
+
+
+def dataset_texts(name: str, seed: int) -> Iterator[str]:
+    """Texts of a Hugging Face dataset `NAME` or `NAME:CONFIG`; raises InputError for one that can't be used."""
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise InputError(f"--calibration hf:{name} needs the datasets package: pip install 'vllm-bpdq[hub]'") from None
+    name, _, config = name.partition(":")
+    try:
+        dataset = load_dataset(name, config or None, split="train", streaming=True)
+        for number, row in enumerate(dataset.shuffle(seed=seed, buffer_size=1000), 1):
+            yield checked(row["text"], f"hf:{name}, row {number} of the shuffled train split")
+    except InputError:
+        raise
+    except Exception as e:  # of the hub, the network, and every format that a data set can have
+        raise InputError(f"--calibration hf:{name}: can't be read as a dataset with a `text` column ({e})") from None

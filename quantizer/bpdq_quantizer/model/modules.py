@@ -1,0 +1,90 @@
+"""Modules that hold their weights as bit-planes and coefficients, in place of a model's own."""
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import bpdq_kernels
+from bpdq_kernels.reference import rows
+from bpdq_kernels.skeleton import is_tied, table_names
+
+
+class BPDQLinear(nn.Module):
+    """A Linear [N, K] held as bit-planes B and coefficients c (shapes in `bpdq_kernels.layout`), optional bias [N]."""
+
+    def __init__(self, B: Tensor, c: Tensor, group_size: int, in_features: int, bias: Tensor | None) -> None:
+        super().__init__()
+        self.group_size, self.in_features, self.out_features = group_size, in_features, B.shape[2]
+        self.register_buffer("B", B)
+        self.register_buffer("c", c)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return bpdq_kernels.stored_linear(x, self.B, self.c, self.group_size, self.bias)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight [N, K] that B and c stand for, in fp32: code of some models reads it (nanochat, GPT-BigCode)."""
+        return bpdq_kernels.dequantize(self.B, self.c, self.group_size, self.in_features)
+
+    def extra_repr(self) -> str:
+        k = self.B.shape[1]
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bits={k}, group_size={self.group_size}"
+        )
+
+
+class BPDQEmbedding(nn.Module):
+    """An embedding [N, K] of N tokens held as a BPDQLinear's B and c; rows come in `dtype`, times `scale` (Gemma)."""
+
+    def __init__(
+        self, B: Tensor, c: Tensor, group_size: int, in_features: int, dtype: torch.dtype, scale: float
+    ) -> None:
+        super().__init__()
+        self.group_size, self.in_features, self.out_features = group_size, in_features, B.shape[2]
+        self.register_buffer("B", B)
+        self.register_buffer("c", c)
+        self.embed_scale = scale
+        self.register_buffer("scale", torch.tensor(scale, dtype=dtype), persistent=False)  # follows model.to(dtype)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Rows `ids` (any shape): [*ids.shape, K]."""
+        B, c = self.B[:, :, ids.flatten()], self.c[:, :, ids.flatten()]
+        return rows(B, c, self.group_size, self.in_features, self.scale.dtype, ids) * self.scale
+
+    extra_repr = BPDQLinear.extra_repr
+
+
+class TiedHead(nn.Module):
+    """The LM head of a BPDQEmbedding. It holds no planes itself: buffers, unlike parameters, do not stay shared when a
+    model is moved, and transformers ties parameters only."""
+
+    def __init__(self, embedding: BPDQEmbedding, bias: Tensor | None) -> None:
+        super().__init__()
+        self.__dict__["embedding"] = embedding  # not a submodule
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [..., N] of x [..., K], in x.dtype."""
+        return bpdq_kernels.stored_linear(x, self.embedding.B, self.embedding.c, self.embedding.group_size, self.bias)
+
+
+def looks_up_rows(embedding: nn.Module) -> bool:
+    """Whether an input embedding looks up rows, perhaps times a constant, and does nothing else."""
+    return type(embedding).forward is nn.Embedding.forward or hasattr(embedding, "scalar_embed_scale")
+
+
+def replace(model: PreTrainedModel, name: str, B: Tensor, c: Tensor, group_size: int) -> None:
+    """Put bit-planes where the model has the Linear or table `name`; an LM head that is tied to it goes with it."""
+    module = model.get_submodule(name)
+    embedding, head = table_names(model)
+    width = module.weight.shape[1]
+    if name != embedding:
+        model.set_submodule(name, BPDQLinear(B, c, group_size, width, module.bias))
+        return
+    scale = getattr(module, "scalar_embed_scale", 1.0)
+    table = BPDQEmbedding(B, c, group_size, width, module.weight.dtype, scale)
+    if is_tied(model):
+        model.set_submodule(head, TiedHead(table, model.get_submodule(head).bias))
+        model._tied_weights_keys, model.all_tied_weights_keys = {}, {}  # no two tensors are left to tie
+    model.set_submodule(name, table)

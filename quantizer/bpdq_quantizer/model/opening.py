@@ -1,0 +1,59 @@
+"""Models of transformers, opened from their files or from their config.json alone."""
+
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel
+
+from bpdq_quantizer.errors import InputError
+from bpdq_quantizer.model.sources import gguf_arguments, read_config
+
+
+def misfit(model: str, name: str, stored: tuple[int, ...], wanted: tuple[int, ...]) -> str:
+    """What is said of a tensor whose shape is not the one that config.json gives it."""
+    return f"{model}: {name} is {stored} in its files, but {wanted} by its config.json: download the model again"
+
+
+def load_pretrained(model: str, dtype: torch.dtype | str = "auto", **options: Any) -> PreTrainedModel:
+    """A causal LM on the CPU from a Hugging Face folder, hub id or `.gguf` file (dequantized).
+
+    options: others of `from_pretrained`. Only safetensors (or GGUF) weights are read and no code from the folder runs.
+    Raises InputError.
+    """
+    source = gguf_arguments(model)
+    quantization = {"quantization_config": GgufConfig(dequantize=True)} if "gguf_file" in source else {}
+    try:
+        lm, info = AutoModelForCausalLM.from_pretrained(
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **source,
+            **quantization,
+            **options,
+        )
+    except (InputError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as e:  # damaged files raise all kinds
+        raise InputError(f"{model}: can't be loaded as a causal language model: {e}") from e
+    for name, stored, wanted in sorted(info["mismatched_keys"]):
+        raise InputError(misfit(model, name, tuple(stored), tuple(wanted)))
+    if info["missing_keys"]:  # transformers would serve random numbers in their place
+        raise InputError(f"{model}: {min(info['missing_keys'])} is not in its files: download the model again")
+    return lm.eval()
+
+
+def plain_skeleton(model: str) -> PreTrainedModel:
+    """A 16-bit model on the meta device, from its config.json alone: in a folder or by its own path, of a hub id or a
+    `.gguf` file. Raises InputError, also for models that are quantized already."""
+    config = read_config(model)
+    try:
+        with init_empty_weights():
+            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as e:  # sizes that contradict each other
+        raise InputError(f"{model}: can't be built from its config.json: {e}") from e
+    if getattr(config, "quantization_config", None):
+        raise InputError(f"{model} is quantized already: start from the 16-bit model")
+    return skeleton

@@ -1,0 +1,185 @@
+"""A model whose decoder blocks stay in their files: a block's weights are read when it is its turn, then dropped."""
+
+import ctypes
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+import torch
+from accelerate.hooks import remove_hook_from_module
+from accelerate.utils import set_module_tensor_to_device
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from bpdq_kernels.folder import read_headers
+from bpdq_kernels.format import Scheme
+from bpdq_quantizer.errors import InputError
+from bpdq_quantizer.model.activations import linear_layers
+from bpdq_quantizer.model.modules import BPDQLinear
+from bpdq_quantizer.model.opening import load_pretrained, misfit, plain_skeleton
+from bpdq_quantizer.model.sources import is_gguf, weight_files
+
+Stamps = dict[str, list[int]]  # size and time of change (ns) of files, by name
+
+
+class WatchedWeights(Mapping[str, Tensor]):
+    """`weights` of the files of the folder or file `model`; reading one raises InputError once a file has changed."""
+
+    def __init__(self, weights: Mapping[str, Tensor], model: str, before: Stamps) -> None:
+        self.weights, self.model, self.before = weights, model, before
+
+    def __getitem__(self, name: str) -> Tensor:
+        check_unchanged(self.model, self.before)
+        return self.weights[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weights)
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+
+class Streamed(NamedTuple):
+    """A 16-bit causal LM whose blocks are on the meta device. prefix: their name; weights: their tensors by name, read
+    from the files on access."""
+
+    model: PreTrainedModel
+    prefix: str
+    blocks: nn.ModuleList
+    weights: Mapping[str, Tensor]
+
+
+def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """Name and list of the model's decoder blocks: the first ModuleList as long as config.num_hidden_layers."""
+    depth = model.config.get_text_config(decoder=True).num_hidden_layers
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth and linear_layers(module):
+            return name, module
+    raise InputError(f"{type(model).__name__}: no list of {depth} decoder blocks with Linear layers found")
+
+
+def open_model(model: str) -> Streamed:
+    """Open a Hugging Face folder, hub id or `.gguf` file. A GGUF file is dequantized to bf16 and held in memory.
+
+    Raises InputError for what `load_pretrained` refuses, and for models that are quantized already. Later reads raise
+    it if a file of the folder has changed since.
+    """
+    before = stamps(model)
+    if is_gguf(model):  # does not say which 16-bit float was the model's own
+        return from_memory(load_pretrained(model, torch.bfloat16))
+    skeleton = plain_skeleton(model)
+    check_tensors(model, skeleton)
+    prefix, _ = decoder_blocks(skeleton)
+    path = prefix.split(".")
+    around = [".".join(path[:depth]) for depth in range(len(path))]  # the modules that hold the blocks, "" first
+    siblings = [n for n, _ in skeleton.named_modules() if n and n.rpartition(".")[0] in around and n not in around]
+    device_map = {name: "disk" if name == prefix else "cpu" for name in siblings}
+    with TemporaryDirectory() as unused:  # safetensors files are read where they are
+        lm = load_pretrained(model, "auto", device_map=device_map, offload_folder=unused)
+    hooks = [getattr(module, "_hf_hook", None) for module in lm.modules()]
+    weights = next(hook.weights_map.dataset for hook in hooks if getattr(hook, "weights_map", None))
+    remove_hook_from_module(lm, recurse=True)
+    for module in lm.modules():  # what the hooks leave behind is a reference cycle, which would keep replaced Linears
+        vars(module).pop("forward", None)
+    lm.requires_grad_(False)
+    for parameter in lm.parameters():  # no longer mapped from files, of which all that was looked at would stay
+        parameter.data = parameter.data.clone()
+    if before:
+        weights = WatchedWeights(weights, model, before)
+    return Streamed(lm, *decoder_blocks(lm), weights)
+
+
+def check_tensors(model: str, skeleton: PreTrainedModel) -> None:
+    """Raise InputError for a tensor of a model's folder that is not a float, or not of the skeleton's shape."""
+    stored = read_headers(weight_files(Path(model)))
+    wanted = skeleton.state_dict()
+    for name in wanted.keys() & stored.keys():  # some are stored by another name
+        found = stored[name].meta()
+        if found.shape != wanted[name].shape:
+            raise InputError(misfit(model, name, tuple(found.shape), tuple(wanted[name].shape)))
+        if wanted[name].is_floating_point() and not found.is_floating_point():
+            raise InputError(f"{model}: {name} holds integers: start from the 16-bit model")
+
+
+def from_memory(lm: PreTrainedModel) -> Streamed:
+    """The same for a model in memory, which keeps it there."""
+    prefix, blocks = decoder_blocks(lm)
+    weights = {f"{prefix}.{name}": tensor for name, tensor in blocks.state_dict().items()}
+    drop_block(blocks)
+    lm.requires_grad_(False)
+    return Streamed(lm, prefix, blocks, weights)
+
+
+def load_block(source: Streamed, index: int, device: torch.device) -> nn.Module:
+    """Block `index` with its weights on `device`; `drop_block` drops them. Raises InputError if one can't be read."""
+    block = source.blocks[index]
+    for name in block.state_dict():
+        full_name = f"{source.prefix}.{index}.{name}"
+        try:
+            value = source.weights[full_name].to(device, copy=True)  # a mapped file that is cut short later is no harm
+        except KeyError:
+            raise InputError(f"{full_name} is not in the model's files: download the model again") from None
+        except (OSError, SafetensorError) as e:
+            raise InputError(f"{full_name} can't be read ({e}): download the model again") from e
+        try:
+            set_module_tensor_to_device(block, name, device, value=value)
+        except ValueError as e:
+            raise InputError(f"{full_name} does not fit the model ({e}): download the model again") from e
+    for name, buffer in unsaved_buffers(block).items():
+        set_module_tensor_to_device(block, name, device, value=buffer)
+    return block
+
+
+def drop_block(block: nn.Module) -> None:
+    """Free the tensors of a block, or of all, but for those that its files lack; they go to the CPU."""
+    kept = {name: buffer.cpu() for name, buffer in unsaved_buffers(block).items()}
+    block.to("meta")
+    for name, buffer in kept.items():
+        set_module_tensor_to_device(block, name, "cpu", value=buffer)
+    trim_heap()
+
+
+def unsaved_buffers(block: nn.Module) -> dict[str, Tensor]:
+    """Buffers that no checkpoint holds, by name: masks of GPT-Neo, tables of positions of GPT-J."""
+    saved = block.state_dict().keys()
+    return {name: buffer for name, buffer in block.named_buffers() if name not in saved}
+
+
+def trim_heap() -> None:
+    """Return freed memory to the system: glibc would keep it in pieces, more with each block."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def fill_block(block: nn.Module, tensors: Mapping[str, Tensor], schemes: Mapping[str, Scheme]) -> None:
+    """Give a block the tensors of a quantized one; tensors, schemes: by their names in it."""
+    for name in [key.removesuffix(".B") for key in tensors if key.endswith(".B")]:
+        linear = block.get_submodule(name)
+        B, c = tensors[f"{name}.B"], tensors[f"{name}.c"]
+        block.set_submodule(name, BPDQLinear(B, c, schemes[name].group_size, linear.in_features, linear.bias))
+    block.load_state_dict(tensors, assign=True)
+
+
+def stamps(model: str) -> Stamps:
+    """Size and time of change of the files that `open_model` reads, none of a hub id; raises InputError."""
+    path = Path(model)
+    files = [path] if path.is_file() else sorted([*path.glob("*.safetensors"), path / "config.json"])
+    try:
+        found = {file.name: file.stat() for file in files} if path.exists() else {}
+    except OSError as e:
+        raise InputError(f"{model}: can't be read ({e}): download the model again") from None
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in found.items()}
+
+
+def check_unchanged(model: str, before: Stamps) -> None:
+    """Raise InputError unless the files of `model` are those of `stamps` before."""
+    now = stamps(model) if before else {}
+    changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+    if changed:
+        raise InputError(
+            f"{model}: {changed[0]} has changed since the run began: put it back as it was, or start again with a "
+            "folder that stays as it is"
+        )

@@ -1,0 +1,74 @@
+"""Whether a model can be quantized, seen before any work is done."""
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from bpdq_quantizer.errors import InputError
+from bpdq_quantizer.model.activations import block_inputs, find_stages, run_block
+from bpdq_quantizer.model.modules import BPDQEmbedding
+from bpdq_quantizer.model.stream import Streamed, drop_block, load_block
+
+
+def check_dense(prefix: str, blocks: nn.ModuleList) -> None:
+    """Raise InputError for blocks that hold weights other than in Linears: fused experts would stay in 16 bits."""
+    for name, parameter in blocks.named_parameters():
+        if parameter.ndim > 2:
+            raise InputError(
+                f"{prefix}.{name} has shape {tuple(parameter.shape)}: mixture-of-experts and convolution blocks are "
+                "not supported, choose a dense model"
+            )
+
+
+@torch.no_grad()
+def check_blocks(source: Streamed) -> None:
+    """Try, on the CPU, one block of each kind with two windows of two tokens, in the way in which calibration runs it.
+
+    Raises InputError, which names the architecture and the block, where it does not run by itself, depends on the
+    number of windows (Bloom), or does not reach each of its Linears once; see also `check_dense`.
+    """
+    check_dense(source.prefix, source.blocks)
+    architecture = type(source.model).__name__
+    tried = set()
+    try:
+        hidden, calls = block_inputs(source.model, source.blocks, torch.tensor([[0, 1], [1, 0]]))
+    except InputError:
+        raise
+    except Exception as e:
+        raise InputError(f"{architecture} can't be run without its blocks ({e}): not supported") from e
+    for index, block in enumerate(source.blocks):
+        kind = repr(block)
+        if kind in tried:
+            continue
+        tried.add(kind)
+        load_block(source, index, torch.device("cpu"))
+        try:
+            find_stages(block, partial(run_block, block, calls[index], torch.device("cpu")), torch.cat(hidden))
+        except Exception as e:
+            raise InputError(f"{architecture}: {source.prefix}.{index} can't be quantized ({e}): not supported") from e
+        drop_block(block)
+
+
+def check_tokens(model: PreTrainedModel, tokens: Tensor, source: str) -> None:
+    """Raise InputError where windows [W, L] of the text `source` don't fit the tables of tokens or positions."""
+    table = model.get_input_embeddings()
+    rows = table.out_features if isinstance(table, BPDQEmbedding) else table.num_embeddings
+    if tokens.max() >= rows:
+        raise InputError(
+            f"{source}: holds token {tokens.max()}, but the model's embedding has {rows} rows: the tokenizer is "
+            "another model's, or has tokens that were never added to the model"
+        )
+    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if positions is not None and tokens.shape[1] > positions and has_position_table(model):
+        raise InputError(
+            f"--seq-len {tokens.shape[1]}: {type(model).__name__} knows {positions} positions: lower --seq-len"
+        )
+
+
+def has_position_table(model: PreTrainedModel) -> bool:
+    """Whether positions are looked up in a table: GPT-2 and OPT, GPT-J."""
+    tables = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
+    tables += [name for name, _ in model.named_buffers()]
+    return any(name.rpartition(".")[2] in ("wpe", "embed_positions", "position_embeddings") for name in tables)

@@ -1,0 +1,253 @@
+"""The folder that a checkpoint grows in, `OUTPUT.partial`, from which a stopped run goes on.
+
+    OUTPUT.partial/model-00002-of-00031.safetensors   block 0, then one file for every block; 1 is the rest of the model
+                   resume/lock                        held while a run is under way; names its process
+                          run.json                    options, model and calibration tokens of the run
+                          schemes.json                bits and group size of each layer, if --target-... asked
+                          states.safetensors          what the next block reads, written after each block
+                          teacher.safetensors, tuning.safetensors, tuned.json     of --tune model
+                          carried/                    what the checkpoint takes over from the source
+    DIR/OUTPUT-1a2b3c4d/000000000007.safetensors      with `--offload-dir DIR`: a batch of what the next block reads
+
+Every file appears under its name when it is whole, and what resume/ knows of it is checked before a run goes on.
+`config.json` comes last, as neither transformers nor vLLM loads a folder without it; then the folder gets the name
+OUTPUT. Only files of these names are ever removed.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bpdq_quantizer.checkpoint.writer import check_only
+from bpdq_quantizer.errors import InputError
+from bpdq_quantizer.storage.files import DamagedError, read_json, sync, write_json
+from bpdq_quantizer.storage.offload import state_files
+
+PROGRAM = "bpdq quantize"
+KEPT = ("states.safetensors", "schemes.json", "teacher.safetensors")  # what makes a folder worth keeping
+ATTEMPTS = 100  # to lock a folder that other runs create and remove meanwhile
+REMEDIES = {
+    "threads": "set OMP_NUM_THREADS={}",
+    "release": "install vllm-bpdq {}",
+    "torch": "install torch {}",
+}
+
+
+@dataclass
+class Work:
+    """Where a run writes: the folder, and that for the hidden states, if any; begun: it is known to be this run's."""
+
+    folder: Path
+    offload: Path | None
+    begun: bool = False
+
+
+@contextmanager
+def work_folder(output: str | Path, offload_dir: str | None, resume: bool) -> Iterator[Work]:
+    """`output`.partial, which becomes `output` if the body succeeds, and stays for `resume` if that saves work.
+
+    Locked against other runs until then. Raises InputError for an `output` that exists or can't be written, and for a
+    folder that holds another run, or something else.
+    """
+    output = _free(output)
+    folder = output.with_name(f"{output.name}.partial")
+    with _locked(folder, output):
+        work = Work(folder, None)
+        try:
+            _free(output)
+            kept = _worth_keeping(folder)
+            if kept and not resume:
+                raise InputError(f"{folder} is from a run that was stopped: add --resume, or remove the folder")
+            if not kept:
+                _clear(folder)
+            work.offload = _offload_folder(offload_dir, output, kept)
+            yield work
+            _publish(folder, output)
+        except BaseException as e:
+            if not _worth_keeping(folder):
+                _clear(folder)
+                _remove_offload(work.offload)
+                (folder / "resume" / "lock").unlink()
+                with suppress(OSError):  # of something that is not ours
+                    (folder / "resume").rmdir()
+                    folder.rmdir()
+            elif work.begun:
+                e.add_note(f"{folder} keeps what is finished: repeat the command with --resume to go on from there")
+            raise
+        shutil.rmtree(output / "resume", ignore_errors=True)
+        _remove_offload(work.offload)
+
+
+def begin(work: Work, run: Mapping[str, Any], files: Collection[str]) -> None:
+    """Note what a new run is, or check that it is the one to go on with. run: what its tensors depend on, as JSON;
+    files: names of all that the checkpoint will hold. Raises InputError with what differs."""
+    file, run = work.folder / "resume" / "run.json", json.loads(json.dumps(run))
+    if _worth_keeping(work.folder):
+        _check_same(work.folder, run)
+    else:
+        write_json(file, run)
+    check_only(work.folder, files)
+    work.begun = True
+
+
+def _free(output: str | Path) -> Path:
+    """The absolute path of a folder that can be created; raises InputError."""
+    if not str(output):
+        raise InputError("--output is empty: name a folder that is to be created")
+    if os.path.lexists(output):
+        raise InputError(f"--output {output} exists already: remove it or name another folder")
+    path = Path(os.path.abspath(output))
+    if os.path.lexists(path):
+        raise InputError(f"--output {output} exists already: remove it or name another folder")
+    return path
+
+
+@contextmanager
+def _locked(folder: Path, output: Path) -> Iterator[None]:
+    """Create `folder`, unless it is there and ours, and hold its lock, which ends with this process at the latest."""
+    try:
+        descriptor = _lock(folder)
+    except InputError:
+        raise
+    except (OSError, ValueError) as e:
+        raise InputError(f"--output {output} can't be written: {e}") from None
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(folder: Path) -> int:
+    """The open lock file of `folder`; raises InputError if another run holds it, or the folder is not ours."""
+    import fcntl  # not on Windows, where checkpoints can still be loaded
+
+    file = folder / "resume" / "lock"
+    for attempt in range(ATTEMPTS):
+        _check_ours(folder)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:  # of a run that ends now and takes the folder with it, or for good
+            if attempt == ATTEMPTS - 1:
+                raise
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if file.exists() and os.path.samestat(os.fstat(descriptor), file.stat()):
+                holder = json.dumps(_this_process()).encode()
+                os.pwrite(descriptor, holder, 0)
+                os.truncate(descriptor, len(holder))
+                return descriptor
+        except BlockingIOError:
+            holder = os.pread(descriptor, 4096, 0)
+            os.close(descriptor)
+            raise InputError(f"{folder} is being written by another run{_named(holder)}") from None
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+    raise OSError("other runs keep creating and removing it")
+
+
+def _this_process() -> dict[str, Any]:
+    started = time.strftime("%Y-%m-%d %H:%M:%S")
+    return {"program": PROGRAM, "pid": os.getpid(), "host": socket.gethostname(), "started": started}
+
+
+def _named(holder: bytes) -> str:
+    try:
+        found = json.loads(holder)
+        return f": process {found['pid']} on {found['host']}, started {found['started']}"
+    except (ValueError, KeyError, TypeError):  # it is just starting
+        return ""
+
+
+def _check_ours(folder: Path) -> None:
+    """Raise InputError if `folder` is there, and not of this program."""
+    if not os.path.lexists(folder):
+        return
+    resume = folder / "resume"
+    if folder.is_dir() and not folder.is_symlink() and not resume.is_symlink():
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            if json.loads((resume / "lock").read_bytes())["program"] == PROGRAM:
+                return
+        with suppress(DamagedError):
+            read_json(resume / "run.json")
+            return
+        inside = os.listdir(folder)
+        if not inside or (inside == ["resume"] and set(os.listdir(resume)) <= {"lock"}):  # of a run that just starts
+            return
+    raise InputError(f"{folder} is in the way, and not from `{PROGRAM}`: move it away, or name another --output")
+
+
+def _worth_keeping(folder: Path) -> bool:
+    return any((folder / "resume" / name).is_file() for name in KEPT)
+
+
+def _clear(folder: Path) -> None:
+    """Remove what a run has written into a folder, but for the lock."""
+    for file in folder.glob("model-*-of-*.safetensors*"):
+        file.unlink()
+    for path in (folder / "resume").iterdir():
+        if path.name != "lock":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def offload_name(output: Path) -> str:
+    """Name of the folder for the Offloaded states of an absolute path `output`."""
+    return f"{output.name}-{hashlib.sha256(os.fsencode(output)).hexdigest()[:8]}"
+
+
+def _offload_folder(directory: str | None, output: Path, kept: bool) -> Path | None:
+    """The folder for Offloaded states of `output`, in `directory`; empty of them unless they were kept."""
+    if directory is None:
+        return None
+    folder = Path(directory) / offload_name(output)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in [] if kept else state_files(folder):
+            file.unlink()
+    except OSError as e:
+        raise InputError(f"--offload-dir {directory} can't be written: {e}") from None
+    return folder
+
+
+def _remove_offload(folder: Path | None) -> None:
+    if folder is not None:
+        for file in state_files(folder):
+            file.unlink()
+        with suppress(OSError):  # of something that is not ours
+            folder.rmdir()
+
+
+def _check_same(folder: Path, run: Mapping[str, Any]) -> None:
+    try:
+        before = read_json(folder / "resume" / "run.json")
+    except DamagedError as e:
+        raise InputError(f"{e}: remove {folder}") from None
+    changed = {key: value for key, value in before.items() if value != run.get(key)}
+    if changed:
+        listed = ", ".join(f"{key} = {value!r} (now {run.get(key)!r})" for key, value in changed.items())
+        remedies = dict.fromkeys(REMEDIES.get(key, "repeat them").format(value) for key, value in changed.items())
+        raise InputError(
+            f"{folder} is from a run with other options, {listed}: {', '.join(remedies)}, or remove the folder"
+        )
+
+
+def _publish(folder: Path, output: Path) -> None:
+    """Give a finished folder its name."""
+    if os.path.lexists(output):
+        raise InputError(f"--output {output} has appeared since the run began: move it away")
+    try:
+        os.rename(folder, output)
+        sync(output.parent)
+    except OSError as e:
+        raise InputError(f"{folder} can't be renamed to {output} ({e}): mend that") from e

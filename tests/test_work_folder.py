@@ -1,0 +1,190 @@
+"""The folder that a run works in: whose it is, who may write there, and what becomes of it."""
+
+import os
+import signal
+import socket
+
+import pytest
+
+from bpdq_quantizer.errors import InputError
+from bpdq_quantizer.run.work_folder import begin, work_folder
+from bpdq_quantizer.storage.files import write_json
+
+
+def keep(work):
+    """Let a folder hold something to go on from."""
+    write_json(work.folder / "resume" / "schemes.json", {})
+
+
+class Stop(Exception):  # noqa: N818, stands for a crash
+    pass
+
+
+def go_on(output, run=None, files=()):
+    """Resume a run, and let it end."""
+    with work_folder(output, None, True) as work:
+        begin(work, run or {"bits": 2}, files)
+
+
+def crash(output, run=None, offload=None, worth=True):
+    """A run that crashes, by default when there is something to go on from."""
+    with work_folder(output, offload, False) as work:
+        begin(work, run or {"bits": 2}, [])
+        if worth:
+            keep(work)
+        raise Stop
+
+
+def stopped(output, run=None):
+    """Leave a folder that is worth keeping."""
+    with pytest.raises(Stop):
+        crash(output, run)
+
+
+def refused(output, message, resume=False):
+    """The error of a run that may not start."""
+    with pytest.raises(InputError, match=message) as error, work_folder(output, None, resume):
+        pytest.fail("a run has started")
+    return str(error.value)
+
+
+def test_a_second_run_is_refused_at_once_and_the_first_is_named(tmp_path):
+    with work_folder(tmp_path / "out", None, False) as work:
+        before = sorted(work.folder.rglob("*"))
+        for resume in (False, True):
+            holder = f"process {os.getpid()} on {socket.gethostname()}, started 20"
+            line = refused(tmp_path / "out", "another run", resume)
+            assert line.startswith(f"{tmp_path}/out.partial is being written by another run: {holder}")
+        assert sorted(work.folder.rglob("*")) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_killed_run_holds_no_lock(tmp_path):
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        with work_folder(tmp_path / "out", None, False):
+            os.write(writer, b"locked")
+            signal.pause()
+    assert os.read(reader, 6) == b"locked"
+    refused(tmp_path / "out", f"process {child} on ")
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    with work_folder(tmp_path / "out", None, False):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_runs_with_other_outputs_do_not_wait_for_each_other(tmp_path):
+    with work_folder(tmp_path / "a", None, False), work_folder(tmp_path / "b", None, False):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def foreign_folder(path):
+    path.mkdir()
+    (path / "notes.txt").write_text("mine")
+
+
+def foreign_shard(path):
+    path.mkdir()
+    (path / "model-00001-of-00002.safetensors").write_text("mine")
+
+
+def foreign_resume(path):
+    (path / "resume").mkdir(parents=True)
+    (path / "resume" / "run.json").write_text("{}")
+
+
+def foreign_file(path):
+    path.write_text("mine")
+
+
+def foreign_link(path):
+    (path.parent / "elsewhere").mkdir()
+    path.symlink_to(path.parent / "elsewhere")
+
+
+@pytest.mark.parametrize("make", [foreign_folder, foreign_shard, foreign_resume, foreign_file, foreign_link])
+@pytest.mark.parametrize("resume", [False, True])
+def test_what_the_user_has_at_the_place_of_the_folder_stays(tmp_path, make, resume):
+    make(tmp_path / "out.partial")
+    before = sorted((path, path.is_file() and path.read_bytes()) for path in tmp_path.rglob("*"))
+    refused(tmp_path / "out", r"^\S+/out\.partial is in the way, and not from `bpdq quantize`: move it away", resume)
+    assert sorted((path, path.is_file() and path.read_bytes()) for path in tmp_path.rglob("*")) == before
+
+
+def test_a_file_of_the_users_in_the_folder_is_named_and_stays(tmp_path):
+    stopped(tmp_path / "out")
+    (tmp_path / "out.partial" / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"notes\.txt is not of this run: move it away"):
+        go_on(tmp_path / "out", files=["model-00001-of-00002.safetensors"])
+    assert (tmp_path / "out.partial" / "notes.txt").read_text() == "mine"
+
+
+def existing(folder):
+    (folder / "out").mkdir()
+    return folder / "out"
+
+
+def dangling(folder):
+    (folder / "out").symlink_to(folder / "nothing")
+    return folder / "out"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (existing, "exists already"),
+        (dangling, "exists already"),
+        (lambda _: "", "--output is empty"),
+        (lambda _: ".", "exists already"),
+        (lambda _: "/", "exists already"),
+        (lambda folder: folder / "new" / "..", "exists already"),
+        (lambda folder: folder / ("x" * 250), "can't be written: .*File name too long"),
+        (lambda folder: "/".join([str(folder), *["x" * 200] * 30]), "can't be written: .*File name too long"),
+        (lambda folder: f"{folder}/a\0b", "can't be written: embedded null"),
+        (lambda _: "/proc/out", "can't be written"),
+    ],
+)
+def test_an_output_that_can_not_be_created_is_refused_before_any_work(tmp_path, make, message):
+    output = make(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    refused(output, message)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_an_output_that_appears_meanwhile_is_not_touched_and_the_work_is_kept(tmp_path):
+    stopped(tmp_path / "out")
+    run = work_folder(tmp_path / "out", None, True)
+    begin(run.__enter__(), {"bits": 2}, [])
+    (tmp_path / "out").mkdir()
+    with pytest.raises(InputError, match="has appeared since the run began") as error:
+        run.__exit__(None, None, None)
+    assert "repeat the command with --resume" in error.value.__notes__[0]
+    (tmp_path / "out").rmdir()
+    go_on(tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_run_that_fails_early_leaves_nothing_behind(tmp_path):
+    with pytest.raises(Stop) as stop:
+        crash(tmp_path / "out", offload=str(tmp_path / "states"), worth=False)
+    assert not hasattr(stop.value, "__notes__"), "there is nothing to go on from"
+    assert [path.name for path in tmp_path.iterdir()] == ["states"]
+    assert not list((tmp_path / "states").iterdir())
+
+
+def test_what_makes_the_tensors_differ_is_named_with_its_remedy(tmp_path):
+    stopped(tmp_path / "out", {"bits": 2, "threads": 4, "release": "0.1.0"})
+    with pytest.raises(InputError) as error:
+        go_on(tmp_path / "out", {"bits": 3, "threads": 2, "release": "0.2.0"})
+    assert "bits = 2 (now 3), threads = 4 (now 2), release = '0.1.0' (now '0.2.0'): repeat them" in str(error.value)
+    assert "set OMP_NUM_THREADS=4, install vllm-bpdq 0.1.0" in str(error.value)
+    assert (tmp_path / "out.partial" / "resume" / "schemes.json").is_file()
+
+
+def test_an_empty_lock_of_a_full_disk_makes_no_folder_foreign(tmp_path):
+    stopped(tmp_path / "out")
+    (tmp_path / "out.partial" / "resume" / "lock").write_text("")
+    go_on(tmp_path / "out")
