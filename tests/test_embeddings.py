@@ -1,6 +1,7 @@
 """Quantizing the embedding and the LM head, on tiny models."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -124,9 +125,10 @@ def test_a_table_solved_in_chunks_is_the_table_solved_at_once(rows, width, bits,
     W = torch.randn(rows, width, generator=generator).bfloat16()
     x = torch.randn(2 * width, width, generator=generator)
     H = x.T @ x / width
+    solve = partial(quantize_linear, iterations=2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(embeddings, "CHUNK_ELEMENTS", at_once * width)
-        B, c, loss, energy, _ = embeddings.solve_rows("table", W, H, Scheme(bits, group_size), iterations=2)
+        B, c, loss, energy, _ = embeddings.solve_rows("table", W, H, Scheme(bits, group_size), solve)
     D = W.float() - dequantize(B, c, group_size, width)
     assert loss == pytest.approx(((D @ H) * D).sum().item(), rel=1e-3)
     assert energy == pytest.approx(((W.float() @ H) * W).sum().item(), rel=1e-3)

@@ -10,6 +10,7 @@ import torch
 
 import bpdq_quantizer
 from bpdq_kernels.format import Scheme
+from bpdq_quantizer.algorithm.solver import quantize_linear
 from bpdq_quantizer.model import activations
 from bpdq_quantizer.model.activations import to_host
 from bpdq_quantizer.model.stream import open_model
@@ -196,6 +197,6 @@ def test_states_stay_page_locked(tmp_path):
     source = open_model(str(tiny_model(tmp_path / "model")))
     schemes = defaultdict(lambda: Scheme(2, 64))
     tokens = torch.randint(0, 384, (3, 32))
-    blocks = quantize_blocks(source, tokens, schemes, torch.device("cuda"), asymmetric=0.5, iterations=1)
+    blocks = quantize_blocks(source, tokens, schemes, torch.device("cuda"), solve=quantize_linear, asymmetric=0.5)
     for _, _, states in blocks:
         assert all(batch.is_pinned() for batch in [*states.quantized, *states.original])

@@ -345,7 +345,8 @@ def test_a_model_in_memory_gives_the_tensors_of_its_files(quantized, text):
     model, out, _ = quantized
     source = from_memory(AutoModelForCausalLM.from_pretrained(model))
     ids = AutoTokenizer.from_pretrained(out)(TEXT * 4, add_special_tokens=False)["input_ids"][: 6 * 32]
-    options = {"iterations": 3, "asymmetric": ASYMMETRIC["refined"], **SOLVERS["refined"]}
+    solve = partial(quantize_linear, iterations=3, **SOLVERS["refined"])
+    options = {"solve": solve, "asymmetric": ASYMMETRIC["refined"]}
     stored = load_tensors(out)
     done = quantize_blocks(
         source, torch.tensor(ids).view(6, 32), uniform(source, Scheme(2, 64)), torch.device("cpu"), **options

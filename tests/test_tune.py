@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 import bpdq_quantizer
 from bpdq_kernels import dequantize, layout
 from bpdq_kernels.format import Scheme
+from bpdq_quantizer.algorithm.solver import quantize_linear
 from bpdq_quantizer.model.activations import linear_layers
 from bpdq_quantizer.model.modules import BPDQLinear
 from bpdq_quantizer.model.stream import fill_block, open_model
@@ -160,7 +161,8 @@ def test_block_tuning_brings_the_model_closer_to_the_16_bit_one(folder, tokens, 
     for steps in (0, 10):
         source = open_model(str(folder / "model"))
         schemes = dict.fromkeys(linear_layers(source.blocks[0]), Scheme(2, 64))
-        done = quantize_blocks(source, tokens, uniform(source, Scheme(2, 64)), torch.device("cpu"), tune_steps=steps)
+        options = {"solve": quantize_linear, "tune_steps": steps}
+        done = quantize_blocks(source, tokens, uniform(source, Scheme(2, 64)), torch.device("cpu"), **options)
         blocks = [block.state_dict() for block, *_ in done]
         for block, tensors in zip(source.blocks, blocks, strict=True):
             fill_block(block, tensors, schemes)

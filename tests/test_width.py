@@ -22,10 +22,10 @@ def wide_model(folder, size, layers):
     return tiny_model(folder, "qwen2", layers=layers, dtype=torch.bfloat16, tie_word_embeddings=False, **widths)
 
 
-def nothing_solved(name, W, H, scheme, **solver):
+def nothing_solved(name, W, H, scheme, solve):
     """A `Solution` of the right shapes."""
     n, k = W.shape
-    c = torch.zeros(layout.coefficient_shape(k, n, scheme.bits, scheme.group_size), dtype=solver["dtype"])
+    c = torch.zeros(layout.coefficient_shape(k, n, scheme.bits, scheme.group_size), dtype=torch.bfloat16)
     return Solution(torch.zeros(n, k, dtype=torch.uint8), c, torch.zeros(n), torch.ones(n), 0.01)
 
 

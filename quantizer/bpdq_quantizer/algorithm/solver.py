@@ -1,6 +1,6 @@
 """A whole Linear: group after group, with the error of each group propagated to the ones after it (BPDQ, alg. 1)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,6 +24,10 @@ class Solution(NamedTuple):
     loss: Tensor
     energy: Tensor
     damping: float
+
+
+# W [N, K], H [K, K], bits, group_size: `quantize_linear` with its options decided, here or elsewhere (`run.workers`)
+Solve = Callable[[Tensor, Tensor, int, int], Solution]
 
 
 def quantize_linear(

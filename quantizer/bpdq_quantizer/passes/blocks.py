@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from accelerate.utils import send_to_device
@@ -20,7 +20,7 @@ from tqdm import tqdm
 from bpdq_kernels import dequantize, layout
 from bpdq_kernels.format import Scheme
 from bpdq_quantizer.algorithm.hessian import accumulate, accumulate_shift, corrected, symmetrize
-from bpdq_quantizer.algorithm.solver import Solution, quantize_linear
+from bpdq_quantizer.algorithm.solver import Solution, Solve
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.activations import (
     Original,
@@ -103,21 +103,20 @@ def quantize_blocks(
     schemes: Mapping[str, Scheme],
     device: torch.device,
     *,
+    solve: Solve,
     start: States | None = None,
     offload: Path | None = None,
     asymmetric: float = 0.0,
     tune_steps: int = 0,
     seed: int = 0,
-    **solver: Any,
 ) -> Iterator[tuple[nn.Module, list[LayerReport], States]]:
     """Quantize the model's decoder blocks one after the other, from the first or from `start`.
 
     Yields each block with its Linears replaced by BPDQLinear, a report for every one of them, and the states to go on
     from; when the next block is asked for, this one's tensors are dropped.
     tokens: [W, L]; schemes: of every Linear, by name, one for all that read the same input; offload: a folder for the
-    hidden states, which else stay in memory; `solver`: options of `quantize_linear`. The model is on the CPU, one block
-    at a time on `device`. If all windows fit one batch, a block takes one forward pass, otherwise about two for the
-    four usual stages.
+    hidden states, which else stay in memory. The model is on the CPU, one block at a time on `device`. If all windows
+    fit one batch, a block takes one forward pass, otherwise about two for the four usual stages.
     With `asymmetric` > 0, every weight is first corrected for what quantization has done to its inputs, by that share
     (`hessian.corrected`). With `tune_steps`, each block's coefficients are then tuned towards the hidden states that
     the 16-bit model has after it. The reports are of the corrected weights, before tuning.
@@ -128,7 +127,6 @@ def quantize_blocks(
         start = States(0, batches, batches.copy() if asymmetric or tune_steps else [])
     first, batches, full = start
     del start
-    solver["dtype"] = torch.float16 if source.model.dtype == torch.float16 else torch.bfloat16
     for index in range(first, len(source.blocks)):
         block, name = load_block(source, index, device), f"{source.prefix}.{index}"
         call = send_to_device(calls[index], device)
@@ -137,7 +135,7 @@ def quantize_blocks(
         original = Original(block, [names[0] for names in stages], call, device, full) if full else None
         lookup = original if asymmetric else None
         inputs = batches.copy() if tune_steps else []
-        reports = quantize_block(name, block, stages, run, batches, lookup, asymmetric, schemes, solver)
+        reports = quantize_block(name, block, stages, run, batches, lookup, asymmetric, schemes, solve)
         if original is not None:
             full = original.outputs()
             del original, lookup
@@ -189,7 +187,7 @@ def quantize_block(
     original: Original | None,
     asymmetric: float,
     schemes: Mapping[str, Scheme],
-    solver: dict[str, Any],
+    solve: Solve,
 ) -> list[LayerReport]:
     """Quantize one block in place, and turn its inputs `batches` into its outputs; returns a report for each Linear."""
     packed: dict[str, BPDQLinear] = {}
@@ -206,7 +204,7 @@ def quantize_block(
         started = time.perf_counter()
         linears = {f"{name}.{part}": block.get_submodule(part) for part in stage}
         scheme = schemes[f"{name}.{stage[0]}"]
-        solution = solve_stage(f"{name}.{stage[0]}", W, H, scheme, **solver)
+        solution = solve_stage(f"{name}.{stage[0]}", W, H, scheme, solve)
         seconds = time.perf_counter() - started
         first = 0
         for part, (full_name, linear) in zip(stage, linears.items(), strict=True):
@@ -243,12 +241,9 @@ def check_finite(weights: dict[str, Tensor], *statistics: Tensor) -> None:
             raise InputError(f"{name} holds NaN or infinity: the model is damaged, download it again")
 
 
-def solve_stage(
-    name: str, W: Tensor, H: Tensor, scheme: Scheme, solve: Callable[..., Solution] = quantize_linear, **solver: Any
-) -> Solution:
-    """Quantize W [N, K], the stacked rows of Linears that share the input with Hessian H; `name`: of the first; solve:
-    `quantize_linear`, or what does the same elsewhere (`run.workers`)."""
-    solution = solve(W, H, scheme.bits, scheme.group_size, **solver)
+def solve_stage(name: str, W: Tensor, H: Tensor, scheme: Scheme, solve: Solve) -> Solution:
+    """Quantize W [N, K], the stacked rows of Linears that share the input with Hessian H; `name`: of the first."""
+    solution = solve(W, H, scheme.bits, scheme.group_size)
     if not torch.isfinite(solution.c).all():
         raise InputError(f"{name}: its coefficients overflow {solution.c.dtype}: convert the model to bfloat16 first")
     return solution

@@ -5,8 +5,7 @@ predicts, and a stopped run goes on without knowing of tables.
 """
 
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from bpdq_kernels import layout
 from bpdq_kernels.format import Scheme
 from bpdq_kernels.skeleton import is_tied, table_names
 from bpdq_quantizer.algorithm.hessian import accumulate, symmetrize
-from bpdq_quantizer.algorithm.solver import Solution, quantize_linear
+from bpdq_quantizer.algorithm.solver import Solve
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.modules import looks_up_rows, replace
 from bpdq_quantizer.passes.blocks import LayerReport
@@ -60,18 +59,17 @@ def table_schemes(
 
 @torch.no_grad()
 def quantize_tables(
-    model: PreTrainedModel, states: Batches, schemes: Mapping[str, Scheme], device: torch.device, **solver: Any
+    model: PreTrainedModel, states: Batches, schemes: Mapping[str, Scheme], device: torch.device, solve: Solve
 ) -> list[LayerReport]:
     """Quantize the tables of `table_schemes` in place; returns a report for each, of tied ones for the embedding only.
 
     states: what the LM head reads of the calibration set in the model with quantized blocks, in batches [n, L, D]
-    (`activations.head_inputs`); `solver`: options of `quantize_linear`. The model is on the CPU. The metric of an
+    (`activations.head_inputs`). The model is on the CPU. The metric of an
     embedding is the identity, as its rows are looked up and multiply nothing; that of an LM head is the Hessian of
     `states`; that of tied tables is the sum of both, with TIED_SHARE of the identity.
     """
     embedding, head = table_names(model)
     tied = is_tied(model)
-    solver["dtype"] = torch.float16 if model.dtype == torch.float16 else torch.bfloat16
     reports = []
     for name in (embedding,) if tied else (embedding, head):
         if name not in schemes:
@@ -89,7 +87,7 @@ def quantize_tables(
                 H.diagonal().add_(TIED_SHARE * H.diagonal().mean())
         if not torch.isfinite(H).all():
             raise InputError(f"{name}: its calibration inputs hold NaN or infinity: check the model and its dtype")
-        B, c, loss, energy, damping = solve_rows(name, weight, H, schemes[name], **solver)
+        B, c, loss, energy, damping = solve_rows(name, weight, H, schemes[name], solve)
         if not torch.isfinite(c).all():
             raise InputError(f"{name}: its coefficients overflow {c.dtype}: convert the model to bfloat16 first")
         replace(model, name, B, c, schemes[name].group_size)
@@ -115,18 +113,17 @@ def solve_rows(
     weight: Tensor,
     H: Tensor,
     scheme: Scheme,
-    solve: Callable[..., Solution] = quantize_linear,
-    **solver: Any,
+    solve: Solve,
 ) -> tuple[Tensor, Tensor, float, float, float]:
     """Quantize a table [N, K] of any float dtype against H [K, K], CHUNK_ELEMENTS at a time on H's device.
 
     Returns B and c as stored (`bpdq_kernels.layout`) on the CPU, and the sums over rows of `Solution`'s loss and
-    energy, and its damping. solve: as for `blocks.solve_stage`.
+    energy, and its damping.
     """
     planes, coefficients, loss, energy, damping = [], [], 0.0, 0.0, 0.0
     chunks = weight.split(max(1, CHUNK_ELEMENTS // weight.shape[1]))
     for rows in tqdm(chunks, desc=f"quantizing {name}", unit="chunk"):
-        solution = solve(rows.to(H.device), H, scheme.bits, scheme.group_size, **solver)
+        solution = solve(rows.to(H.device), H, scheme.bits, scheme.group_size)
         bits = torch.stack([(solution.codes >> p) & 1 for p in range(scheme.bits)])
         planes.append(layout.pack(bits).cpu())
         coefficients.append(solution.c.cpu())

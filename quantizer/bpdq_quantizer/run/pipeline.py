@@ -17,7 +17,7 @@ from tqdm import tqdm
 from bpdq_kernels.compiled import instruction_set
 from bpdq_kernels.format import Scheme
 from bpdq_quantizer.algorithm import cpu_solver
-from bpdq_quantizer.algorithm.solver import Solution
+from bpdq_quantizer.algorithm.solver import Solution, Solve
 from bpdq_quantizer.checkpoint import writer
 from bpdq_quantizer.checkpoint.carried import carry_over, hub_commit
 from bpdq_quantizer.checkpoint.writer import shard
@@ -211,15 +211,16 @@ def _config(
 def _run(job: Job, solve: Callable[..., Solution]) -> dict[str, Any]:
     """Quantize, tune and write what the folder lacks; returns the report."""
     o, (folder, offload), source = SimpleNamespace(**job.options), (job.work.folder, job.work.offload), job.source
-    shared = {"solve": solve, "iterations": o.iterations, **SOLVERS[o.solver]}
-    settings = {"asymmetric": o.asymmetric, **shared}
+    dtype = torch.float16 if source.model.dtype == torch.float16 else torch.bfloat16
+    solve = partial(solve, iterations=o.iterations, dtype=dtype, **SOLVERS[o.solver])
+    settings = {"asymmetric": o.asymmetric}
     if o.tune == "block":
         settings |= {"tune_steps": o.tune_steps, "seed": o.seed}
     teacher = _teacher(job) if o.tune == "model" else None
     schemes, allocation = uniform(source, scheme(o.bits, o.group_size)), {"seconds": 0.0, "cpu_seconds": 0.0}
     if job.budget is not None:
         schemes, allocation = _allocate(job)
-    layers, cost, blocks = _solve(job, schemes, **settings)
+    layers, cost, blocks = _solve(job, schemes, solve, **settings)
     cost = {key: value + allocation[key] for key, value in cost.items()}
     report = {"model": o.model, "options": {k: v for k, v in job.options.items() if k != "model"}}
     if teacher is not None:
@@ -229,7 +230,7 @@ def _run(job: Job, solve: Callable[..., Solution]) -> dict[str, Any]:
     read = partial(_read_block, source, schemes, folder, {name: {digest} for name, digest in blocks.items()})
     if job.tables:
         states = _head_inputs(job, read)
-        found = quantize_tables(source.model, states, job.tables, job.device, **shared)
+        found = quantize_tables(source.model, states, job.tables, job.device, solve)
         layers = layers + [dataclasses.asdict(table) for table in found]
     scales = {}
     if o.kv_cache_scales:
@@ -293,7 +294,7 @@ def _allocate(job: Job) -> tuple[dict[str, Scheme], dict[str, float]]:
 
 
 def _solve(
-    job: Job, schemes: Mapping[str, Scheme], **solver: Any
+    job: Job, schemes: Mapping[str, Scheme], solve: Solve, **settings: Any
 ) -> tuple[list[dict[str, Any]], dict[str, float], dict[str, str]]:
     """Write the quantized blocks that the folder lacks; returns the reports of all layers, what they cost, and the
     combined digest of each block's file, by name."""
@@ -307,7 +308,7 @@ def _solve(
     with tqdm(
         total=sum(shape.numel() for shape in shapes), initial=done, unit="weight", unit_scale=True, desc="quantizing"
     ) as bar:
-        options = {"start": start, "offload": offload, **solver}
+        options = {"solve": solve, "start": start, "offload": offload, **settings}
         for block, reports, states in quantize_blocks(source, job.solving, schemes, job.device, **options):
             layers += [dataclasses.asdict(layer) for layer in reports]
             file = _block_file(source, states.block - 1, folder)
