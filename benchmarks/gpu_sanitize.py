@@ -12,9 +12,9 @@ import torch
 
 from benchmarks.gpu_part import Parser, finish, new_report, save
 from bpdq_kernels import embedding, linear, prepare, stored_linear
+from bpdq_kernels.dispatch import DENSE_TOKENS, DENSE_TOKENS_ELSEWHERE
 from bpdq_kernels.layout import coefficient_shape, plane_shape
 from bpdq_kernels.tiled_linear import machine
-from bpdq_kernels.tuning import DENSE_TOKENS, DENSE_TOKENS_ELSEWHERE
 
 TOOLS = ("memcheck", "racecheck")
 SECONDS = 25  # of a tool

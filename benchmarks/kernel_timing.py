@@ -12,8 +12,8 @@ from benchmarks.cuda_core import cuda_core_linear
 from benchmarks.kernel_static import Variant, config_for
 from benchmarks.shapes import MODELS, Layer
 from bpdq_kernels import Packed, dequantize, linear, prepare, tiled_linear
-from bpdq_kernels.layout import coefficient_shape, plane_shape
-from bpdq_kernels.tuning import cdiv, gemm_config
+from bpdq_kernels.dispatch import gemm_config
+from bpdq_kernels.layout import cdiv, coefficient_shape, plane_shape
 from bpdq_kernels.warm import warm_up
 
 Call = Callable[[], object]

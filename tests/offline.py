@@ -10,11 +10,12 @@ from triton.compiler import ASTSource, CompiledKernel
 
 from benchmarks.sass import read_cubin
 from bpdq_kernels import triton_gemm, triton_gemv, triton_linear
+from bpdq_kernels.dispatch import MAX_COEFFICIENTS, Dense, Gemm, Gemv
+from bpdq_kernels.layout import groups_in_unit
 from bpdq_kernels.triton_dequantize import UNITS, dequantize_kernel
 from bpdq_kernels.triton_dequantize import options as dequantize_options
 from bpdq_kernels.triton_embedding import embedding_kernel
 from bpdq_kernels.triton_linear import Tile, linear_kernel
-from bpdq_kernels.tuning import MAX_COEFFICIENTS, Dense, Gemm, Gemv
 from bpdq_quantizer import triton_solver
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -53,7 +54,7 @@ def fits(config: Gemv | Gemm, planes: int, group: int) -> bool:
     """Whether the dispatch may pick this configuration for such a layer: not if its coefficients fill the registers."""
     if isinstance(config, Gemm):
         return planes <= 2 or config.warps < 16 or config.tiles == 1
-    coefficients = config.tiles * max(1, 128 // group) * (planes + 1)
+    coefficients = config.tiles * groups_in_unit(group) * (planes + 1)
     if config.warps == 8:
         return coefficients < MAX_COEFFICIENTS
     return config.tiles == 1 or coefficients <= MAX_COEFFICIENTS

@@ -10,8 +10,8 @@ import torch
 from benchmarks import kernel_bench, kernel_static, kernel_timing, sass
 from benchmarks.kernel_static import Variant, compile_kernel
 from benchmarks.shapes import MODELS, Layer, Model
+from bpdq_kernels.dispatch import Gemm, Gemv
 from bpdq_kernels.layout import to_tiles
-from bpdq_kernels.tuning import Gemm, Gemv
 
 RTX_3090 = sass.MACHINES["sm_86"]
 LISTING = """

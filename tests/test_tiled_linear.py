@@ -12,9 +12,9 @@ import torch
 import bpdq_kernels
 from benchmarks.sass import read_cubin
 from bpdq_kernels import layout, reference, triton_dequantize, triton_embedding
-from bpdq_kernels.layout import to_tiles
+from bpdq_kernels.dispatch import Dense, Gemm, Gemv, balance, gemm_config, linear_config
+from bpdq_kernels.layout import cdiv, to_tiles
 from bpdq_kernels.tiled_linear import aligned, machine, tiled_linear
-from bpdq_kernels.tuning import Dense, Gemm, Gemv, balance, cdiv, gemm_config, linear_config
 from tests.offline import BF16, FP16, GEMM, GEMV, Layer, compile_tiled, fits, name
 from tests.ptx import launch
 

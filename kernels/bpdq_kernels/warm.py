@@ -39,7 +39,7 @@ def warm_up_embedding(packed: Packed, dtype: torch.dtype) -> None:
 def launches(packed: Packed, bias: Tensor | None) -> Iterator[Callable[..., None]]:
     """Each kernel and configuration of a layer, for one token; all take `compile_only`."""
     from bpdq_kernels import tiled_linear, triton_linear
-    from bpdq_kernels.tuning import linear_configs
+    from bpdq_kernels.dispatch import linear_configs
 
     planes, coefficients, scales, in_features, out_features, group_size = packed
     dtype = torch.float32 if scales is None else coefficients.dtype
