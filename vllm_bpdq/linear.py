@@ -18,7 +18,7 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.parameter import ModelWeightParameter
 
-from bpdq_kernels import Packed, linear, prepare, warm_up
+from bpdq_kernels import Prepared, linear, prepare, warm_up
 from bpdq_kernels.format import Scheme, check_coefficients, check_finite, check_planes
 from bpdq_kernels.layout import WORD, coefficient_shape, plane_shape, split_groups, trim
 
@@ -163,19 +163,19 @@ class BPDQLinearMethod(LinearMethodBase):
                 )
         check_finite(self.name, layer.c.data)
         device = layer.B.device
-        packed = prepare(layer.B.data, layer.c.data, self.group_size, self.in_features, layer.params_dtype, device)
-        layer.B.data, layer.c.data = packed.planes, packed.coefficients
-        if packed.scales is not None:
-            layer.scales = Parameter(packed.scales, requires_grad=False)
+        prepared = prepare(layer.B.data, layer.c.data, self.group_size, self.in_features, layer.params_dtype, device)
+        layer.B.data, layer.c.data = prepared.planes, prepared.coefficients
+        if prepared.scales is not None:
+            layer.scales = Parameter(prepared.scales, requires_grad=False)
         layer.B.prepared = layer.c.prepared = True
         layer.B.loaded = layer.c.loaded = frozenset()  # a later reload is checked anew
-        warm_up(packed, getattr(layer, "bias", None))
+        warm_up(prepared, getattr(layer, "bias", None))
 
     def apply(self, layer: Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """y [..., N] = x [..., K] @ W.T + bias, of this rank's K and N."""
-        return linear(x, self.packed(layer), bias)
+        return linear(x, self.prepared(layer), bias)
 
-    def packed(self, layer: Module) -> Packed:
+    def prepared(self, layer: Module) -> Prepared:
         """The layer for the kernels; only after `process_weights_after_loading`."""
         scales = getattr(layer, "scales", None)
-        return Packed(layer.B, layer.c, scales, self.in_features, self.out_features, self.group_size)
+        return Prepared(layer.B, layer.c, scales, self.in_features, self.out_features, self.group_size)

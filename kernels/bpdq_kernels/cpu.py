@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bpdq_kernels import reference
-from bpdq_kernels.compiled import DTYPES, library_or_none, load_library
+from bpdq_kernels.compiled import DTYPE_CODES, library_or_none, load_library
 from bpdq_kernels.layout import CPU_TILE, GROUP_SIZES, WORD, rows_of_cpu_tiles, to_cpu_tiles
 
 SOURCE = Path(__file__).with_name("cpu_linear.cpp")
@@ -99,7 +99,7 @@ def linear(
     compiled.bpdq_linear(
         planes.data_ptr(),
         coefficients.data_ptr(),
-        DTYPES[coefficients.dtype],
+        DTYPE_CODES[coefficients.dtype],
         in_features,
         out_features,
         group_size,
