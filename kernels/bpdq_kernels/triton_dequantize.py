@@ -23,8 +23,8 @@ from bpdq_kernels.triton_layout import (
     TILE_ROWS,
     UNIT,
     bit_of_input,
-    first_input,
     group_pairs,
+    input_of_word,
     lane_words,
     plane_start,
     row_pairs,
@@ -76,7 +76,8 @@ def dequantize_kernel(
             words = tl.load(words_ptr + unit * unit_words(PLANES) + plane_start(p, PLANES), here, 0)
             c_p = tl.load(group_ptr + 2 * p, here, 0).to(tl.float32)
             w = tl.where((words >> bit) & 1 != 0, w + c_p, w)
-        inputs = unit * UNIT + first_input(q, BESIDE) + run * run_step(BESIDE) + number
+        inputs = input_of_word(unit * UNIT, other * BESIDE, BESIDE) + run * run_step(BESIDE)
+        inputs = input_of_word(inputs, beside, BESIDE) + number
         w_row = w_ptr + (tile * TILE_ROWS + row).to(tl.int64) * K
         tl.store(w_row + inputs, (w * scale).to(w_ptr.dtype.element_ty), here & (inputs < K))
 

@@ -14,9 +14,9 @@ from bpdq_kernels.layout import Tiles
 from bpdq_kernels.triton_layout import (
     TILE_ROWS,
     UNIT,
-    first_input,
     group_pairs,
     input_of_bit,
+    input_of_word,
     lane_words,
     plane_start,
     row_pairs,
@@ -45,7 +45,7 @@ def embedding_kernel(
     word = tl.arange(0, 4 * UNITS)[:, None]
     bit = tl.arange(0, 32)[None, :]
     BESIDE: tl.constexpr = words_beside(GROUP)
-    inputs = input_of_bit(bit, BESIDE) + first_input(word % 4, BESIDE)
+    inputs = input_of_word(input_of_bit(bit, BESIDE), word % 4, BESIDE)
     tile = row // TILE_ROWS
     half = row % TILE_ROWS // 8
     tile_ptr = planes_ptr + tile * units * unit_words(PLANES) + (row % 8 * 4 + word % 4) * lane_words(PLANES) + half

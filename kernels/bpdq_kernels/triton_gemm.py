@@ -37,8 +37,8 @@ from bpdq_kernels.layout import Tiles, cdiv
 from bpdq_kernels.triton_layout import (
     TILE_ROWS,
     UNIT,
-    first_input,
     group_pairs,
+    input_of_word,
     lane_words,
     load_coefficients,
     load_planes,
@@ -99,7 +99,7 @@ def gemm_kernel(
     planes_ptr += tile.to(tl.int64) * planes_stride + u * unit_words(PLANES) + lane * lane_words(PLANES)
     coefficients_ptr += tile.to(tl.int64) * c_stride + r * row_pairs(PLANES)
     BESIDE: tl.constexpr = words_beside(GROUP)
-    i = u * UNIT + first_input(lane % 4, BESIDE)
+    i = input_of_word(u * UNIT, lane % 4, BESIDE)
     x_rows = ()
     for n in tl.static_range(TOKENS // 8):
         token = tl.minimum(tl.program_id(0) * TOKENS + n * 8 + r, M - 1)  # rows past M: computed, never stored

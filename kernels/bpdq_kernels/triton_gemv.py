@@ -36,10 +36,10 @@ from bpdq_kernels.layout import Tiles, cdiv
 from bpdq_kernels.triton_layout import (
     TILE_ROWS,
     UNIT,
-    first_input,
     group_pairs,
     groups_in_unit,
     input_of_bit,
+    input_of_word,
     lane_words,
     load_coefficients,
     load_planes,
@@ -154,7 +154,7 @@ def load_inputs(ptr: tl.tensor, inputs_left: tl.tensor, BESIDE: tl.constexpr, WH
     """One input of each of the unit's four words, in fp32; zeros past K."""
     x = ()
     for word in tl.static_range(4):
-        offset = first_input(word, BESIDE)
+        offset = input_of_word(0, word, BESIDE)
         live = inputs_left > 0 if WHOLE else inputs_left > offset
         x = x + (tl.load(ptr + offset, live, 0).to(tl.float32),)
     return x

@@ -54,14 +54,14 @@ def run_step(beside: int) -> int:
 
 
 @triton.jit
-def first_input(q: tl.tensor, BESIDE: tl.constexpr) -> tl.tensor:
-    """Which input of its unit the first run of word q starts with."""
-    return q // BESIDE * (32 * BESIDE) + q % BESIDE * RUN
+def input_of_word(i: tl.tensor, q: tl.tensor, BESIDE: tl.constexpr) -> tl.tensor:
+    """The input of word q that is in the place of input i of the unit's first word."""
+    return i + q // BESIDE * (32 * BESIDE) + q % BESIDE * RUN
 
 
 @triton.jit
 def input_of_bit(bit: tl.tensor, BESIDE: tl.constexpr) -> tl.tensor:
-    """Which input of its unit a bit of the first word stands for; of word q, `first_input` further on."""
+    """Which input of its unit a bit of the first word stands for."""
     rank = (14 - bit) & 31  # runs of 8 inputs, even ones first
     run = (rank & 15) >> 2
     return run * run_step(BESIDE) + ((((rank & 3) ^ 3) << 1) | (rank >> 4))
@@ -118,6 +118,6 @@ def load_coefficients(
     for _ in tl.static_range(TILES):
         for group in tl.static_range(GROUPS):
             for p in tl.static_range(PLANES + 1):
-                c = c + (tl.load(ptr + group * group_pairs(PLANES) + p, live, 0),)
+                c = c + (tl.load(ptr + (group * group_pairs(PLANES) + p), live, 0),)
         ptr += stride
     return c
