@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bpdq_kernels import layout, reference
+from bpdq_kernels import layout, reference, triton_layout
 
 sizes = st.fixed_dictionaries(
     {"k": st.integers(1, 4), "n": st.integers(1, 7), "in_features": st.integers(1, 150), "seed": st.integers(0, 2**32)}
@@ -116,3 +116,41 @@ def test_cpu_tiles_hold_words_and_coefficients_as_drawn(k: int, group: int, word
     B_rows, c_rows = layout.rows_of_cpu_tiles(planes, coefficients, group, rows)
     assert torch.equal(B_rows, B[..., rows])
     assert torch.equal(c_rows, c[..., rows])
+
+
+@pytest.mark.parametrize("planes", [1, 2, 3, 4])
+def test_triton_counts_words_and_coefficients_as_the_tiles_have_them(planes: int):
+    shapes = layout.plane_shape(256, 64, planes), layout.coefficient_shape(256, 64, planes, 64)
+    tiles = layout.to_tiles(torch.zeros(shapes[0], dtype=torch.int32), torch.zeros(shapes[1]), 64, torch.float16)
+    _, unit, several, lane, plane, _ = tiles.planes.stride()
+    assert triton_layout.unit_words(planes) == unit
+    assert triton_layout.lane_words(planes) == lane
+    beside = triton_layout.planes_beside(planes)
+    starts = [p // beside * several + p % beside * plane for p in range(planes)]
+    assert [triton_layout.plane_start(p, planes) for p in range(planes)] == starts
+    pairs = [triton_layout.group_pairs(planes), triton_layout.row_pairs(planes)]
+    assert [2 * count for count in pairs] == list(tiles.coefficients.stride()[1:3])
+
+
+@pytest.mark.parametrize("group", layout.GROUP_SIZES)
+def test_triton_takes_a_bit_for_the_input_that_the_tiles_have_there(group: int):
+    beside = triton_layout.words_beside(group)
+    for number in range(layout.UNIT):
+        bits = torch.zeros(1, 1, layout.UNIT, dtype=torch.int32)
+        bits[0, 0, number] = 1
+        c = torch.ones(layout.coefficient_shape(layout.UNIT, 1, 1, group))
+        q, word = next(
+            (q, w)
+            for q, w in enumerate(
+                layout.to_tiles(layout.pack(bits), c, group, torch.float16).planes[0, 0, 0, :4, 0, 0].tolist()
+            )
+            if w
+        )
+        bit = (word & 0xFFFFFFFF).bit_length() - 1
+        first = triton_layout.input_of_bit.fn(bit, beside)
+        assert triton_layout.input_of_word.fn(first, q, beside) == number
+        run, place = first // (8 * beside), first % 8
+        assert triton_layout.bit_of_input.fn(run, place) == bit
+        turned = 1 << (bit + triton_layout.turn(run)) % 32
+        assert triton_layout.pair_mask(place // 2) & turned
+        assert (turned >= 1 << 16) == place % 2
