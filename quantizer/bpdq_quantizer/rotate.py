@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from bpdq_quantizer.errors import InputError
-from bpdq_quantizer.loader import is_tied, looks_up_rows, table_names
+from bpdq_quantizer.loader import embedding_names, is_tied, looks_up_rows
 from bpdq_quantizer.stream import Streamed
 
 READERS = {  # the norm whose output they read
@@ -156,7 +156,7 @@ def gain_offset(name: str, norm: nn.Module) -> float:
 def check_foldable(source: Streamed, norm_name: str) -> None:
     """Raise InputError unless the model is what the module's docstring describes, and nothing else."""
     lm, prefix, blocks, _ = source
-    embedding, head = table_names(lm)
+    embedding, head = embedding_names(lm)
     linears = [*READERS, *WRITERS]
     required = {f"{name}.weight" for name in [*linears, *READERS.values()]}
     allowed = required | {f"{linear}.bias" for linear in linears} | set(UNMOVED)

@@ -18,7 +18,7 @@ from bpdq_kernels.format import Scheme
 from bpdq_quantizer.blocks import LayerReport
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.hessian import accumulate, symmetrize
-from bpdq_quantizer.loader import is_tied, looks_up_rows, replace, table_names
+from bpdq_quantizer.loader import embedding_names, is_tied, looks_up_rows, replace
 from bpdq_quantizer.solver import Solution, quantize_linear
 from bpdq_quantizer.work import Batches
 
@@ -36,7 +36,7 @@ def table_schemes(
     Tied tables are one: either option means both. Raises InputError where the options contradict each other, the
     embedding does more than look up rows, or a table holds NaN or infinity.
     """
-    embedding, head = table_names(model)
+    embedding, head = embedding_names(model)
     if is_tied(model):
         if None not in (embed_bits, head_bits) and embed_bits != head_bits:
             raise InputError(
@@ -68,7 +68,7 @@ def quantize_tables(
     embedding is the identity, as its rows are looked up and multiply nothing; that of an LM head is the Hessian of
     `states`; that of tied tables is the sum of both, with TIED_SHARE of the identity.
     """
-    embedding, head = table_names(model)
+    embedding, head = embedding_names(model)
     tied = is_tied(model)
     solver["dtype"] = torch.float16 if model.dtype == torch.float16 else torch.bfloat16
     reports = []
