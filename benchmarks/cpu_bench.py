@@ -25,9 +25,11 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from benchmarks.random_planes import random_planes
 from benchmarks.serve_bench import COLORS, machine, versions
 from bpdq_kernels import layout, linear, prepare
 from bpdq_kernels.compiled import instruction_set
+from bpdq_kernels.format import Scheme
 
 LAYERS = {
     "7B qkv": (4608, 3584),
@@ -46,7 +48,7 @@ RANDOM_MODELS = {  # shapes of Qwen2.5
     "0.5B": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14},
     "1.5B": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12},
 }
-TABLE_BITS = 4  # of the LM head, which a small model spends much of its time in
+HEAD_BITS = 4  # of the tied embedding and LM head, which a small model spends much of its time in
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 Row = dict[str, Any]
@@ -126,8 +128,8 @@ def copy_bandwidth() -> float:
 
 def measure_layer(name: str, n: int, k_in: int, args: argparse.Namespace) -> list[Row]:
     """Milliseconds of one layer for every number of tokens: BPDQ and torch on bf16 x, torch on fp32 x."""
-    B, c = random_planes(n, k_in, args.bits, args.group_size)
-    packed = prepare(B, c, args.group_size, k_in)
+    B, c = random_planes(n, k_in, Scheme(args.bits, args.group_size), torch.default_generator)
+    prepared = prepare(B, c, args.group_size, k_in)
     half = torch.randn(n, k_in, dtype=torch.bfloat16)
     full = half.float()
     rows = []
@@ -135,7 +137,7 @@ def measure_layer(name: str, n: int, k_in: int, args: argparse.Namespace) -> lis
         x = torch.randn(tokens, k_in)
         x_half = x.bfloat16()
         candidates: dict[str, Callable[[], Tensor]] = {
-            "bpdq": lambda x=x_half: linear(x, packed),
+            "bpdq": lambda x=x_half: linear(x, prepared),
             "bf16": lambda x=x_half: torch.nn.functional.linear(x, half),
             "fp32": lambda x=x: torch.nn.functional.linear(x, full),
         }
@@ -149,22 +151,15 @@ def measure_layer(name: str, n: int, k_in: int, args: argparse.Namespace) -> lis
         row = {"layer": name, "n": n, "k": k_in, "tokens": tokens, "rounds": len(times["bpdq"])}
         row |= {f"{candidate}_ms": statistics.median(values) * 1e3 for candidate, values in times.items()}
         row |= {f"{candidate}_min_ms": min(values) * 1e3 for candidate, values in times.items()}
-        row["packed_gb_s"] = (packed.planes.nbytes + packed.coefficients.nbytes) / row["bpdq_ms"] / 1e6
+        row["packed_gb_s"] = (prepared.planes.nbytes + prepared.coefficients.nbytes) / row["bpdq_ms"] / 1e6
         rows.append(row)
         print(f"{name}, {tokens} tokens: {row['bpdq_ms']:.2f} ms, bf16 {row['bf16_ms']:.2f} ms", file=sys.stderr)
     return rows
 
 
-def random_planes(n: int, k_in: int, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
-    """B and bf16 c of a layer with weights of about 0.02, as a trained model's."""
-    B = torch.randint(-(2**31), 2**31, layout.plane_shape(k_in, n, bits), dtype=torch.int32)
-    c = torch.randn(layout.coefficient_shape(k_in, n, bits, group_size)) * 0.02
-    return B, c.bfloat16()
-
-
 def write_random_models(size: str, folder: Path, bits: int, group_size: int) -> list[str]:
     """Folders of a random model of Qwen2.5's shape `size`, without a tokenizer: in 16 bits, with its blocks in planes,
-    and with the tied embedding and LM head in TABLE_BITS planes too."""
+    and with the tied embedding and LM head in HEAD_BITS planes too."""
     from safetensors.torch import load_file
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -182,10 +177,10 @@ def write_random_models(size: str, folder: Path, bits: int, group_size: int) -> 
     settings = json.loads((plain / "config.json").read_text())
     quantization = {"quant_method": "bpdq", "checkpoint_format": "bpdq", "format_version": 1, "bits": bits}
     quantization |= {"group_size": group_size, "ignore": ["lm_head"], "meta": {"bpdq": {"msbits": bits}}}
-    pack(tensors, LINEARS, bits, group_size)
+    pack(tensors, LINEARS, Scheme(bits, group_size))
     blocks = write_model(folder / f"random-{size}-bpdq", tensors, settings | {"quantization_config": quantization})
-    pack(tensors, ("embed_tokens",), TABLE_BITS, group_size)
-    scheme = {"bits": TABLE_BITS, "group_size": group_size}
+    pack(tensors, ("embed_tokens",), Scheme(HEAD_BITS, group_size))
+    scheme = {"bits": HEAD_BITS, "group_size": group_size}
     quantization |= {"ignore": [], "layers": {"model.embed_tokens": scheme, "lm_head": scheme}}
     everything = write_model(
         folder / f"random-{size}-bpdq-head", tensors, settings | {"quantization_config": quantization}
@@ -193,11 +188,13 @@ def write_random_models(size: str, folder: Path, bits: int, group_size: int) -> 
     return [str(plain), blocks, everything]
 
 
-def pack(tensors: dict[str, Tensor], layers: tuple[str, ...], bits: int, group_size: int) -> None:
+def pack(tensors: dict[str, Tensor], layers: tuple[str, ...], scheme: Scheme) -> None:
     """Put random planes in place of the weights of all `layers`."""
     for name in [name for name in tensors if name.removesuffix(".weight").endswith(layers)]:
         layer = name.removesuffix(".weight")
-        tensors[f"{layer}.B"], tensors[f"{layer}.c"] = random_planes(*tensors.pop(name).shape, bits, group_size)
+        tensors[f"{layer}.B"], tensors[f"{layer}.c"] = random_planes(
+            *tensors.pop(name).shape, scheme, torch.default_generator
+        )
 
 
 def write_model(folder: Path, tensors: dict[str, Tensor], settings: dict[str, Any]) -> str:

@@ -23,7 +23,8 @@ from transformers import PreTrainedModel, StaticCache
 
 from benchmarks.gpu_part import Parser, Row, finish, new_report, save
 from benchmarks.kernel_bench import markdown
-from benchmarks.random_models import CONFIGS, generator, materialize, random_planes, write_config
+from benchmarks.random_models import CONFIGS, generator, materialize, write_config
+from benchmarks.random_planes import random_planes
 from bpdq_kernels import dequantize, linear, prepare
 from bpdq_kernels.format import Scheme
 from bpdq_quantizer.fit import kv_bytes, plan
@@ -46,11 +47,11 @@ class TiledLinear(nn.Module):
 
     def __init__(self, B: Tensor, c: Tensor, in_features: int, bias: nn.Parameter | None) -> None:
         super().__init__()
-        self.packed = prepare(B, c, SCHEME.group_size, in_features, torch.bfloat16, B.device)
+        self.prepared = prepare(B, c, SCHEME.group_size, in_features, torch.bfloat16, B.device)
         self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.packed, self.bias)
+        return linear(x, self.prepared, self.bias)
 
 
 class Decoder:
@@ -128,8 +129,8 @@ def allocated(model: PreTrainedModel, device: str, before: int) -> int:
     """Bytes of device memory since `before`; on a CPU those of the model's tensors."""
     if device == "cuda":
         return requested_bytes() - before
-    packed = [t for m in model.modules() if isinstance(m, TiledLinear) for t in m.packed if isinstance(t, Tensor)]
-    return sum(t.nbytes for t in [*model.parameters(), *model.buffers(), *packed])
+    prepared = [t for m in model.modules() if isinstance(m, TiledLinear) for t in m.prepared if isinstance(t, Tensor)]
+    return sum(t.nbytes for t in [*model.parameters(), *model.buffers(), *prepared])
 
 
 def relative_error(y: Tensor, expected: Tensor) -> float:

@@ -11,10 +11,11 @@ import sys
 import torch
 
 from benchmarks.gpu_part import Parser, finish, new_report, save
+from benchmarks.random_planes import random_planes
 from bpdq_kernels import embedding, linear, prepare, stored_linear
-from bpdq_kernels.layout import coefficient_shape, plane_shape
+from bpdq_kernels.dispatch import DENSE_TOKENS, DENSE_TOKENS_ELSEWHERE
+from bpdq_kernels.format import Scheme
 from bpdq_kernels.tiled_linear import machine
-from bpdq_kernels.tuning import DENSE_TOKENS, DENSE_TOKENS_ELSEWHERE
 
 TOOLS = ("memcheck", "racecheck")
 SECONDS = 25  # of a tool
@@ -24,14 +25,13 @@ def run_cases() -> None:
     """Each kernel once, on sizes that leave ragged ends, each result in memory of its own."""
     N, K, group = 200, 328, 64
     arch = machine(torch.device("cuda"))[1]
-    B = torch.randint(-(2**31), 2**31, plane_shape(K, N, 2), dtype=torch.int32, device="cuda")
-    c = torch.randn(coefficient_shape(K, N, 2, group), device="cuda").bfloat16()
+    B, c = random_planes(N, K, Scheme(2, group), torch.Generator("cuda"))
     bias = torch.randn(N, device="cuda").bfloat16()
-    packed = prepare(B, c, group, K, torch.bfloat16, "cuda")
+    prepared = prepare(B, c, group, K, torch.bfloat16, "cuda")
     for tokens in (1, 3, 16, 20, 64, 70, DENSE_TOKENS.get(arch, DENSE_TOKENS_ELSEWHERE)):
-        linear(torch.randn(tokens, K, device="cuda").bfloat16(), packed, bias)
+        linear(torch.randn(tokens, K, device="cuda").bfloat16(), prepared, bias)
     stored_linear(torch.randn(3, K, device="cuda").bfloat16(), B, c, group, bias)
-    embedding(torch.tensor([0, N - 1, 7], device="cuda"), packed, torch.bfloat16)
+    embedding(torch.tensor([0, N - 1, 7], device="cuda"), prepared, torch.bfloat16)
     torch.cuda.synchronize()
 
 

@@ -27,9 +27,9 @@ import triton
 from benchmarks import kernel_static, kernel_timing
 from benchmarks.sass import MACHINES, Machine
 from benchmarks.shapes import MODELS, Layer
+from bpdq_kernels.dispatch import Dense
 from bpdq_kernels.layout import GROUP_SIZES, MAX_PLANES
 from bpdq_kernels.tiled_linear import machine
-from bpdq_kernels.tuning import Dense
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -13,8 +13,9 @@ from triton.compiler import ASTSource
 from benchmarks.sass import MACHINES, Code, Machine, clocks, ctas_per_sm, read_cubin
 from benchmarks.shapes import MODELS, Layer
 from bpdq_kernels import triton_gemm, triton_gemv
-from bpdq_kernels.layout import GROUP_SIZES, MAX_PLANES, TILE_INPUTS, TILE_ROWS
-from bpdq_kernels.tuning import Config, Dense, balance, cdiv, linear_config
+from bpdq_kernels.dispatch import Config, Dense, balance, linear_config
+from bpdq_kernels.format import Scheme
+from bpdq_kernels.layout import GROUP_SIZES, MAX_PLANES, TILE_ROWS, UNIT, cdiv, groups_in_unit
 
 SWEEP_TOKENS = (1, 8, 16, 64)
 MIN_IN_FLIGHT = 7000  # bytes per SM that cover DRAM latency on an RTX 3090: 936 GB/s x 0.6 us / 82
@@ -54,18 +55,18 @@ class Variant(NamedTuple):
     @property
     def weights_per_trip(self) -> int:
         """Weights that a block consumes in one trip of the main loop: a unit of each of its tiles per warp."""
-        return self.config.warps * self.config.tiles * TILE_ROWS * TILE_INPUTS
+        return self.config.warps * self.config.tiles * TILE_ROWS * UNIT
 
     @property
     def bits(self) -> float:
         """Stored bits per weight."""
-        return self.planes + 16 * (self.planes + 1) / self.group
+        return Scheme(self.planes, self.group).bits_per_weight
 
     @property
     def bytes_ahead(self) -> int:
         """Bytes of planes and coefficients that a warp has requested and not yet received, at most."""
-        groups = max(1, TILE_INPUTS // self.group)
-        per_tile = TILE_ROWS * (TILE_INPUTS // 8 * self.planes + 2 * (self.planes + 1) * groups)
+        groups = groups_in_unit(self.group)
+        per_tile = TILE_ROWS * (UNIT // 8 * self.planes + 2 * (self.planes + 1) * groups)
         return self.config.tiles * per_tile
 
 
@@ -188,14 +189,6 @@ def kernel_row(kernel: Kernel, machine: Machine) -> dict[str, Any]:
     }
 
 
-def packed_bytes(layer: Layer, planes: int, group: int) -> int:
-    """Planes, coefficients and scales as `bpdq_kernels.layout.Tiles` holds them."""
-    units = cdiv(layer.in_features, TILE_INPUTS)
-    tiles = cdiv(layer.out_features, 4 * TILE_ROWS) * 4
-    per_tile = units * (TILE_INPUTS // 8 * planes) + cdiv(units * TILE_INPUTS, group) * 2 * (planes + 1)
-    return tiles * TILE_ROWS * per_tile + 4 * layer.out_features
-
-
 def layer_row(layer: Layer, tokens: int, planes: int, group: int, machine: Machine, dtype: str) -> dict[str, Any]:
     """How a layer's kernel fills the machine, and its predicted time: the larger of DRAM's and the busiest pipe's.
 
@@ -206,11 +199,11 @@ def layer_row(layer: Layer, tokens: int, planes: int, group: int, machine: Machi
     kernel = compile_kernel(variant, machine.arch)
     token_blocks = cdiv(tokens, variant.tokens)
     ctas = token_blocks * cdiv(layer.out_features, variant.outputs)
-    trips = cdiv(cdiv(layer.in_features, TILE_INPUTS), variant.split)
+    trips = cdiv(cdiv(layer.in_features, UNIT), variant.split)
     trip, once = (clocks(part, machine.rates) for part in (kernel.code.trip, kernel.code.once))
     busy = {p: cdiv(ctas, sms) * variant.config.warps * (trips * trip[p] + once[p]) for p in machine.rates}
     pipe = max(busy, key=lambda p: busy[p])
-    size = packed_bytes(layer, planes, group)
+    size = Scheme(planes, group).tiled_bytes(layer.out_features, layer.in_features)
     dram_us, pipe_us = size / machine.gbps / 1e3, busy[pipe] / machine.ghz / 1e3
     in_flight = min(kernel.ctas, ctas / sms) * variant.config.warps * variant.bytes_ahead
     idle = 1 - balance(ctas, sms)

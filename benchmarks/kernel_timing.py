@@ -10,10 +10,12 @@ from torch import Tensor
 
 from benchmarks.cuda_core import cuda_core_linear
 from benchmarks.kernel_static import Variant, config_for
+from benchmarks.random_planes import random_planes
 from benchmarks.shapes import MODELS, Layer
-from bpdq_kernels import Packed, dequantize, linear, prepare, tiled_linear
-from bpdq_kernels.layout import coefficient_shape, plane_shape
-from bpdq_kernels.tuning import cdiv, gemm_config
+from bpdq_kernels import Prepared, dequantize, linear, prepare, tiled_linear
+from bpdq_kernels.dispatch import gemm_config
+from bpdq_kernels.format import Scheme
+from bpdq_kernels.layout import cdiv
 from bpdq_kernels.warm import warm_up
 
 Call = Callable[[], object]
@@ -76,13 +78,13 @@ def copies(size: int, l2_bytes: int) -> int:
     return max(2, 1 + cdiv(L2_SIZES * l2_bytes, size))
 
 
-def size_of(packed: Packed) -> int:
+def size_of(prepared: Prepared) -> int:
     """Bytes of the planes, coefficients and scales."""
-    return sum(field.nbytes for field in packed if isinstance(field, Tensor))
+    return sum(field.nbytes for field in prepared if isinstance(field, Tensor))
 
 
-def clone(packed: Packed) -> Packed:
-    return Packed(*(field.clone() if isinstance(field, Tensor) else field for field in packed))
+def clone(prepared: Prepared) -> Prepared:
+    return Prepared(*(field.clone() if isinstance(field, Tensor) else field for field in prepared))
 
 
 def copy_bandwidth(device: str, timer: Timer, size: int = COPY_BYTES) -> float:
@@ -95,15 +97,6 @@ def matmul_rate(dtype: torch.dtype, device: str, timer: Timer, size: int = MATMU
     """FLOP/s of a product of two square matrices."""
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     return 2 * size**3 / timer({"matmul": [partial(torch.matmul, a, b)]})["matmul"]
-
-
-def random_layer(layer: Layer, settings: Settings) -> tuple[Tensor, Tensor]:
-    """B and c of a layer with random planes and coefficients."""
-    n, k = layer.out_features, layer.in_features
-    shape = plane_shape(k, n, settings.bits)
-    B = torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, device=settings.device)
-    shape = coefficient_shape(k, n, settings.bits, settings.group_size)
-    return B, torch.randn(shape, device=settings.device).mul_(0.02).to(settings.dtype)
 
 
 def check_outputs(y: Tensor, x: Tensor, B: Tensor, c: Tensor, settings: Settings, name: str) -> None:
@@ -120,11 +113,12 @@ def check_outputs(y: Tensor, x: Tensor, B: Tensor, c: Tensor, settings: Settings
 def time_layer(model: str, layer: Layer, settings: Settings, timer: Timer) -> Iterator[dict[str, Any]]:
     """Time a layer for every number of tokens; raises WrongResultError."""
     n, k, device = layer.out_features, layer.in_features, settings.device
-    B, c = random_layer(layer, settings)
-    packed = prepare(B, c, settings.group_size, k, settings.dtype, device)
-    size = size_of(packed)
-    warm_up(packed)
-    clones = [clone(packed) for _ in range(copies(size, settings.l2_bytes))]
+    B, c = random_planes(n, k, Scheme(settings.bits, settings.group_size), torch.Generator(device))
+    c = c.to(settings.dtype)
+    prepared = prepare(B, c, settings.group_size, k, settings.dtype, device)
+    size = size_of(prepared)
+    warm_up(prepared)
+    clones = [clone(prepared) for _ in range(copies(size, settings.l2_bytes))]
     dense = [
         torch.randn(n, k, dtype=settings.dtype, device=device) for _ in range(copies(2 * n * k, settings.l2_bytes))
     ]
@@ -133,7 +127,7 @@ def time_layer(model: str, layer: Layer, settings: Settings, timer: Timer) -> It
         planes, group = settings.bits, settings.group_size
         config = config_for(tokens, layer, planes, group, settings.multiprocessors, settings.arch)
         variant = Variant(planes, group, config)
-        check_outputs(linear(x, packed), x, B, c, settings, f"{model} {layer.name}, {tokens} tokens, {variant.name}")
+        check_outputs(linear(x, prepared), x, B, c, settings, f"{model} {layer.name}, {tokens} tokens, {variant.name}")
         contenders: dict[str, list[Call]] = {
             "bpdq": [partial(linear, x, weight) for weight in clones],
             "matmul": [partial(torch.matmul, x, weight.T) for weight in dense],
@@ -157,7 +151,7 @@ def time_layer(model: str, layer: Layer, settings: Settings, timer: Timer) -> It
 
 
 def one_token_alternatives(
-    x: Tensor, clones: Sequence[Packed], B: Tensor, c: Tensor, settings: Settings
+    x: Tensor, clones: Sequence[Prepared], B: Tensor, c: Tensor, settings: Settings
 ) -> dict[str, list[Call]]:
     """What else could multiply one token: the GEMM of 8 tokens, and FFMA instead of tensor cores."""
     y = x.new_empty(1, B.shape[2])

@@ -6,16 +6,14 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from bpdq_kernels.format import Scheme
-from bpdq_kernels.layout import coefficient_shape, plane_shape
+from benchmarks.random_planes import STD
 from bpdq_quantizer.model.calibration import python_topics
 from bpdq_quantizer.model.opening import plain_skeleton
 
 VOCABULARY = 2048  # of `tokenizer`
-STD = 0.02  # of weights and coefficients
 
 
 def _qwen2(hidden: int, intermediate: int, blocks: int, heads: int, kv_heads: int, vocabulary: int) -> dict[str, Any]:
@@ -57,16 +55,6 @@ def write_config(folder: Path, name: str, **changes: Any) -> Path:
 
 def generator(device: torch.device | str, seed: int) -> torch.Generator:
     return torch.Generator(device).manual_seed(seed)
-
-
-def random_planes(
-    out_features: int, in_features: int, scheme: Scheme, random: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """B and bf16 c of a layer, on the generator's device."""
-    shape = plane_shape(in_features, out_features, scheme.bits)
-    B = torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, device=random.device, generator=random)
-    shape = coefficient_shape(in_features, out_features, scheme.bits, scheme.group_size)
-    return B, (STD * torch.randn(shape, device=random.device, generator=random)).bfloat16()
 
 
 @torch.no_grad()

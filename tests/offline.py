@@ -10,12 +10,12 @@ from triton.compiler import ASTSource, CompiledKernel
 
 from benchmarks.sass import read_cubin
 from bpdq_kernels import triton_gemm, triton_gemv, triton_linear
+from bpdq_kernels.dispatch import MAX_COEFFICIENTS, Dense, Gemm, Gemv
+from bpdq_kernels.layout import groups_in_unit
 from bpdq_kernels.triton_dequantize import UNITS, dequantize_kernel
 from bpdq_kernels.triton_dequantize import options as dequantize_options
 from bpdq_kernels.triton_embedding import embedding_kernel
 from bpdq_kernels.triton_linear import Tile, linear_kernel
-from bpdq_kernels.tuning import MAX_COEFFICIENTS, Dense, Gemm, Gemv
-from bpdq_quantizer.algorithm import triton_solver
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 POINTERS = {FP32: "*fp32", FP16: "*fp16", BF16: "*bf16"}
@@ -53,7 +53,7 @@ def fits(config: Gemv | Gemm, planes: int, group: int) -> bool:
     """Whether the dispatch may pick this configuration for such a layer: not if its coefficients fill the registers."""
     if isinstance(config, Gemm):
         return planes <= 2 or config.warps < 16 or config.tiles == 1
-    coefficients = config.tiles * max(1, 128 // group) * (planes + 1)
+    coefficients = config.tiles * groups_in_unit(group) * (planes + 1)
     if config.warps == 8:
         return coefficients < MAX_COEFFICIENTS
     return config.tiles == 1 or coefficients <= MAX_COEFFICIENTS
@@ -134,17 +134,6 @@ def compile_dequantize(arch: int, layer: Layer) -> CompiledKernel:
     types |= {"first_tile": "i32", "N": "i32", "K": "i32"}
     constants = {"PLANES": layer.planes, "GROUP": layer.group, "UNITS": UNITS}
     return compile_kernel(dequantize_kernel, types, constants, divisible, arch, dequantize_options())
-
-
-def compile_solver(kernel: triton.JITFunction, arch: int, bits: int, inputs: int) -> CompiledKernel:
-    """One of `triton_solver`'s kernels as it would be launched for groups of these inputs, with bf16 coefficients."""
-    types = {name: "*u8" if name == "codes_ptr" else "*fp32" for name in kernel.arg_names if name.endswith("_ptr")}
-    divisible = set(types)
-    sizes = ("g", "N", "stride", "row", "column", "iterations", "starts", "count")
-    types |= dict.fromkeys(sizes, "i32") | {"alpha": "fp32"}
-    constants = {"BITS": bits, "DTYPE": triton_solver.DTYPES[BF16], **triton_solver.tile(bits, inputs)}
-    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    return compile_kernel(kernel, types, constants, divisible, arch, triton_solver.options())
 
 
 def flaws(arch: int, kernel: Gemv | Gemm | Dense | Tile | None, layer: Layer) -> list[str]:

@@ -1,6 +1,18 @@
-"""What a product of activations and bit-planes may differ by."""
+"""Layers of random bit-planes, and what a product of activations with one may differ by."""
 
 import torch
+
+from bpdq_kernels import layout
+
+
+def random_layer(
+    k: int, group: int, n: int, in_features: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """B of any bit pattern, past K too, and random coefficients."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = layout.plane_shape(in_features, n, k)
+    B = torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, generator=generator)
+    return B, torch.randn(layout.coefficient_shape(in_features, n, k, group), generator=generator).to(dtype)
 
 
 def assert_product(y: torch.Tensor, x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor | None = None) -> None:

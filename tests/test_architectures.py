@@ -8,8 +8,8 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
+from bpdq_kernels.dispatch import Config, Dense, Gemm, Gemv, linear_config
 from bpdq_kernels.triton_linear import TILES_16BIT, TILES_FP32, Tile
-from bpdq_kernels.tuning import Config, Dense, Gemm, Gemv, linear_config
 from tests.offline import BF16, FP16, FP32, GEMM, GEMV, Layer, fits, flaws, name
 
 ARCHITECTURES = [80, 86, 89, 90, 100, 120]

@@ -15,7 +15,6 @@ from bpdq_kernels.compiled import compile_library, instruction_set
 
 pytestmark = pytest.mark.skipif(cpu.library() is None, reason="no C++ compiler")
 
-SOURCE = Path(cpu.__file__).with_name("cpu_linear.cpp")
 PROGRAM = """
 import torch
 from bpdq_kernels import linear, prepare
@@ -56,9 +55,18 @@ def test_without_a_compiler_one_line_says_so_and_the_results_are_right(tmp_path,
 
 def compiled() -> Path:
     """Where the library is, or was while it could be loaded."""
-    with compile_library(SOURCE, instruction_set()) as path:
+    with compile_library(cpu.SOURCE, instruction_set(), cpu.MACROS) as path:
         assert path.stat().st_size > 10_000
     return path
+
+
+@pytest.mark.parametrize("wrong", ["-DBPDQ_WORD=64", "-DBPDQ_TILE=20"])
+def test_sizes_of_a_layout_that_the_kernel_does_not_walk_do_not_compile(tmp_path, monkeypatch, wrong):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    macros = [wrong if macro.startswith(wrong.partition("=")[0]) else macro for macro in cpu.MACROS]
+    with pytest.raises(subprocess.CalledProcessError) as raised, compile_library(cpu.SOURCE, "portable", macros):
+        pass
+    assert "static assertion failed" in raised.value.stderr
 
 
 def logged(caplog) -> str:

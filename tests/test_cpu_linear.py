@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from bpdq_kernels import cpu, dequantize, layout, linear, prepare
 from bpdq_kernels.compiled import FLAGS, instruction_set
-from products import assert_product
+from products import assert_product, random_layer
 
 ISAS = list(FLAGS)[list(FLAGS).index(instruction_set()) :]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -30,13 +30,6 @@ def using(isa: str, kernel: str):
     """Multiply on the instruction set `isa` with `kernel`."""
     with mock.patch.multiple(cpu, library=lambda: opened(isa), is_few=lambda tokens, pairs: kernel == "lookup"):
         yield
-
-
-def random_layer(k: int, group: int, n: int, in_features: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0):
-    """B of any bit pattern, past K too, and random coefficients."""
-    generator = torch.Generator().manual_seed(seed)
-    B = torch.randint(-(2**31), 2**31, layout.plane_shape(in_features, n, k), dtype=torch.int32, generator=generator)
-    return B, torch.randn(layout.coefficient_shape(in_features, n, k, group), generator=generator).to(dtype)
 
 
 def strided(x: torch.Tensor, how: str) -> torch.Tensor:
@@ -116,11 +109,11 @@ def test_infinite_and_nan_activations_stay_in_their_token():
 @pytest.mark.parametrize("group", layout.GROUP_SIZES)
 def test_packed_layers_are_the_size_of_stored_ones(n, in_features, group):
     B, c = random_layer(2, group, n, in_features, torch.float16)
-    packed = prepare(B, c, group, in_features)
+    prepared = prepare(B, c, group, in_features)
     rows = -(-n // 32) * 32 / n  # outputs come in tiles of 32
-    assert packed.planes.nbytes == B.nbytes * rows
-    assert packed.coefficients.nbytes == c.nbytes * rows
-    assert packed.coefficients.dtype == c.dtype
+    assert prepared.planes.nbytes == B.nbytes * rows
+    assert prepared.coefficients.nbytes == c.nbytes * rows
+    assert prepared.coefficients.dtype == c.dtype
 
 
 @pytest.mark.parametrize(("k", "group", "n", "in_features"), [(1, 32, 17, 33), (2, 128, 40, 300), (4, 256, 64, 500)])

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from bpdq_kernels import format, patterns
+from bpdq_kernels import format, layout, patterns
 from bpdq_kernels.format import Scheme
 
 OURS = {
@@ -62,6 +62,16 @@ def test_checkpoints_of_other_methods_are_not_claimed(config: dict[str, Any]):
     assert not format.claims(config)
     with pytest.raises(ValueError, match="quantization_config is not BPDQ: quant_method"):
         format.parse(config)
+
+
+@pytest.mark.parametrize(
+    ("planes", "group", "n", "k"), [(2, 128, 4608, 3584), (3, 256, 96, 29568 // 8), (1, 32, 65, 256), (4, 64, 1, 1)]
+)
+def test_tiled_bytes_are_those_of_the_tiles(planes, group, n, k):
+    B = torch.empty(layout.plane_shape(k, n, planes), dtype=torch.int32, device="meta")
+    c = torch.empty(layout.coefficient_shape(k, n, planes, group), device="meta")
+    tiles = layout.to_tiles(B, c, group, torch.float16)
+    assert Scheme(planes, group).tiled_bytes(n, k) == sum(t.nbytes for t in tiles)
 
 
 def test_bits_per_weight_count_the_coefficients():

@@ -10,8 +10,7 @@ import torch
 from benchmarks import kernel_bench, kernel_static, kernel_timing, sass
 from benchmarks.kernel_static import Variant, compile_kernel
 from benchmarks.shapes import MODELS, Layer, Model
-from bpdq_kernels.layout import to_tiles
-from bpdq_kernels.tuning import Gemm, Gemv
+from bpdq_kernels.dispatch import Gemm, Gemv
 
 RTX_3090 = sass.MACHINES["sm_86"]
 LISTING = """
@@ -102,15 +101,6 @@ def test_occupancy_is_what_registers_shared_memory_and_limits_allow(registers, s
 @pytest.mark.parametrize("machine", sass.MACHINES.values(), ids=lambda machine: machine.arch)
 def test_a_machines_rates_name_the_same_pipes(machine):
     assert machine.rates.keys() == RTX_3090.rates.keys()
-
-
-@pytest.mark.parametrize(
-    ("planes", "group", "n", "k"), [(2, 128, 4608, 3584), (3, 256, 96, 29568 // 8), (1, 32, 65, 256)]
-)
-def test_packed_bytes_are_those_of_the_tiles(planes, group, n, k):
-    B = torch.zeros(-(-k // 32), planes, n, dtype=torch.int32)
-    tiles = to_tiles(B, torch.zeros(-(-k // group), planes + 1, n), group, torch.float16)
-    assert kernel_static.packed_bytes(Layer("x", n, k), planes, group) == sum(t.nbytes for t in tiles)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -291,7 +281,7 @@ def test_every_layer_and_batch_is_timed_against_matmul_with_weights_too_many_for
 
 
 def test_time_of_a_kernel_with_wrong_outputs_is_refused(monkeypatch):
-    monkeypatch.setattr(kernel_timing, "linear", lambda x, packed: torch.zeros(len(x), packed.out_features))
+    monkeypatch.setattr(kernel_timing, "linear", lambda x, prepared: torch.zeros(len(x), prepared.out_features))
     with pytest.raises(kernel_timing.WrongResultError, match=r"tiny o, 1 tokens, gemv-k2-g64-m1-.* off by 1 of"):
         list(kernel_timing.time_layer("tiny", TINY.layers[1], SETTINGS, one_call_each))
 

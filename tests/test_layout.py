@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bpdq_kernels import layout, reference
+from bpdq_kernels import layout, reference, triton_layout
 
 sizes = st.fixed_dictionaries(
     {"k": st.integers(1, 4), "n": st.integers(1, 7), "in_features": st.integers(1, 150), "seed": st.integers(0, 2**32)}
@@ -78,17 +78,79 @@ def test_bits_of_any_integer_dtype_pack_alike(dtype: torch.dtype):
 
 @given(sizes, st.sampled_from([(256, 32), (256, 64), (256, 128), (128, 32), (128, 64), (64, 32), (64, 64)]))
 @settings(deadline=None, max_examples=40)
-def test_refined_coefficients_give_the_same_weights(size: dict[str, int], groups: tuple[int, int]):
+def test_coefficients_of_split_groups_give_the_same_weights(size: dict[str, int], groups: tuple[int, int]):
     group_size, finer = groups
     in_features = size["in_features"]
     B = layout.pack(random_bits(**size))
     shape = layout.coefficient_shape(in_features, size["n"], size["k"], group_size)
     c = torch.randn(shape, generator=torch.Generator().manual_seed(size["seed"]))
-    refined = layout.refine(c, group_size, finer)
+    split = layout.split_groups(c, group_size, finer)
     weights = reference.dequantize(B, c, group_size, in_features)
-    assert torch.equal(reference.dequantize(B, refined, finer, in_features), weights)
+    assert torch.equal(reference.dequantize(B, split, finer, in_features), weights)
 
 
-def test_refining_to_a_size_that_does_not_divide_is_refused():
-    with pytest.raises(ValueError, match="group size 64 can't be refined to 48"):
-        layout.refine(torch.zeros(1, 3, 4), 64, 48)
+def test_splitting_into_a_size_that_does_not_divide_is_refused():
+    with pytest.raises(ValueError, match="group size 64 can't be split into 48s"):
+        layout.split_groups(torch.zeros(1, 3, 4), 64, 48)
+
+
+@pytest.mark.parametrize(
+    ("k", "group", "words", "n"), [(1, 32, 3, 64), (3, 64, 5, 32), (2, 128, 6, 96), (4, 256, 9, 64)]
+)
+def test_cpu_tiles_hold_words_and_coefficients_as_drawn(k: int, group: int, words: int, n: int):
+    """The last group is short."""
+    B = torch.arange(words * k * n, dtype=torch.int32).view(words, k, n)
+    groups = -(-32 * words // group)
+    c = torch.arange(groups * (k + 1) * n, dtype=torch.float32).view(groups, k + 1, n)
+    planes = torch.empty_like(B)
+    coefficients = layout.to_cpu_tiles(B, c, group, planes)
+    expected_planes, expected_coefficients = [], []
+    for g in range(groups):
+        for tile in range(0, n, 32):
+            for word in range(g * group // 32, min((g + 1) * group // 32, words)):
+                expected_planes += [B[word, p, tile : tile + 32] for p in range(k)]
+            expected_coefficients += [c[g, p, tile : tile + 32] for p in range(k + 1)]
+    assert torch.equal(planes.flatten(), torch.cat(expected_planes))
+    assert torch.equal(coefficients.flatten(), torch.cat(expected_coefficients))
+    rows = torch.tensor([n - 1, 0, 33 % n])
+    B_rows, c_rows = layout.rows_of_cpu_tiles(planes, coefficients, group, rows)
+    assert torch.equal(B_rows, B[..., rows])
+    assert torch.equal(c_rows, c[..., rows])
+
+
+@pytest.mark.parametrize("planes", [1, 2, 3, 4])
+def test_triton_counts_words_and_coefficients_as_the_tiles_have_them(planes: int):
+    shapes = layout.plane_shape(256, 64, planes), layout.coefficient_shape(256, 64, planes, 64)
+    tiles = layout.to_tiles(torch.zeros(shapes[0], dtype=torch.int32), torch.zeros(shapes[1]), 64, torch.float16)
+    _, unit, several, lane, plane, _ = tiles.planes.stride()
+    assert triton_layout.unit_words(planes) == unit
+    assert triton_layout.lane_words(planes) == lane
+    beside = triton_layout.planes_beside(planes)
+    starts = [p // beside * several + p % beside * plane for p in range(planes)]
+    assert [triton_layout.plane_start(p, planes) for p in range(planes)] == starts
+    pairs = [triton_layout.group_pairs(planes), triton_layout.row_pairs(planes)]
+    assert [2 * count for count in pairs] == list(tiles.coefficients.stride()[1:3])
+
+
+@pytest.mark.parametrize("group", layout.GROUP_SIZES)
+def test_triton_takes_a_bit_for_the_input_that_the_tiles_have_there(group: int):
+    beside = triton_layout.words_beside(group)
+    for number in range(layout.UNIT):
+        bits = torch.zeros(1, 1, layout.UNIT, dtype=torch.int32)
+        bits[0, 0, number] = 1
+        c = torch.ones(layout.coefficient_shape(layout.UNIT, 1, 1, group))
+        q, word = next(
+            (q, w)
+            for q, w in enumerate(
+                layout.to_tiles(layout.pack(bits), c, group, torch.float16).planes[0, 0, 0, :4, 0, 0].tolist()
+            )
+            if w
+        )
+        bit = (word & 0xFFFFFFFF).bit_length() - 1
+        first = triton_layout.input_of_bit.fn(bit, beside)
+        assert triton_layout.input_of_word.fn(first, q, beside) == number
+        run, place = first // (8 * beside), first % 8
+        assert triton_layout.bit_of_input.fn(run, place) == bit
+        turned = 1 << (bit + triton_layout.turn(run)) % 32
+        assert triton_layout.pair_mask(place // 2) & turned
+        assert (turned >= 1 << 16) == place % 2

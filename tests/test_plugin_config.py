@@ -16,7 +16,7 @@ from vllm.model_executor.models.utils import WeightsMapper
 from bpdq_kernels.format import KV_CACHE_SCHEME, Scheme
 from vllm_bpdq import register
 from vllm_bpdq.config import BPDQConfig
-from vllm_bpdq.kv_cache import BPDQKVCacheMethod, load_scale
+from vllm_bpdq.kv_scales import BPDQKVCacheMethod, load_scale
 from vllm_bpdq.linear import BPDQLinearMethod
 
 OURS = {"quant_method": "bpdq", "checkpoint_format": "bpdq", "format_version": 1, "bits": 2, "group_size": 128}

@@ -63,8 +63,8 @@ def test_ranks_of_the_lm_head_give_their_part_of_the_logits(rank, tp_size):
 
 def test_a_tables_kernels_are_warmed_up_for_looking_up_and_for_multiplying(rank, monkeypatch):
     warmed = []
-    monkeypatch.setattr(vllm_bpdq.linear, "warm_up", lambda packed, bias: warmed.append(bias))
-    monkeypatch.setattr(vllm_bpdq.embedding, "warm_up_embedding", lambda packed, dtype: warmed.append(dtype))
+    monkeypatch.setattr(vllm_bpdq.linear, "warm_up", lambda prepared, bias: warmed.append(bias))
+    monkeypatch.setattr(vllm_bpdq.embedding, "warm_up_embedding", lambda prepared, dtype: warmed.append(dtype))
     B, c, _ = stored(VOCABULARY, HIDDEN, TABLE.group_size, TABLE.bits)
     quant = tables("model.embed_tokens")
     layer = VocabParallelEmbedding(VOCABULARY, HIDDEN, torch.bfloat16, quant_config=quant, prefix="model.embed_tokens")

@@ -188,14 +188,14 @@ def test_loaded_tensors_stay_parameters_of_the_layer(rank):
 def test_kernels_are_warmed_up_once_with_the_bias_of_the_layer(rank, monkeypatch):
     """On a GPU, a specialization that loading leaves out is compiled while the first request waits."""
     warmed = []
-    monkeypatch.setattr(vllm_bpdq.linear, "warm_up", lambda packed, bias: warmed.append((packed, bias)))
+    monkeypatch.setattr(vllm_bpdq.linear, "warm_up", lambda prepared, bias: warmed.append((prepared, bias)))
     for bias in True, False:
         layer = ColumnParallelLinear(128, 64, bias=bias, quant_config=config(), prefix="m.up_proj")
         load(layer, *stored(64, 128, 64)[:2])
         finish(finish(layer))
-        ((packed, warmed_bias),) = warmed
-        assert packed.planes.data_ptr() == layer.B.data_ptr()
-        assert packed[3:] == layer.quant_method.packed(layer)[3:]
+        ((prepared, warmed_bias),) = warmed
+        assert prepared.planes.data_ptr() == layer.B.data_ptr()
+        assert prepared[3:] == layer.quant_method.prepared(layer)[3:]
         assert warmed_bias is layer.bias
         warmed.clear()
 

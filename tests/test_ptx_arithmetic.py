@@ -1,4 +1,6 @@
-"""The PTX emulator's arithmetic, against oracles written from the PTX ISA, lane by lane in Python numbers."""
+"""The PTX emulator's arithmetic, against oracles written from the PTX ISA, lane by lane in Python numbers.
+
+By default only what one-token kernels live on: integers, bits, and fused pairs of halves. -m slow has all of it."""
 
 from collections.abc import Callable
 from fractions import Fraction
@@ -120,6 +122,7 @@ def test_bit_counts():
     check("bfind.shiftamt.u32 %y0, %x0;", [a], "u4", lambda a: 32 - a.bit_length() if a else U32)
 
 
+@pytest.mark.slow
 def test_every_table_of_lop3():
     inputs = [random_bits(32, 32) for _ in range(3)]
     outputs = 16
@@ -208,6 +211,7 @@ def test_blocks_scope_registers_and_labels():
 # --- floating point ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FORMATS)
 def test_fma_is_rounded_once(kind: str):
     width = 1 + sum(FORMATS[kind])
@@ -230,6 +234,7 @@ def test_fma_is_rounded_once(kind: str):
         check(f"{op} %y0, %x0, %x1, %x2;", [a, b, c], f"u{width // 8}", oracle)
 
 
+@pytest.mark.slow
 def test_fma_decides_ties_by_what_a_double_drops():
     """A product halfway between two numbers plus a c below the last bit of a double; a halfway sum of subnormals."""
 
@@ -282,6 +287,7 @@ def test_packed_fma_handles_both_halves_and_subnormals(kind: str):
     assert (twice == tiny + (tiny & 0x7FFF7FFF)).all()  # twice a subnormal number, even where it becomes normal
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["f16", "f32"])
 @pytest.mark.parametrize("name", ["add", "mul"])
 def test_sums_and_products_keep_subnormals(kind: str, name: str):
@@ -298,6 +304,7 @@ def test_sums_and_products_keep_subnormals(kind: str, name: str):
     check(f"{name}.{kind} %y0, %x0, %x1;", [a, b], f"u{width // 8}", oracle)
 
 
+@pytest.mark.slow
 def test_sums_and_products_toward_zero():
     a, b, c = (finite(random_bits(32, 256) & np.uint32(0xBFFFFFFF), "f32") for _ in range(3))
     c[::2] = a[::2] ^ np.uint32(0x80000007)
@@ -334,6 +341,7 @@ def test_minimum_and_maximum_of_zeros_and_nans():
     assert propagated[5] == one
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("target", "mode"), [("f16", "rn"), ("f16", "rz"), ("bf16", "rn"), ("bf16", "rz")])
 def test_narrowing_conversions(target: str, mode: str):
     a = finite(random_bits(32, 256), "f32")
@@ -353,6 +361,7 @@ def test_narrowing_conversions(target: str, mode: str):
     )
 
 
+@pytest.mark.slow
 def test_widening_conversions_are_exact():
     for kind in ("f16", "bf16"):
         a = finite(random_bits(16, 256), kind)
@@ -360,6 +369,7 @@ def test_widening_conversions_are_exact():
         check(f"{op} %y0, %x0;", [a], "u4", lambda a, kind=kind: rounded(number(a, kind), "f32") | a >> 15 << 31)
 
 
+@pytest.mark.slow
 def test_conversions_to_and_from_integers():
     a = RNG.normal(0, 1, 128).astype("f4") * np.float32(2) ** RNG.integers(-3, 40, 128).astype("f4")
     a[:8] = [0.5, 1.5, 2.5, -0.5, np.nan, np.inf, -np.inf, 3e9]
@@ -399,6 +409,7 @@ def test_conversions_to_and_from_integers():
     assert tf32[:2].tolist() == [0x3F802000, 0x3F800000]
 
 
+@pytest.mark.slow
 def test_approximate_functions():
     a = np.abs(RNG.normal(0, 3, 128)).astype("f4") + np.float32(0.01)
     functions = {"ex2": np.exp2, "lg2": np.log2, "rcp": lambda a: 1 / a, "sqrt": np.sqrt, "tanh": np.tanh}

@@ -1,4 +1,5 @@
-"""The PTX emulator on what Triton compiles for sm_86, against torch."""
+"""The PTX emulator on what Triton compiles for sm_86, against torch: the plain linear kernel, and kernels that test the
+emulator alone, most of them behind -m slow."""
 
 import functools
 from typing import Any
@@ -77,6 +78,7 @@ def softmax_kernel(x, out, n, BLOCK: tl.constexpr):
     tl.store(out + row + i, (values / tl.sum(values, 0)).to(out.dtype.element_ty), mask=i < n)
 
 
+@pytest.mark.slow
 def test_softmax_across_warps():
     x, out = normal(3, 777, dtype=FP16), torch.zeros(3, 777, dtype=FP16)
     report = run(softmax_kernel, (3,), [x, out, 777], (1024,))
@@ -97,6 +99,7 @@ def matmul_kernel(a, b, c, M, N, K, TILE: tl.constexpr, ACC: tl.constexpr):
     tl.store(c + m[:, None] * N + n[None, :], acc.to(c.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "acc", "tolerance"),
     [(FP16, tl.float32, 1e-3), (BF16, tl.float32, 8e-3), (FP16, tl.float16, 1e-2), (torch.float32, tl.float32, 5e-3)],
@@ -113,6 +116,7 @@ def test_pipelined_dot(dtype: torch.dtype, acc: tl.dtype, tolerance: float):
         assert any(executed.startswith(op) for executed in report.instructions), op
 
 
+@pytest.mark.slow
 def test_pipelined_dot_reads_no_async_copy_early_because_it_waits():
     """The detector sees what a kernel does wrong whose waits are removed."""
     M = N = K = 64
@@ -132,6 +136,7 @@ def scatter_add_kernel(x, index, out, n, BLOCK: tl.constexpr):
     tl.atomic_add(out + tl.load(index + i, mask=live, other=0), tl.load(x + i, mask=live, other=0), mask=live)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, FP16, torch.int32], ids=str)
 def test_atomic_add(dtype: torch.dtype):
     x = torch.randint(-8, 9, (300,), generator=torch.Generator().manual_seed(0)).to(dtype)  # exact in any order
@@ -151,6 +156,7 @@ def collatz_kernel(x, out):
     tl.store(out + tl.program_id(0), steps)
 
 
+@pytest.mark.slow
 def test_loop_that_depends_on_data():
     x, out = torch.tensor([1, 2, 27, 7], dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
     run(collatz_kernel, (4,), [x, out], warps=1)

@@ -7,20 +7,9 @@ import pytest
 import torch
 
 import bpdq_kernels
-from bpdq_kernels import layout
-from products import assert_product
+from products import assert_product, random_layer
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-def random_layer(
-    k: int, group: int, n: int, in_features: int, dtype: torch.dtype = torch.bfloat16
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """B of any bit pattern, past K too, and random coefficients."""
-    generator = torch.Generator().manual_seed(0)
-    shape = layout.plane_shape(in_features, n, k)
-    B = torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, generator=generator)
-    return B, torch.randn(layout.coefficient_shape(in_features, n, k, group), generator=generator).to(dtype)
 
 
 def weights_in_plain_python(B: torch.Tensor, c: torch.Tensor, group: int, in_features: int) -> torch.Tensor:
@@ -60,9 +49,9 @@ def test_words_that_the_authors_pad_change_nothing():
     assert padded.shape[0] == 16
     assert torch.equal(bpdq_kernels.dequantize(padded, c, 256, 352), bpdq_kernels.dequantize(B, c, 256, 352))
     x = torch.randn(3, 352)
-    packed = bpdq_kernels.prepare(padded, c, 256, 352)
-    assert packed.planes.shape[:2] == B.shape[:2]
-    assert torch.equal(bpdq_kernels.linear(x, packed), bpdq_kernels.linear(x, bpdq_kernels.prepare(B, c, 256, 352)))
+    prepared = bpdq_kernels.prepare(padded, c, 256, 352)
+    assert prepared.planes.shape[:2] == B.shape[:2]
+    assert torch.equal(bpdq_kernels.linear(x, prepared), bpdq_kernels.linear(x, bpdq_kernels.prepare(B, c, 256, 352)))
 
 
 @pytest.mark.parametrize(
@@ -94,14 +83,14 @@ def test_prepare_refuses_what_no_kernel_takes():
 
 def test_prepare_makes_slices_contiguous_and_keeps_the_stored_coefficients():
     B, c = random_layer(2, 64, 16, 96, torch.float16)
-    packed = bpdq_kernels.prepare(B[:, :, 4:12], c[:, :, 4:12], 64, 96, dtype=torch.bfloat16)
-    assert packed.planes.is_contiguous()
-    assert packed.coefficients.is_contiguous()
-    assert packed.coefficients.dtype == torch.float16
-    assert packed.group_size == 64
+    prepared = bpdq_kernels.prepare(B[:, :, 4:12], c[:, :, 4:12], 64, 96, dtype=torch.bfloat16)
+    assert prepared.planes.is_contiguous()
+    assert prepared.coefficients.is_contiguous()
+    assert prepared.coefficients.dtype == torch.float16
+    assert prepared.group_size == 64
     x = torch.randn(2, 96)
     whole = bpdq_kernels.linear(x, bpdq_kernels.prepare(B, c, 64, 96))
-    torch.testing.assert_close(bpdq_kernels.linear(x, packed), whole[:, 4:12])
+    torch.testing.assert_close(bpdq_kernels.linear(x, prepared), whole[:, 4:12])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -123,24 +112,24 @@ def test_linear_is_that_of_a_layer_holding_the_dequantized_weights(
 
 @pytest.mark.parametrize("shape", [(96,), (0, 96), (1, 96), (2, 3, 4, 96)], ids=str)
 def test_linear_takes_any_leading_dimensions(shape: tuple[int, ...]):
-    packed = bpdq_kernels.prepare(*random_layer(2, 64, 8, 96), 64, 96)
+    prepared = bpdq_kernels.prepare(*random_layer(2, 64, 8, 96), 64, 96)
     x = torch.randn(shape)
-    y = bpdq_kernels.linear(x, packed)
+    y = bpdq_kernels.linear(x, prepared)
     assert y.shape == (*shape[:-1], 8)
-    torch.testing.assert_close(y.reshape(-1, 8), bpdq_kernels.linear(x.reshape(-1, 96), packed))
+    torch.testing.assert_close(y.reshape(-1, 8), bpdq_kernels.linear(x.reshape(-1, 96), prepared))
 
 
 @pytest.mark.parametrize("width", [64, 97, 128])
 def test_activations_of_another_width_are_refused(width: int):
-    packed = bpdq_kernels.prepare(*random_layer(2, 64, 8, 96), 64, 96)
+    prepared = bpdq_kernels.prepare(*random_layer(2, 64, 8, 96), 64, 96)
     with pytest.raises(ValueError, match=f"x has {width} inputs, but the layer was quantized with 96"):
-        bpdq_kernels.linear(torch.randn(2, width), packed)
+        bpdq_kernels.linear(torch.randn(2, width), prepared)
 
 
 def test_inference_outside_no_grad_keeps_no_graph():
-    packed = bpdq_kernels.prepare(*random_layer(2, 64, 8, 96), 64, 96)
+    prepared = bpdq_kernels.prepare(*random_layer(2, 64, 8, 96), 64, 96)
     x = torch.randn(2, 96, requires_grad=True)
-    assert not bpdq_kernels.linear(x, packed).requires_grad
+    assert not bpdq_kernels.linear(x, prepared).requires_grad
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -161,12 +150,12 @@ def test_op_is_registered_as_pytorch_asks(dtype: torch.dtype, bias: bool):
 @pytest.mark.parametrize("shape", [(), (5,), (2, 3), (0,)], ids=str)
 def test_embedding_gives_contiguous_rows_of_the_weight(shape: tuple[int, ...]):
     B, c = random_layer(4, 64, 40, 96)
-    packed = bpdq_kernels.prepare(B, c, 64, 96)
+    prepared = bpdq_kernels.prepare(B, c, 64, 96)
     ids = torch.randint(0, 40, shape)
-    rows = bpdq_kernels.embedding(ids, packed, torch.bfloat16)
+    rows = bpdq_kernels.embedding(ids, prepared, torch.bfloat16)
     assert torch.equal(rows, bpdq_kernels.dequantize(B, c, 64, 96).bfloat16()[ids])
     assert rows.is_contiguous(), "vLLM's all-reduce takes no other"
-    arguments = (ids, packed.planes, packed.coefficients, None, 96, 64, torch.bfloat16)
+    arguments = (ids, prepared.planes, prepared.coefficients, None, 96, 64, torch.bfloat16)
     assert set(torch.library.opcheck(torch.ops.bpdq.embedding.default, arguments).values()) == {"SUCCESS"}
 
 
@@ -177,16 +166,16 @@ def test_compiled_models_keep_the_op_whole_and_serve_every_token_count_from_one_
         graphs.append(graph)
         return graph
 
-    packed = bpdq_kernels.prepare(*random_layer(2, 64, 8, 96), 64, 96)
+    prepared = bpdq_kernels.prepare(*random_layer(2, 64, 8, 96), 64, 96)
     bias = torch.randn(8)
 
     @torch.compile(backend=backend, dynamic=True, fullgraph=True)
     def model(x: torch.Tensor) -> torch.Tensor:
-        return bpdq_kernels.linear(x, packed, bias).relu()
+        return bpdq_kernels.linear(x, prepared, bias).relu()
 
     for tokens in (5, 7, 9, 17, 512):  # none is a size of the layer, which dynamo would take for the same symbol
         x = torch.randn(tokens, 96)
-        torch.testing.assert_close(model(x), bpdq_kernels.linear(x, packed, bias).relu())
+        torch.testing.assert_close(model(x), bpdq_kernels.linear(x, prepared, bias).relu())
     assert len(graphs) == 1, "retraced for another token count"
     calls = [str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function"]
     assert calls.count("bpdq.linear") == 1

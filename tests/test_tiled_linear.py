@@ -12,9 +12,9 @@ import torch
 import bpdq_kernels
 from benchmarks.sass import read_cubin
 from bpdq_kernels import layout, reference, triton_dequantize, triton_embedding
-from bpdq_kernels.layout import to_tiles
+from bpdq_kernels.dispatch import Dense, Gemm, Gemv, balance, gemm_config, linear_config
+from bpdq_kernels.layout import cdiv, to_tiles
 from bpdq_kernels.tiled_linear import aligned, machine, tiled_linear
-from bpdq_kernels.tuning import Dense, Gemm, Gemv, balance, cdiv, gemm_config, linear_config
 from tests.offline import BF16, FP16, GEMM, GEMV, Layer, compile_tiled, fits, name
 from tests.ptx import launch
 
@@ -191,7 +191,7 @@ def interpret_embedding() -> None:
         triton_embedding.launch(ids, to_tiles(p.B, p.c, layer.group, layer.dtype), layer.group, y)
         W = reference.dequantize(p.B, p.c, layer.group, layer.K)
         torch.testing.assert_close(y[:5], W[ids[:5]], rtol=2e-6, atol=1e-6 * W.abs().max().item())
-        assert not y[5:].any(), "rows that the table does not have"
+        assert not y[5:].any(), "rows that the weight does not have"
 
 
 def interpret_dense() -> None:
@@ -273,7 +273,7 @@ def emulate(config: Gemv | Gemm, layer: Layer, tokens: int, bias: bool) -> None:
     compare(layer, p, y)
 
 
-def table() -> Iterator[tuple[Gemv | Gemm, Layer, int, bool]]:
+def combinations() -> Iterator[tuple[Gemv | Gemm, Layer, int, bool]]:
     """Every configuration that the dispatch can pick once; numbers of planes, group sizes and the rest take turns."""
     turns = itertools.cycle(
         [(BF16, 384, 72, True), (FP16, 333, 33, False), (BF16, 136, 100, False), (FP16, 256, 64, True)]
@@ -285,7 +285,7 @@ def table() -> Iterator[tuple[Gemv | Gemm, Layer, int, bool]]:
         yield config, Layer(planes, group, K=K, N=N, dtype=dtype), tokens, bias
 
 
-@pytest.mark.parametrize(("config", "layer", "tokens", "bias"), list(table()), ids=name)
+@pytest.mark.parametrize(("config", "layer", "tokens", "bias"), list(combinations()), ids=name)
 def test_ptx_for_rtx_3090_agrees_with_the_oracle_and_spills_no_register(
     config: Gemv | Gemm, layer: Layer, tokens: int, bias: bool
 ):
@@ -371,13 +371,13 @@ ON_A_GPU = [
 def test_kernels_on_a_gpu_agree_with_the_oracle(layer: Layer):
     """Every kernel with a bias for one of the layers: tokens of a bucket share it, so each compiles once."""
     p = problem(layer, 1024, bias=True, device="cuda")
-    packed = bpdq_kernels.prepare(p.B, p.c, layer.group, layer.K, layer.dtype, "cuda")
+    prepared = bpdq_kernels.prepare(p.B, p.c, layer.group, layer.K, layer.dtype, "cuda")
     _, arch = machine(p.x.device)
     for i, bucket in enumerate([(1,), (2, 8), (9, 16), (17, 32), (64, 65, 512, 1024)]):
         bias = p.bias if (i + layer.planes + layer.N // 8) % 2 else None
         for tokens in bucket:
             some = p._replace(x=p.x[-tokens:], bias=bias)
-            compare(layer, some, bpdq_kernels.linear(some.x, packed, bias), arch)
+            compare(layer, some, bpdq_kernels.linear(some.x, prepared, bias), arch)
 
 
 @pytest.mark.gpu
@@ -385,22 +385,22 @@ def test_kernels_on_a_gpu_agree_with_the_oracle(layer: Layer):
 def test_kernels_replay_from_a_cuda_graph_with_new_inputs(tokens: int):
     layer = Layer(2, 128, 512, 1024, BF16)
     p = problem(layer, tokens, bias=True, device="cuda")
-    packed = bpdq_kernels.prepare(p.B, p.c, layer.group, layer.K, layer.dtype, "cuda")
-    bpdq_kernels.linear(p.x, packed, p.bias)  # compiles outside the capture
+    prepared = bpdq_kernels.prepare(p.B, p.c, layer.group, layer.K, layer.dtype, "cuda")
+    bpdq_kernels.linear(p.x, prepared, p.bias)  # compiles outside the capture
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y = bpdq_kernels.linear(p.x, packed, p.bias)
+        y = bpdq_kernels.linear(p.x, prepared, p.bias)
     p.x.normal_()
     graph.replay()
-    assert torch.equal(y, bpdq_kernels.linear(p.x, packed, p.bias))
+    assert torch.equal(y, bpdq_kernels.linear(p.x, prepared, p.bias))
 
 
 @pytest.mark.gpu
 def test_embedding_on_a_gpu_gives_the_oracles_rows():
     layer = Layer(4, 64, 1000, 1100, BF16)
     p = problem(layer, 1, bias=False, device="cuda")
-    packed = bpdq_kernels.prepare(p.B, p.c, layer.group, layer.K, layer.dtype, "cuda")
+    prepared = bpdq_kernels.prepare(p.B, p.c, layer.group, layer.K, layer.dtype, "cuda")
     ids = torch.randint(0, layer.N, (3, 7), device="cuda")
-    y = torch.ops.bpdq.embedding(ids, *packed[:3], layer.K, layer.group, torch.float32)
+    y = torch.ops.bpdq.embedding(ids, *prepared[:3], layer.K, layer.group, torch.float32)
     W = reference.dequantize(p.B, p.c, layer.group, layer.K)
     torch.testing.assert_close(y, W[ids], rtol=2e-6, atol=1e-6 * W.abs().max().item())

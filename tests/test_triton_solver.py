@@ -11,6 +11,7 @@ import pytest
 import torch
 import triton
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.compiler import CompiledKernel
 
 from benchmarks.sass import read_cubin
 from bpdq_quantizer.algorithm import grid, groups, triton_solver
@@ -19,9 +20,8 @@ from bpdq_quantizer.algorithm.hessian import inverse_factor
 from bpdq_quantizer.algorithm.order import group_aware_order
 from bpdq_quantizer.algorithm.refine import refine
 from bpdq_quantizer.algorithm.solver import one_pass
-from tests.offline import compile_solver
+from tests.offline import BF16, FP16, FP32, compile_kernel
 
-FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 BOTH = (range_start, residual_start)
 ARCHITECTURES = [86, 90]
 KERNELS = ["factor_kernel", "quantize_kernel", "descend_kernel"]
@@ -189,6 +189,17 @@ def test_without_a_compiler_torch_solves_and_one_line_says_so(caplog):
         assert groups.triton_solver.__wrapped__() is None
     (record,) = caplog.records
     assert "Failed to find C compiler" in record.getMessage()
+
+
+def compile_solver(kernel: triton.JITFunction, arch: int, bits: int, inputs: int) -> CompiledKernel:
+    """One of `triton_solver`'s kernels as it would be launched for groups of these inputs, with bf16 coefficients."""
+    types = {name: "*u8" if name == "codes_ptr" else "*fp32" for name in kernel.arg_names if name.endswith("_ptr")}
+    divisible = set(types)
+    sizes = ("g", "N", "stride", "row", "column", "iterations", "starts", "count")
+    types |= dict.fromkeys(sizes, "i32") | {"alpha": "fp32"}
+    constants = {"BITS": bits, "DTYPE": triton_solver.DTYPES[BF16], **triton_solver.tile(bits, inputs)}
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    return compile_kernel(kernel, types, constants, divisible, arch, triton_solver.options())
 
 
 def assert_no_spills(kernel: str, arch: int, bits: int, inputs: int) -> None:

@@ -18,7 +18,7 @@ from vllm.model_executor.model_loader import weight_utils
 
 import vllm_sources
 from vllm_bpdq.config import BPDQConfig
-from vllm_bpdq.kv_cache import MISSING
+from vllm_bpdq.kv_scales import MISSING
 from vllm_bpdq.linear import BPDQLinearMethod, StoredParameter
 
 INSTALLED = Path(vllm.__file__).parent

@@ -86,14 +86,14 @@ def random_layer(layer: Layer) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @functools.cache
-def tiled(layer: Layer) -> bpdq_kernels.Packed:
+def tiled(layer: Layer) -> bpdq_kernels.Prepared:
     """As `prepare` would pack it on a GPU, in CPU memory."""
     tiles = layout.to_tiles(*random_layer(layer), layer.group, layer.dtype)
-    return bpdq_kernels.Packed(*tiles, layer.K, layer.N, layer.group)
+    return bpdq_kernels.Prepared(*tiles, layer.K, layer.N, layer.group)
 
 
-def compile_ahead(packed: bpdq_kernels.Packed, bias: torch.Tensor | None) -> None:
-    warm.compile_all(warm.launches(packed, bias))
+def compile_ahead(prepared: bpdq_kernels.Prepared, bias: torch.Tensor | None) -> None:
+    warm.compile_all(warm.launches(prepared, bias))
 
 
 def zeros(layer: Layer, bias: torch.dtype | None) -> torch.Tensor | None:
@@ -110,27 +110,27 @@ def test_no_batch_needs_a_kernel_that_loading_does_not_compile(
     monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.setattr(tiled_linear, "machine", lambda device: machine)
-    packed, b = tiled(layer), zeros(layer, bias)
-    compile_ahead(packed, b)
+    prepared, b = tiled(layer), zeros(layer, bias)
+    compile_ahead(prepared, b)
     ahead = requested.copy()
     requested.clear()
     x = torch.zeros(4096, layer.K, dtype=layer.dtype)
     for tokens in sorted({*range(1, 70), *range(128, 4097, 64), *range(129, 4097, 64)}):
-        tiled_linear.tiled_linear(x[:tokens], layout.Tiles(*packed[:3]), layer.N, layer.group, b)
+        tiled_linear.tiled_linear(x[:tokens], layout.Tiles(*prepared[:3]), layer.N, layer.group, b)
     assert {kernel for kernel, _ in requested} == {"gemv_kernel", "gemm_kernel", "dequantize_kernel"}
     assert requested <= ahead
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
 def test_no_view_of_the_activations_needs_a_kernel_of_its_own(layer: Layer, requested: set[tuple[str, str]]):
-    packed = tiled(layer)
-    compile_ahead(packed, None)
+    prepared = tiled(layer)
+    compile_ahead(prepared, None)
     ahead = requested.copy()
     wide = torch.zeros(70, layer.K + 24, dtype=layer.dtype)
     for start in (0, 1, 8):
         for tokens in (1, 2, 70):
             x = wide[:tokens, start : start + layer.K]
-            tiled_linear.tiled_linear(x, layout.Tiles(*packed[:3]), layer.N, layer.group, None)
+            tiled_linear.tiled_linear(x, layout.Tiles(*prepared[:3]), layer.N, layer.group, None)
     assert requested == ahead
 
 
@@ -139,12 +139,12 @@ def test_no_view_of_the_activations_needs_a_kernel_of_its_own(layer: Layer, requ
 def test_no_batch_of_an_fp32_model_needs_a_kernel_that_loading_does_not_compile(
     layer: Layer, bias: torch.dtype | None, requested: set[tuple[str, str]]
 ):
-    packed, b = bpdq_kernels.Packed(*random_layer(layer), None, layer.K, layer.N, layer.group), zeros(layer, bias)
-    compile_ahead(packed, b)
+    prepared, b = bpdq_kernels.Prepared(*random_layer(layer), None, layer.K, layer.N, layer.group), zeros(layer, bias)
+    compile_ahead(prepared, b)
     ahead = requested.copy()
     x = torch.zeros(130, layer.K)
     for tokens in (*range(1, 12), 63, 64, 65, 130):
-        stored_linear(x[:tokens], *packed[:2], layer.group, b)
+        stored_linear(x[:tokens], *prepared[:2], layer.group, b)
     assert {kernel for kernel, _ in requested} == {"linear_kernel"}
     assert requested == ahead
 
@@ -176,9 +176,9 @@ def test_threads_parse_kernels_while_no_finalizer_runs():
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_nothing_is_compiled_for_other_devices(device: str, requested: set[tuple[str, str]]):
     B, c = random_layer(LAYERS[2])
-    packed = bpdq_kernels.prepare(B, c, LAYERS[2].group, LAYERS[2].K, FP16, device)
-    bpdq_kernels.warm_up(packed)
-    bpdq_kernels.warm_up_embedding(packed, FP16)
+    prepared = bpdq_kernels.prepare(B, c, LAYERS[2].group, LAYERS[2].K, FP16, device)
+    bpdq_kernels.warm_up(prepared)
+    bpdq_kernels.warm_up_embedding(prepared, FP16)
     assert not requested
 
 
@@ -187,21 +187,21 @@ def test_nothing_is_compiled_for_other_devices(device: str, requested: set[tuple
 def test_no_request_on_a_gpu_compiles_anything(layer: Layer, compiled: list[str]):
     for kernel in KERNELS:
         kernel.device_caches.clear()  # of other tests
-    packed = bpdq_kernels.prepare(*random_layer(layer), layer.group, layer.K, layer.dtype, "cuda")
+    prepared = bpdq_kernels.prepare(*random_layer(layer), layer.group, layer.K, layer.dtype, "cuda")
     bias = torch.zeros(layer.N, dtype=layer.dtype, device="cuda")
-    bpdq_kernels.warm_up(packed, bias)
-    bpdq_kernels.warm_up_embedding(packed, layer.dtype)
+    bpdq_kernels.warm_up(prepared, bias)
+    bpdq_kernels.warm_up_embedding(prepared, layer.dtype)
     ahead = len(compiled)
     assert {*compiled} >= (
         {"linear_kernel"} if layer.dtype == FP32 else {"embedding_kernel", "gemm_kernel", "gemv_kernel"}
     )
-    bpdq_kernels.warm_up(packed, bias)
+    bpdq_kernels.warm_up(prepared, bias)
     x = torch.zeros(2048, layer.K, dtype=layer.dtype, device="cuda")
     for tokens in (*range(1, 601), 1024, 2000, 2048):
-        bpdq_kernels.linear(x[:tokens], packed)
-        bpdq_kernels.linear(x[:tokens], packed, bias)
+        bpdq_kernels.linear(x[:tokens], prepared)
+        bpdq_kernels.linear(x[:tokens], prepared, bias)
     ids = torch.arange(40, device="cuda")
     for part in (ids[3:4], ids.view(4, 10), ids[7:], ids[::2]):
-        bpdq_kernels.embedding(part, packed, layer.dtype)
+        bpdq_kernels.embedding(part, prepared, layer.dtype)
     torch.cuda.synchronize()
     assert compiled[ahead:] == []

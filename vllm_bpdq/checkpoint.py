@@ -19,7 +19,8 @@ from bpdq_kernels import skeleton
 from bpdq_kernels.folder import INDEX, check_values, read_folder
 from bpdq_kernels.format import Format
 
-FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor")  # that read the folder's safetensors files
+# that read the folder's safetensors files
+LOAD_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor")
 
 logger = init_logger(__name__)
 
@@ -27,11 +28,11 @@ logger = init_logger(__name__)
 def check(model: str, revision: str | None, fmt: Format) -> None:
     """Check the files of `model` (folder or hub id), which is downloaded first, if vLLM is about to load them.
 
-    fmt: the checkpoint's, by its own names. Raises InputError; files of other load formats than FORMATS are not looked
-    at.
+    fmt: the checkpoint's, by its own names. Raises InputError; files of other load formats than LOAD_FORMATS are not
+    looked at.
     """
     current = get_current_vllm_config_or_none()
-    if current is None or current.load_config.load_format not in FORMATS:
+    if current is None or current.load_config.load_format not in LOAD_FORMATS:
         return
     folder = local_folder(model, revision, current.load_config)
     if folder is None or not any(folder.glob("*.safetensors*")):

@@ -11,6 +11,7 @@ import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from bpdq_kernels import format
+from bpdq_kernels.ops import ACTIVATION_DTYPES
 
 if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper
@@ -33,7 +34,7 @@ class BPDQConfig(QuantizationConfig):
 
     @classmethod
     def get_supported_act_dtypes(cls) -> list[torch.dtype]:
-        return [torch.float32, torch.float16, torch.bfloat16]
+        return list(ACTIVATION_DTYPES)
 
     @classmethod
     def get_min_capability(cls) -> int:
@@ -92,7 +93,7 @@ class BPDQConfig(QuantizationConfig):
 
         from vllm_bpdq.checkpoint import check
         from vllm_bpdq.embedding import BPDQEmbeddingMethod
-        from vllm_bpdq.kv_cache import BPDQKVCacheMethod
+        from vllm_bpdq.kv_scales import BPDQKVCacheMethod
         from vllm_bpdq.linear import BPDQLinearMethod
 
         if self.model is not None:
@@ -102,7 +103,7 @@ class BPDQConfig(QuantizationConfig):
             return BPDQKVCacheMethod(self)
         if isinstance(layer, VocabParallelEmbedding):
             name = prefix or self._embedding_name()
-            scheme = self.format.table_scheme(name)
+            scheme = self.format.embedding_scheme(name)
             return None if scheme is None else BPDQEmbeddingMethod(scheme, name, [name])
         if isinstance(layer, LinearBase):
             parts = self._parts(prefix)

@@ -20,7 +20,7 @@ def load_vocabulary(layer: VocabParallelEmbedding, param: StoredParameter, loade
 
 
 class BPDQEmbeddingMethod(BPDQLinearMethod):
-    """The table `name` in `scheme`, with N = vocabulary and K = hidden size."""
+    """Embedding or LM head `name` in `scheme`, with N = vocabulary and K = hidden size."""
 
     def create_weights(self, layer: Module, *sizes: Any, **extra_weight_attrs: Any) -> None:
         """Register `B` int32 and `c` (NaN until loaded) for this rank's part of the vocabulary."""
@@ -31,15 +31,15 @@ class BPDQEmbeddingMethod(BPDQLinearMethod):
         super().create_weights(layer, *sizes, **{**extra_weight_attrs, "weight_loader": load})
 
     def process_weights_after_loading(self, layer: Module) -> None:
-        """As for a linear layer, which a tied table is too; an LM head that a pooling model has put aside stays so."""
+        """As for a linear layer, which a tied one is too; an LM head that a pooling model has put aside stays so."""
         if layer.B.is_meta:
             return
         super().process_weights_after_loading(layer)
-        warm_up_embedding(self.packed(layer), layer.params_dtype)
+        warm_up_embedding(self.prepared(layer), layer.params_dtype)
 
     def embedding(self, layer: Module, input_: Tensor) -> Tensor:
-        """Rows `input_` (any shape, of this rank) of the table: [*input_.shape, K] in the layer's dtype."""
-        return embedding(input_, self.packed(layer), layer.params_dtype)
+        """Rows `input_` (any shape, of this rank) of the weight: [*input_.shape, K] in the layer's dtype."""
+        return embedding(input_, self.prepared(layer), layer.params_dtype)
 
     def tie_weights(self, layer: Module, embed_tokens: VocabParallelEmbedding) -> VocabParallelEmbedding:
         """A tied LM head is the embedding itself. Raises ValueError if that is left in 16 bits."""

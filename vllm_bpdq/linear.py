@@ -18,9 +18,9 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.parameter import ModelWeightParameter
 
-from bpdq_kernels import Packed, linear, prepare, warm_up
+from bpdq_kernels import Prepared, linear, prepare, warm_up
 from bpdq_kernels.format import Scheme, check_coefficients, check_finite, check_planes
-from bpdq_kernels.layout import WORD, coefficient_shape, plane_shape, refine, trim
+from bpdq_kernels.layout import WORD, coefficient_shape, plane_shape, split_groups, trim
 
 
 class StoredParameter(ModelWeightParameter):
@@ -112,7 +112,7 @@ class BPDQLinearMethod(LinearMethodBase):
         Raises ValueError naming the layer where the ranks' shares of the inputs don't start at a word of B.
         """
         self.in_features, self.out_features = input_size_per_partition, sum(output_partition_sizes)
-        # a rank may start inside a group: there the groups are refined, which repeats coefficients and changes nothing
+        # a rank may start inside a group: there the groups are split, which repeats coefficients and changes nothing
         whole = input_size_per_partition == input_size
         self.group_size = self.scheme.group_size if whole else gcd(self.scheme.group_size, self.in_features)
         if self.group_size % WORD:
@@ -127,7 +127,7 @@ class BPDQLinearMethod(LinearMethodBase):
 
         def fit_coefficients(name: str, c: Tensor, out_features: int) -> Tensor:
             check_coefficients(name, c, input_size, out_features, self.scheme)
-            return refine(c, self.scheme.group_size, self.group_size)
+            return split_groups(c, self.scheme.group_size, self.group_size)
 
         loader = load_replicated if isinstance(layer, ReplicatedLinear) else extra_weight_attrs["weight_loader"]
         starts = list(accumulate(output_partition_sizes[:-1], initial=0))
@@ -163,19 +163,19 @@ class BPDQLinearMethod(LinearMethodBase):
                 )
         check_finite(self.name, layer.c.data)
         device = layer.B.device
-        packed = prepare(layer.B.data, layer.c.data, self.group_size, self.in_features, layer.params_dtype, device)
-        layer.B.data, layer.c.data = packed.planes, packed.coefficients
-        if packed.scales is not None:
-            layer.scales = Parameter(packed.scales, requires_grad=False)
+        prepared = prepare(layer.B.data, layer.c.data, self.group_size, self.in_features, layer.params_dtype, device)
+        layer.B.data, layer.c.data = prepared.planes, prepared.coefficients
+        if prepared.scales is not None:
+            layer.scales = Parameter(prepared.scales, requires_grad=False)
         layer.B.prepared = layer.c.prepared = True
         layer.B.loaded = layer.c.loaded = frozenset()  # a later reload is checked anew
-        warm_up(packed, getattr(layer, "bias", None))
+        warm_up(prepared, getattr(layer, "bias", None))
 
     def apply(self, layer: Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """y [..., N] = x [..., K] @ W.T + bias, of this rank's K and N."""
-        return linear(x, self.packed(layer), bias)
+        return linear(x, self.prepared(layer), bias)
 
-    def packed(self, layer: Module) -> Packed:
+    def prepared(self, layer: Module) -> Prepared:
         """The layer for the kernels; only after `process_weights_after_loading`."""
         scales = getattr(layer, "scales", None)
-        return Packed(layer.B, layer.c, scales, self.in_features, self.out_features, self.group_size)
+        return Prepared(layer.B, layer.c, scales, self.in_features, self.out_features, self.group_size)

@@ -1,7 +1,7 @@
 """Bit-planes times activations: layout, oracle and kernels for BPDQ weights. Needs torch; Triton on CUDA only."""
 
-from bpdq_kernels.ops import Packed, embedding, linear, prepare, stored_linear
+from bpdq_kernels.ops import Prepared, embedding, linear, prepare, stored_linear
 from bpdq_kernels.reference import dequantize
 from bpdq_kernels.warm import warm_up, warm_up_embedding
 
-__all__ = ["Packed", "dequantize", "embedding", "linear", "prepare", "stored_linear", "warm_up", "warm_up_embedding"]
+__all__ = ["Prepared", "dequantize", "embedding", "linear", "prepare", "stored_linear", "warm_up", "warm_up_embedding"]

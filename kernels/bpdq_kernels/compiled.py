@@ -14,7 +14,7 @@ import shutil
 import stat
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -23,6 +23,7 @@ import torch
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 FLAGS = {"avx512_bf16": (*_AVX512, "-mavx512bf16"), "avx512": _AVX512, "avx2": _AVX2, "portable": ()}
+DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum Dtype of the sources
 _DIGEST = hashlib.sha256().digest_size
 _log = logging.getLogger(__name__)
 
@@ -34,15 +35,16 @@ def instruction_set() -> str:
 
 
 @contextmanager
-def compile_library(source: Path, isa: str) -> Iterator[Path]:
-    """Path, for as long as the context lasts, of `source` for one of FLAGS: that of the cache folder if it is whole.
+def compile_library(source: Path, isa: str, macros: Sequence[str] = ()) -> Iterator[Path]:
+    """Path, for as long as the context lasts, of `source` for one of FLAGS, with `macros` (`-DNAME=VALUE`): that of the
+    cache folder if it is whole.
 
     Raises OSError, ValueError (CXX) or CalledProcessError; PermissionError for a cache that others can write. Of
     processes that start together, one compiles and the others wait.
     """
     # vectors are explicit in the source. No OpenMP library is linked: GOMP_parallel is that of torch, whose threads
     # and settings are then ours
-    flags = ["-O3", "-fno-tree-vectorize", "-std=c++17", "-fPIC", "-fopenmp", *FLAGS[isa]]
+    flags = ["-O3", "-fno-tree-vectorize", "-std=c++17", "-fPIC", "-fopenmp", *FLAGS[isa], *macros]
     compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
     key = hashlib.sha256(source.read_bytes() + shlex.join([*compiler, *flags]).encode()).hexdigest()[:16]
     with ExitStack() as stack:
@@ -123,9 +125,9 @@ def _stored(linked: Path, library: Path) -> Path:
     return library
 
 
-def load_library(source: Path, isa: str) -> ctypes.CDLL:
-    """`source` for one of FLAGS. Raises as `compile_library`."""
-    with compile_library(source, isa) as path:
+def load_library(source: Path, isa: str, macros: Sequence[str] = ()) -> ctypes.CDLL:
+    """`source` with `macros` for one of FLAGS. Raises as `compile_library`."""
+    with compile_library(source, isa, macros) as path:
         return ctypes.CDLL(str(path))
 
 

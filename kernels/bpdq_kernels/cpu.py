@@ -12,18 +12,17 @@ import torch
 from torch import Tensor
 
 from bpdq_kernels import reference
-from bpdq_kernels.compiled import library_or_none, load_library
-from bpdq_kernels.layout import WORD
+from bpdq_kernels.compiled import DTYPE_CODES, library_or_none, load_library
+from bpdq_kernels.layout import CPU_TILE, GROUP_SIZES, WORD, rows_of_cpu_tiles, to_cpu_tiles
 
-_SOURCE = Path(__file__).with_name("cpu_linear.cpp")
-_TILE = 32
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum Dtype
+SOURCE = Path(__file__).with_name("cpu_linear.cpp")
+MACROS = (f"-DBPDQ_WORD={WORD}", f"-DBPDQ_TILE={CPU_TILE}", f"-DBPDQ_MAX_GROUP={max(GROUP_SIZES)}")
 
 
 def open_library(isa: str) -> ctypes.CDLL:
     """The library for an instruction set, with `pairs`: whether it multiplies bf16 in pairs. Raises as
     `compiled.compile_library`."""
-    library = load_library(_SOURCE, isa)
+    library = load_library(SOURCE, isa, MACROS)
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
     library.bpdq_linear.restype = None
     library.bpdq_linear.argtypes = [pointer, pointer, ctypes.c_int, *[integer] * 4]
@@ -39,22 +38,17 @@ def library() -> ctypes.CDLL | None:
 
 
 def prepare(B: Tensor, c: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """B [ceil(K/32), k, N] and c [ceil(K/G), k+1, N] in tiles of 32 outputs, as drawn in cpu_linear.cpp.
+    """B [ceil(K/32), k, N] and c [ceil(K/G), k+1, N] in the order of `bpdq_kernels.layout.to_cpu_tiles`.
 
     Returns planes int32 and coefficients in c's dtype, with N padded to tiles; their other sizes are kept, but say
     nothing of the order inside. Without a library, B and c themselves.
     """
     if library() is None:
         return B.contiguous(), c.contiguous()
-    padding = -B.shape[2] % _TILE
+    padding = -B.shape[2] % CPU_TILE
     B, c = (torch.nn.functional.pad(tensor, (0, padding)) for tensor in (B, c))
     planes = huge_pages(B.shape)
-    start = 0
-    for group in B.unflatten(2, (-1, _TILE)).split(group_size // WORD):  # [words of the group, k, tiles, 32]
-        group = group.permute(2, 0, 1, 3)
-        planes.view(-1)[start : start + group.numel()].view(group.shape).copy_(group)
-        start += group.numel()
-    return planes, c.unflatten(2, (-1, _TILE)).transpose(1, 2).contiguous().view_as(c)
+    return planes, to_cpu_tiles(B, c, group_size, planes)
 
 
 def huge_pages(shape: torch.Size) -> Tensor:
@@ -72,13 +66,7 @@ def stored_rows(planes: Tensor, coefficients: Tensor, group_size: int, rows: Ten
     """B [ceil(K/32), k, R] and c [ceil(K/G), k+1, R] of the outputs `rows` [R], from what `prepare` returned."""
     if library() is None:
         return planes[:, :, rows], coefficients[:, :, rows]
-    words, k, n = planes.shape
-    word, tile, lane = torch.arange(words).view(-1, 1, 1), rows // _TILE, rows % _TILE
-    start = word // (group_size // WORD) * (group_size // WORD)  # of the word's group
-    length = (words - start).clamp_max(group_size // WORD)
-    plane = torch.arange(k).view(-1, 1)
-    B = planes.view(-1)[start * k * n + ((tile * length + word - start) * k + plane) * _TILE + lane]
-    return B, coefficients.view(-1, n // _TILE, k + 1, _TILE)[:, tile, :, lane].permute(1, 2, 0)
+    return rows_of_cpu_tiles(planes, coefficients, group_size, rows)
 
 
 def is_few(tokens: int, pairs: bool) -> bool:
@@ -111,7 +99,7 @@ def linear(
     compiled.bpdq_linear(
         planes.data_ptr(),
         coefficients.data_ptr(),
-        _DTYPES[coefficients.dtype],
+        DTYPE_CODES[coefficients.dtype],
         in_features,
         out_features,
         group_size,

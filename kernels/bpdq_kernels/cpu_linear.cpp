@@ -1,12 +1,6 @@
-/* y = x @ W.T + bias on a CPU, straight from bit-planes. Two kernels walk the same layout:
-
-     planes        [group][tile of 32 outputs][word of the group][plane][32]  uint32
-     coefficients  [group][tile of 32 outputs][plane .. , c0][32]             fp32, fp16 or bf16
-
-                 16 outputs = one AVX-512 register, two to a tile
-               .------.------.---   ---.------.
-     word t,   |  n   | n+1  |   ...   | n+15 |   bit j of a lane = plane bit of input 32t + j of that output
-     plane p   '------'------'---   ---'------'
+/* y = x @ W.T + bias on a CPU, straight from bit-planes. Two kernels walk the same layout: the tiles that `to_cpu_tiles`
+   in layout.py makes, draws, and gives the sizes of (BPDQ_WORD, BPDQ_TILE and BPDQ_MAX_GROUP are set by cpu.py). Bit j
+   of a lane is the plane bit of the word's input j: both kernels take the low bits first.
 
    Lookup, for few tokens: four inputs of a token have 16 possible partial sums, which fill one register. The low
    four bits of every lane pick 16 outputs' sums in one permutation:
@@ -21,7 +15,7 @@
    would hold them, and the two halves of a word are the pairs of inputs that vdpbf16ps multiplies.
 
    A thread owns a range of tiles, so no result depends on the number of threads. Inputs past K read as 0.
-   Compiled once for each instruction set (cpu.py has the flags); OpenMP's threads are those of torch. */
+   Compiled once for each instruction set (compiled.py has the flags); OpenMP's threads are those of torch. */
 
 #include <algorithm>
 #include <cstdint>
@@ -45,7 +39,9 @@ typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 
-constexpr int WORD = 32, TILE = 32, MAX_GROUP = 256;
+constexpr int WORD = BPDQ_WORD, TILE = BPDQ_TILE, MAX_GROUP = BPDQ_MAX_GROUP;
+static_assert(WORD == 8 * sizeof(uint32_t), "a lane holds one word");
+static_assert(TILE % (2 * LANES) == 0, "tiles are pairs of registers");
 constexpr int BLOCK = 64;  // tiles between which a thread's tables and inputs stay in cache
 constexpr int TABLES = (WORD + TABLE_BITS - 1) / TABLE_BITS;  // per word
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from bpdq_kernels import patterns
 from bpdq_kernels.errors import InputError
-from bpdq_kernels.layout import GROUP_SIZES, MAX_PLANES, coefficient_shape, plane_shape
+from bpdq_kernels.layout import GROUP_SIZES, MAX_PLANES, TILE_ROWS, UNIT, cdiv, coefficient_shape, plane_shape
 
 FORMAT_VERSION = 1
 KV_CACHE_SCHEME = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
@@ -59,6 +59,12 @@ class Scheme:
         coefficients = coefficient_shape(in_features, out_features, self.bits, self.group_size)
         return 4 * prod(planes) + 2 * prod(coefficients)
 
+    def tiled_bytes(self, out_features: int, in_features: int) -> int:
+        """Bytes of a layer's `bpdq_kernels.layout.Tiles`, padding and scales included."""
+        units, outputs = cdiv(in_features, UNIT), cdiv(out_features, 4 * TILE_ROWS) * 4 * TILE_ROWS
+        groups = cdiv(units * UNIT, self.group_size)
+        return outputs * (units * UNIT // 8 * self.bits + groups * 2 * (self.bits + 1)) + 4 * out_features
+
 
 @dataclass(frozen=True)
 class Format:
@@ -78,7 +84,7 @@ class Format:
                 return scheme
         return self.default
 
-    def table_scheme(self, name: str) -> Scheme | None:
+    def embedding_scheme(self, name: str) -> Scheme | None:
         """Scheme of the embedding or LM head called `name` in the checkpoint, or None if it is left in 16 bits."""
         return None if _matches(name, self.ignore) else self.layers.get(name)
 

@@ -1,4 +1,7 @@
-"""How bit-planes and coefficients are laid out in memory. The only module that knows the bit order.
+"""How bit-planes and coefficients are laid out in memory: as stored, below; in `Tiles`, for CUDA; in `to_cpu_tiles`.
+
+All three are drawn here only. `triton_layout` has the same for code that Triton compiles, and `cpu` passes the sizes to
+that in C++.
 
 A Linear with N outputs and K inputs, k planes, groups of G inputs (32 divides G):
 
@@ -26,16 +29,24 @@ from torch import Tensor
 WORD = 32
 GROUP_SIZES = (32, 64, 128, 256)
 MAX_PLANES = 4
+TILE_ROWS, UNIT, RUN = 16, 128, 8  # of `Tiles`: outputs, inputs, inputs
+CPU_TILE = 32  # outputs
+_TILED_AT_ONCE = 1 << 24  # words: 64 MiB
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
 
 
 def plane_shape(in_features: int, out_features: int, planes: int) -> tuple[int, int, int]:
     """Shape of `B`: [ceil(K/32), k, N]."""
-    return (-(-in_features // WORD), planes, out_features)
+    return (cdiv(in_features, WORD), planes, out_features)
 
 
 def coefficient_shape(in_features: int, out_features: int, planes: int, group_size: int) -> tuple[int, int, int]:
     """Shape of `c`: [ceil(K/G), k+1, N]."""
-    return (-(-in_features // group_size), planes + 1, out_features)
+    return (cdiv(in_features, group_size), planes + 1, out_features)
 
 
 def check_layer(B: Tensor, c: Tensor, group_size: int, in_features: int) -> None:
@@ -55,7 +66,7 @@ def check_layer(B: Tensor, c: Tensor, group_size: int, in_features: int) -> None
 def pack(bits: Tensor) -> Tensor:
     """Pack plane bits [k, N, K] (any integer or bool dtype, values 0 and 1) into B [ceil(K/32), k, N] int32."""
     k, n, in_features = bits.shape
-    words = -(-in_features // WORD)
+    words = cdiv(in_features, WORD)
     padded = torch.nn.functional.pad(bits.to(torch.int32), (0, words * WORD - in_features))
     shifts = torch.arange(WORD, dtype=torch.int32, device=bits.device)
     # int32 sums wrap, so bit 31 lands in the sign as intended
@@ -80,26 +91,22 @@ def expand_words(B: Tensor) -> Tensor:
 
 def trim(B: Tensor, in_features: int) -> Tensor:
     """B without padding words past `in_features` inputs."""
-    return B[: -(-in_features // WORD)]
+    return B[: cdiv(in_features, WORD)]
 
 
-def refine(c: Tensor, group_size: int, finer: int) -> Tensor:
+def split_groups(c: Tensor, group_size: int, finer: int) -> Tensor:
     """Coefficients for groups of `finer` inputs instead of `group_size`, by repetition: the same weights.
 
     `finer` must divide `group_size`. Used where a tensor-parallel shard starts inside a group.
     """
     if group_size % finer:
-        raise ValueError(f"group size {group_size} can't be refined to {finer}: it does not divide")
+        raise ValueError(f"group size {group_size} can't be split into {finer}s: it does not divide")
     return c.repeat_interleave(group_size // finer, dim=0)
-
-
-TILE_ROWS, TILE_INPUTS = 16, 128  # of the tensor-core operand that a warp holds
-_TILED_AT_ONCE = 1 << 24  # words: 64 MiB
 
 
 class Tiles(NamedTuple):
     """A layer as the CUDA kernels read it, built by `to_tiles`. T tiles of 16 outputs (a multiple of 4 of them), U
-    units of 128 inputs, lane 4r + q of a warp: r = 0..7, q = 0..3.
+    units of 128 inputs: together the tensor-core operand that a warp holds, lane 4r + q: r = 0..7, q = 0..3.
 
     planes  int32 [T, U, k/v, 32, v, 2]   v = 2 for even k, else 1: lane 4r + q finds its words next to each other
 
@@ -136,8 +143,8 @@ def to_tiles(B: Tensor, c: Tensor, group_size: int, dtype: torch.dtype) -> Tiles
     Needs a few times `_TILED_AT_ONCE` words beside the result.
     """
     words, k, n = B.shape
-    units, tiles = -(-words * WORD // TILE_INPUTS), -(-n // (4 * TILE_ROWS)) * 4
-    v = 2 - k % 2
+    units, tiles = cdiv(words * WORD, UNIT), cdiv(n, 4 * TILE_ROWS) * 4
+    v = planes_beside(k)
     planes = torch.empty(tiles, units, k // v, 32, v, 2, dtype=torch.int32, device=B.device)
     step = max(1, _TILED_AT_ONCE // (words * k * TILE_ROWS))
     for start in range(0, tiles, step):
@@ -151,7 +158,7 @@ def to_tiles(B: Tensor, c: Tensor, group_size: int, dtype: torch.dtype) -> Tiles
 
     _, exponents = torch.frexp(c.float().abs().amax((0, 1)))
     scales = torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents)
-    groups = -(-units * TILE_INPUTS // group_size)
+    groups = cdiv(units * UNIT, group_size)
     missing = tiles * TILE_ROWS - n
     coefficients = torch.nn.functional.pad((c / scales).to(dtype), (0, missing, 0, 0, 0, groups - c.shape[0]))
     coefficients = coefficients.view(groups, k + 1, tiles, 2, 8).permute(2, 0, 4, 1, 3).contiguous()
@@ -161,6 +168,16 @@ def to_tiles(B: Tensor, c: Tensor, group_size: int, dtype: torch.dtype) -> Tiles
 def words_beside(group_size: int) -> int:
     """How many words of a unit take runs of 8 inputs in turn: as many as their group has, 4 at most."""
     return min(4, group_size // WORD)
+
+
+def planes_beside(planes: int) -> int:
+    """Of how many planes `Tiles` has a lane's words next to each other: v."""
+    return 2 - planes % 2
+
+
+def groups_in_unit(group_size: int) -> int:
+    """How many groups a unit has a part of."""
+    return max(1, UNIT // group_size)
 
 
 def _interleave_words(B: Tensor, beside: int) -> Tensor:
@@ -180,3 +197,36 @@ def _interleave_pairs(B: Tensor) -> Tensor:
     B = ((B & 0x00FF00FF) << 8) | ((B >> 8) & 0x00FF00FF)
     B = ((B & 0x0F0F0F0F) << 4) | ((B >> 4) & 0x0F0F0F0F)
     return ((B >> 1) & 0x7FFFFFFF) | (B << 31)
+
+
+def to_cpu_tiles(B: Tensor, c: Tensor, group_size: int, planes: Tensor) -> Tensor:
+    """Fill `planes`, int32 of B's size, from B [ceil(K/32), k, N], and return c [ceil(K/G), k+1, N] in the same order,
+    the one that cpu_linear.cpp walks; CPU_TILE divides N:
+
+    planes        [group][tile of 32 outputs][word of the group][plane][32]  words as stored
+    coefficients  [group][tile of 32 outputs][plane .. , c0][32]
+
+                 16 outputs = one AVX-512 register, two to a tile
+               .------.------.---   ---.------.
+     word t,   |  n   | n+1  |   ...   | n+15 |   bit j of a lane = plane bit of input 32t + j of that output
+     plane p   '------'------'---   ---'------'
+    """
+    start = 0
+    for group in B.unflatten(2, (-1, CPU_TILE)).split(group_size // WORD):  # [words of the group, k, tiles, 32]
+        group = group.permute(2, 0, 1, 3)
+        planes.view(-1)[start : start + group.numel()].view(group.shape).copy_(group)
+        start += group.numel()
+    return c.unflatten(2, (-1, CPU_TILE)).transpose(1, 2).contiguous().view_as(c)
+
+
+def rows_of_cpu_tiles(planes: Tensor, coefficients: Tensor, group_size: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """B [ceil(K/32), k, R] and c [ceil(K/G), k+1, R] of the outputs `rows` [R]: the inverse of `to_cpu_tiles`, whose
+    planes are in a tensor [ceil(K/32), k, N]."""
+    words, k, n = planes.shape
+    word, tile, lane = torch.arange(words).view(-1, 1, 1), rows // CPU_TILE, rows % CPU_TILE
+    start = word // (group_size // WORD) * (group_size // WORD)  # of the word's group
+    length = (words - start).clamp_max(group_size // WORD)
+    plane = torch.arange(k).view(-1, 1)
+    B = planes.view(-1)[start * k * n + ((tile * length + word - start) * k + plane) * CPU_TILE + lane]
+    c = coefficients.view(-1, n // CPU_TILE, k + 1, CPU_TILE)[:, tile, :, lane].permute(1, 2, 0)
+    return B, c

@@ -12,8 +12,10 @@ from torch import Tensor
 from bpdq_kernels import cpu, reference
 from bpdq_kernels.layout import GROUP_SIZES, Tiles, check_layer, to_tiles, trim
 
+ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-class Packed(NamedTuple):
+
+class Prepared(NamedTuple):
     """A layer as the kernels of one device want it; build it with `prepare`.
 
     On CUDA, for fp16 and bf16: the fields of `bpdq_kernels.layout.Tiles`. On a CPU: those of `bpdq_kernels.cpu.prepare`
@@ -152,7 +154,7 @@ def prepare(
     in_features: int,
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
-) -> Packed:
+) -> Prepared:
     """Make a stored layer ready for `linear` on `device`, for activations of `dtype` (fp32, fp16 or bf16).
 
     B: int32 [ceil(K/32), k, N], padding words allowed; c: [ceil(K/G), k+1, N] floating point. K = `in_features`.
@@ -160,24 +162,24 @@ def prepare(
     """
     if group_size not in GROUP_SIZES:
         raise ValueError(f"group_size {group_size} is not supported: use one of {GROUP_SIZES}")
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+    if dtype not in ACTIVATION_DTYPES:
         raise ValueError(f"activations in {dtype} are not supported: use float32, float16 or bfloat16")
     check_layer(B, c, group_size, in_features)
     out_features = B.shape[2]
     B, c = trim(B, in_features).to(device), c.to(device)
     if B.is_cuda and dtype != torch.float32:
-        return Packed(*to_tiles(B, c, group_size, dtype), in_features, out_features, group_size)
+        return Prepared(*to_tiles(B, c, group_size, dtype), in_features, out_features, group_size)
     if B.device.type == "cpu":
-        return Packed(*cpu.prepare(B, c, group_size), None, in_features, out_features, group_size)
-    return Packed(B.contiguous(), c.contiguous(), None, in_features, out_features, group_size)
+        return Prepared(*cpu.prepare(B, c, group_size), None, in_features, out_features, group_size)
+    return Prepared(B.contiguous(), c.contiguous(), None, in_features, out_features, group_size)
 
 
-def linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, prepared: Prepared, bias: Tensor | None = None) -> Tensor:
     """y [..., N] = x [..., K] @ W.T + bias [N], in x.dtype. Inference only: no gradient flows.
 
     Raises ValueError where x is not as wide as the layer.
     """
-    planes, coefficients, scales, in_features, out_features, group_size = packed
+    planes, coefficients, scales, in_features, out_features, group_size = prepared
     if x.shape[-1] != in_features:
         raise ValueError(f"x has {x.shape[-1]} inputs, but the layer was quantized with {in_features}")
     return torch.ops.bpdq.linear(x, planes, coefficients, scales, out_features, group_size, bias)
@@ -188,7 +190,7 @@ def stored_linear(x: Tensor, B: Tensor, c: Tensor, group_size: int, bias: Tensor
     return torch.ops.bpdq.stored_linear(x, trim(B, x.shape[-1]), c, group_size, bias)
 
 
-def embedding(ids: Tensor, packed: Packed, dtype: torch.dtype) -> Tensor:
+def embedding(ids: Tensor, prepared: Prepared, dtype: torch.dtype) -> Tensor:
     """Rows `ids` (any shape, int32 or int64) of the weight [N, K]: [*ids.shape, K] in `dtype`."""
-    planes, coefficients, scales, in_features, _, group_size = packed
+    planes, coefficients, scales, in_features, _, group_size = prepared
     return torch.ops.bpdq.embedding(ids, planes, coefficients, scales, in_features, group_size, dtype)

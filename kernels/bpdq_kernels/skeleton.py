@@ -79,38 +79,39 @@ def build(config: "PreTrainedConfig", stored: Headers) -> "PreTrainedModel":
         raise InputError(f"config.json: transformers can't build the model ({type(e).__name__}: {reason})") from e
 
 
-def table_names(model: "PreTrainedModel") -> tuple[str, str]:
-    """Names of the model's tables: the input embedding and the LM head, "" for one that it lacks."""
+def embedding_names(model: "PreTrainedModel") -> tuple[str, str]:
+    """Names of the model's input and output embeddings, the latter the LM head; "" for one that it lacks."""
     names = {id(module): name for name, module in model.named_modules()}
     return names.get(id(model.get_input_embeddings()), ""), names.get(id(model.get_output_embeddings()), "")
 
 
 def is_tied(model: "PreTrainedModel") -> bool:
     """Whether the LM head is the input embedding."""
-    return f"{table_names(model)[1]}.weight" in model.all_tied_weights_keys
+    return f"{embedding_names(model)[1]}.weight" in model.all_tied_weights_keys
 
 
 def quantized_layers(model: "PreTrainedModel", fmt: Format, start: str = "") -> dict[str, tuple[nn.Module, Scheme]]:
-    """The Linears and tables of a 16-bit skeleton that a checkpoint of format `fmt` holds as bit-planes, by name.
+    """The Linears, embedding and LM head of a 16-bit skeleton that a checkpoint of format `fmt` holds as bit-planes, by
+    name.
 
-    start: what precedes the names in the checkpoint. Of tied tables only the embedding, by whose name both are stored;
-    raises InputError where `fmt` tells them apart.
+    start: what precedes the names in the checkpoint. Of a tied embedding and LM head only the embedding, by whose name
+    both are stored; raises InputError where `fmt` tells them apart.
     """
-    tables = table_names(model)
+    embeddings = embedding_names(model)
     found = {}
     for name, module in model.named_modules():
-        if name in tables or isinstance(module, nn.Linear):
-            scheme = fmt.table_scheme(start + name) if name in tables else fmt.scheme_for(start + name)
+        if name in embeddings or isinstance(module, nn.Linear):
+            scheme = fmt.embedding_scheme(start + name) if name in embeddings else fmt.scheme_for(start + name)
             if scheme is not None:
                 found[name] = (module, scheme)
     if is_tied(model):
-        embedding, head = (fmt.table_scheme(name) for name in tables)
+        embedding, head = (fmt.embedding_scheme(name) for name in embeddings)
         if embedding != head:
             raise InputError(
-                f"{' and '.join(tables)} are tied, but quantization_config makes them {embedding} and {head}: "
+                f"{' and '.join(embeddings)} are tied, but quantization_config makes them {embedding} and {head}: "
                 "`layers` must name both, with the same bits and group_size"
             )
-        found.pop(tables[1], None)
+        found.pop(embeddings[1], None)
     return found
 
 

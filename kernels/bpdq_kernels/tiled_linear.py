@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from bpdq_kernels import triton_dequantize, triton_gemm, triton_gemv
+from bpdq_kernels.dispatch import Config, Dense, Gemv, linear_config
 from bpdq_kernels.layout import Tiles
-from bpdq_kernels.tuning import Config, Dense, Gemv, linear_config
 
 _ALIGNED = 8  # activations of 16 bits in 16 bytes
 

@@ -15,8 +15,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bpdq_kernels.layout import TILE_INPUTS, TILE_ROWS, Tiles
-from bpdq_kernels.tuning import Dense, cdiv
+from bpdq_kernels import layout
+from bpdq_kernels.dispatch import Dense
+from bpdq_kernels.layout import Tiles, cdiv
+from bpdq_kernels.triton_layout import (
+    RUN,
+    TILE_ROWS,
+    UNIT,
+    bit_of_input,
+    group_pairs,
+    input_of_word,
+    lane_words,
+    plane_start,
+    row_pairs,
+    run_step,
+    unit_words,
+    words_beside,
+)
 
 UNITS = 4  # of a program
 
@@ -35,34 +50,35 @@ def dequantize_kernel(
     UNITS: tl.constexpr,
 ) -> None:
     # axes, in the order of the weights in memory: row, words of other groups, run, words beside, input of the run
-    BESIDE: tl.constexpr = 4 if GROUP >= 128 else GROUP // 32  # words_beside
-    row = tl.arange(0, 16)[:, None, None, None, None]
+    BESIDE: tl.constexpr = words_beside(GROUP)
+    row = tl.arange(0, TILE_ROWS)[:, None, None, None, None]
     other = tl.arange(0, 4 // BESIDE)[None, :, None, None, None]
     run = tl.arange(0, 4)[None, None, :, None, None]
     beside = tl.arange(0, BESIDE)[None, None, None, :, None]
-    number = tl.arange(0, 8)[None, None, None, None, :]
-    bit = (14 - ((number & 1) * 16 + run * 4 + (3 - (number >> 1)))) & 31  # the inverse of `input_of_bit`
-    V: tl.constexpr = 1 if PLANES % 2 else 2
+    number = tl.arange(0, RUN)[None, None, None, None, :]
+    bit = bit_of_input(run, number)
     tile = tl.program_id(0)
-    units = tl.cdiv(K, 128)
-    groups = tl.cdiv(units * 128, GROUP)
-    lane = row % 8 * 4 + other * BESIDE + beside
-    words_ptr = planes_ptr + (first_tile + tile).to(tl.int64) * units * (64 * PLANES) + lane * (2 * V) + row // 8
-    c_ptr = coefficients_ptr + (first_tile + tile).to(tl.int64) * groups * (16 * (PLANES + 1))
-    c_ptr += row % 8 * (2 * (PLANES + 1)) + row // 8
-    n = (first_tile + tile) * 16 + row
+    units = tl.cdiv(K, UNIT)
+    groups = tl.cdiv(units * UNIT, GROUP)
+    q = other * BESIDE + beside
+    words_ptr = planes_ptr + (first_tile + tile).to(tl.int64) * units * unit_words(PLANES)
+    words_ptr += (row % 8 * 4 + q) * lane_words(PLANES) + row // 8
+    c_ptr = coefficients_ptr + (first_tile + tile).to(tl.int64) * groups * (2 * group_pairs(PLANES))
+    c_ptr += row % 8 * (2 * row_pairs(PLANES)) + row // 8
+    n = (first_tile + tile) * TILE_ROWS + row
     scale = tl.load(scales_ptr + n, n < N, 0)
     for i in tl.static_range(UNITS):
         unit = tl.program_id(1) * UNITS + i
         here = n < tl.where(unit < units, N, 0)
-        group_ptr = c_ptr + (unit * 128 + other * (32 * BESIDE)) // GROUP * (16 * (PLANES + 1))
+        group_ptr = c_ptr + (unit * UNIT + other * (32 * BESIDE)) // GROUP * (2 * group_pairs(PLANES))
         w = tl.load(group_ptr + 2 * PLANES, here, 0).to(tl.float32)
         for p in tl.static_range(PLANES):
-            words = tl.load(words_ptr + unit * (64 * PLANES) + p // V * (64 * V) + p % V * 2, here, 0)
+            words = tl.load(words_ptr + unit * unit_words(PLANES) + plane_start(p, PLANES), here, 0)
             c_p = tl.load(group_ptr + 2 * p, here, 0).to(tl.float32)
             w = tl.where((words >> bit) & 1 != 0, w + c_p, w)
-        inputs = unit * 128 + other * (32 * BESIDE) + run * (8 * BESIDE) + beside * 8 + number
-        w_row = w_ptr + (tile * 16 + row).to(tl.int64) * K
+        inputs = input_of_word(unit * UNIT, other * BESIDE, BESIDE) + run * run_step(BESIDE)
+        inputs = input_of_word(inputs, beside, BESIDE) + number
+        w_row = w_ptr + (tile * TILE_ROWS + row).to(tl.int64) * K
         tl.store(w_row + inputs, (w * scale).to(w_ptr.dtype.element_ty), here & (inputs < K))
 
 
@@ -84,13 +100,13 @@ def dequantize(
     dequantize_kernel.run(
         *tiles,
         weight,
-        first_output // TILE_ROWS,
+        first_output // layout.TILE_ROWS,
         min(first_output + outputs, tiles.scales.numel()),
         in_features,
         PLANES=tiles.coefficients.shape[3] - 1,
         GROUP=group_size,
         UNITS=UNITS,
-        grid=(cdiv(outputs, TILE_ROWS), cdiv(in_features, UNITS * TILE_INPUTS)),
+        grid=(cdiv(outputs, layout.TILE_ROWS), cdiv(in_features, UNITS * layout.UNIT)),
         warmup=compile_only,
         **options(),
     )

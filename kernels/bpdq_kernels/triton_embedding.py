@@ -11,7 +11,18 @@ import triton.language as tl
 from torch import Tensor
 
 from bpdq_kernels.layout import Tiles
-from bpdq_kernels.warp import input_of_bit
+from bpdq_kernels.triton_layout import (
+    TILE_ROWS,
+    UNIT,
+    group_pairs,
+    input_of_bit,
+    input_of_word,
+    lane_words,
+    plane_start,
+    row_pairs,
+    unit_words,
+    words_beside,
+)
 
 
 @triton.jit(do_not_specialize_on_alignment=["ids_ptr"])
@@ -29,26 +40,27 @@ def embedding_kernel(
 ) -> None:
     number = tl.load(ids_ptr + tl.program_id(0)).to(tl.int64)
     row = tl.minimum(tl.maximum(number, 0), N - 1)
-    units = tl.cdiv(K, 128)
-    groups = tl.cdiv(units * 128, GROUP)
+    units = tl.cdiv(K, UNIT)
+    groups = tl.cdiv(units * UNIT, GROUP)
     word = tl.arange(0, 4 * UNITS)[:, None]
     bit = tl.arange(0, 32)[None, :]
-    BESIDE: tl.constexpr = 4 if GROUP >= 128 else GROUP // 32  # words_beside
-    inputs = input_of_bit(bit, BESIDE) + word % 4 // BESIDE * (32 * BESIDE) + word % BESIDE * 8
-    V: tl.constexpr = 1 if PLANES % 2 else 2
-    tile_ptr = planes_ptr + row // 16 * units * (64 * PLANES) + (row % 8 * 4 + word % 4) * (2 * V) + row % 16 // 8
-    c_ptr = coefficients_ptr + (row // 16 * groups * 8 + row % 8) * (2 * (PLANES + 1)) + row % 16 // 8
+    BESIDE: tl.constexpr = words_beside(GROUP)
+    inputs = input_of_word(input_of_bit(bit, BESIDE), word % 4, BESIDE)
+    tile = row // TILE_ROWS
+    half = row % TILE_ROWS // 8
+    tile_ptr = planes_ptr + tile * units * unit_words(PLANES) + (row % 8 * 4 + word % 4) * lane_words(PLANES) + half
+    c_ptr = coefficients_ptr + (tile * groups * 8 + row % 8) * (2 * row_pairs(PLANES)) + half
     scale = tl.where(number == row, tl.load(scales_ptr + row), 0)
     for first in range(0, units, UNITS):
         unit = first + word // 4
         here = unit < units
-        group_ptr = c_ptr + (unit * 128 + word % 4 * 32) // GROUP * (16 * (PLANES + 1))
+        group_ptr = c_ptr + (unit * UNIT + word % 4 * 32) // GROUP * (2 * group_pairs(PLANES))
         w = tl.load(group_ptr + 2 * PLANES, here, 0).to(tl.float32)
         for p in tl.static_range(PLANES):
-            words = tl.load(tile_ptr + unit * (64 * PLANES) + p // V * (64 * V) + p % V * 2, here, 0)
+            words = tl.load(tile_ptr + unit * unit_words(PLANES) + plane_start(p, PLANES), here, 0)
             c_p = tl.load(group_ptr + 2 * p, here, 0).to(tl.float32)
             w = tl.where((words >> bit) & 1 != 0, w + c_p, w)
-        i = unit * 128 + inputs
+        i = unit * UNIT + inputs
         tl.store(y_ptr + tl.program_id(0).to(tl.int64) * K + i, (w * scale).to(y_ptr.dtype.element_ty), i < K)
 
 

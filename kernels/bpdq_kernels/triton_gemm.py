@@ -13,8 +13,8 @@ own word, q, which share one group's coefficients for every G: four runs of 8 in
 on next to those of the row's other lanes, so that a load's rows are read in whole sectors with few bank conflicts. A
 block's warps split inputs and tiles between them; only their sums pass through shared memory, once.
 
-Weights: rotated by 4j, a word has the bits of eight inputs where `and 0x00010001 << (11 + i)` leaves a pair of fp16
-numbers that are 0 or 2^(2^(i+1) - 15) (bits 11..14 belong to the exponent). With each c_p divided by that power once
+Weights: turned to a run, a word has the bits of its eight inputs where `and pair_mask(i)` leaves a pair of fp16 numbers
+that are 0 or 2^(2^(i+1) - 15) (bits 11..14 belong to the exponent). With each c_p divided by that power once
 a unit, a pair of weights is one AND and one FMA per plane, w = (bits * c_p') + w, rounded to 16 bits in each. bf16
 activations get bf16 weights by the same instructions, so they can't overflow; coefficients are stored within 1, so
 that c_p' stays in range. `scales` multiplies the sums in fp32.
@@ -31,9 +31,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bpdq_kernels.layout import Tiles
-from bpdq_kernels.tuning import Gemm, cdiv
-from bpdq_kernels.warp import fma_pair, load4, load_planes, mma, prefetch, rotate_left, stack, sum_last
+from bpdq_kernels import layout
+from bpdq_kernels.dispatch import Gemm
+from bpdq_kernels.layout import Tiles, cdiv
+from bpdq_kernels.triton_layout import (
+    TILE_ROWS,
+    UNIT,
+    group_pairs,
+    input_of_word,
+    lane_words,
+    load_coefficients,
+    load_planes,
+    pair_mask,
+    row_pairs,
+    run_step,
+    turn,
+    unit_words,
+    words_beside,
+)
+from bpdq_kernels.warp import fma_pair, load4, mma, prefetch, rotate_left, stack, sum_last
 
 # Of a thread, where ptxas, left to itself, stops a few short for the sake of one more block, and spills one or two.
 REGISTERS = {
@@ -66,26 +82,27 @@ def gemm_kernel(
     TILES: tl.constexpr,
     WARPS: tl.constexpr,
     SPLIT: tl.constexpr,
-    WHOLE: tl.constexpr,  # 128 divides K
+    WHOLE: tl.constexpr,  # UNIT divides K
 ) -> None:
     thread = tl.arange(0, 32 * WARPS)
     warp = thread // 32
     lane = thread % 32
     r = lane // 4
-    BESIDE: tl.constexpr = WARPS // SPLIT  # warps with the same inputs and tiles of their own
-    units = tl.cdiv(K, 128)
-    u = warp // BESIDE
-    first_tile = tl.program_id(1) * (BESIDE * TILES)
+    TEAMS: tl.constexpr = WARPS // SPLIT  # of SPLIT warps, which share the inputs of the same tiles
+    units = tl.cdiv(K, UNIT)
+    u = warp // TEAMS
+    first_tile = tl.program_id(1) * (TEAMS * TILES)
     # misses at the end would be waited for
-    prefetch(scales_ptr + first_tile * 16 + thread, (thread < BESIDE * TILES * 16) & (first_tile * 16 + thread < N))
-    tile = first_tile + warp % BESIDE * TILES
-    inside = tile * 16 < N
-    planes_stride = units * (64 * PLANES)
-    c_stride = tl.cdiv(units * 128, GROUP) * (8 * (PLANES + 1))
-    planes_ptr += tile.to(tl.int64) * planes_stride + u * (64 * PLANES) + lane * (2 if PLANES % 2 else 4)
-    coefficients_ptr += tile.to(tl.int64) * c_stride + r * (PLANES + 1)
-    WORDS: tl.constexpr = 4 if GROUP >= 128 else GROUP // 32  # words_beside
-    i = u * 128 + lane % 4 // WORDS * (32 * WORDS) + lane % WORDS * 8
+    first_row = first_tile * TILE_ROWS
+    prefetch(scales_ptr + first_row + thread, (thread < TEAMS * TILES * TILE_ROWS) & (first_row + thread < N))
+    tile = first_tile + warp % TEAMS * TILES
+    inside = tile * TILE_ROWS < N
+    planes_stride = units * unit_words(PLANES)
+    c_stride = tl.cdiv(units * UNIT, GROUP) * group_pairs(PLANES)
+    planes_ptr += tile.to(tl.int64) * planes_stride + u * unit_words(PLANES) + lane * lane_words(PLANES)
+    coefficients_ptr += tile.to(tl.int64) * c_stride + r * row_pairs(PLANES)
+    BESIDE: tl.constexpr = words_beside(GROUP)
+    i = input_of_word(u * UNIT, lane % 4, BESIDE)
     x_rows = ()
     for n in tl.static_range(TOKENS // 8):
         token = tl.minimum(tl.program_id(0) * TOKENS + n * 8 + r, M - 1)  # rows past M: computed, never stored
@@ -97,57 +114,60 @@ def gemm_kernel(
     if X_AHEAD:
         next_x = ()
         for j in tl.static_range(4):
-            next_x = next_x + (load_run(x_rows, u, units, i, K, 0, j, WORDS, TOKENS, WHOLE),)
+            next_x = next_x + (load_run(x_rows, u, units, i, K, 0, j, BESIDE, TOKENS, WHOLE),)
     if AHEAD:
         live = inside & (u < units)
         next_words = load_planes(planes_ptr, planes_stride, live, PLANES, TILES)
-        next_c = load_coefficients(coefficients_ptr, c_stride, i // GROUP, live, PLANES, TILES)
+        c_ptr = coefficients_ptr + i // GROUP * group_pairs(PLANES)
+        next_c = load_coefficients(c_ptr, c_stride, live, 1, PLANES, TILES)
     for _ in range(0, units, SPLIT):
         if AHEAD:
             words = next_words
             c = next_c
-            planes_ptr += SPLIT * 64 * PLANES
+            planes_ptr += SPLIT * unit_words(PLANES)
             live = inside & (u + SPLIT < units)
             next_words = load_planes(planes_ptr, planes_stride, live, PLANES, TILES)
-            next_c = load_coefficients(coefficients_ptr, c_stride, (i + SPLIT * 128) // GROUP, live, PLANES, TILES)
+            c_ptr = coefficients_ptr + (i + SPLIT * UNIT) // GROUP * group_pairs(PLANES)
+            next_c = load_coefficients(c_ptr, c_stride, live, 1, PLANES, TILES)
         else:
             live = inside & (u < units)
             words = load_planes(planes_ptr, planes_stride, live, PLANES, TILES)
-            c = load_coefficients(coefficients_ptr, c_stride, i // GROUP, live, PLANES, TILES)
-            planes_ptr += SPLIT * 64 * PLANES
+            c_ptr = coefficients_ptr + i // GROUP * group_pairs(PLANES)
+            c = load_coefficients(c_ptr, c_stride, live, 1, PLANES, TILES)
+            planes_ptr += SPLIT * unit_words(PLANES)
         if X_AHEAD:
             x_runs = next_x
             next_x = ()
             for j in tl.static_range(4):
-                next_x = next_x + (load_run(x_rows, u, units, i, K, SPLIT, j, WORDS, TOKENS, WHOLE),)
+                next_x = next_x + (load_run(x_rows, u, units, i, K, SPLIT, j, BESIDE, TOKENS, WHOLE),)
         steps = ()
         for t in tl.static_range(TILES):
             steps = steps + (coefficient_steps(c[(PLANES + 1) * t : (PLANES + 1) * (t + 1)], PLANES, BF16),)
         for j in tl.static_range(4):
-            x = x_runs[j] if X_AHEAD else load_run(x_rows, u, units, i, K, 0, j, WORDS, TOKENS, WHOLE)
+            x = x_runs[j] if X_AHEAD else load_run(x_rows, u, units, i, K, 0, j, BESIDE, TOKENS, WHOLE)
             sums = ()
             for t in tl.static_range(TILES):
                 turned = ()
                 for w in tl.static_range(2 * PLANES):
                     word = words[2 * PLANES * t + w]
-                    turned = turned + (word if j == 0 else rotate_left(word, 4 * j),)
+                    turned = turned + (word if j == 0 else rotate_left(word, turn(j)),)
                 part = acc[t * (TOKENS // 2) : (t + 1) * (TOKENS // 2)]
                 for h in tl.static_range(2):
                     part = multiply(turned, steps[t], x, part, h, PLANES, TOKENS, BF16)
                 sums = sums + part
             acc = sums
         u += SPLIT
-        i += SPLIT * 128
+        i += SPLIT * UNIT
         next_rows = ()
         for n in tl.static_range(TOKENS // 8):
-            next_rows = next_rows + (x_rows[n] + SPLIT * 128,)
+            next_rows = next_rows + (x_rows[n] + SPLIT * UNIT,)
         x_rows = next_rows
-    y = tl.permute(tl.reshape(stack(acc), [SPLIT, BESIDE * 32, TILES * TOKENS // 2]), 1, 2, 0)
-    y = sum_last(y, BESIDE * 32, TILES * TOKENS // 2, SPLIT)
+    y = tl.permute(tl.reshape(stack(acc), [SPLIT, TEAMS * 32, TILES * TOKENS // 2]), 1, 2, 0)
+    y = sum_last(y, TEAMS * 32, TILES * TOKENS // 2, SPLIT)
     # a lane's sums, slowest first: tile, eight tokens, row r or r + 8, token 2q or 2q + 1
-    thread = tl.arange(0, BESIDE * 32)[:, None]
+    thread = tl.arange(0, TEAMS * 32)[:, None]
     s = tl.arange(0, TILES * TOKENS // 2)[None, :]
-    row = (first_tile + thread // 32 * TILES + s // (TOKENS // 2)) * 16 + s // 2 % 2 * 8 + thread % 32 // 4
+    row = (first_tile + thread // 32 * TILES + s // (TOKENS // 2)) * TILE_ROWS + s // 2 % 2 * 8 + thread % 32 // 4
     token = s % (TOKENS // 2) // 4 * 8 + thread % 4 * 2 + s % 2
     y *= tl.load(scales_ptr + row, row < N, 0)
     if bias_ptr is not None:
@@ -166,40 +186,22 @@ def load_run(
     K: tl.tensor,
     AHEAD: tl.constexpr,
     J: tl.constexpr,
-    WORDS: tl.constexpr,
+    BESIDE: tl.constexpr,
     TOKENS: tl.constexpr,
     WHOLE: tl.constexpr,
 ) -> tl.tuple:
     """Activations of each eight tokens for the lane's run J of 8 inputs, in unit u + AHEAD; zeros past K."""
-    live = u + AHEAD < units if WHOLE else i + AHEAD * 128 + 8 * WORDS * J < K
+    start: tl.constexpr = AHEAD * UNIT + run_step(BESIDE) * J
+    live = u + AHEAD < units if WHOLE else i + start < K
     x = ()
     for n in tl.static_range(TOKENS // 8):
-        x = x + (load4(x_rows[n], live, 256 * AHEAD + 16 * WORDS * J),)
+        x = x + (load4(x_rows[n], live, 2 * start),)
     return x
 
 
 @triton.jit
-def load_coefficients(
-    ptr: tl.tensor,
-    stride: tl.tensor,
-    group: tl.tensor,
-    live: tl.tensor,
-    PLANES: tl.constexpr,
-    TILES: tl.constexpr,
-) -> tl.tuple:
-    """Pairs (rows r, r + 8) of each tile's coefficients in the lane's group."""
-    ptr += group * (8 * (PLANES + 1))
-    c = ()
-    for _ in tl.static_range(TILES):
-        for p in tl.static_range(PLANES + 1):
-            c = c + (tl.load(ptr + p, live, 0),)
-        ptr += stride
-    return c
-
-
-@triton.jit
 def coefficient_steps(c: tl.tuple, PLANES: tl.constexpr, BF16: tl.constexpr) -> tl.tuple:
-    """Pairs (rows r, r + 8): at 4p + i, i = 0..3, c_p over the number that is bit 11 + i alone; after them c_0."""
+    """Pairs (rows r, r + 8): at 4p + i, i = 0..3, c_p over the number that is `pair_mask(i)`; after them c_0."""
     steps = ()
     for p in tl.static_range(PLANES + 1):
         pair = c[p]
@@ -244,10 +246,10 @@ def multiply(
 def weights(
     words: tl.tuple, steps: tl.tuple, PAIR: tl.constexpr, HALF: tl.constexpr, PLANES: tl.constexpr, BF16: tl.constexpr
 ) -> tl.tensor:
-    """The weights of output r + 8 HALF for the two inputs in bits 11 + PAIR and 27 + PAIR."""
+    """The weights of output r + 8 HALF for the two inputs of PAIR in the words' bits."""
     w = steps[4 * PLANES]
     for p in tl.static_range(PLANES):
-        bits = words[2 * p + HALF] & (0x00010001 << (11 + PAIR))
+        bits = words[2 * p + HALF] & pair_mask(PAIR)
         w = fma_pair(bits, steps[4 * p + PAIR], w, HALF, HALF if p == 0 else 2, BF16)
     return w
 
@@ -290,8 +292,8 @@ def launch(
         TILES=config.tiles,
         WARPS=config.warps,
         SPLIT=config.split,
-        WHOLE=in_features % 128 == 0,
-        grid=(cdiv(tokens, config.tokens), cdiv(out_features, 16 * tiles_per_block)),
+        WHOLE=in_features % layout.UNIT == 0,
+        grid=(cdiv(tokens, config.tokens), cdiv(out_features, layout.TILE_ROWS * tiles_per_block)),
         warmup=compile_only,
         **options(config, tiles.coefficients.shape[3] - 1),
     )

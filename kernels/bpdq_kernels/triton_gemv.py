@@ -30,12 +30,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bpdq_kernels.layout import Tiles
-from bpdq_kernels.tuning import Gemv, cdiv
+from bpdq_kernels import layout
+from bpdq_kernels.dispatch import Gemv
+from bpdq_kernels.layout import Tiles, cdiv
+from bpdq_kernels.triton_layout import (
+    TILE_ROWS,
+    UNIT,
+    group_pairs,
+    groups_in_unit,
+    input_of_bit,
+    input_of_word,
+    lane_words,
+    load_coefficients,
+    load_planes,
+    row_pairs,
+    unit_words,
+    words_beside,
+)
 from bpdq_kernels.warp import (
     exchange,
-    input_of_bit,
-    load_planes,
     mma_bits,
     prefetch,
     rotate_left,
@@ -64,41 +77,42 @@ def gemv_kernel(
     BF16: tl.constexpr,
     TILES: tl.constexpr,
     WARPS: tl.constexpr,
-    WHOLE: tl.constexpr,  # 128 divides K
+    WHOLE: tl.constexpr,  # UNIT divides K
 ) -> None:
     thread = tl.arange(0, 32 * WARPS)
     warp = thread // 32
     lane = thread % 32
     q = lane % 4
-    units = tl.cdiv(K, 128)
-    PARTS: tl.constexpr = 128 // GROUP if GROUP < 128 else 1  # groups in a unit
-    planes_stride = units * (64 * PLANES)
-    c_stride = tl.cdiv(units * 128, GROUP) * (8 * (PLANES + 1))
+    units = tl.cdiv(K, UNIT)
+    PARTS: tl.constexpr = groups_in_unit(GROUP)
+    planes_stride = units * unit_words(PLANES)
+    c_stride = tl.cdiv(units * UNIT, GROUP) * group_pairs(PLANES)
     tile = (tl.program_id(0) * TILES).to(tl.int64)
-    planes_ptr += tile * planes_stride + warp * (64 * PLANES) + lane * (2 if PLANES % 2 else 4)
-    coefficients_ptr += tile * c_stride + warp * 128 // GROUP * (8 * (PLANES + 1)) + lane // 4 * (PLANES + 1)
-    BESIDE: tl.constexpr = 4 if GROUP >= 128 else GROUP // 32  # words_beside
-    x_ptr += warp * 128 + input_of_lane(lane, BESIDE)
-    inputs_left = K - warp * 128
-    c_step: tl.constexpr = WARPS * 128 // GROUP * 8 * (PLANES + 1)  # 256 divides 128 x WARPS
+    planes_ptr += tile * planes_stride + warp * unit_words(PLANES) + lane * lane_words(PLANES)
+    coefficients_ptr += tile * c_stride + warp * UNIT // GROUP * group_pairs(PLANES) + lane // 4 * row_pairs(PLANES)
+    BESIDE: tl.constexpr = words_beside(GROUP)
+    x_ptr += warp * UNIT + input_of_lane(lane, BESIDE)
+    inputs_left = K - warp * UNIT
+    c_step: tl.constexpr = WARPS * UNIT // GROUP * group_pairs(PLANES)  # 256 divides UNIT x WARPS
     own = 0 if WHOLE else input_of_lane(lane, BESIDE)
     # misses at the end would be waited for
-    prefetch(scales_ptr + tile * 16 + thread, (thread < TILES * 16) & (tile * 16 + thread < N))
+    first_row = tile * TILE_ROWS
+    prefetch(scales_ptr + first_row + thread, (thread < TILES * TILE_ROWS) & (first_row + thread < N))
     sign = tl.where(q == 3, -2, 2)  # bit 15 counts negative
     acc = (tl.zeros([32 * WARPS], tl.float32),) * (2 * TILES)
     next_words = load_planes(planes_ptr, planes_stride, inputs_left > 0, PLANES, TILES)
-    next_c = load_coefficients(coefficients_ptr, c_stride, inputs_left > 0, PLANES, GROUP, TILES)
+    next_c = load_coefficients(coefficients_ptr, c_stride, inputs_left > 0, PARTS, PLANES, TILES)
     next_x = load_inputs(x_ptr, inputs_left - own, BESIDE, WHOLE)
     for _ in range(0, units, WARPS):
         words = next_words
         c = next_c
         x = next_x
-        planes_ptr += WARPS * 64 * PLANES
+        planes_ptr += WARPS * unit_words(PLANES)
         coefficients_ptr += c_step
-        x_ptr += WARPS * 128
-        inputs_left -= WARPS * 128
+        x_ptr += WARPS * UNIT
+        inputs_left -= WARPS * UNIT
         next_words = load_planes(planes_ptr, planes_stride, inputs_left > 0, PLANES, TILES)
-        next_c = load_coefficients(coefficients_ptr, c_stride, inputs_left > 0, PLANES, GROUP, TILES)
+        next_c = load_coefficients(coefficients_ptr, c_stride, inputs_left > 0, PARTS, PLANES, TILES)
         next_x = load_inputs(x_ptr, inputs_left - own, BESIDE, WHOLE)
         low, high, sums, scale = slice_bits(x, lane, q, GROUP)
         sums_of_products = ()
@@ -121,7 +135,7 @@ def gemv_kernel(
     four_to_the_q = (1 << (2 * tl.arange(0, 4))).to(tl.float32)
     y = tl.permute(y * four_to_the_q[None, None, :, None], 1, 3, 0, 2)
     y = sum_last(tl.reshape(y, [8, 2 * TILES, 4 * WARPS]), 8, 2 * TILES, 4 * WARPS)
-    row = tile * 16 + 8 * tl.arange(0, 2 * TILES)[None, :] + tl.arange(0, 8)[:, None]
+    row = first_row + 8 * tl.arange(0, 2 * TILES)[None, :] + tl.arange(0, 8)[:, None]
     y *= tl.load(scales_ptr + row, row < N, 0)
     if bias_ptr is not None:
         y += tl.load(bias_ptr + row, row < N, 0).to(tl.float32)
@@ -136,31 +150,11 @@ def input_of_lane(lane: tl.tensor, BESIDE: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def load_coefficients(
-    ptr: tl.tensor,
-    stride: tl.tensor,
-    live: tl.tensor,
-    PLANES: tl.constexpr,
-    GROUP: tl.constexpr,
-    TILES: tl.constexpr,
-) -> tl.tuple:
-    """Pairs (rows r, r + 8) of each tile's coefficients in a unit, group after group."""
-    PARTS: tl.constexpr = 128 // GROUP if GROUP < 128 else 1
-    c = ()
-    for _ in tl.static_range(TILES):
-        for part in tl.static_range(PARTS):
-            for p in tl.static_range(PLANES + 1):
-                c = c + (tl.load(ptr + part * 8 * (PLANES + 1) + p, live, 0),)
-        ptr += stride
-    return c
-
-
-@triton.jit
 def load_inputs(ptr: tl.tensor, inputs_left: tl.tensor, BESIDE: tl.constexpr, WHOLE: tl.constexpr) -> tl.tuple:
     """One input of each of the unit's four words, in fp32; zeros past K."""
     x = ()
     for word in tl.static_range(4):
-        offset = word // BESIDE * (32 * BESIDE) + word % BESIDE * 8
+        offset = input_of_word(0, word, BESIDE)
         live = inputs_left > 0 if WHOLE else inputs_left > offset
         x = x + (tl.load(ptr + offset, live, 0).to(tl.float32),)
     return x
@@ -243,7 +237,7 @@ def dot_unit(
     BF16: tl.constexpr,
 ) -> tl.tuple:
     """This lane's part, over 4^q, of one unit's dot products with rows r and r + 8."""
-    PARTS: tl.constexpr = 128 // GROUP if GROUP < 128 else 1
+    PARTS: tl.constexpr = groups_in_unit(GROUP)
     z = tl.zeros_like(sums[0])
     z8 = z
     for part in tl.static_range(PARTS):
@@ -295,8 +289,8 @@ def launch(
         BF16=tiles.coefficients.dtype == torch.bfloat16,
         TILES=config.tiles,
         WARPS=config.warps,
-        WHOLE=in_features % 128 == 0,
-        grid=(cdiv(out_features, 16 * config.tiles),),
+        WHOLE=in_features % layout.UNIT == 0,
+        grid=(cdiv(out_features, layout.TILE_ROWS * config.tiles),),
         warmup=compile_only,
         **options(config),
     )

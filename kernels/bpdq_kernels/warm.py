@@ -16,32 +16,32 @@ import torch
 from torch import Tensor
 
 from bpdq_kernels.layout import Tiles
-from bpdq_kernels.ops import Packed, embedding
+from bpdq_kernels.ops import Prepared, embedding
 
 
-def warm_up(packed: Packed, bias: Tensor | None = None) -> None:
+def warm_up(prepared: Prepared, bias: Tensor | None = None) -> None:
     """Compile and load every kernel that `linear` can launch for this layer on its GPU, with and without `bias` [N]:
     of the ranks of tensor parallelism, one adds it. Elsewhere nothing is to be done."""
-    if packed.planes.is_cuda:
-        with torch.cuda.device_of(packed.planes):
-            ahead = [*launches(packed, None), *(launches(packed, bias) if bias is not None else ())]
+    if prepared.planes.is_cuda:
+        with torch.cuda.device_of(prepared.planes):
+            ahead = [*launches(prepared, None), *(launches(prepared, bias) if bias is not None else ())]
             compile_all(ahead)
             for launch in ahead:
                 launch()
 
 
-def warm_up_embedding(packed: Packed, dtype: torch.dtype) -> None:
+def warm_up_embedding(prepared: Prepared, dtype: torch.dtype) -> None:
     """Compile and load the kernel of `embedding` for int64 ids and rows in `dtype`. Elsewhere nothing is to be done."""
-    if packed.planes.is_cuda:
-        embedding(torch.zeros(1, dtype=torch.int64, device=packed.planes.device), packed, dtype)
+    if prepared.planes.is_cuda:
+        embedding(torch.zeros(1, dtype=torch.int64, device=prepared.planes.device), prepared, dtype)
 
 
-def launches(packed: Packed, bias: Tensor | None) -> Iterator[Callable[..., None]]:
+def launches(prepared: Prepared, bias: Tensor | None) -> Iterator[Callable[..., None]]:
     """Each kernel and configuration of a layer, for one token; all take `compile_only`."""
     from bpdq_kernels import tiled_linear, triton_linear
-    from bpdq_kernels.tuning import linear_configs
+    from bpdq_kernels.dispatch import linear_configs
 
-    planes, coefficients, scales, in_features, out_features, group_size = packed
+    planes, coefficients, scales, in_features, out_features, group_size = prepared
     dtype = torch.float32 if scales is None else coefficients.dtype
     x = torch.zeros(1, in_features, dtype=dtype, device=planes.device)
     y = x.new_empty(1, out_features)

@@ -290,33 +290,6 @@ def fma_pair(
 
 
 @triton.jit
-def load_planes(
-    ptr: tl.tensor, stride: tl.tensor, live: tl.tensor, PLANES: tl.constexpr, TILES: tl.constexpr
-) -> tl.tuple:
-    """A lane's words of one unit (`bpdq_kernels.layout.Tiles`) for each tile: rows r and r + 8 of plane 0, then of
-    plane 1, ...; zeros where not `live`. Tiles are `stride` words apart."""
-    words = ()
-    for _ in tl.static_range(TILES):
-        if PLANES % 2 == 0:
-            for p in tl.static_range(PLANES // 2):
-                words = words + load4(ptr, live, 512 * p)
-        else:
-            for p in tl.static_range(PLANES):
-                words = words + load2(ptr, live, 256 * p)
-        ptr += stride
-    return words
-
-
-@triton.jit
-def input_of_bit(bit: tl.tensor, BESIDE: tl.constexpr) -> tl.tensor:
-    """Which input of its unit a bit of the first word stands for (`bpdq_kernels.layout.Tiles`). Word q's are
-    q // BESIDE * 32 * BESIDE + q % BESIDE * 8 further on."""
-    rank = (14 - bit) & 31  # runs of 8 inputs, even ones first
-    run = (rank & 15) >> 2
-    return run * (8 * BESIDE) + ((((rank & 3) ^ 3) << 1) | (rank >> 4))
-
-
-@triton.jit
 def stack(values: tl.tuple) -> tl.tensor:
     """[threads, 2, ..., 2] of a power of two tensors [threads]: the trailing axes are the bits of the tuple's index."""
     for _ in tl.static_range(8):

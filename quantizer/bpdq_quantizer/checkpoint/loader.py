@@ -28,7 +28,7 @@ from bpdq_kernels import skeleton
 from bpdq_kernels.folder import REMEDY, Headers, check_scale, read_folder, read_json
 from bpdq_kernels.format import KV_SCALES, Format
 from bpdq_kernels.layout import trim
-from bpdq_kernels.skeleton import quantized_layers, stored_layer, table_names
+from bpdq_kernels.skeleton import embedding_names, quantized_layers, stored_layer
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.modules import BPDQEmbedding, replace
 from bpdq_quantizer.model.opening import load_pretrained
@@ -87,7 +87,7 @@ class BPDQQuantizer(HfQuantizer):
         if {file.name for file in files} != {entry.file.name for entry in stored.values()}:
             raise InputError(f"{files[0]}: transformers would read this file, which is not the checkpoint's")
         start = stored_under(model)
-        checked = model if table_names(model)[1] and not start else causal_skeleton(model, stored)
+        checked = model if embedding_names(model)[1] and not start else causal_skeleton(model, stored)
         skeleton.check_stored(stored, checked, self.quantization_config.format)
         self.schemes = {}
         for name, (module, scheme) in quantized_layers(model, self.quantization_config.format, start).items():
@@ -139,7 +139,9 @@ def stored_under(model: PreTrainedModel) -> str:
 def is_new_head(model: PreTrainedModel, name: str) -> bool:
     """Whether the Linear `name` is of a head that a task adds to the model, such as AutoModelForSequenceClassification,
     so that no causal model's checkpoint has it."""
-    return model.base_model is not model and not name.startswith(model.base_model_prefix) and not table_names(model)[1]
+    return (
+        model.base_model is not model and not name.startswith(model.base_model_prefix) and not embedding_names(model)[1]
+    )
 
 
 class Checkpoint(NamedTuple):

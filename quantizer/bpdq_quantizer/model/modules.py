@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 
 import bpdq_kernels
 from bpdq_kernels.reference import rows
-from bpdq_kernels.skeleton import is_tied, table_names
+from bpdq_kernels.skeleton import embedding_names, is_tied
 
 
 class BPDQLinear(nn.Module):
@@ -77,7 +77,7 @@ def looks_up_rows(embedding: nn.Module) -> bool:
 def replace(model: PreTrainedModel, name: str, B: Tensor, c: Tensor, group_size: int) -> None:
     """Put bit-planes where the model has the Linear or table `name`; an LM head that is tied to it goes with it."""
     module = model.get_submodule(name)
-    embedding, head = table_names(model)
+    embedding, head = embedding_names(model)
     width = module.weight.shape[1]
     if name != embedding:
         model.set_submodule(name, BPDQLinear(B, c, group_size, width, module.bias))

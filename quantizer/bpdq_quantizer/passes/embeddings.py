@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from bpdq_kernels import layout
 from bpdq_kernels.format import Scheme
-from bpdq_kernels.skeleton import is_tied, table_names
+from bpdq_kernels.skeleton import embedding_names, is_tied
 from bpdq_quantizer.algorithm.hessian import accumulate, symmetrize
 from bpdq_quantizer.algorithm.solver import Solve
 from bpdq_quantizer.errors import InputError
@@ -36,7 +36,7 @@ def table_schemes(
     Tied tables are one: either option means both. Raises InputError where the options contradict each other, the
     embedding does more than look up rows, or a table holds NaN or infinity.
     """
-    embedding, head = table_names(model)
+    embedding, head = embedding_names(model)
     if is_tied(model):
         if None not in (embed_bits, head_bits) and embed_bits != head_bits:
             raise InputError(
@@ -68,7 +68,7 @@ def quantize_tables(
     embedding is the identity, as its rows are looked up and multiply nothing; that of an LM head is the Hessian of
     `states`; that of tied tables is the sum of both, with TIED_SHARE of the identity.
     """
-    embedding, head = table_names(model)
+    embedding, head = embedding_names(model)
     tied = is_tied(model)
     reports = []
     for name in (embedding,) if tied else (embedding, head):

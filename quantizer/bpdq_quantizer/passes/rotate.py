@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bpdq_kernels.skeleton import is_tied, table_names
+from bpdq_kernels.skeleton import embedding_names, is_tied
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.modules import looks_up_rows
 from bpdq_quantizer.model.stream import Streamed
@@ -157,7 +157,7 @@ def gain_offset(name: str, norm: nn.Module) -> float:
 def check_foldable(source: Streamed, norm_name: str) -> None:
     """Raise InputError unless the model is what the module's docstring describes, and nothing else."""
     lm, prefix, blocks, _ = source
-    embedding, head = table_names(lm)
+    embedding, head = embedding_names(lm)
     linears = [*READERS, *WRITERS]
     required = {f"{name}.weight" for name in [*linears, *READERS.values()]}
     allowed = required | {f"{linear}.bias" for linear in linears} | set(UNMOVED)

@@ -6,6 +6,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 
 from bpdq_kernels.folder import check_scale
+from bpdq_kernels.format import KV_SCALES
 
 MISSING = -1.0  # what vLLM's parameters hold before they are loaded
 
@@ -26,7 +27,7 @@ class BPDQKVCacheMethod(BaseKVCacheMethod):
 
     def process_weights_after_loading(self, layer: Attention) -> None:
         """Raises ValueError naming the layer if a scale was not in the checkpoint."""
-        for name in ("k_scale", "v_scale"):
+        for name in KV_SCALES:
             param = getattr(layer, name, None)  # gone when a layer is processed again
             if param is None:
                 continue

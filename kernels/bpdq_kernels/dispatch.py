@@ -7,7 +7,7 @@ every multiprocessor about the same number of blocks.
 from functools import cache
 from typing import NamedTuple
 
-from bpdq_kernels.layout import TILE_INPUTS, TILE_ROWS
+from bpdq_kernels.layout import TILE_ROWS, UNIT, cdiv, groups_in_unit
 
 MIN_BALANCE = 0.85  # of the multiprocessors' time, if a block takes as long on each
 MAX_TOKENS = 1 << 15  # of a batch whose kernel is compiled ahead
@@ -43,10 +43,6 @@ class Dense(NamedTuple):
 
 
 Config = Gemv | Gemm | Dense
-
-
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 def balance(blocks: int, multiprocessors: int) -> float:
@@ -90,11 +86,11 @@ def gemv_config(planes: int, group_size: int, out_features: int, in_features: in
 
     Where these fill it, blocks have four warps: the 128 registers of eight are too few for some versions of ptxas.
     """
-    coefficients = (planes + 1) * max(1, TILE_INPUTS // group_size)
+    coefficients = (planes + 1) * groups_in_unit(group_size)
     candidates = tuple(tiles for tiles in (4, 2, 1) if tiles == 1 or tiles * coefficients <= MAX_COEFFICIENTS)
     tiles = tiles_per_block(out_features, candidates, multiprocessors)
     full = tiles * coefficients >= MAX_COEFFICIENTS
-    return Gemv(tiles, warps=4 if full or in_features < 16 * TILE_INPUTS else 8)
+    return Gemv(tiles, warps=4 if full or in_features < 16 * UNIT else 8)
 
 
 def gemm_config(tokens: int, planes: int, out_features: int, multiprocessors: int) -> Gemm:

@@ -1,0 +1,123 @@
+"""Where a word, a coefficient or an input is in `bpdq_kernels.layout.Tiles`, which draws it, for code that Triton
+compiles.
+
+Planes are counted in words from a tile's unit, coefficients in pairs (of rows r and r + 8) from a tile's group.
+"""
+
+import triton
+import triton.language as tl
+
+from bpdq_kernels import layout
+from bpdq_kernels.warp import load2, load4
+
+TILE_ROWS, UNIT, RUN = tl.constexpr(layout.TILE_ROWS), tl.constexpr(layout.UNIT), tl.constexpr(layout.RUN)
+words_beside = triton.constexpr_function(layout.words_beside)
+planes_beside = triton.constexpr_function(layout.planes_beside)
+groups_in_unit = triton.constexpr_function(layout.groups_in_unit)
+
+
+@triton.constexpr_function
+def unit_words(planes: int) -> int:
+    """Words of a tile in a unit."""
+    return layout.TILE_ROWS * layout.UNIT // layout.WORD * planes
+
+
+@triton.constexpr_function
+def lane_words(planes: int) -> int:
+    """Words that a lane finds next to each other, and how far it is to those of the next lane."""
+    return 2 * planes_beside(planes)
+
+
+@triton.constexpr_function
+def plane_start(plane: int, planes: int) -> int:
+    """Where the first lane's words of a plane start."""
+    beside = planes_beside(planes)
+    return plane // beside * (64 * beside) + plane % beside * 2
+
+
+@triton.constexpr_function
+def row_pairs(planes: int) -> int:
+    """Pairs of coefficients of a row: how far it is to those of the next."""
+    return planes + 1
+
+
+@triton.constexpr_function
+def group_pairs(planes: int) -> int:
+    """Pairs of coefficients of a tile in a group."""
+    return layout.TILE_ROWS // 2 * (planes + 1)
+
+
+@triton.constexpr_function
+def run_step(beside: int) -> int:
+    """Inputs from one run of a word to its next; beside: `words_beside`."""
+    return layout.RUN * beside
+
+
+@triton.jit
+def input_of_word(i: tl.tensor, q: tl.tensor, BESIDE: tl.constexpr) -> tl.tensor:
+    """The input of word q that is in the place of input i of the unit's first word."""
+    return i + q // BESIDE * (32 * BESIDE) + q % BESIDE * RUN
+
+
+@triton.jit
+def input_of_bit(bit: tl.tensor, BESIDE: tl.constexpr) -> tl.tensor:
+    """Which input of its unit a bit of the first word stands for."""
+    rank = (14 - bit) & 31  # runs of 8 inputs, even ones first
+    run = (rank & 15) >> 2
+    return run * run_step(BESIDE) + ((((rank & 3) ^ 3) << 1) | (rank >> 4))
+
+
+@triton.jit
+def bit_of_input(run: tl.tensor, number: tl.tensor) -> tl.tensor:
+    """Which bit of its word stands for input `number` of run `run`: the inverse of `input_of_bit`."""
+    return (14 - ((number & 1) * 16 + run * 4 + (3 - (number >> 1)))) & 31
+
+
+@triton.constexpr_function
+def turn(run: int) -> int:
+    """By how much a word is rotated left so that `pair_mask` finds the inputs of a run."""
+    return 4 * run
+
+
+@triton.constexpr_function
+def pair_mask(pair: int) -> int:
+    """Inputs 2 `pair` and 2 `pair` + 1 of the run that a word was turned to: an exponent bit of each half."""
+    return 0x00010001 << (11 + pair)
+
+
+@triton.jit
+def load_planes(
+    ptr: tl.tensor, stride: tl.tensor, live: tl.tensor, PLANES: tl.constexpr, TILES: tl.constexpr
+) -> tl.tuple:
+    """A lane's words of one unit for each tile: rows r and r + 8 of plane 0, then of plane 1, ...; zeros where not
+    `live`. Tiles are `stride` words apart."""
+    words = ()
+    for _ in tl.static_range(TILES):
+        if PLANES % 2 == 0:
+            for p in tl.static_range(0, PLANES, 2):
+                words = words + load4(ptr, live, 4 * plane_start(p, PLANES))
+        else:
+            for p in tl.static_range(PLANES):
+                words = words + load2(ptr, live, 4 * plane_start(p, PLANES))
+        ptr += stride
+    return words
+
+
+@triton.jit
+def load_coefficients(
+    ptr: tl.tensor,
+    stride: tl.tensor,
+    live: tl.tensor,
+    GROUPS: tl.constexpr,
+    PLANES: tl.constexpr,
+    TILES: tl.constexpr,
+) -> tl.tuple:
+    """A row's pairs of coefficients for each tile, of GROUPS groups one after the other; zeros where not `live`. Tiles
+    are `stride` pairs apart."""
+    c = ()
+    for _ in tl.static_range(TILES):
+        for group in tl.static_range(GROUPS):
+            for p in tl.static_range(PLANES + 1):
+                c = c + (tl.load(ptr + (group * group_pairs(PLANES) + p), live, 0),)
+        ptr += stride
+    return c
