@@ -58,6 +58,7 @@ def test_paths_become_strings():
         ("kv_cache_scales", "no", "--kv-cache-scales no: expected True or False"),
         ("model", 3, "MODEL 3: expected a path or a name"),
         ("model", "", "MODEL : expected a path or a name"),
+        ("output", "", "--output : expected the name of a folder that is to be created"),
         ("output", 3, "--output 3: expected a path or a name"),
         ("calibration", None, "--calibration None: expected a path or a name"),
         ("group_size", 48, "group_size = 48 is not supported"),

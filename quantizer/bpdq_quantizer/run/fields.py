@@ -30,8 +30,8 @@ class About(NamedTuple):
     """What a field says beside its type and default.
 
     help: a few words; more: what the README says instead; unset: what None stands for; metavar: of its value on the
-    command line; positional: without a flag there; choices: of a text; within: the least and the greatest number, which
-    `expected` puts into words.
+    command line; positional: without a flag there; choices: of a text; within: the least and the greatest number;
+    expected: that, or what is no empty name, in words.
     """
 
     help: str
@@ -57,8 +57,7 @@ def option(
     expected: str = "",
 ) -> Any:
     """The field of an option (`About`); `default` is MISSING for one that must be given."""
-    words = expected or "{} to {}".format(*within)
-    about = About(help, more or help, unset, metavar, positional, choices, within, words)
+    about = About(help, more or help, unset, metavar, positional, choices, within, expected)
     return field(default=default, metadata={"about": about})
 
 
@@ -77,10 +76,10 @@ def checked(of: Field, value: Any) -> Any:
     if about.choices:
         met, words = met and value in about.choices, " or ".join(about.choices)
     elif met and kind is PathName:
-        value = os.fspath(value)
+        value, words = os.fspath(value), about.expected or words
         met = value != ""
     elif met and kind in (int, float):
-        value, words = kind(value), about.expected
+        value, words = kind(value), about.expected or "{} to {}".format(*about.within)
         met = about.within[0] <= value <= about.within[1]
     if not met:
         raise InputError(f"{flag(of)} {value}: expected {words}")

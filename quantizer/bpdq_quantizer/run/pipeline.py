@@ -52,40 +52,43 @@ quantize.__doc__ = f"{inspect.getdoc(quantize)}\n\n{described()}"
 
 def follow(run: Run, solve: Solve) -> dict[str, Any]:
     """Solve, tune and write what the run's folder lacks; returns the report."""
-    o, source, windows, folder = run.options, run.source, run.windows, run.folder
-    tuned = o.tuning.tune == "model"
-    teacher = teacher_states(run) if tuned else None
-    schemes, allocating = choose_schemes(run)
+    o, source, folder = run.options, run.source, run.folder
+    teacher = teacher_states(run) if o.tuning.tune == "model" else None
+    schemes, choosing = choose_schemes(run)
     files = BlockFiles(source, schemes, folder.path)
     layers, solving, digests = solve_blocks(run, files, solve)
-    tuning: dict[str, Any] = {}
-    if tuned:
+    tuning = None
+    if teacher is not None:
         tuning, digests = tune_blocks(run, files, digests, teacher)
-        del teacher
-    clock = Clock(total(allocating, solving, tuning))
+    clock = Clock(total(choosing, solving, tuning or {}))
     read = partial(files.read, {name: {digest} for name, digest in digests.items()})
     if run.tables:
         tables = quantize_tables(source.model, head_states(run, read), run.tables, run.device, solve)
         layers = layers + [asdict(table) for table in tables]
     scales = {}
     if o.schemes.kv_cache_scales:
-        scales = kv_scales.calibrate(source, windows.solving, run.device, folder.offload, read)
-    report = {
-        "model": o.files.model,
-        "options": {name: value for name, value in o.by_name().items() if name != "model"},
-        **({"tuning": tuning} if tuned else {}),
-        "calibration_tokens": windows.solving.numel(),
-        "special_tokens": windows.special_tokens,
+        scales = kv_scales.calibrate(source, run.windows.solving, run.device, folder.offload, read)
+    found = report(run, layers, tuning, clock)
+    ignore = [name for name in linear_layers(source.model) if name not in {layer["name"] for layer in layers}]
+    check_unchanged(o.files.model, run.stamps)
+    config = checkpoint_config(o, schemes, run.tables, ignore)
+    writer.finish(folder.path, source, config, found, digests, scales)
+    return found
+
+
+def report(run: Run, layers: list[dict[str, Any]], tuning: dict[str, Any] | None, clock: Clock) -> dict[str, Any]:
+    """What quantization_report.json says. layers, tuning: their own reports."""
+    return {
+        "model": run.options.files.model,
+        "options": {name: value for name, value in run.options.by_name().items() if name != "model"},
+        **({} if tuning is None else {"tuning": tuning}),
+        "calibration_tokens": run.windows.solving.numel(),
+        "special_tokens": run.windows.special_tokens,
         "bits_per_weight": mean_bits(layers),
         **clock.read(),
         "peak_host_memory_bytes": peak_memory(),
         "layers": layers,
     }
-    ignore = [name for name in linear_layers(source.model) if name not in {layer["name"] for layer in layers}]
-    check_unchanged(o.files.model, run.stamps)
-    config = checkpoint_config(o, schemes, run.tables, ignore)
-    writer.finish(folder.path, source, config, report, digests, scales)
-    return report
 
 
 def head_states(run: Run, read: Callable[[int], nn.Module]) -> Batches:
