@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from bpdq_quantizer import cost
 from bpdq_quantizer.cli import main
-from bpdq_quantizer.run import pipeline
+from bpdq_quantizer.run import steps
 from bpdq_quantizer.storage import files
 from tiny import TEXT, bpdq_checkpoint, load_tensors, tiny_model, tiny_tokenizer
 
@@ -155,7 +155,7 @@ def test_bad_options_get_one_line(folder, tmp_path, capsys, monkeypatch, options
     if options[0] == "--device" and torch.cuda.is_available():
         pytest.skip("has a CUDA device")
     for name in ("quantize_blocks", "sensitivities", "original_states"):
-        monkeypatch.setattr(pipeline, name, lambda *args, **kwargs: pytest.fail("work has begun"))
+        monkeypatch.setattr(steps, name, lambda *args, **kwargs: pytest.fail("work has begun"))
     argv = ["quantize", folder / "model", "--output", tmp_path / "out", "--calibration", folder / "text.txt", *QUICK]
     assert message in fails_with(capsys, *argv, *options)
     assert list(tmp_path.iterdir()) == []
@@ -179,13 +179,13 @@ def test_an_existing_output_is_refused_before_the_model_is_opened(tmp_path, caps
 def test_a_run_that_is_told_to_stop_keeps_its_work_in_one_line(
     folder, tmp_path, capsys, monkeypatch, number, status, name
 ):
-    original, handler = pipeline.save_progress, signal.getsignal(number)
+    original, handler = steps.save_progress, signal.getsignal(number)
 
     def save(*args):
         original(*args)
         os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(pipeline, "save_progress", save)
+    monkeypatch.setattr(steps, "save_progress", save)
     argv = ["quantize", folder / "model", "--output", tmp_path / "out", "--calibration", folder / "text.txt", *QUICK]
     assert main([str(a) for a in argv]) == status
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("bpdq: ")]
@@ -223,7 +223,7 @@ def test_what_transformers_refuses_to_save_is_found_before_the_first_block(folde
         raise ValueError("no")
 
     monkeypatch.setattr(LlamaConfig, "save_pretrained", refuse)
-    monkeypatch.setattr(pipeline, "quantize_blocks", lambda *args, **kwargs: pytest.fail("work has begun"))
+    monkeypatch.setattr(steps, "quantize_blocks", lambda *args, **kwargs: pytest.fail("work has begun"))
     argv = ["quantize", folder / "model", "--output", tmp_path / "out", "--calibration", folder / "text.txt", *QUICK]
     assert "config.json of the checkpoint can't be written: no" in fails_with(capsys, *argv)
     assert list(tmp_path.iterdir()) == []

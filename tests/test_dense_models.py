@@ -10,7 +10,7 @@ from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.activations import linear_layers
 from bpdq_quantizer.model.stream import open_model
 from bpdq_quantizer.passes import sensitivity
-from bpdq_quantizer.run import pipeline
+from bpdq_quantizer.run import prepare
 from tiny import tiny_tokenizer
 
 QUICK = {"bits": 4, "group_size": 32, "samples": 3, "seq_len": 32, "iterations": 1, "solver": "paper"}
@@ -97,6 +97,6 @@ def test_its_sensitivities_are_measured(tmp_path, arch, monkeypatch):
     ],
 )
 def test_it_is_refused_by_name_before_any_work(tmp_path, text, arch, message, monkeypatch):
-    monkeypatch.setattr(pipeline, "begin", None)
+    monkeypatch.setattr(prepare, "begin", None)
     with pytest.raises(InputError, match=message):
         bpdq_quantizer.quantize(model(tmp_path / "model", arch), tmp_path / "out", calibration=text, **QUICK)

@@ -13,7 +13,8 @@ from bpdq_quantizer.checkpoint import inspection
 from bpdq_quantizer.cli import main
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.passes import kv_scales
-from bpdq_quantizer.run import pipeline
+from bpdq_quantizer.run import steps
+from bpdq_quantizer.run.block_files import BlockFiles
 from tiny import TEXT, load_tensors, tiny_model
 
 NAMES = [f"model.layers.{i}.self_attn.{kind}_scale" for i in range(2) for kind in "kv"]
@@ -68,7 +69,7 @@ def test_a_run_that_stops_while_calibrating_goes_on_to_the_same_scales(tmp_path,
     class Stop(Exception):  # noqa: N818, stands for a crash
         pass
 
-    reads, read_block = [], pipeline._read_block
+    reads, read_block = [], BlockFiles.read
 
     def stop(*args):
         reads.append(args)
@@ -77,7 +78,7 @@ def test_a_run_that_stops_while_calibrating_goes_on_to_the_same_scales(tmp_path,
         return read_block(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "_read_block", stop)
+        patch.setattr(BlockFiles, "read", stop)
         with pytest.raises(Stop):
             quantize(tmp_path, text)
     assert stored(quantize(tmp_path, text, resume=True)) == whole
@@ -120,7 +121,7 @@ def test_the_scale_of_a_percentile(monkeypatch):
 
 def test_a_model_without_a_cache_to_look_into_is_refused(tmp_path, text, monkeypatch):
     monkeypatch.setattr(kv_scales._CountingCache, "update", lambda self, keys, values, *args: (keys, values))
-    monkeypatch.setattr(pipeline, "quantize_blocks", lambda *args, **kwargs: pytest.fail("work has begun"))
+    monkeypatch.setattr(steps, "quantize_blocks", lambda *args, **kwargs: pytest.fail("work has begun"))
     with pytest.raises(InputError, match=r"--kv-cache-scales: model\.layers\.0 has no attention layer"):
         quantize(tmp_path, text)
 

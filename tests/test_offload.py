@@ -17,7 +17,7 @@ from bpdq_quantizer.model.stream import open_model
 from bpdq_quantizer.passes.blocks import States, quantize_blocks
 from bpdq_quantizer.run import progress
 from bpdq_quantizer.run.progress import load_progress, save_progress
-from bpdq_quantizer.run.work_folder import offload_name
+from bpdq_quantizer.run.run_folder import offload_name
 from bpdq_quantizer.storage.offload import Offloaded
 from tiny import TEXT, tiny_model
 
@@ -68,7 +68,7 @@ def test_the_tensors_are_those_of_a_run_in_memory(root, tmp_path, options, monke
         lengths.append({len(states.quantized), len(states.original)})
         original(folder, states, *args)
 
-    monkeypatch.setattr("bpdq_quantizer.run.pipeline.save_progress", record)
+    monkeypatch.setattr("bpdq_quantizer.run.steps.save_progress", record)
     in_memory = quantize(root, tmp_path / "a", **options)
     assert quantize(root, tmp_path / "b", **options, offload_dir=str(tmp_path / "states")) == in_memory
     assert lengths[0] - {0} == {3}, "several batches"
@@ -91,7 +91,7 @@ def test_a_run_that_stops_anywhere_goes_on_to_the_same_tensors(root, whole, tmp_
 
     offload = {"offload_dir": str(tmp_path / "states")}
     with monkeypatch.context() as patch:
-        for module in ("storage.offload", "run.progress", "run.pipeline", "checkpoint.writer"):
+        for module in ("storage.offload", "run.progress", "run.block_files", "checkpoint.writer"):
             patch.setattr(f"bpdq_quantizer.{module}.write_tensors", write)
         with pytest.raises(Stop):
             quantize(root, tmp_path / "out", **offload)

@@ -1,30 +1,38 @@
-"""Options of `bpdq_quantizer.quantize` that can't be used, from Python too: one sentence that names them."""
+"""The options of `bpdq quantize`: the same ones wherever they are shown, and one sentence for what can't be used."""
 
+import inspect
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
 
+import bpdq_quantizer
+from bpdq_quantizer import cli
 from bpdq_quantizer.errors import InputError
-from bpdq_quantizer.run.options import resolved
+from bpdq_quantizer.fit import plan
+from bpdq_quantizer.run.fields import flag, table
+from bpdq_quantizer.run.options import FIELDS, PARTS, Text, resolved
 
-GIVEN = {
-    **{"model": "m", "bits": 2, "group_size": 128, "embed_bits": None, "head_bits": None, "calibration": "default"},
-    **{"samples": 128, "seq_len": 2048, "iterations": 10, "solver": "refined", "asymmetric": None, "rotate": "none"},
-    **{"tune": "none", "tune_steps": None, "tune_samples": None, "tune_loss": "kl", "target_bpw": None},
-    **{"target_size": None, "kv_cache_scales": False, "offload_dir": None, "seed": 0, "device": "auto"},
-    **{"devices": None, "resume": False},
+GIVEN = {"model": "m", "output": "o"}
+OTHERS = {  # than the defaults
+    **{"bits": 3, "group_size": 64, "embed_bits": 4, "head_bits": 2, "target_size": "20GiB", "kv_cache_scales": True},
+    **{"calibration": "t.txt", "samples": 9, "seq_len": 64, "special_tokens": "none", "iterations": 2},
+    **{"solver": "paper", "asymmetric": 0.25, "rotate": "hadamard", "seed": 7, "tune": "model", "tune_steps": 5},
+    **{"tune_loss": "mix", "tune_samples": 11, "offload_dir": "s", "device": "cpu", "devices": "cpu", "resume": True},
+    "target_bpw": 2.5,
 }
 
 
 def test_defaults_follow_the_options_they_depend_on():
-    found = resolved(GIVEN | {"solver": "paper", "tune": "block", "samples": 9})
-    assert (found["asymmetric"], found["tune_steps"], found["tune_samples"]) == (0.0, 30, 9)
-    assert resolved(GIVEN)["asymmetric"] == 0.5
+    found = resolved(**GIVEN, solver="paper", tune="block", samples=9)
+    assert (found.method.asymmetric, found.tuning.tune_steps, found.tuning.tune_samples) == (0.0, 30, 9)
+    assert resolved(**GIVEN).method.asymmetric == 0.5
 
 
 def test_paths_become_strings():
     given = {"model": Path("a/m"), "calibration": Path("t.txt"), "offload_dir": Path("s")}
-    assert {key: resolved(GIVEN | given)[key] for key in given} == {k: str(v) for k, v in given.items()}
+    found = resolved(**GIVEN | given).by_name()
+    assert {name: found[name] for name in given} == {name: str(value) for name, value in given.items()}
 
 
 @pytest.mark.parametrize(
@@ -50,10 +58,78 @@ def test_paths_become_strings():
         ("kv_cache_scales", "no", "--kv-cache-scales no: expected True or False"),
         ("model", 3, "MODEL 3: expected a path or a name"),
         ("model", "", "MODEL : expected a path or a name"),
+        ("output", "", "--output : expected the name of a folder that is to be created"),
+        ("output", 3, "--output 3: expected a path or a name"),
         ("calibration", None, "--calibration None: expected a path or a name"),
         ("group_size", 48, "group_size = 48 is not supported"),
     ],
 )
 def test_what_cannot_be_used_is_named(name, value, message):
     with pytest.raises(InputError, match=message):
-        resolved(GIVEN | {name: value})
+        resolved(**GIVEN | {name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [("bit", "bits"), ("groupsize", "group_size"), ("seq-len", "seq_len"), ("kv_scales", "kv_cache_scales")],
+)
+def test_an_unknown_keyword_is_named_with_the_nearest_option(tmp_path, name, nearest):
+    with pytest.raises(TypeError, match=f"quantize has no option '{name}', the nearest is '{nearest}'"):
+        bpdq_quantizer.quantize("m", tmp_path / "out", **{name: 2})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def from_command_line(monkeypatch):
+    """The options that a command line means, as `quantize` is called with them."""
+
+    def parse(*argv):
+        found = []
+
+        def stop(**options):
+            found.append(resolved(**options))
+            raise InputError("stop here")
+
+        monkeypatch.setattr(cli, "quantize", stop)
+        assert cli.main(["quantize", *argv]) == 2
+        return found[0]
+
+    return parse
+
+
+def test_the_command_line_has_the_defaults_of_python(from_command_line):
+    assert from_command_line("m", "--output", "o") == resolved(**GIVEN)
+
+
+@pytest.mark.parametrize("left_out", ["target_bpw", "target_size"])
+def test_what_the_command_line_says_is_what_python_means(from_command_line, left_out):
+    given = {name: value for name, value in (GIVEN | OTHERS).items() if name != left_out}
+    argv = ["m"]
+    for name, value in given.items():
+        if name != "model":
+            argv += [flag(FIELDS[name])] if value is True else [flag(FIELDS[name]), str(value)]
+    found = from_command_line(*argv)
+    assert found == resolved(**given)
+    assert found.by_name() | GIVEN | {"resume": True} == given | {left_out: None}
+
+
+def test_python_shows_the_options():
+    parameters = inspect.signature(bpdq_quantizer.quantize).parameters
+    assert list(parameters) == list(FIELDS)
+    for name, parameter in parameters.items():
+        assert (parameter.default is parameter.empty) == (FIELDS[name].default is MISSING)
+        assert f"\n- {name}: " in bpdq_quantizer.quantize.__doc__
+
+
+def test_the_readme_has_every_option():
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    assert table("bpdq quantize", FIELDS.values()) in readme, "run python -m scripts.option_table"
+
+
+def test_every_option_is_declared_once_and_tried_above():
+    assert FIELDS.keys() == GIVEN.keys() | OTHERS.keys()
+    assert len(FIELDS) == sum(len(fields(part)) for part in PARTS.values())
+
+
+def test_plan_assumes_the_default_calibration():
+    assert (Text().samples, Text().seq_len) == plan.CALIBRATION

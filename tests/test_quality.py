@@ -3,7 +3,7 @@
 import pytest
 
 from bpdq_quantizer.algorithm.solver import quantize_linear
-from bpdq_quantizer.run.pipeline import SOLVERS
+from bpdq_quantizer.run.options import SOLVERS
 from sample_layers import sample_layers
 
 SLACK = 1.007  # changing W in the sixth digit, which is more than another machine's sums do, moves a loss by 0.0005

@@ -32,7 +32,7 @@ from bpdq_quantizer.model.stream import decoder_blocks, from_memory
 from bpdq_quantizer.passes.allocate import uniform
 from bpdq_quantizer.passes.blocks import check_finite, quantize_blocks
 from bpdq_quantizer.passes.tune import final_states
-from bpdq_quantizer.run import pipeline, progress
+from bpdq_quantizer.run import block_files, progress
 from bpdq_quantizer.run.options import ASYMMETRIC, SOLVERS
 from bpdq_quantizer.storage import files as storage_files
 from tiny import TEXT, load_tensors, tiny_model, tiny_tokenizer
@@ -270,7 +270,7 @@ def stop_at(number, monkeypatch):
             raise Stop
         return original(*args)
 
-    for module in (progress, pipeline, writer):
+    for module in (progress, block_files, writer):
         monkeypatch.setattr(module, "write_tensors", write)
 
 

@@ -10,7 +10,7 @@ import torch
 import bpdq_quantizer
 from bpdq_quantizer.checkpoint import writer
 from bpdq_quantizer.errors import InputError
-from bpdq_quantizer.run import pipeline
+from bpdq_quantizer.run import identity, pipeline, steps
 from tiny import tiny_model
 
 FIRST, SECOND, REST = (f"model-0000{number}-of-00003.safetensors" for number in (2, 3, 1))
@@ -139,7 +139,7 @@ def test_other_threads_are_refused_with_both_numbers(runs, left, text):
 
 
 def test_another_release_is_refused(runs, left, text, monkeypatch):
-    monkeypatch.setattr(pipeline, "version", lambda name: "9.9")
+    monkeypatch.setattr(identity, "version", lambda name: "9.9")
     with pytest.raises(InputError, match=r"release = .* \(now '9\.9'\): install vllm-bpdq "):
         resume(runs, left.with_name("out"), text)
 
@@ -161,14 +161,14 @@ def overwrite(file):
 @pytest.mark.parametrize("block", [1, 2])
 def test_a_source_that_changes_during_a_run_is_noticed(runs, tmp_path, text, monkeypatch, block, change):
     model = shutil.copytree(runs / "model", tmp_path / "model")
-    original = pipeline.save_progress
+    original = steps.save_progress
 
     def save(folder, states, *args):
         original(folder, states, *args)
         if states.block == block:
             change(model / "model.safetensors")
 
-    monkeypatch.setattr(pipeline, "save_progress", save)
+    monkeypatch.setattr(steps, "save_progress", save)
     with pytest.raises(InputError, match=r"model: model\.safetensors has changed since the run began"):
         bpdq_quantizer.quantize(model, tmp_path / "out", **small(text))
     assert not (tmp_path / "out").exists()

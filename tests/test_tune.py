@@ -28,7 +28,7 @@ from bpdq_quantizer.passes.tune import (
     tune_block,
     tune_model,
 )
-from bpdq_quantizer.run import pipeline
+from bpdq_quantizer.run import block_files
 from tiny import TEXT, bpdq_checkpoint, tiny_model, tiny_tokenizer
 
 
@@ -245,7 +245,7 @@ def tuned(folder, tmp_path_factory):
     """The checkpoint of a whole run, and what one left that stopped when it had rewritten the first tuned block."""
     root, writes = tmp_path_factory.mktemp("tuned"), []
     bpdq_quantizer.quantize(str(folder / "model"), root / "whole", **quick(folder))
-    original = pipeline.write_tensors
+    original = block_files.write_tensors
 
     def write(file, *args):
         writes.append(file.name)
@@ -254,7 +254,7 @@ def tuned(folder, tmp_path_factory):
         return original(file, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "write_tensors", write)
+        patch.setattr(block_files, "write_tensors", write)
         with pytest.raises(KeyboardInterrupt):
             bpdq_quantizer.quantize(str(folder / "model"), root / "out", **quick(folder))
     return root

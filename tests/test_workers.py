@@ -80,7 +80,7 @@ workers.quantize_linear = fail
 
 
 def test_an_error_of_a_worker_is_told_on_rank_0_and_leaves_it_alive(monkeypatch):
-    monkeypatch.setattr(workers, "WORK", FAILS_ONCE + workers.WORK)
+    monkeypatch.setattr(workers, "SERVE_JOBS", FAILS_ONCE + workers.SERVE_JOBS)
     W, H = layer(1500)
     with workers.team("cpu,cpu") as solve:
         with pytest.raises(WorkerError, match="worker 1 of --devices: ArithmeticError: nothing to start from"):

@@ -10,6 +10,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from types import FrameType
 from typing import Any
 
@@ -28,7 +29,8 @@ from bpdq_quantizer.model.sources import check_source
 from bpdq_quantizer.model.support import check_tokens
 from bpdq_quantizer.model.tokens import leading_tokens, load_tokenizer
 from bpdq_quantizer.run import workers
-from bpdq_quantizer.run.options import DEVICES, ROTATIONS, SOLVERS, TUNE_LOSSES, TUNE_STEPS
+from bpdq_quantizer.run.fields import add_arguments
+from bpdq_quantizer.run.options import FIELDS, PARTS
 from bpdq_quantizer.run.pipeline import mean_bits, quantize
 
 
@@ -88,42 +90,15 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     p = commands.add_parser("quantize", help="16-bit model -> BPDQ checkpoint")
-    p.add_argument("model", metavar="MODEL", help="Hugging Face folder, hub id or .gguf file")
-    p.add_argument("--output", required=True, metavar="DIR", help="checkpoint folder to create")
-    p.add_argument("--bits", type=int, default=2, help="bit-planes per weight, 1 to 4 (%(default)s)")
-    p.add_argument("--group-size", type=int, default=128, help="32, 64, 128 or 256 (%(default)s)")
-    for option, table in (("--embed-bits", "input embedding"), ("--head-bits", "LM head")):
-        p.add_argument(option, type=int, help=f"likewise for the {table} (off: 16 bits; one for both if tied)")
-    p.add_argument("--target-bpw", type=float, metavar="BITS", help="choose bits and group size of each layer for this")
-    p.add_argument("--target-size", metavar="SIZE", help="likewise for a checkpoint of this size, such as 20GiB")
-    p.add_argument("--calibration", default="default", metavar="TEXT", help="default, FILE.txt, FILE.jsonl or hf:NAME")
-    p.add_argument("--samples", type=int, default=128, help="calibration windows (%(default)s)")
-    p.add_argument("--seq-len", type=int, default=2048, help="tokens per window (%(default)s)")
-    _add_special_tokens(p)
-    p.add_argument("--iterations", type=int, default=10, help="assign/refit rounds per group (%(default)s)")
-    p.add_argument("--solver", choices=SOLVERS, default="refined", help="`paper` is the paper's algorithm alone")
-    p.add_argument("--asymmetric", type=float, metavar="SHARE", help="correct for shifted inputs (0.5; paper: 0)")
-    p.add_argument("--rotate", choices=ROTATIONS, default="none", help="spread outliers over all channels")
-    p.add_argument("--tune", choices=TUNE_STEPS, default="none", help="train the coefficients too")
-    p.add_argument(
-        "--tune-steps", type=int, help=f"for each block ({TUNE_STEPS['block']}), or the model ({TUNE_STEPS['model']})"
-    )
-    p.add_argument("--tune-loss", choices=TUNE_LOSSES, default="kl", help="of --tune model; mix adds the reverse KL")
-    p.add_argument("--tune-samples", type=int, help="windows to tune the model on (--samples)")
-    p.add_argument("--kv-cache-scales", action="store_true", help="calibrate scales for --kv-cache-dtype fp8_e4m3")
-    p.add_argument("--offload-dir", metavar="DIR", help="keep the hidden states of the calibration text there")
-    p.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
-    p.add_argument("--seed", type=int, default=0, help="of hf: data sets, tuning and rotation (%(default)s)")
-    p.add_argument("--device", choices=DEVICES, default="auto")
-    p.add_argument("--devices", metavar="LIST", help="several instead, such as cuda:0,cuda:1: a worker for each")
+    for part in PARTS.values():
+        add_arguments(p.add_argument_group(part.__doc__), fields(part))
     p.set_defaults(run=_quantize)
 
     p = commands.add_parser("eval", help="perplexity of a model or checkpoint")
     p.add_argument("model", metavar="MODEL_OR_CHECKPOINT")
     p.add_argument("--text", required=True, metavar="FILE")
-    p.add_argument("--seq-len", type=int, default=2048, help="tokens per window (%(default)s)")
     p.add_argument("--windows", type=int, help="use the first N windows (all)")
-    _add_special_tokens(p)
+    add_arguments(p, [FIELDS["seq_len"], FIELDS["special_tokens"]])
     p.set_defaults(run=_eval)
 
     p = commands.add_parser("inspect", help="layers, bits per weight and bytes of a checkpoint")
@@ -136,34 +111,21 @@ def _parser() -> argparse.ArgumentParser:
         "plan", help="does a model fit a card, and with how much context; needs its config.json only"
     )
     p.add_argument("model", metavar="MODEL", help="Hugging Face folder, config.json or hub id")
-    p.add_argument("--bits", type=int, default=2, help="bit-planes per weight, 1 to 4 (%(default)s)")
-    p.add_argument("--group-size", type=int, default=256, help="32, 64, 128 or 256 (%(default)s)")
-    p.add_argument("--embed-bits", type=int, help="bit-planes of the embedding (16-bit floats)")
-    p.add_argument("--head-bits", type=int, help="bit-planes of the LM head (16-bit floats)")
+    add_arguments(p, [FIELDS[name] for name in ("bits", "group_size", "embed_bits", "head_bits")])
     p.add_argument("--gpu-memory", type=float, default=24, metavar="GIB", help="of the card (%(default)s)")
     p.add_argument("--context", type=int, metavar="TOKENS", help="that one request must be able to take (2048)")
-    p.set_defaults(run=_plan)
+    p.set_defaults(run=_plan, group_size=256)
 
     for p in commands.choices.values():
         p.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     return parser
 
 
-def _add_special_tokens(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--special-tokens",
-        choices=("auto", "none"),
-        default="auto",
-        help="windows begin with what the tokenizer puts before a text, or with the text (%(default)s)",
-    )
-
-
 def _quantize(args: argparse.Namespace) -> dict[str, Any] | None:
     torch.set_float32_matmul_precision("highest")  # NVIDIA's containers allow TF32, in which the solver goes astray
     if workers.rank():
-        return workers.serve(workers.own_device(args.devices, args.device))
-    options = {k: v for k, v in vars(args).items() if k not in ("run", "json")}
-    report = quantize(**options)
+        return workers.join_torchrun(workers.own_device(args.devices, args.device))
+    report = quantize(**{name: value for name, value in vars(args).items() if name in FIELDS})
     by_kind = defaultdict(list)
     for layer in report["layers"]:
         by_kind[layer["name"].rpartition(".")[2]].append(layer)

@@ -21,6 +21,11 @@ class Clock:
         return {key: self.before.get(key, 0.0) + now - self.start[key] for key, now in self._now().items()}
 
 
+def total(*costs: Mapping[str, float]) -> dict[str, float]:
+    """Of what several `Clock`s have read; what else is in a mapping is left out."""
+    return {key: sum(cost.get(key, 0.0) for cost in costs) for key in ("seconds", "cpu_seconds")}
+
+
 def peak_memory() -> int | None:
     """The most bytes of host memory that this process has held, None where the system does not say. Not ru_maxrss,
     which starts from the parent's."""

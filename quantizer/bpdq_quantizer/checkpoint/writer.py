@@ -20,7 +20,7 @@ from bpdq_quantizer.model.stream import Streamed
 from bpdq_quantizer.storage.files import check_intact, save, write_tensors
 
 INDEX, REPORT = "model.safetensors.index.json", "quantization_report.json"
-CARRIED = Path("resume", "carried")  # in the work folder, until the end
+CARRIED = Path("resume", "carried")  # in a run's folder, until the end
 
 
 def quantization_config(
@@ -57,7 +57,7 @@ def shard(folder: Path, number: int, of: int) -> Path:
 
 
 def contents(folder: Path, blocks: int) -> list[str]:
-    """Names of all that a finished work folder holds at its top, of a model of so many blocks."""
+    """Names of all that the folder of a finished run holds at its top, of a model of so many blocks."""
     shards = [shard(folder, number, blocks + 1).name for number in range(1, blocks + 2)]
     taken = {path.parts[0] for path in carried(folder / CARRIED)}
     return [*shards, INDEX, REPORT, manifest.NAME, "config.json", *sorted(taken)]
@@ -77,7 +77,7 @@ def write_config(source: Streamed, config: dict[str, Any], to: Path) -> None:
 
 
 def check_only(folder: Path, files: Collection[str]) -> None:
-    """Raise InputError unless a work folder holds nothing but `files`, finished or not, and hidden files."""
+    """Raise InputError unless a run's folder holds nothing but `files`, finished or not, and hidden files."""
     known = {"resume", *files, *(f"{name}.partial" for name in files)}
     odd = sorted(path for path in folder.iterdir() if path.name not in known and not path.name.startswith("."))
     if odd:

@@ -1,13 +1,15 @@
-"""The options of `bpdq quantize`: their defaults, and what is refused before any work starts."""
+"""The options of `bpdq quantize`, each declared once, and what is refused before any work starts."""
 
-import os
-from collections.abc import Mapping
-from numbers import Integral, Real
+import difflib
+import inspect
+import sys
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from bpdq_kernels.format import Scheme
 from bpdq_quantizer.algorithm.grid import paper_start
 from bpdq_quantizer.errors import InputError
+from bpdq_quantizer.run.fields import PathName, annotation, checked, default_of, option
 
 SOLVERS = {  # options of `quantize_linear`
     "refined": {"refinements": 2, "alpha": 1e-6, "damping": 0.01},
@@ -15,95 +17,265 @@ SOLVERS = {  # options of `quantize_linear`
 }
 ASYMMETRIC = {"refined": 0.5, "paper": 0.0}  # share of the shift of its inputs that a weight is corrected for
 TUNE_STEPS = {"none": 0, "block": 30, "model": 200}  # for each block, or for the model
-ROTATIONS = ("none", "hadamard")
-TUNE_LOSSES = ("kl", "mix")
-DEVICES = ("auto", "cpu", "cuda")
-SPECIAL_TOKENS = ("auto", "none")
-
-_CHOICES = {"solver": SOLVERS, "rotate": ROTATIONS, "tune": TUNE_STEPS, "tune_loss": TUNE_LOSSES, "device": DEVICES}
-_CHOICES["special_tokens"] = SPECIAL_TOKENS
-_LARGEST = {"seed": 2**63 - 1}  # of integers, else 2^31 - 1
-_INTEGERS = ("bits", "group_size", "embed_bits", "head_bits", "samples", "seq_len", "iterations")
-_INTEGERS += ("tune_steps", "tune_samples", "seed")
-_NUMBERS = ("asymmetric", "target_bpw")
-_TEXTS = ("target_size", "devices")
-_PATHS = ("model", "calibration", "offload_dir")
-_SWITCHES = ("kv_cache_scales", "resume")
-_OPTIONAL = {*_TEXTS, *_NUMBERS, "embed_bits", "head_bits", "tune_steps", "tune_samples", "offload_dir"}
 
 
-def flag(name: str) -> str:
-    """An option's name on the command line."""
-    return "MODEL" if name == "model" else f"--{name.replace('_', '-')}"
+@dataclass(frozen=True, kw_only=True)
+class Files:
+    """what is read and written"""
+
+    model: PathName = option(
+        MISSING,
+        "Hugging Face folder, hub id or .gguf file",
+        "Hugging Face folder, hub id, or `.gguf` file (dequantized first; `pip install 'vllm-bpdq[gguf]'`)",
+        positional=True,
+    )
+    output: PathName = option(
+        MISSING,
+        "checkpoint folder to create",
+        "must not exist; appears only when it is complete, until then `DIR.partial` holds the finished blocks, after "
+        "Ctrl-C (exit status 130) and SIGTERM (143) too. It is locked: a second run is refused",
+        metavar="DIR",
+        expected="the name of a folder that is to be created",
+    )
 
 
-def resolved(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of `quantize`, paths as strings, with the defaults that depend on others; None stays where an option
-    is off. Raises InputError for what can't be used."""
-    found = {name: _checked(name, value) for name, value in options.items()}
+@dataclass(frozen=True, kw_only=True)
+class Schemes:
+    """what is stored in how many bits"""
+
+    bits: int = option(2, "bit-planes per weight, 1 to 4")
+    group_size: int = option(
+        128, "32, 64, 128 or 256", "weights that share coefficients: 32, 64, 128 or 256; a short last group is fine"
+    )
+    embed_bits: int | None = option(
+        None,
+        "bit-planes of the input embedding, else 16 bits; one for both if tied",
+        "bit-planes of the embedding, 1 to 4, in groups of `--group-size`; off leaves it in 16 bits. Tied to the LM "
+        "head, they are one table: either option means both, and two different numbers are an error",
+    )
+    head_bits: int | None = option(
+        None, "likewise for the LM head", "bit-planes of the LM head, 1 to 4, likewise; off leaves it in 16 bits"
+    )
+    target_bpw: float | None = option(
+        None,
+        "choose bits and group size of each layer for this",
+        "bits per weight of the Linears: every layer gets bits and a group size of its own, for the least damage "
+        "within that many bytes; `--bits` is then not used, and `--group-size` is that of embedding and head",
+        metavar="BITS",
+        within=(sys.float_info.min, 16),
+        expected="bits per weight, such as 2.5",
+    )
+    target_size: str | None = option(
+        None,
+        "likewise for a checkpoint of this size, such as 20GiB",
+        "size of all tensors (`20GiB`, `93MB`) instead of `--target-bpw`",
+        metavar="SIZE",
+    )
+    kv_cache_scales: bool = option(
+        False,
+        "calibrate scales for --kv-cache-dtype fp8_e4m3",
+        "calibrates a scale for the keys and one for the values of each layer, for `vllm serve --kv-cache-dtype "
+        "fp8_e4m3`: see below",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """what the model is calibrated on"""
+
+    calibration: PathName = option(
+        "default",
+        "default, FILE.txt, FILE.jsonl or hf:NAME",
+        "`FILE.txt`, `FILE.jsonl` (rows with a string `text`; no more of a file is read than the windows take), "
+        "`hf:NAME` or `hf:NAME:CONFIG` (a data set's train split, `pip install 'vllm-bpdq[hub]'`). `default` is the "
+        "Python language reference, which needs no network and is for trying things out: **bring text like what the "
+        "model will serve** (WikiText perplexity at k = 2, 32 x 512 tokens, before row refinement: 183 with `default`, "
+        "56 with WikiText)",
+        metavar="TEXT",
+    )
+    samples: int = option(128, "calibration windows")
+    seq_len: int = option(2048, "tokens per window")
+    special_tokens: str = option(
+        "auto",
+        "windows begin with what the tokenizer puts before a text, or with the text",
+        "each window begins with what the model's tokenizer puts before a text (Llama's and Gemma's `<bos>`; nothing "
+        "for Qwen and SmolLM2), which counts towards `--seq-len`; `none`: all of it is text. Of `bpdq eval` too, where "
+        "special tokens are not predicted; `--json` and the report say which they were. `benchmarks/` use `none`",
+        choices=("auto", "none"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """how weights are solved for"""
+
+    iterations: int = option(10, "assign/refit rounds per group")
+    solver: str = option(
+        "refined",
+        "`paper` is the paper's algorithm alone",
+        "`paper` is the paper's algorithm alone, for comparisons",
+        choices=SOLVERS,
+    )
+    asymmetric: float | None = option(
+        None,
+        "correct for shifted inputs",
+        "each weight is first corrected for this share of what the quantization of earlier layers did to its inputs "
+        "(QEP, GPTAQ); 0 is off",
+        unset=f"{ASYMMETRIC['refined']}; paper: {ASYMMETRIC['paper']:g}",
+        metavar="SHARE",
+        within=(0, 1),
+        expected="0 (off) to 1",
+    )
+    rotate: str = option(
+        "none",
+        "spread outliers over all channels",
+        "`hadamard` multiplies the residual stream and the values of every attention head by random rotations, which "
+        "spread outliers over all channels, and folds them into the weights: what is served is the stock graph. For "
+        "Llama, Qwen2, Qwen3, Mistral, Gemma 1 and what is built like them. A tied LM head becomes a tensor of its "
+        "own: another `2 x vocabulary x width` bytes (SmolLM2: 56.6 MB), or with `--head-bits` those of its bit-planes",
+        choices=("none", "hadamard"),
+    )
+    seed: int = option(
+        0, "of hf: data sets, tuning and rotation", "of `hf:` data sets, tuning and rotation", within=(0, 2**63 - 1)
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """training of the coefficients"""
+
+    tune: str = option(
+        "none",
+        "train the coefficients too",
+        "`model`: with the planes fixed, distill all coefficients from the 16-bit model's next-token distributions on "
+        "the calibration text; `block`: fit each decoder block's output after solving it",
+        choices=TUNE_STEPS,
+    )
+    tune_steps: int | None = option(
+        None,
+        "for the model, or for each block",
+        "for the model / for each block; a step takes 1024 tokens, or one window if that is longer",
+        unset=f"{TUNE_STEPS['model']} / {TUNE_STEPS['block']}",
+    )
+    tune_loss: str = option(
+        "kl",
+        "of --tune model; mix adds the reverse KL",
+        "of `--tune model`: KL(16-bit model, this one), or `mix` of that and the reverse, weighed by the 16-bit "
+        "model's confidence in the text (BitDistiller)",
+        choices=("kl", "mix"),
+    )
+    tune_samples: int | None = option(
+        None,
+        "windows to tune the model on",
+        "windows to tune the model on, where tuning deserves more text than solving",
+        unset="`--samples`",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """how it is run"""
+
+    resume: bool = option(
+        False,
+        "go on with a run that was stopped",
+        "go on with a run that was stopped or killed, from its last finished block or tuning evaluation, to the same "
+        "tensors. Other options, another model or text, and another number of CPU threads, release or version of torch "
+        "are refused. What is kept is checked by digest: if something is damaged, it or all blocks are done again, and "
+        "one line says so",
+    )
+    offload_dir: PathName | None = option(
+        None,
+        "keep the hidden states of the calibration text there",
+        "a folder for the hidden states of the calibration text, which otherwise take 4 bytes x hidden size x tokens "
+        "of host memory, page-locked where a GPU reads it: 8.6 GB for 128 x 2048 tokens of a 72B model. The tensors "
+        "are the same; files need up to three times that. `--tune block` reads all of them into memory for each block",
+        metavar="DIR",
+    )
+    device: str = option(
+        "auto",
+        "one decoder block at a time goes there",
+        "`cpu` or `cuda`; one decoder block at a time is read from the model's files and goes to the device",
+        choices=("auto", "cpu", "cuda"),
+    )
+    devices: str | None = option(
+        None,
+        "several instead, such as cuda:0,cuda:1: a worker for each",
+        "instead of `--device`, a list such as `cuda:0,cuda:1` or `cpu,cpu`: one worker for each, see below",
+        metavar="LIST",
+    )
+
+
+@dataclass(frozen=True)
+class Options:
+    """A run of `bpdq quantize`, its options decided: what `resolved` returns."""
+
+    files: Files
+    schemes: Schemes
+    text: Text
+    method: Method
+    tuning: Tuning
+    execution: Execution
+
+    def by_name(self) -> dict[str, Any]:
+        """All of them as JSON, but for `output` and `resume`, on which nothing that is written depends."""
+        found = {of.name: getattr(part, of.name) for part in vars(self).values() for of in fields(part)}
+        return {name: value for name, value in found.items() if name not in ("output", "resume")}
+
+
+PARTS = {part.name: part.type for part in fields(Options)}
+FIELDS = {of.name: of for part in PARTS.values() for of in fields(part)}
+
+
+def resolved(**given: Any) -> Options:
+    """The options of a run, by name, paths as strings, with the defaults that depend on others; None stays where an
+    option is off. Raises InputError for what can't be used, and TypeError for a name that is no option's."""
+    for name in given:
+        if name not in FIELDS:
+            nearest = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0)
+            raise TypeError(f"quantize has no option {name!r}, the nearest is {nearest[0]!r}")
+    found = {name: checked(of, given.get(name, of.default)) for name, of in FIELDS.items()}
     if found["tune_steps"] is None:
         found["tune_steps"] = TUNE_STEPS[found["tune"]]
     if found["asymmetric"] is None:
         found["asymmetric"] = ASYMMETRIC[found["solver"]]
     if found["tune_samples"] is None:
         found["tune_samples"] = found["samples"]
-    _check_together(found)
-    return found
+    parts = {name: part(**{of.name: found[of.name] for of in fields(part)}) for name, part in PARTS.items()}
+    o = Options(**parts)
+    _check_together(o)
+    return o
 
 
-def scheme(bits: int, group_size: int) -> Scheme:
-    """Raises InputError for one that is not supported."""
-    try:
-        return Scheme(bits, group_size)
-    except ValueError as e:
-        raise InputError(f"--bits / --embed-bits / --head-bits / --group-size: {e}") from None
-
-
-def _checked(name: str, value: Any) -> Any:
-    """The value of one option, in a type that JSON has."""
-    if name in _CHOICES:
-        if not isinstance(value, str) or value not in _CHOICES[name]:
-            raise InputError(f"{flag(name)} {value}: expected {' or '.join(_CHOICES[name])}")
-    elif name in _SWITCHES:
-        _expect(name, value, isinstance(value, bool), "True or False")
-    elif value is None and name in _OPTIONAL:
-        return None
-    elif name in _INTEGERS:
-        _expect(name, value, isinstance(value, Integral) and not isinstance(value, bool), "a whole number")
-        limit = _LARGEST.get(name, 2**31 - 1)
-        _expect(name, value, 0 <= value <= limit, f"0 to {limit}")
-        return int(value)
-    elif name in _NUMBERS:
-        _expect(name, value, isinstance(value, Real) and not isinstance(value, bool), "a number")
-        return float(value)
-    elif name in _PATHS:
-        _expect(name, value, isinstance(value, str | os.PathLike) and os.fspath(value) != "", "a path or a name")
-        return os.fspath(value)
-    elif name in _TEXTS:
-        _expect(name, value, isinstance(value, str), "text")
-    return value
-
-
-def _expect(name: str, value: Any, met: bool, expected: str) -> None:
-    if not met:
-        raise InputError(f"{flag(name)} {value}: expected {expected}")
-
-
-def _check_together(found: Mapping[str, Any]) -> None:
-    for bits in (found["bits"], found["embed_bits"], found["head_bits"]):
-        if bits is not None:
-            scheme(bits, found["group_size"])
-    tune = found["tune"]
-    counts = [found[name] for name in ("samples", "seq_len", "iterations")]
-    if min(counts) < 1 or found["tune_steps"] < (tune != "none"):
+def _check_together(o: Options) -> None:
+    s, tune = o.schemes, o.tuning.tune
+    for bits in (s.bits, s.embed_bits, s.head_bits):
+        try:
+            Scheme(s.bits if bits is None else bits, s.group_size)
+        except ValueError as e:
+            raise InputError(f"--bits / --embed-bits / --head-bits / --group-size: {e}") from None
+    if min(o.text.samples, o.text.seq_len, o.method.iterations) < 1 or o.tuning.tune_steps < (tune != "none"):
         raise InputError("--samples, --seq-len, --iterations and --tune-steps must be at least 1")
-    if found["tune_loss"] != "kl" and tune != "model":
-        raise InputError(f"--tune-loss {found['tune_loss']} needs --tune model")
-    if not 0 <= found["asymmetric"] <= 1:
-        raise InputError(f"--asymmetric {found['asymmetric']}: expected 0 (off) to 1")
-    if found["target_bpw"] is not None and found["target_size"] is not None:
+    if o.tuning.tune_loss != "kl" and tune != "model":
+        raise InputError(f"--tune-loss {o.tuning.tune_loss} needs --tune model")
+    if s.target_bpw is not None and s.target_size is not None:
         raise InputError("--target-bpw and --target-size: give one of them")
-    if found["target_bpw"] is not None and not 0 < found["target_bpw"] <= 16:
-        raise InputError(f"--target-bpw {found['target_bpw']}: expected bits per weight, such as 2.5")
-    if tune != "none" and min(found["samples"], found["tune_samples"]) < 2:
+    if tune != "none" and min(o.text.samples, o.tuning.tune_samples) < 2:
         raise InputError(f"--tune {tune} needs two calibration windows or more: raise --samples and --tune-samples")
+
+
+def signature() -> inspect.Signature:
+    """Of a function that takes all options by name, and those that must be given by place too."""
+    parameters = []
+    for of in FIELDS.values():
+        needed = of.default is MISSING
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD if needed else inspect.Parameter.KEYWORD_ONLY
+        default = inspect.Parameter.empty if needed else of.default
+        parameters.append(inspect.Parameter(of.name, kind, default=default, annotation=annotation(of)))
+    return inspect.Signature(parameters, return_annotation=dict[str, Any])
+
+
+def described() -> str:
+    """All options, a line each, for a docstring."""
+    lines = (f"- {of.name}: {of.metadata['about'].help} ({default_of(of)})" for of in FIELDS.values())
+    return "\n".join(line.removesuffix(" ()") for line in lines)

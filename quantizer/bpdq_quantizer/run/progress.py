@@ -1,4 +1,4 @@
-"""What a run keeps to go on from (`run.work_folder`): hidden states, reports, and what they cost."""
+"""What a run keeps to go on from (`run.run_folder`): hidden states, reports, and what they cost."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -6,22 +6,22 @@ from pathlib import Path
 from tqdm import tqdm
 
 from bpdq_quantizer.run.progress import load_progress
-from bpdq_quantizer.run.work_folder import Work
+from bpdq_quantizer.run.run_folder import RunFolder
 from bpdq_quantizer.storage.files import DamagedError, combined, read_json, read_sealed, stored_digests
 from bpdq_quantizer.storage.offload import Offloaded
 
 BLOCKS = ("states.safetensors", "schemes.json", "tuning.safetensors", "tuned.json")  # what is known of them
 
 
-def recover(work: Work) -> None:
+def recover(folder: RunFolder) -> None:
     """Compare the files that a run goes on from with their digests.
 
     Where a block's file or the states after the last one are damaged, all blocks are forgotten, as the states in front
     of earlier ones are no longer there; one line on stderr says so.
     """
-    resume = work.folder / "resume"
+    resume = folder.resume
     try:
-        _check_blocks(work)
+        _check_blocks(folder)
     except DamagedError as e:
         _say(f"{e}: starting again from the first block")
         for name in BLOCKS:
@@ -40,16 +40,16 @@ def tuned_blocks(folder: Path) -> dict[str, str]:
     return read_json(file) if file.is_file() else {}
 
 
-def _check_blocks(work: Work) -> None:
-    resume = work.folder / "resume"
+def _check_blocks(folder: RunFolder) -> None:
+    resume = folder.resume
     if (resume / "schemes.json").is_file():
         read_json(resume / "schemes.json")
-    progress, tuned = load_progress(work.folder, work.offload), tuned_blocks(work.folder)
+    progress, tuned = load_progress(folder.path, folder.offload), tuned_blocks(folder.path)
     if progress.states is None and any((resume / name).is_file() for name in BLOCKS[2:]):
         raise DamagedError(f"{resume / BLOCKS[0]} is missing")
     for name, digest in progress.blocks.items():
-        if combined(stored_digests(work.folder / name)) not in (digest, tuned.get(name)):
-            raise DamagedError(f"{work.folder / name} is damaged")
+        if combined(stored_digests(folder.path / name)) not in (digest, tuned.get(name)):
+            raise DamagedError(f"{folder.path / name} is damaged")
     for stream in progress.states[1:] if progress.states else ():
         if isinstance(stream, Offloaded):
             for name in stream.names:

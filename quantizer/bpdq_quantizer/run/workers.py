@@ -42,9 +42,9 @@ from bpdq_quantizer.errors import InputError, WorkerError
 from bpdq_quantizer.run.links import DTYPES, authenticate, receive, send
 
 ROWS = 1024
-WORK = (
-    "import socket, sys; from bpdq_quantizer.run.workers import work; "
-    "work(socket.socket(fileno=0), int(sys.argv[1]), sys.argv[2])"
+SERVE_JOBS = (
+    "import socket, sys; from bpdq_quantizer.run.workers import serve_jobs; "
+    "serve_jobs(socket.socket(fileno=0), int(sys.argv[1]), sys.argv[2])"
 )
 STARTUP = timedelta(minutes=5)  # for all workers to come up
 GREETING = 10  # seconds in which whoever connects must prove to be a worker
@@ -134,7 +134,7 @@ def team(names: str | None) -> Iterator[Callable[..., Solution]]:
 
 def _spawn(number: int, device: torch.device, link: socket.socket) -> subprocess.Popen:
     # in a session of its own: Ctrl-C is for rank 0
-    argv = [sys.executable, "-c", WORK, str(number), str(device)]
+    argv = [sys.executable, "-c", SERVE_JOBS, str(number), str(device)]
     return subprocess.Popen(argv, stdin=link, start_new_session=True)
 
 
@@ -194,8 +194,8 @@ def admit(server: socket.socket, size: int, secret: bytes) -> list[socket.socket
     return [found[number] for number in range(1, size)]
 
 
-def serve(device: torch.device) -> None:
-    """What `work` does, where torchrun started this process. Raises WorkerError if rank 0 is not found."""
+def join_torchrun(device: torch.device) -> None:
+    """`serve_jobs`, where torchrun started this process. Raises WorkerError if rank 0 is not found."""
     with _reached("rank 0"):
         store, number, _ = next(dist.rendezvous("env://", timeout=STARTUP))
         host, port, secret = json.loads(store.get("bpdq"))
@@ -206,7 +206,7 @@ def serve(device: torch.device) -> None:
         authenticate(link, secret.encode(), b"worker", b"rank 0")
     link.settimeout(None)
     link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    work(link, number, device)
+    serve_jobs(link, number, device)
 
 
 @contextmanager
@@ -279,7 +279,7 @@ def shares_of(rows: int, workers: int, unit: int) -> list[int]:
     return [stop - start for start, stop in pairwise(bounds)]
 
 
-def work(link: socket.socket, number: int, device: torch.device | str) -> None:
+def serve_jobs(link: socket.socket, number: int, device: torch.device | str) -> None:
     """Solve what rank 0 hands out, on `device`, until it says that all is done or its connection closes."""
     torch.set_float32_matmul_precision("highest")
     with closing(link):

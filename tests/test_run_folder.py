@@ -7,13 +7,13 @@ import socket
 import pytest
 
 from bpdq_quantizer.errors import InputError
-from bpdq_quantizer.run.work_folder import begin, work_folder
+from bpdq_quantizer.run.run_folder import begin, run_folder
 from bpdq_quantizer.storage.files import write_json
 
 
-def keep(work):
+def keep(folder):
     """Let a folder hold something to go on from."""
-    write_json(work.folder / "resume" / "schemes.json", {})
+    write_json(folder.resume / "schemes.json", {})
 
 
 class Stop(Exception):  # noqa: N818, stands for a crash
@@ -22,16 +22,16 @@ class Stop(Exception):  # noqa: N818, stands for a crash
 
 def go_on(output, run=None, files=()):
     """Resume a run, and let it end."""
-    with work_folder(output, None, True) as work:
-        begin(work, run or {"bits": 2}, files)
+    with run_folder(output, None, True) as folder:
+        begin(folder, run or {"bits": 2}, files)
 
 
 def crash(output, run=None, offload=None, worth=True):
     """A run that crashes, by default when there is something to go on from."""
-    with work_folder(output, offload, False) as work:
-        begin(work, run or {"bits": 2}, [])
+    with run_folder(output, offload, False) as folder:
+        begin(folder, run or {"bits": 2}, [])
         if worth:
-            keep(work)
+            keep(folder)
         raise Stop
 
 
@@ -43,19 +43,19 @@ def stopped(output, run=None):
 
 def refused(output, message, resume=False):
     """The error of a run that may not start."""
-    with pytest.raises(InputError, match=message) as error, work_folder(output, None, resume):
+    with pytest.raises(InputError, match=message) as error, run_folder(output, None, resume):
         pytest.fail("a run has started")
     return str(error.value)
 
 
 def test_a_second_run_is_refused_at_once_and_the_first_is_named(tmp_path):
-    with work_folder(tmp_path / "out", None, False) as work:
-        before = sorted(work.folder.rglob("*"))
+    with run_folder(tmp_path / "out", None, False) as folder:
+        before = sorted(folder.path.rglob("*"))
         for resume in (False, True):
             holder = f"process {os.getpid()} on {socket.gethostname()}, started 20"
             line = refused(tmp_path / "out", "another run", resume)
             assert line.startswith(f"{tmp_path}/out.partial is being written by another run: {holder}")
-        assert sorted(work.folder.rglob("*")) == before
+        assert sorted(folder.path.rglob("*")) == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -63,20 +63,20 @@ def test_a_killed_run_holds_no_lock(tmp_path):
     reader, writer = os.pipe()
     child = os.fork()
     if not child:
-        with work_folder(tmp_path / "out", None, False):
+        with run_folder(tmp_path / "out", None, False):
             os.write(writer, b"locked")
             signal.pause()
     assert os.read(reader, 6) == b"locked"
     refused(tmp_path / "out", f"process {child} on ")
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    with work_folder(tmp_path / "out", None, False):
+    with run_folder(tmp_path / "out", None, False):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_runs_with_other_outputs_do_not_wait_for_each_other(tmp_path):
-    with work_folder(tmp_path / "a", None, False), work_folder(tmp_path / "b", None, False):
+    with run_folder(tmp_path / "a", None, False), run_folder(tmp_path / "b", None, False):
         pass
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
@@ -156,7 +156,7 @@ def test_an_output_that_can_not_be_created_is_refused_before_any_work(tmp_path, 
 
 def test_an_output_that_appears_meanwhile_is_not_touched_and_the_work_is_kept(tmp_path):
     stopped(tmp_path / "out")
-    run = work_folder(tmp_path / "out", None, True)
+    run = run_folder(tmp_path / "out", None, True)
     begin(run.__enter__(), {"bits": 2}, [])
     (tmp_path / "out").mkdir()
     with pytest.raises(InputError, match="has appeared since the run began") as error:

@@ -42,16 +42,21 @@ REMEDIES = {
 
 
 @dataclass
-class Work:
-    """Where a run writes: the folder, and that for the hidden states, if any; begun: it is known to be this run's."""
+class RunFolder:
+    """Where a run writes: its folder, and that for the hidden states, if any; begun: it is known to be this run's."""
 
-    folder: Path
+    path: Path
     offload: Path | None
     begun: bool = False
 
+    @property
+    def resume(self) -> Path:
+        """What a run goes on from, and takes with it when it ends."""
+        return self.path / "resume"
+
 
 @contextmanager
-def work_folder(output: str | Path, offload_dir: str | None, resume: bool) -> Iterator[Work]:
+def run_folder(output: str | Path, offload_dir: str | None, resume: bool) -> Iterator[RunFolder]:
     """`output`.partial, which becomes `output` if the body succeeds, and stays for `resume` if that saves work.
 
     Locked against other runs until then. Raises InputError for an `output` that exists or can't be written, and for a
@@ -60,7 +65,7 @@ def work_folder(output: str | Path, offload_dir: str | None, resume: bool) -> It
     output = _free(output)
     folder = output.with_name(f"{output.name}.partial")
     with _locked(folder, output):
-        work = Work(folder, None)
+        run = RunFolder(folder, None)
         try:
             _free(output)
             kept = _worth_keeping(folder)
@@ -68,34 +73,34 @@ def work_folder(output: str | Path, offload_dir: str | None, resume: bool) -> It
                 raise InputError(f"{folder} is from a run that was stopped: add --resume, or remove the folder")
             if not kept:
                 _clear(folder)
-            work.offload = _offload_folder(offload_dir, output, kept)
-            yield work
+            run.offload = _offload_folder(offload_dir, output, kept)
+            yield run
             _publish(folder, output)
         except BaseException as e:
             if not _worth_keeping(folder):
                 _clear(folder)
-                _remove_offload(work.offload)
+                _remove_offload(run.offload)
                 (folder / "resume" / "lock").unlink()
                 with suppress(OSError):  # of something that is not ours
                     (folder / "resume").rmdir()
                     folder.rmdir()
-            elif work.begun:
+            elif run.begun:
                 e.add_note(f"{folder} keeps what is finished: repeat the command with --resume to go on from there")
             raise
         shutil.rmtree(output / "resume", ignore_errors=True)
-        _remove_offload(work.offload)
+        _remove_offload(run.offload)
 
 
-def begin(work: Work, run: Mapping[str, Any], files: Collection[str]) -> None:
+def begin(folder: RunFolder, run: Mapping[str, Any], files: Collection[str]) -> None:
     """Note what a new run is, or check that it is the one to go on with. run: what its tensors depend on, as JSON;
     files: names of all that the checkpoint will hold. Raises InputError with what differs."""
-    file, run = work.folder / "resume" / "run.json", json.loads(json.dumps(run))
-    if _worth_keeping(work.folder):
-        _check_same(work.folder, run)
+    run = json.loads(json.dumps(run))
+    if _worth_keeping(folder.path):
+        _check_same(folder.path, run)
     else:
-        write_json(file, run)
-    check_only(work.folder, files)
-    work.begun = True
+        write_json(folder.resume / "run.json", run)
+    check_only(folder.path, files)
+    folder.begun = True
 
 
 def _free(output: str | Path) -> Path:
