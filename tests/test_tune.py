@@ -11,9 +11,9 @@ import bpdq_quantizer
 from bpdq_kernels import dequantize, layout
 from bpdq_kernels.format import Scheme
 from bpdq_quantizer.algorithm.solver import quantize_linear
-from bpdq_quantizer.model.activations import linear_layers
 from bpdq_quantizer.model.modules import BPDQLinear
 from bpdq_quantizer.model.stream import fill_block, open_model
+from bpdq_quantizer.model.weights import weights_in
 from bpdq_quantizer.passes import tune
 from bpdq_quantizer.passes.allocate import uniform
 from bpdq_quantizer.passes.blocks import quantize_blocks
@@ -160,7 +160,7 @@ def test_block_tuning_brings_the_model_closer_to_the_16_bit_one(folder, tokens, 
     errors = {}
     for steps in (0, 10):
         source = open_model(str(folder / "model"))
-        schemes = dict.fromkeys(linear_layers(source.blocks[0]), Scheme(2, 64))
+        schemes = dict.fromkeys(weights_in(source.blocks[0]), Scheme(2, 64))
         options = {"solve": quantize_linear, "tune_steps": steps}
         done = quantize_blocks(source, tokens, uniform(source, Scheme(2, 64)), torch.device("cpu"), **options)
         blocks = [block.state_dict() for block, *_ in done]

@@ -180,7 +180,7 @@ def tune_model(
     with checkpointed_blocks(model, tokens[:per_step]), tqdm(total=steps, initial=step, desc="tuning") as bar:
         while step < steps and history.index(min(history)) >= len(history) - 1 - PATIENCE:
             windows = draw(train, per_step, step, seed)
-            descend(adam, distillation_loss(model, tokens[windows], teacher[windows], reverse), step / steps)
+            take_step(adam, distillation_loss(model, tokens[windows], teacher[windows], reverse), step / steps)
             step += 1
             bar.update()
             if step % interval == 0 or step == steps:
@@ -227,7 +227,7 @@ def tune_block(
         before = error(last).item()
     with torch.enable_grad():
         for step in range(steps):
-            descend(adam, error(draw(train, per_step, step, seed)), step / steps)
+            take_step(adam, error(draw(train, per_step, step, seed)), step / steps)
     with torch.no_grad():
         after = error(last).item()
     if not after < before:
@@ -261,7 +261,7 @@ def optimizer(layers: dict[str, TunableLinear]) -> torch.optim.Adam:
     return torch.optim.Adam(groups, lr=0.0, eps=1e-12)
 
 
-def descend(adam: torch.optim.Adam, loss: Tensor, progress: float) -> None:
+def take_step(adam: torch.optim.Adam, loss: Tensor, progress: float) -> None:
     """One step at `progress` (0 to 1) of the cosine schedule."""
     loss.backward()
     for group in adam.param_groups:

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from math import prod
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -23,12 +24,13 @@ from bpdq_quantizer.checkpoint.carried import carry_over, hub_commit
 from bpdq_quantizer.checkpoint.writer import shard
 from bpdq_quantizer.cost import Clock, peak_memory
 from bpdq_quantizer.errors import InputError
-from bpdq_quantizer.model.activations import head_inputs, linear_layers
+from bpdq_quantizer.model.activations import head_inputs
 from bpdq_quantizer.model.calibration import calibration_windows
 from bpdq_quantizer.model.sources import check_source
-from bpdq_quantizer.model.stream import Stamps, Streamed, check_unchanged, fill_block, open_model, stamps
+from bpdq_quantizer.model.stream import Stamps, Streamed, check_unchanged, fill_block, open_model, solved, stamps
 from bpdq_quantizer.model.support import check_blocks, check_tokens
 from bpdq_quantizer.model.tokens import leading_tokens, load_tokenizer
+from bpdq_quantizer.model.weights import weights_in
 from bpdq_quantizer.passes import kv_scales
 from bpdq_quantizer.passes.allocate import (
     allocate,
@@ -40,7 +42,7 @@ from bpdq_quantizer.passes.allocate import (
     uniform,
 )
 from bpdq_quantizer.passes.blocks import final_batches, original_states, quantize_blocks
-from bpdq_quantizer.passes.embeddings import quantize_tables, table_schemes
+from bpdq_quantizer.passes.embeddings import embedding_schemes, quantize_embeddings
 from bpdq_quantizer.passes.rotate import rotated
 from bpdq_quantizer.passes.sensitivity import sensitivities
 from bpdq_quantizer.passes.tune import tune_model
@@ -147,7 +149,7 @@ def _prepare(options: dict[str, Any], work: Work) -> Job:
     check_blocks(source)
     if o.rotate == "hadamard":
         source = rotated(source, o.seed)
-    tables = table_schemes(source.model, o.embed_bits, o.head_bits, o.group_size)
+    tables = embedding_schemes(source.model, o.embed_bits, o.head_bits, o.group_size)
     budget = _budget(source, tables, o.target_bpw, o.target_size)
     if o.kv_cache_scales:
         kv_scales.check(source, tokens, device)
@@ -230,7 +232,7 @@ def _run(job: Job, solve: Callable[..., Solution]) -> dict[str, Any]:
     read = partial(_read_block, source, schemes, folder, {name: {digest} for name, digest in blocks.items()})
     if job.tables:
         states = _head_inputs(job, read)
-        found = quantize_tables(source.model, states, job.tables, job.device, solve)
+        found = quantize_embeddings(source.model, states, job.tables, job.device, solve)
         layers = layers + [dataclasses.asdict(table) for table in found]
     scales = {}
     if o.kv_cache_scales:
@@ -243,7 +245,7 @@ def _run(job: Job, solve: Callable[..., Solution]) -> dict[str, Any]:
         "peak_host_memory_bytes": peak_memory(),
         "layers": layers,
     }
-    ignore = [name for name in linear_layers(source.model) if name not in {layer["name"] for layer in layers}]
+    ignore = [name for name in weights_in(source.model) if name not in {layer["name"] for layer in layers}]
     check_unchanged(o.model, job.files)
     writer.finish(folder, source, _config(o, schemes, job.tables, ignore), report, blocks, scales)
     return report
@@ -272,7 +274,7 @@ def _budget(
 ) -> int | None:
     """Bytes for the blocks' Linears, if a target says so; raises InputError if no scheme is as small."""
     if target_bpw is not None:
-        budget = int(target_bpw * sum(m.weight.numel() for m in linear_layers(source.blocks).values()) / 8)
+        budget = int(target_bpw * sum(prod(weight.shape) for weight in solved(source).values()) / 8)
     elif target_size is not None:
         budget = parse_size(target_size) - other_bytes(source, tables)
     else:
@@ -303,11 +305,9 @@ def _solve(
     clock = Clock(before)
     if start is not None and start.block == len(source.blocks):
         return layers, before, blocks
-    shapes = [m.weight.shape for m in linear_layers(source.blocks).values()]
+    total = sum(prod(weight.shape) for weight in solved(source).values())
     done = sum(layer["in_features"] * layer["out_features"] for layer in layers)
-    with tqdm(
-        total=sum(shape.numel() for shape in shapes), initial=done, unit="weight", unit_scale=True, desc="quantizing"
-    ) as bar:
+    with tqdm(total=total, initial=done, unit="weight", unit_scale=True, desc="quantizing") as bar:
         options = {"solve": solve, "start": start, "offload": offload, **settings}
         for block, reports, states in quantize_blocks(source, job.solving, schemes, job.device, **options):
             layers += [dataclasses.asdict(layer) for layer in reports]
@@ -315,8 +315,9 @@ def _solve(
             blocks[file.name] = write_tensors(file, _block_tensors(source, states.block - 1, block))
             save_progress(folder, states, layers, clock.read(), blocks)
             bar.update(sum(layer.in_features * layer.out_features for layer in reports))
-            last = reports[-1]
-            bar.set_postfix_str(f"{last.name} loss {last.loss:.3g} ({last.relative_error:.2%})")
+            if reports:
+                last = reports[-1]
+                bar.set_postfix_str(f"{last.name} loss {last.loss:.3g} ({last.relative_error:.2%})")
     return layers, clock.read(), blocks
 
 
