@@ -21,7 +21,7 @@ from bpdq_quantizer.model.activations import ACTIVATION_BYTES, windows_per_batch
 from bpdq_quantizer.model.opening import plain_skeleton
 from bpdq_quantizer.model.sources import is_gguf
 from bpdq_quantizer.model.stream import decoder_blocks
-from bpdq_quantizer.model.support import check_dense
+from bpdq_quantizer.model.support import check_dense, tied_bits
 from bpdq_quantizer.model.weights import weights_in
 
 GIB = 2**30
@@ -113,9 +113,7 @@ def plan(
     """
     m = read_model(model)
     if m.head is None:
-        if embed_bits is not None and head_bits is not None and embed_bits != head_bits:
-            raise InputError(f"--embed-bits {embed_bits} --head-bits {head_bits}: {model} ties them, give one number")
-        embed_bits = head_bits = embed_bits if head_bits is None else head_bits
+        embed_bits = head_bits = tied_bits(embed_bits, head_bits)
     context = min(DEFAULT_CONTEXT, m.max_positions) if context is None else context
     if not 1 <= context <= m.max_positions:
         raise InputError(f"--context {context}: {m.architecture} takes 1 to {m.max_positions} tokens")

@@ -52,6 +52,19 @@ def check_blocks(source: Streamed) -> None:
         drop_block(block)
 
 
+def tied_bits(embed_bits: int | None, head_bits: int | None) -> int | None:
+    """Bit-planes of an embedding and LM head that are tied: either option means both, None 16 bits.
+
+    Raises InputError where the options contradict each other.
+    """
+    if None not in (embed_bits, head_bits) and embed_bits != head_bits:
+        raise InputError(
+            f"--embed-bits {embed_bits} --head-bits {head_bits}: this model's embedding and LM head are tied, one "
+            "table for both: give the same number, or only one of them"
+        )
+    return head_bits if embed_bits is None else embed_bits
+
+
 def check_tokens(model: PreTrainedModel, tokens: Tensor, source: str) -> None:
     """Raise InputError where windows [W, L] of the text `source` don't fit the tables of tokens or positions."""
     table = model.get_input_embeddings()

@@ -18,6 +18,7 @@ from bpdq_quantizer.algorithm.hessian import accumulate, symmetrize
 from bpdq_quantizer.algorithm.solver import Solve
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.modules import looks_up_rows, replace
+from bpdq_quantizer.model.support import tied_bits
 from bpdq_quantizer.passes.layers import LayerReport, check_finite, layer_report, solve_checked, stored
 from bpdq_quantizer.storage.offload import Batches
 
@@ -37,12 +38,7 @@ def embedding_schemes(
     """
     embedding, head = table_names(model)
     if is_tied(model):
-        if None not in (embed_bits, head_bits) and embed_bits != head_bits:
-            raise InputError(
-                f"--embed-bits {embed_bits} --head-bits {head_bits}: this model's embedding and LM head are tied, one "
-                "table for both: give the same number, or only one of them"
-            )
-        embed_bits = head_bits = embed_bits or head_bits
+        embed_bits = head_bits = tied_bits(embed_bits, head_bits)
     module = model.get_input_embeddings()
     if embed_bits and not looks_up_rows(module):
         raise InputError(
