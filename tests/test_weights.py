@@ -124,6 +124,7 @@ CASES = [
     (SOME, {"at_once": False}),
     (BLOCK, {"at_once": False}),
     (SOME, {"target_bpw": 2.9, "head_bits": 4}),
+    (BLOCK, {"target_bpw": 2.9}),
     (SOME, {"tune": "model", "tune_steps": 2}),
     (GATE_UP, {"kv_cache_scales": True}),
 ]

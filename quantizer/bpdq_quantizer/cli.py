@@ -105,9 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--asymmetric", type=float, metavar="SHARE", help="correct for shifted inputs (0.5; paper: 0)")
     p.add_argument("--rotate", choices=ROTATIONS, default="none", help="spread outliers over all channels")
     p.add_argument("--tune", choices=TUNE_STEPS, default="none", help="train the coefficients too")
-    p.add_argument(
-        "--tune-steps", type=int, help=f"for each block ({TUNE_STEPS['block']}), or the model ({TUNE_STEPS['model']})"
-    )
+    p.add_argument("--tune-steps", type=int, help=f"of --tune model ({TUNE_STEPS['model']})")
     p.add_argument("--tune-loss", choices=TUNE_LOSSES, default="kl", help="of --tune model; mix adds the reverse KL")
     p.add_argument("--tune-samples", type=int, help="windows to tune the model on (--samples)")
     p.add_argument("--kv-cache-scales", action="store_true", help="calibrate scales for --kv-cache-dtype fp8_e4m3")

@@ -31,12 +31,10 @@ from bpdq_quantizer.model.activations import (
     input_statistics,
     run_batches,
     run_block,
-    to_host,
 )
 from bpdq_quantizer.model.stream import Streamed, drop_block, load_block, trim_heap
 from bpdq_quantizer.model.weights import Weight, hooked, weights_in
 from bpdq_quantizer.passes.layers import LayerReport, check_finite, layer_report, solve_checked, stored
-from bpdq_quantizer.passes.tune import tune_block
 from bpdq_quantizer.storage.offload import Batches
 
 
@@ -59,8 +57,6 @@ def quantize_blocks(
     start: States | None = None,
     offload: Path | None = None,
     asymmetric: float = 0.0,
-    tune_steps: int = 0,
-    seed: int = 0,
 ) -> Iterator[tuple[nn.Module, list[LayerReport], States]]:
     """Quantize the model's decoder blocks one after the other, from the first or from `start`.
 
@@ -71,13 +67,12 @@ def quantize_blocks(
     at a time on `device`. If all windows fit one batch, a block takes one forward pass, otherwise about two for the
     four usual stages.
     With `asymmetric` > 0, every weight is first corrected for what quantization has done to its inputs, by that share
-    (`hessian.corrected`). With `tune_steps`, each block's coefficients are then tuned towards the hidden states that
-    the 16-bit model has after it. The reports are of the corrected weights, before tuning.
+    (`hessian.corrected`). The reports are of the corrected weights.
     """
     calls = block_inputs(source.model, source.blocks, tokens[[0, -1]]).calls
     if start is None:
         batches = embed(source.model, source.blocks, tokens, device, offload)
-        start = States(0, batches, batches.copy() if asymmetric or tune_steps else [])
+        start = States(0, batches, batches.copy() if asymmetric else [])
     first, batches, full = start
     del start
     for index in range(first, len(source.blocks)):
@@ -87,17 +82,11 @@ def quantize_blocks(
         weights = [weight for weight in weights_in(block, name).values() if weight.name in schemes]
         stages = find_stages(weights, run, batches[0][:1])
         original = Original(block, name, [stage[0] for stage in stages], call, device, full) if full else None
-        inputs = batches.copy() if tune_steps else []
-        solver = StageSolver(schemes, solve, tokens.numel(), asymmetric, original if asymmetric else None)
+        solver = StageSolver(schemes, solve, tokens.numel(), asymmetric, original)
         quantize_block(stages, run, batches, solver)
         if original is not None:
             full = original.outputs()
             solver.original = original = None
-        if tune_steps:
-            block.to(device)
-            tune_block(block, run, torch.cat(list(inputs)), torch.cat(list(full)), steps=tune_steps, seed=seed)
-            for i, batch in enumerate(inputs):
-                batches[i] = to_host(run(batch))
         yield block, solver.reports, States(index + 1, batches, full)
         drop_block(block)
 

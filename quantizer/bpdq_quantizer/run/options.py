@@ -14,7 +14,7 @@ SOLVERS = {  # options of `quantize_linear`
     "paper": {"refinements": 0, "alpha": 1e-4, "damping": 0.05, "starts": (paper_start,)},
 }
 ASYMMETRIC = {"refined": 0.5, "paper": 0.0}  # share of the shift of its inputs that a weight is corrected for
-TUNE_STEPS = {"none": 0, "block": 30, "model": 200}  # for each block, or for the model
+TUNE_STEPS = {"none": 0, "model": 200}
 ROTATIONS = ("none", "hadamard")
 TUNE_LOSSES = ("kl", "mix")
 DEVICES = ("auto", "cpu", "cuda")

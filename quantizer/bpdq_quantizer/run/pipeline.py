@@ -216,8 +216,6 @@ def _run(job: Job, solve: Callable[..., Solution]) -> dict[str, Any]:
     dtype = torch.float16 if source.model.dtype == torch.float16 else torch.bfloat16
     solve = partial(solve, iterations=o.iterations, dtype=dtype, **SOLVERS[o.solver])
     settings = {"asymmetric": o.asymmetric}
-    if o.tune == "block":
-        settings |= {"tune_steps": o.tune_steps, "seed": o.seed}
     teacher = _teacher(job) if o.tune == "model" else None
     schemes, allocation = uniform(source, scheme(o.bits, o.group_size)), {"seconds": 0.0, "cpu_seconds": 0.0}
     if job.budget is not None:
