@@ -14,7 +14,6 @@ from typing import NamedTuple
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
 from bpdq_kernels import dequantize
@@ -157,11 +156,7 @@ def quantize_block(
     Of a single batch each stage is solved while the pass waits in front of it.
     """
     if len(batches) == 1:
-
-        def hook(stage: list[Weight]) -> RemovableHandle:
-            return stage[0].on_input(lambda x: solver.quantize(stage, [x]))
-
-        with hooked(map(hook, stages)):
+        with hooked(stage[0].on_input(lambda x, stage=stage: solver.quantize(stage, [x])) for stage in stages):
             run_batches(run, batches)
     else:
         for stage in stages:

@@ -36,7 +36,7 @@ READERS = {  # the norm whose output they read
 WRITERS = ("self_attn.o_proj", "mlp.down_proj")
 UNMOVED = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")  # per head, between projection and rotary embedding
 FACTOR = 128  # largest Hadamard factor: several small products cost less than one large one
-CHUNK_ROWS = 8192  # of a table in fp32 at a time
+CHUNK_ROWS = 8192  # of an embedding in fp32 at a time
 
 
 class Rotation(NamedTuple):
