@@ -28,9 +28,9 @@ from benchmarks.random_planes import random_planes
 from bpdq_kernels import dequantize, linear, prepare
 from bpdq_kernels.format import Scheme
 from bpdq_quantizer.fit import kv_bytes, plan
-from bpdq_quantizer.model.modules import replace
 from bpdq_quantizer.model.opening import plain_skeleton
-from bpdq_quantizer.model.stream import decoder_blocks, linear_layers
+from bpdq_quantizer.model.stream import decoder_blocks
+from bpdq_quantizer.model.weights import weights_in
 
 SCHEME = Scheme(2, 128)
 WAYS = ("stored", "tiled", "16 bits")
@@ -113,15 +113,16 @@ def build(config: Path, way: str, device: str) -> PreTrainedModel:
     model = plain_skeleton(str(config)).eval()
     prefix, blocks = decoder_blocks(model)
     random = generator(device, 1)
-    for name, module in linear_layers(blocks).items():
-        B, c = random_planes(module.out_features, module.in_features, SCHEME, random)
+    for name, weight in weights_in(blocks, prefix).items():
+        outputs, inputs = weight.shape
+        B, c = random_planes(outputs, inputs, SCHEME, random)
         if way == "stored":
-            replace(model, f"{prefix}.{name}", B, c, SCHEME.group_size)
+            weight.replace(B, c, SCHEME.group_size)
         elif way == "tiled":
-            blocks.set_submodule(name, TiledLinear(B, c, module.in_features, module.bias))
+            model.set_submodule(name, TiledLinear(B, c, inputs, weight.linear.bias))
         else:
-            weight = dequantize(B, c, SCHEME.group_size, module.in_features).bfloat16()
-            module.weight = nn.Parameter(weight, requires_grad=False)
+            W = dequantize(B, c, SCHEME.group_size, inputs).bfloat16()
+            weight.linear.weight = nn.Parameter(W, requires_grad=False)
     return materialize(model, generator(device, 2))
 
 

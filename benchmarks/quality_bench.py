@@ -41,7 +41,6 @@ METHODS = {  # options of `bpdq quantize`; gptq has a script of its own
     "bpdq": [],
     "bpdq-mixed": [],  # --target-bpw: as many bits as uniform k and G take
     "bpdq-rotated": ["--rotate", "hadamard"],
-    "bpdq-block": ["--tune", "block"],
     "bpdq-tuned": ["--tune", "model"],
     "bpdq-mixed-tuned": ["--tune", "model"],
     "bpdq-rotated-tuned": ["--rotate", "hadamard", "--tune", "model"],

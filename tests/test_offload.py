@@ -57,7 +57,6 @@ def whole(root, tmp_path_factory):
     [
         {"asymmetric": 0.0},
         {"head_bits": 4, "kv_cache_scales": True},
-        {"tune": "block", "tune_steps": 2},
         {"tune": "model", "tune_steps": 4},
     ],
 )

@@ -24,8 +24,8 @@ OTHERS = {  # than the defaults
 
 
 def test_defaults_follow_the_options_they_depend_on():
-    found = resolved(**GIVEN, solver="paper", tune="block", samples=9)
-    assert (found.method.asymmetric, found.tuning.tune_steps, found.tuning.tune_samples) == (0.0, 30, 9)
+    found = resolved(**GIVEN, solver="paper", tune="model", samples=9)
+    assert (found.method.asymmetric, found.tuning.tune_steps, found.tuning.tune_samples) == (0.0, 200, 9)
     assert resolved(**GIVEN).method.asymmetric == 0.5
 
 
@@ -41,7 +41,7 @@ def test_paths_become_strings():
         ("solver", "refind", "--solver refind: expected refined or paper"),
         ("rotate", "yes", "--rotate yes: expected none or hadamard"),
         ("rotate", None, "--rotate None: expected none or hadamard"),
-        ("tune", ["block"], "expected none or block or model"),
+        ("tune", ["model"], "expected none or model"),
         ("tune_loss", "l2", "--tune-loss l2: expected kl or mix"),
         ("device", "tpu", "--device tpu: expected auto or cpu or cuda"),
         ("bits", "2", "--bits 2: expected a whole number"),

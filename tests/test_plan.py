@@ -233,7 +233,8 @@ def test_bad_options(tmp_path, capsys, options, message):
 
 def test_options_of_tied_tables_must_agree(tmp_path, capsys):
     model = qwen(tmp_path / "m", "7B", tie_word_embeddings=True)
-    assert "ties them, give one number" in refusal(capsys, model, "--embed-bits", "4", "--head-bits", "3")
+    said = refusal(capsys, model, "--embed-bits", "4", "--head-bits", "3")
+    assert "are tied, one table for both: give the same number" in said
     assert plan(model, head_bits=3)["embedding_bytes"] == plan(model, embed_bits=3, head_bits=3)["embedding_bytes"]
 
 

@@ -26,11 +26,13 @@ from bpdq_quantizer.algorithm.solver import quantize_linear
 from bpdq_quantizer.checkpoint import manifest, writer
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model import activations
-from bpdq_quantizer.model.activations import Original, block_inputs, capture, find_stages, run_block, stage_statistics
+from bpdq_quantizer.model.activations import Original, block_inputs, capture, find_stages, input_statistics, run_block
 from bpdq_quantizer.model.modules import BPDQLinear
 from bpdq_quantizer.model.stream import decoder_blocks, from_memory
+from bpdq_quantizer.model.weights import weights_in
 from bpdq_quantizer.passes.allocate import uniform
-from bpdq_quantizer.passes.blocks import check_finite, quantize_blocks
+from bpdq_quantizer.passes.blocks import quantize_blocks
+from bpdq_quantizer.passes.layers import check_finite
 from bpdq_quantizer.passes.tune import final_states
 from bpdq_quantizer.run import block_files, progress
 from bpdq_quantizer.run.options import ASYMMETRIC, SOLVERS
@@ -119,9 +121,10 @@ def test_linears_that_share_an_input_are_one_stage():
     model = AutoModelForCausalLM.from_config(config)
     prefix, decoder = decoder_blocks(model)
     hidden, calls = block_inputs(model, decoder, torch.arange(20).view(2, 10))
-    stages = find_stages(decoder[1], lambda h: run_block(decoder[1], calls[1], torch.device("cpu"), h), hidden[0])
+    run = partial(run_block, decoder[1], calls[1], torch.device("cpu"))
+    stages = find_stages(weights_in(decoder[1]).values(), run, hidden[0])
     assert prefix == "model.layers"
-    assert stages == [
+    assert [[weight.name for weight in stage] for stage in stages] == [
         ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
         ["self_attn.o_proj"],
         ["mlp.gate_proj", "mlp.up_proj"],
@@ -136,14 +139,14 @@ def test_the_16_bit_block_runs_to_its_end_once_for_each_batch(quantized):
     _, decoder = decoder_blocks(model)
     hidden, calls = block_inputs(model, decoder, torch.arange(30).view(3, 10))
     run = partial(run_block, decoder[0], calls[0], torch.device("cpu"))
-    names = [stage[0] for stage in find_stages(decoder[0], run, hidden[0])]
-    expected = [capture(decoder[0], names, run, batch) for batch in hidden]
-    original = Original(decoder[0], names, calls[0], torch.device("cpu"), list(hidden))
+    firsts = [stage[0] for stage in find_stages(weights_in(decoder[0]).values(), run, hidden[0])]
+    expected = [capture(firsts, run, batch) for batch in hidden]
+    original = Original(decoder[0], "", firsts, calls[0], torch.device("cpu"), list(hidden))
     ends = []
     original.block.register_forward_hook(lambda *_: ends.append(True))
-    for name in names:
+    for weight in firsts:
         for i, (inputs, _) in enumerate(expected):
-            assert torch.equal(original.input(name, i), inputs[name])
+            assert torch.equal(original.input(weight.name, i), inputs[weight.name])
     for found, (_, output) in zip(original.outputs(), expected, strict=True):
         assert torch.equal(found, output)
     assert len(ends) == 3
@@ -162,16 +165,17 @@ def test_each_layer_is_calibrated_on_the_quantized_prefix(quantized, text):
     ids = AutoTokenizer.from_pretrained(out)(TEXT * 4, add_special_tokens=False)["input_ids"][: 6 * 32]
     tokens = torch.tensor(ids).view(6, 32)
     for name in ("model.layers.0.mlp.down_proj", "model.layers.1.self_attn.q_proj"):
-        stored, weight = model.get_submodule(name), original.get_submodule(name).weight.detach()
-        inputs, _ = capture(original, [name], lambda t: original.base_model(t, use_cache=False), tokens)
-        run = partial(model.base_model, use_cache=False)
-        H, C = stage_statistics(stored, run, [tokens], lambda _, x=inputs[name]: x)
-        target = corrected(weight, H, C, ASYMMETRIC["refined"])
+        stored, weight = weights_in(model)[name], weights_in(original)[name]
+        before, now = (
+            capture([w], partial(m.base_model, use_cache=False), tokens)[0][name]
+            for m, w in ((original, weight), (model, stored))
+        )
+        H, C = input_statistics(stored, [now], tokens.numel(), lambda _, x=before: x)
+        target = corrected(weight.matrix.detach(), H, C, ASYMMETRIC["refined"])
         solved = quantize_linear(target, H, 2, 64, iterations=3, **SOLVERS["refined"])
-        D = target - stored.weight.detach().float()
+        D = target - stored.matrix.detach().float()
         assert ((D @ H) * D).sum().item() == pytest.approx(solved.loss.sum().item(), rel=0.02)
-        original_run = partial(original.base_model, use_cache=False)
-        original_H, _ = stage_statistics(original.get_submodule(name), original_run, [tokens], None)
+        original_H, _ = input_statistics(weight, [before], tokens.numel(), None)
         assert (original_H - H).norm() > 0.05 * H.norm(), "the prefix makes a difference that the test can see"
 
 

@@ -9,14 +9,8 @@ from transformers import AutoModelForCausalLM
 
 import bpdq_quantizer
 from bpdq_kernels import dequantize, layout
-from bpdq_kernels.format import Scheme
-from bpdq_quantizer.algorithm.solver import quantize_linear
-from bpdq_quantizer.model.activations import linear_layers
 from bpdq_quantizer.model.modules import BPDQLinear
-from bpdq_quantizer.model.stream import fill_block, open_model
 from bpdq_quantizer.passes import tune
-from bpdq_quantizer.passes.allocate import uniform
-from bpdq_quantizer.passes.blocks import quantize_blocks
 from bpdq_quantizer.passes.tune import (
     DistillationLoss,
     TunableLinear,
@@ -25,7 +19,6 @@ from bpdq_quantizer.passes.tune import (
     make_packed,
     make_tunable,
     mean_kl,
-    tune_block,
     tune_model,
 )
 from bpdq_quantizer.run import block_files
@@ -154,32 +147,6 @@ def test_recomputed_activations_change_nothing(folder, tokens, teacher, tmp_path
         kls.append(report["held_out_kl"])
     assert kls[0] == pytest.approx(kls[1], rel=1e-4)
     assert not models[1].is_gradient_checkpointing
-
-
-def test_block_tuning_brings_the_model_closer_to_the_16_bit_one(folder, tokens, teacher):
-    errors = {}
-    for steps in (0, 10):
-        source = open_model(str(folder / "model"))
-        schemes = dict.fromkeys(linear_layers(source.blocks[0]), Scheme(2, 64))
-        options = {"solve": quantize_linear, "tune_steps": steps}
-        done = quantize_blocks(source, tokens, uniform(source, Scheme(2, 64)), torch.device("cpu"), **options)
-        blocks = [block.state_dict() for block, *_ in done]
-        for block, tensors in zip(source.blocks, blocks, strict=True):
-            fill_block(block, tensors, schemes)
-        states = final_states(source.model, tokens)
-        errors[steps] = (states - teacher).square().mean().item()
-        assert all(m.c.dtype == torch.bfloat16 for m in source.model.modules() if isinstance(m, BPDQLinear))
-    assert errors[10] < 0.9 * errors[0]
-
-
-def test_a_block_that_tuning_makes_worse_stays_as_it_was(folder, tokens, monkeypatch):
-    monkeypatch.setattr(tune, "LEARNING_RATE", -1.0)  # uphill
-    model = student(folder).model.layers[0].mlp
-    x = torch.randn(4, 32, 128)
-    before = model(x)
-    first, last = tune_block(model, model, x, torch.zeros_like(x), steps=5, seed=0)
-    assert last > first
-    torch.testing.assert_close(model(x), before, rtol=0.05, atol=0.05 * before.abs().max().item())
 
 
 def test_an_epoch_visits_every_window_once():

@@ -35,7 +35,7 @@ def nothing_solved(name, W, H, scheme, solve):
 @pytest.mark.parametrize("size", QWEN)
 def test_bytes_at_the_real_width_are_those_of_the_plan(tmp_path, monkeypatch, text, size, layers):
     """Also of the whole model: its blocks are as many times the one of these."""
-    monkeypatch.setattr(blocks, "solve_stage", nothing_solved)
+    monkeypatch.setattr(blocks, "solve_checked", nothing_solved)
     model = wide_model(tmp_path / "model", size, layers)
     bpdq_quantizer.quantize(
         str(model), tmp_path / "out", calibration=text, samples=2, seq_len=32, asymmetric=0.0, **OPTIONS

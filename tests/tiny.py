@@ -91,9 +91,8 @@ def round_to_planes(
     low, high = padded.amin(-1, keepdim=True), padded.amax(-1, keepdim=True)
     step = (high - low) / (2**bits - 1)
     codes = ((padded - low) / step).round().to(torch.int32).view(n, -1)[:, :k_in]
-    planes = torch.stack([(codes >> p) & 1 for p in range(bits)])
     c = torch.cat([step * 2**p for p in range(bits)] + [low], dim=-1)  # [N, groups, k+1]
-    return layout.pack(planes), c.permute(1, 2, 0).to(dtype).contiguous()
+    return layout.pack_codes(codes, bits), c.permute(1, 2, 0).to(dtype).contiguous()
 
 
 def bpdq_checkpoint(

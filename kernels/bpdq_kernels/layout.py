@@ -74,6 +74,11 @@ def pack(bits: Tensor) -> Tensor:
     return packed.permute(2, 0, 1).contiguous()
 
 
+def pack_codes(codes: Tensor, planes: int) -> Tensor:
+    """Pack codes [N, K] (any integer dtype), of which bit p is the bit of plane p, into B [ceil(K/32), k, N] int32."""
+    return pack(torch.stack([(codes >> p) & 1 for p in range(planes)]))
+
+
 def unpack(B: Tensor, in_features: int) -> Tensor:
     """Unpack B [>= ceil(K/32), k, N] into plane bits [k, N, K] uint8; the inverse of `pack`."""
     return expand_words(B).permute(0, 3, 1, 2).flatten(2)[..., :in_features].contiguous()

@@ -97,7 +97,7 @@ def finish(
     blocks: the combined digests of the blocks' files, by name; scales: those of the KV cache, by name. Raises
     InputError for a file that has changed, is missing or of something else.
     """
-    model, prefix, decoder, _ = source
+    model, prefix, decoder = source.model, source.prefix, source.blocks
     rest = {
         name: tensor
         for name, tensor in model.state_dict().items()

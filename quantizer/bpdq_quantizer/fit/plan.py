@@ -17,11 +17,12 @@ from bpdq_quantizer.algorithm.refine import CHUNK_ELEMENTS
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.fit import kv_bytes
 from bpdq_quantizer.fit.kv_bytes import KV_TYPES, Attention
-from bpdq_quantizer.model.activations import ACTIVATION_BYTES, linear_layers, windows_per_batch
+from bpdq_quantizer.model.activations import ACTIVATION_BYTES, windows_per_batch
 from bpdq_quantizer.model.opening import plain_skeleton
 from bpdq_quantizer.model.sources import is_gguf
 from bpdq_quantizer.model.stream import decoder_blocks
-from bpdq_quantizer.model.support import check_dense
+from bpdq_quantizer.model.support import check_dense, tied_bits
+from bpdq_quantizer.model.weights import weights_in
 
 GIB = 2**30
 VISIBLE = 23.69 / 24
@@ -112,9 +113,7 @@ def plan(
     """
     m = read_model(model)
     if m.head is None:
-        if embed_bits is not None and head_bits is not None and embed_bits != head_bits:
-            raise InputError(f"--embed-bits {embed_bits} --head-bits {head_bits}: {model} ties them, give one number")
-        embed_bits = head_bits = embed_bits if head_bits is None else head_bits
+        embed_bits = head_bits = tied_bits(embed_bits, head_bits)
     context = min(DEFAULT_CONTEXT, m.max_positions) if context is None else context
     if not 1 <= context <= m.max_positions:
         raise InputError(f"--context {context}: {m.architecture} takes 1 to {m.max_positions} tokens")
@@ -165,7 +164,7 @@ def read_model(model: str) -> Model:
     config = skeleton.config
     prefix, blocks = decoder_blocks(skeleton)
     check_dense(prefix, blocks)
-    linears = [tuple(m.weight.shape) for m in linear_layers(blocks).values()]
+    linears = [weight.shape for weight in weights_in(blocks).values()]
     embedding, head = skeleton.get_input_embeddings().weight, skeleton.get_output_embeddings().weight
     tied = set(skeleton.all_tied_weights_keys)
     head_is_tied = bool(config.get_text_config(decoder=True).tie_word_embeddings)
@@ -189,8 +188,9 @@ def _stages(block: nn.Module) -> list[tuple[int, int]]:
     """Linears of one module with as many inputs, summed: shapes alone don't tell that the output projection of an
     attention layer reads something else than its queries, which makes this an upper bound."""
     rows = defaultdict(int)
-    for name, linear in linear_layers(block).items():
-        rows[name.rpartition(".")[0], linear.in_features] += linear.out_features
+    for name, weight in weights_in(block).items():
+        outputs, inputs = weight.shape
+        rows[name.rpartition(".")[0], inputs] += outputs
     return [(outputs, inputs) for (_, inputs), outputs in rows.items()]
 
 

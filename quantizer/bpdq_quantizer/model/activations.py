@@ -1,7 +1,8 @@
-"""What flows through a model during calibration: block inputs, stages, and statistics of a Linear's inputs."""
+"""What flows through a model during calibration: block inputs, stages, and statistics of a weight's inputs."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -14,13 +15,10 @@ from transformers import PreTrainedModel
 from bpdq_quantizer.algorithm.hessian import accumulate, accumulate_shift, symmetrize
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.products import quick_products
+from bpdq_quantizer.model.weights import Weight, hooked, weights_in
 from bpdq_quantizer.storage.offload import Batches, Offloaded
 
 ACTIVATION_BYTES = 1 << 30  # a calibration batch is as many windows as keep a block's activations within this
-
-
-def linear_layers(module: nn.Module) -> dict[str, nn.Linear]:
-    return {name: m for name, m in module.named_modules() if isinstance(m, nn.Linear)}
 
 
 class BlockInputs(NamedTuple):
@@ -157,26 +155,32 @@ def to_host(hidden: Tensor) -> Tensor:
     return torch.empty_like(hidden, device="cpu", pin_memory=True).copy_(hidden)
 
 
-def find_stages(block: nn.Module, run: Callable[[Tensor], Tensor], hidden: Tensor) -> list[list[str]]:
-    """Names of the block's Linears, grouped by the input tensor they share, in the order of the forward pass."""
-    stages: list[tuple[Tensor, list[str]]] = []
+def run_batches(run: Callable[[Tensor], Tensor], batches: Batches) -> None:
+    """Turn each of `batches` into what `run` makes of it, in host memory."""
+    for i, batch in enumerate(batches):
+        batches[i] = to_host(run(batch))
 
-    def record(name: str, x: Tensor) -> None:
+
+def find_stages(weights: Iterable[Weight], run: Callable[[Tensor], Tensor], hidden: Tensor) -> list[list[Weight]]:
+    """Some weights of a block, grouped by the input that they share, in the order of the forward pass.
+
+    Raises InputError for a weight that it does not reach once.
+    """
+    weights, stages = list(weights), []
+
+    def record(weight: Weight, x: Tensor) -> None:
         if stages and stages[-1][0] is x:
-            stages[-1][1].append(name)
+            stages[-1][1].append(weight)
         else:
-            stages.append((x, [name]))
+            stages.append((x, [weight]))
 
-    linears = linear_layers(block)
-    hooks = [m.register_forward_pre_hook(lambda _, args, n=name: record(n, args[0])) for name, m in linears.items()]
-    run(hidden)
-    for hook in hooks:
-        hook.remove()
-    reached = [name for _, names in stages for name in names]
-    if sorted(reached) != sorted(linears):
-        odd = sorted(set(linears).symmetric_difference(reached)) or "a Linear that runs twice"
-        raise InputError(f"the forward pass does not reach each Linear of a block once: {odd}")
-    return [names for _, names in stages]
+    with hooked(weight.on_input(partial(record, weight)) for weight in weights):
+        run(hidden)
+    count = Counter(weight.name for _, stage in stages for weight in stage)
+    odd = [weight.name for weight in weights if count[weight.name] != 1]
+    if odd:
+        raise InputError(f"the forward pass does not reach each weight of a block once: {', '.join(odd)}")
+    return [stage for _, stage in stages]
 
 
 def windows_per_batch(length: int, hidden_size: int, out_features: int, itemsize: int) -> int:
@@ -191,43 +195,35 @@ def embed(
     """What the first block, on `device`, reads of windows [W, L], in batches [n, L, D] of `windows_per_batch`; in files
     of the folder `offload`, if there is one."""
     (window,), _ = block_inputs(model, blocks, tokens[:1])
-    out_features = sum(linear.out_features for linear in linear_layers(blocks[0]).values())
+    out_features = sum(weight.shape[0] for weight in weights_in(blocks[0]).values())
     batches = [] if offload is None else Offloaded(offload)
     for part in tokens.split(windows_per_batch(*window.shape[1:], out_features, window.element_size())):
         batches.append(to_host(torch.cat(block_inputs(model, blocks, part).hidden).to(device)))
     return batches
 
 
-def capture_one(linear: nn.Linear, run: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
-    """The input of a Linear, in front of which the forward pass stops."""
+def capture_one(weight: Weight, run: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
+    """The input of a weight, in front of which the forward pass stops."""
     inputs = []
 
-    def stop(_: nn.Module, args: tuple) -> None:
-        inputs.append(args[0])
+    def stop(x: Tensor) -> None:
+        inputs.append(x)
         raise _StageReached
 
-    hook = linear.register_forward_pre_hook(stop)
-    try:
-        with suppress(_StageReached):
-            run(batch)
-    finally:
-        hook.remove()
+    with hooked([weight.on_input(stop)]), suppress(_StageReached):
+        run(batch)
     return inputs[0]
 
 
 @torch.no_grad()
-def stage_statistics(
-    linear: nn.Linear,
-    run: Callable[[Tensor], Tensor],
-    batches: Batches,
-    original: Callable[[int], Tensor] | None,
+def input_statistics(
+    weight: Weight, inputs: Iterable[Tensor], tokens: int, original: Callable[[int], Tensor] | None
 ) -> tuple[Tensor, Tensor | None]:
-    """H and C (`accumulate_shift`) of a Linear's inputs; `original(i)` gives the 16-bit model's inputs of batch i."""
-    tokens = sum(batch.shape[:2].numel() for batch in batches)
-    H = torch.zeros(linear.in_features, linear.in_features, device=linear.weight.device)
+    """H and C (`accumulate_shift`) of a weight's inputs in all batches, which hold `tokens` tokens; `original(i)` gives
+    the 16-bit model's inputs of batch i."""
+    H = torch.zeros(2 * weight.shape[1:], device=weight.matrix.device)
     C = None if original is None else torch.zeros_like(H)
-    for i, batch in enumerate(batches):
-        x = capture_one(linear, run, batch)
+    for i, x in enumerate(inputs):
         accumulate(H, x, tokens)
         if C is not None:
             accumulate_shift(C, original(i), x, tokens)
@@ -235,44 +231,49 @@ def stage_statistics(
 
 
 def capture(
-    block: nn.Module, names: list[str], run: Callable[[Tensor], Tensor], batch: Tensor
+    weights: Iterable[Weight], run: Callable[[Tensor], Tensor], batch: Tensor
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """The inputs of the block's Linears `names` in a forward pass, and its output."""
+    """The inputs of weights in a forward pass, by name, and its output."""
     inputs: dict[str, Tensor] = {}
-
-    def keep(_: nn.Module, args: tuple, name: str) -> None:
-        inputs[name] = args[0]
-
-    hooks = [block.get_submodule(name).register_forward_pre_hook(partial(keep, name=name)) for name in names]
-    output = run(batch)
-    for hook in hooks:
-        hook.remove()
-    return inputs, output
+    with hooked(weight.on_input(partial(inputs.__setitem__, weight.name)) for weight in weights):
+        return inputs, run(batch)
 
 
 class Original:
-    """The 16-bit block, to look up what the model that is not quantized feeds its Linears.
+    """The 16-bit block, to look up what the model that is not quantized feeds its weights.
 
-    names: of the first Linear of each stage, in order; batches: that model's hidden states before the block, which turn
-    into those after it. Of a single batch all inputs are kept. Of several they are computed when asked for, which must
-    be in the order of the stages: as far as the Linear asked for, and for the last one to the end.
+    weights: the first of each stage, in order; batches: that model's hidden states before the block, which turn into
+    those after it. Of a single batch all inputs are kept. Of several they are computed when asked for, which must be in
+    the order of the stages: as far as the weight asked for, and for the last one to the end.
     """
 
-    def __init__(self, block: nn.Module, names: list[str], call: tuple, device: torch.device, batches: Batches) -> None:
-        self.batches, self.last, self.inputs = batches, names[-1], {}
-        self.after: set[int] = set()  # batches that are after the block already
-        self.block = block if len(batches) == 1 else copy.deepcopy(block)
+    def __init__(
+        self,
+        block: nn.Module,
+        name: str,
+        weights: Sequence[Weight],
+        call: tuple,
+        device: torch.device,
+        batches: Batches,
+    ) -> None:
+        self.batches, self.after = batches, set()  # batches that are after the block already
+        self.last = weights[-1].name if weights else None
+        self.at_once = len(batches) == 1
+        self.block = block if self.at_once else copy.deepcopy(block)
         self.run = partial(run_block, self.block, call, device)
-        if len(batches) == 1:
-            self.inputs, self.output = capture(block, names, self.run, batches[0])
+        if self.at_once:
+            self.inputs, self.output = capture(weights, self.run, batches[0])
+        else:
+            self.weights = weights_in(self.block, name)
 
     def input(self, name: str, batch: int) -> Tensor:
-        """The input of the Linear `name` for a batch; to be asked for once."""
-        if self.inputs:
+        """The input of the weight `name` for a batch; to be asked for once."""
+        if self.at_once:
             return self.inputs[name]
+        weight = self.weights[name]
         if name != self.last:
-            return capture_one(self.block.get_submodule(name), self.run, self.batches[batch])
-        inputs, output = capture(self.block, [name], self.run, self.batches[batch])
+            return capture_one(weight, self.run, self.batches[batch])
+        inputs, output = capture([weight], self.run, self.batches[batch])
         self.batches[batch] = to_host(output)
         self.after.add(batch)
         return inputs[name]
@@ -280,5 +281,5 @@ class Original:
     def outputs(self) -> Batches:
         """The 16-bit model's hidden states after the block, on the CPU, in place of those before it."""
         for i in set(range(len(self.batches))) - self.after:
-            self.batches[i] = to_host(self.output if self.inputs else self.run(self.batches[i]))
+            self.batches[i] = to_host(self.output if self.at_once else self.run(self.batches[i]))
         return self.batches

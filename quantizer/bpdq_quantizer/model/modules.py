@@ -69,6 +69,12 @@ class TiedHead(nn.Module):
         return bpdq_kernels.stored_linear(x, self.embedding.B, self.embedding.c, self.embedding.group_size, self.bias)
 
 
+def replace_linear(parent: nn.Module, name: str, B: Tensor, c: Tensor, group_size: int) -> None:
+    """Put a BPDQLinear where `parent` has the Linear, or BPDQLinear, `name`, with the same bias."""
+    linear = parent.get_submodule(name)
+    parent.set_submodule(name, BPDQLinear(B, c, group_size, linear.in_features, linear.bias))
+
+
 def looks_up_rows(embedding: nn.Module) -> bool:
     """Whether an input embedding looks up rows, perhaps times a constant, and does nothing else."""
     return type(embedding).forward is nn.Embedding.forward or hasattr(embedding, "scalar_embed_scale")
@@ -76,14 +82,13 @@ def looks_up_rows(embedding: nn.Module) -> bool:
 
 def replace(model: PreTrainedModel, name: str, B: Tensor, c: Tensor, group_size: int) -> None:
     """Put bit-planes where the model has the Linear or table `name`; an LM head that is tied to it goes with it."""
-    module = model.get_submodule(name)
     embedding, head = embedding_names(model)
-    width = module.weight.shape[1]
     if name != embedding:
-        model.set_submodule(name, BPDQLinear(B, c, group_size, width, module.bias))
+        replace_linear(model, name, B, c, group_size)
         return
+    module = model.get_submodule(name)
     scale = getattr(module, "scalar_embed_scale", 1.0)
-    table = BPDQEmbedding(B, c, group_size, width, module.weight.dtype, scale)
+    table = BPDQEmbedding(B, c, group_size, module.weight.shape[1], module.weight.dtype, scale)
     if is_tied(model):
         model.set_submodule(head, TiedHead(table, model.get_submodule(head).bias))
         model._tied_weights_keys, model.all_tied_weights_keys = {}, {}  # no two tensors are left to tie

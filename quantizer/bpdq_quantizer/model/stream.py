@@ -13,13 +13,14 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from bpdq_kernels import patterns
 from bpdq_kernels.folder import read_headers
 from bpdq_kernels.format import Scheme
 from bpdq_quantizer.errors import InputError
-from bpdq_quantizer.model.activations import linear_layers
-from bpdq_quantizer.model.modules import BPDQLinear
+from bpdq_quantizer.model.modules import replace_linear
 from bpdq_quantizer.model.opening import load_pretrained, misfit, plain_skeleton
 from bpdq_quantizer.model.sources import is_gguf, weight_files
+from bpdq_quantizer.model.weights import Weight, weights_in
 
 Stamps = dict[str, list[int]]  # size and time of change (ns) of files, by name
 
@@ -43,21 +44,29 @@ class WatchedWeights(Mapping[str, Tensor]):
 
 class Streamed(NamedTuple):
     """A 16-bit causal LM whose blocks are on the meta device. prefix: their name; weights: their tensors by name, read
-    from the files on access."""
+    from the files on access; left_alone: names, or `re:` patterns, of the blocks' weights that stay in 16 bits."""
 
     model: PreTrainedModel
     prefix: str
     blocks: nn.ModuleList
     weights: Mapping[str, Tensor]
+    left_alone: tuple[str, ...] = ()
 
 
 def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """Name and list of the model's decoder blocks: the first ModuleList as long as config.num_hidden_layers."""
     depth = model.config.get_text_config(decoder=True).num_hidden_layers
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth and linear_layers(module):
+        if isinstance(module, nn.ModuleList) and len(module) == depth and weights_in(module):
             return name, module
     raise InputError(f"{type(model).__name__}: no list of {depth} decoder blocks with Linear layers found")
+
+
+def solved(source: Streamed, index: int | None = None) -> dict[str, Weight]:
+    """The weights that get a scheme, by name: of block `index`, or of all blocks."""
+    name = source.prefix if index is None else f"{source.prefix}.{index}"
+    weights = weights_in(source.model.get_submodule(name), name)
+    return {n: w for n, w in weights.items() if not any(patterns.matches(n, target) for target in source.left_alone)}
 
 
 def open_model(model: str) -> Streamed:
@@ -157,9 +166,7 @@ def trim_heap() -> None:
 def fill_block(block: nn.Module, tensors: Mapping[str, Tensor], schemes: Mapping[str, Scheme]) -> None:
     """Give a block the tensors of a quantized one; tensors, schemes: by their names in it."""
     for name in [key.removesuffix(".B") for key in tensors if key.endswith(".B")]:
-        linear = block.get_submodule(name)
-        B, c = tensors[f"{name}.B"], tensors[f"{name}.c"]
-        block.set_submodule(name, BPDQLinear(B, c, schemes[name].group_size, linear.in_features, linear.bias))
+        replace_linear(block, name, tensors[f"{name}.B"], tensors[f"{name}.c"], schemes[name].group_size)
     block.load_state_dict(tensors, assign=True)
 
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.activations import block_inputs, find_stages, run_block
 from bpdq_quantizer.model.modules import BPDQEmbedding
-from bpdq_quantizer.model.stream import Streamed, drop_block, load_block
+from bpdq_quantizer.model.stream import Streamed, drop_block, load_block, solved
 
 
 def check_dense(prefix: str, blocks: nn.ModuleList) -> None:
@@ -27,7 +27,7 @@ def check_blocks(source: Streamed) -> None:
     """Try, on the CPU, one block of each kind with two windows of two tokens, in the way in which calibration runs it.
 
     Raises InputError, which names the architecture and the block, where it does not run by itself, depends on the
-    number of windows (Bloom), or does not reach each of its Linears once; see also `check_dense`.
+    number of windows (Bloom), or does not reach each weight that is to be solved once; see also `check_dense`.
     """
     check_dense(source.prefix, source.blocks)
     architecture = type(source.model).__name__
@@ -44,11 +44,25 @@ def check_blocks(source: Streamed) -> None:
             continue
         tried.add(kind)
         load_block(source, index, torch.device("cpu"))
+        run = partial(run_block, block, calls[index], torch.device("cpu"))
         try:
-            find_stages(block, partial(run_block, block, calls[index], torch.device("cpu")), torch.cat(hidden))
+            find_stages(solved(source, index).values(), run, torch.cat(hidden))
         except Exception as e:
             raise InputError(f"{architecture}: {source.prefix}.{index} can't be quantized ({e}): not supported") from e
         drop_block(block)
+
+
+def tied_bits(embed_bits: int | None, head_bits: int | None) -> int | None:
+    """Bit-planes of an embedding and LM head that are tied: either option means both, None 16 bits.
+
+    Raises InputError where the options contradict each other.
+    """
+    if None not in (embed_bits, head_bits) and embed_bits != head_bits:
+        raise InputError(
+            f"--embed-bits {embed_bits} --head-bits {head_bits}: this model's embedding and LM head are tied, one "
+            "table for both: give the same number, or only one of them"
+        )
+    return head_bits if embed_bits is None else embed_bits
 
 
 def check_tokens(model: PreTrainedModel, tokens: Tensor, source: str) -> None:

@@ -1,4 +1,4 @@
-"""Number of planes and group size for each stage of Linears: the least cost to the model within a budget of bytes.
+"""Number of planes and group size for each stage of weights: the least cost to the model within a budget of bytes.
 
 The costs of `passes.sensitivity` add up, so this is a multiple-choice knapsack. Its continuous solution has
 equal slopes everywhere: the last byte spent on any stage lowers the cost equally, which for costs that fall as 4^-R is
@@ -14,8 +14,7 @@ from itertools import pairwise
 
 from bpdq_kernels.format import Scheme
 from bpdq_quantizer.errors import InputError
-from bpdq_quantizer.model.activations import linear_layers
-from bpdq_quantizer.model.stream import Streamed
+from bpdq_quantizer.model.stream import Streamed, solved
 from bpdq_quantizer.passes.sensitivity import SCHEMES, Stage
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -29,23 +28,23 @@ def parse_size(size: str) -> int:
     return int(float(found[1]) * UNITS[found[2]])
 
 
-def other_bytes(source: Streamed, tables: Mapping[str, Scheme]) -> int:
-    """Bytes of a checkpoint's tensors beside the blocks' Linears; tables: the schemes of quantized tables."""
+def other_bytes(source: Streamed, embeddings: Mapping[str, Scheme]) -> int:
+    """Bytes of a checkpoint's tensors beside the blocks' solved weights; embeddings: `embedding_schemes`."""
     model = source.model
-    linears = {f"{source.prefix}.{name}.weight" for name in linear_layers(source.blocks)}
-    tensors = {n: t for n, t in model.state_dict().items() if n not in linears | set(model.all_tied_weights_keys)}
-    packed = {f"{name}.weight": scheme for name, scheme in tables.items()}
+    weights = {f"{name}.weight" for name in solved(source)}
+    tensors = {n: t for n, t in model.state_dict().items() if n not in weights | set(model.all_tied_weights_keys)}
+    packed = {f"{name}.weight": scheme for name, scheme in embeddings.items()}
     return sum(packed[n].stored_bytes(*t.shape) if n in packed else t.nbytes for n, t in tensors.items())
 
 
 def uniform(source: Streamed, scheme: Scheme) -> dict[str, Scheme]:
-    """The same scheme for every Linear of the blocks, by name."""
-    return {f"{source.prefix}.{name}": scheme for name in linear_layers(source.blocks)}
+    """The same scheme for every weight of the blocks that is to be solved, by name."""
+    return dict.fromkeys(solved(source), scheme)
 
 
 def check_budget(source: Streamed, budget: int) -> None:
-    """Raise InputError if the blocks' Linears don't fit `budget` bytes in any scheme."""
-    shapes = [linear.weight.shape for linear in linear_layers(source.blocks).values()]
+    """Raise InputError if the blocks' solved weights don't fit `budget` bytes in any scheme."""
+    shapes = [weight.shape for weight in solved(source).values()]
     _check_room(sum(min(scheme.stored_bytes(*shape) for scheme in SCHEMES) for shape in shapes), budget)
 
 
@@ -107,7 +106,7 @@ def hull(costs: Mapping[Scheme, float], sizes: Mapping[Scheme, int]) -> list[Sch
 
 
 def by_layer(stages: Sequence[Stage], schemes: Sequence[Scheme]) -> dict[str, Scheme]:
-    """The scheme of every Linear, by name."""
+    """The scheme of every weight, by name."""
     return {name: scheme for stage, scheme in zip(stages, schemes, strict=True) for name in stage.names}
 
 

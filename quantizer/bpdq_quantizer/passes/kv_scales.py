@@ -1,10 +1,11 @@
 """Scales of an 8-bit KV cache: what a layer's keys and values are divided by before they are rounded to fp8 (e4m3).
 
-They are calibrated last, in the model as it will be served, with tuned coefficients and quantized tables: one more
+They are calibrated last, in the model as it will be served, with tuned coefficients and a quantized embedding: one more
 forward pass over the calibration windows, in which a cache that keeps nothing counts what it is given.
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 from bpdq_quantizer.errors import InputError
-from bpdq_quantizer.model.activations import block_inputs, embed, run_block, to_host
+from bpdq_quantizer.model.activations import block_inputs, embed, run_batches, run_block
 from bpdq_quantizer.model.stream import Streamed, drop_block, load_block
 
 LARGEST = torch.finfo(torch.float8_e4m3fn).max  # 448
@@ -64,8 +65,7 @@ def calibrate(
     for index, call in enumerate(tqdm(calls, desc="calibrating the KV cache", unit="block")):
         block, cache = load(index).to(device), _CountingCache()
         call = _with_cache(send_to_device(call, device), cache)
-        for i, batch in enumerate(hidden):
-            hidden[i] = to_host(run_block(block, call, device, batch))
+        run_batches(partial(run_block, block, call, device), hidden)
         drop_block(block)
         name = _attention(source, index, cache)
         for kind, counts in zip("kv", cache.counts, strict=True):

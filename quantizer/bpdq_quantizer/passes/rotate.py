@@ -36,7 +36,7 @@ READERS = {  # the norm whose output they read
 WRITERS = ("self_attn.o_proj", "mlp.down_proj")
 UNMOVED = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")  # per head, between projection and rotary embedding
 FACTOR = 128  # largest Hadamard factor: several small products cost less than one large one
-CHUNK_ROWS = 8192  # of a table in fp32 at a time
+CHUNK_ROWS = 8192  # of an embedding in fp32 at a time
 
 
 class Rotation(NamedTuple):
@@ -121,7 +121,7 @@ def rotated(source: Streamed, seed: int) -> Streamed:
     Products are taken in fp32 and rounded once to the tensors' dtype. `seed` determines the rotations. Raises
     InputError for an architecture that they do not fold into.
     """
-    lm, prefix, blocks, _ = source
+    lm, prefix, blocks = source.model, source.prefix, source.blocks
     norm_name = f"{prefix.rpartition('.')[0]}.norm"
     check_foldable(source, norm_name)
     norm, embedding, head = lm.get_submodule(norm_name), lm.get_input_embeddings(), lm.get_output_embeddings()
@@ -156,7 +156,7 @@ def gain_offset(name: str, norm: nn.Module) -> float:
 
 def check_foldable(source: Streamed, norm_name: str) -> None:
     """Raise InputError unless the model is what the module's docstring describes, and nothing else."""
-    lm, prefix, blocks, _ = source
+    lm, prefix, blocks = source.model, source.prefix, source.blocks
     embedding, head = embedding_names(lm)
     linears = [*READERS, *WRITERS]
     required = {f"{name}.weight" for name in [*linears, *READERS.values()]}

@@ -1,12 +1,12 @@
-"""What every number of planes and every group size would cost the model, for each stage of Linears.
+"""What every number of planes and every group size would cost the model, for each stage of weights.
 
-To second order, errors e of a Linear's outputs raise the model's loss by e^T F e / 2. F is taken as diagonal, from the
+To second order, errors e of a weight's outputs raise the model's loss by e^T F e / 2. F is taken as diagonal, from the
 gradients of the 16-bit model's loss (empirical Fisher information, as in RSAVQ, arXiv 2510.01240): output row i weighs
 what its gradient's mean square is, and its error is the loss that the solver minimizes,
 
     cost = sum over rows i of E[(d loss / d y_i)^2] (W - W_hat)_i H (W - W_hat)_i^T
 
-Rows are independent given H, so that SAMPLE_ROWS of each Linear, quantized once in every way, speak for all.
+Rows are independent given H, so that SAMPLE_ROWS of each weight, quantized once in every way, speak for all.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 from accelerate.utils import send_to_device
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import nll_loss
 from tqdm import tqdm
 
@@ -26,25 +26,34 @@ from bpdq_quantizer.algorithm.grid import range_start
 from bpdq_quantizer.algorithm.hessian import accumulate, inverse_factor, live_mean, symmetrize
 from bpdq_quantizer.algorithm.order import group_aware_order
 from bpdq_quantizer.algorithm.solver import one_pass, undamped, used_inputs
-from bpdq_quantizer.model.activations import block_inputs, embed, find_stages, head_inputs, run_block, to_host
-from bpdq_quantizer.model.stream import Streamed, drop_block, load_block
-from bpdq_quantizer.passes.blocks import check_finite
+from bpdq_quantizer.model.activations import block_inputs, embed, find_stages, head_inputs, run_batches, run_block
+from bpdq_quantizer.model.stream import Streamed, drop_block, load_block, solved
+from bpdq_quantizer.model.weights import Weight, hooked
+from bpdq_quantizer.passes.layers import check_finite
 from bpdq_quantizer.passes.tune import LOSS_ELEMENTS, log_probabilities, softcap
 from bpdq_quantizer.storage.offload import Batches
 
 SCHEMES = tuple(Scheme(bits, group_size) for group_size in GROUP_SIZES for bits in range(1, MAX_PLANES + 1))
-SAMPLE_ROWS = 64  # of each Linear
+SAMPLE_ROWS = 64  # of each weight
 ITERATIONS = 1  # of the solver: enough to compare schemes
 GRADIENT_TOKENS = 4096  # the states of this many tokens are held for every block
 
 
 class Stage(NamedTuple):
-    """Linears that read the same input, and so share a scheme. names: theirs; shapes: (outputs, inputs) of each;
+    """Weights that read the same input, and so share a scheme. names: theirs; shapes: (outputs, inputs) of each;
     costs: by scheme, see the module's docstring."""
 
     names: list[str]
     shapes: list[tuple[int, int]]
     costs: dict[Scheme, float]
+
+
+class Sample(NamedTuple):
+    """Some rows of a weight of `shape` (outputs, inputs), and their losses [len(rows)] by scheme, on the CPU."""
+
+    shape: tuple[int, int]
+    rows: Tensor
+    losses: dict[Scheme, Tensor]
 
 
 def sensitivities(
@@ -63,20 +72,17 @@ def sensitivities(
     """
     few = tokens[: max(1, GRADIENT_TOKENS // tokens.shape[1])]
     sampled, states = row_losses(source, tokens, len(few), device, alpha, damping, offload)
-    weights = gradient_energies(source, few, states, device)
-    stages = []
-    for found in sampled:
-        shapes = {name: (len(weights[name]), inputs) for name, (inputs, _, _) in found.items()}
-        costs = dict.fromkeys(SCHEMES, 0.0)
-        for name, (_, rows, by_scheme) in found.items():
-            for scheme, loss in by_scheme.items():
-                costs[scheme] += (weights[name][rows] * loss).mean().item() * len(weights[name])
-        stages.append(Stage(list(found), list(shapes.values()), costs))
-    return stages
+    energies = gradient_energies(source, few, states, device)
+    return [with_costs(samples, energies) for samples in sampled]
 
 
-# of the Linears of a stage, by name: inputs, sampled rows, and their losses by scheme
-RowLosses = dict[str, tuple[int, Tensor, dict[Scheme, Tensor]]]
+def with_costs(samples: dict[str, Sample], energies: dict[str, Tensor]) -> Stage:
+    """A stage from samples of its weights and the mean squared gradients [N] of their outputs, both by name."""
+    costs = dict.fromkeys(SCHEMES, 0.0)
+    for name, (shape, rows, losses) in samples.items():
+        for scheme, loss in losses.items():
+            costs[scheme] += (energies[name][rows] * loss).mean().item() * shape[0]
+    return Stage(list(samples), [sample.shape for sample in samples.values()], costs)
 
 
 @torch.no_grad()
@@ -88,32 +94,34 @@ def row_losses(
     alpha: float,
     damping: float,
     offload: Path | None,
-) -> tuple[list[RowLosses], list[Tensor]]:
-    """The losses of sampled rows of every stage, and the 16-bit model's states in front of every block and after the
+) -> tuple[list[dict[str, Sample]], list[Tensor]]:
+    """Samples of every stage's weights, by name, and the 16-bit model's states in front of every block and after the
     last, [keep, L, D] of the first `keep` windows, on the CPU."""
     calls = block_inputs(source.model, source.blocks, tokens[[0, -1]]).calls
     batches = embed(source.model, source.blocks, tokens, device, offload)
     sampled, states = [], [first_windows(batches, keep)]
     for index, call in enumerate(tqdm(calls, desc="measuring sensitivities", unit="block")):
-        block, name = load_block(source, index, device), f"{source.prefix}.{index}"
+        block = load_block(source, index, device)
         run = partial(run_block, block, send_to_device(call, device), device)
-        stages = find_stages(block, run, batches[0][:1])
-        hessians = all_hessians(block, [stage[0] for stage in stages], run, batches, tokens.numel())
-        for stage in stages:
-            H = hessians.pop(stage[0])
-            linears = {f"{name}.{part}": block.get_submodule(part) for part in stage}
-            check_finite({f"{full}.weight": linear.weight for full, linear in linears.items()}, H)
-            rows = {full: sample_rows(linear.out_features, device) for full, linear in linears.items()}
-            W = torch.cat([linears[full].weight[chosen] for full, chosen in rows.items()])
-            found: RowLosses = {full: (W.shape[1], chosen.cpu(), {}) for full, chosen in rows.items()}
-            for scheme, loss in try_schemes(W, H, alpha, damping):
-                parts = loss.cpu().split([len(chosen) for chosen in rows.values()])
-                for (_, _, by_scheme), part in zip(found.values(), parts, strict=True):
-                    by_scheme[scheme] = part
-            sampled.append(found)
+        stages = find_stages(solved(source, index).values(), run, batches[0][:1])
+        hessians = all_hessians([stage[0] for stage in stages], run, batches, tokens.numel())
+        sampled += [sample_stage(stage, hessians.pop(stage[0].name), alpha, damping) for stage in stages]
         states.append(first_windows(batches, keep))
         drop_block(block)
     return sampled, states
+
+
+def sample_stage(stage: list[Weight], H: Tensor, alpha: float, damping: float) -> dict[str, Sample]:
+    """Samples of a stage's weights, by name, in the metric H [K, K] of their input."""
+    check_finite({f"{weight.name}.weight": weight.matrix for weight in stage}, H)
+    rows = [sample_rows(weight.shape[0], H.device) for weight in stage]
+    W = torch.cat([weight.matrix[chosen] for weight, chosen in zip(stage, rows, strict=True)])
+    tried = try_schemes(W, H, alpha, damping)
+    parts = {scheme: loss.cpu().split([len(chosen) for chosen in rows]) for scheme, loss in tried}
+    return {
+        weight.name: Sample(weight.shape, chosen.cpu(), {scheme: split[i] for scheme, split in parts.items()})
+        for i, (weight, chosen) in enumerate(zip(stage, rows, strict=True))
+    }
 
 
 def first_windows(batches: Batches, count: int) -> Tensor:
@@ -127,24 +135,21 @@ def first_windows(batches: Batches, count: int) -> Tensor:
 
 
 def all_hessians(
-    block: nn.Module, names: Sequence[str], run: Callable[[Tensor], Tensor], batches: Batches, tokens: int
+    weights: Sequence[Weight], run: Callable[[Tensor], Tensor], batches: Batches, tokens: int
 ) -> dict[str, Tensor]:
-    """H of the inputs of the block's Linears `names`, which read `tokens` tokens; `batches` become its outputs."""
-    hessians, hooks = {}, []
-    for name in names:
-        linear = block.get_submodule(name)
-        H = hessians[name] = torch.zeros(linear.in_features, linear.in_features, device=linear.weight.device)
-        hook = partial(lambda _, args, H: accumulate(H, args[0], tokens), H=H)
-        hooks.append(linear.register_forward_pre_hook(hook))
-    for i, batch in enumerate(batches):
-        batches[i] = to_host(run(batch))
-    for hook in hooks:
-        hook.remove()
+    """H of the inputs of weights of a block, by name, which read `tokens` tokens; `batches` become its outputs."""
+    hessians = {weight.name: torch.zeros(2 * weight.shape[1:], device=weight.matrix.device) for weight in weights}
+
+    def add(H: Tensor, x: Tensor) -> None:
+        accumulate(H, x, tokens)
+
+    with hooked(weight.on_input(partial(add, hessians[weight.name])) for weight in weights):
+        run_batches(run, batches)
     return {name: symmetrize(H) for name, H in hessians.items()}
 
 
 def sample_rows(count: int, device: torch.device) -> Tensor:
-    """The same random rows of a Linear with `count` of them whenever asked."""
+    """The same random rows of a weight with `count` of them whenever asked."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     return order[:SAMPLE_ROWS].sort().values.to(device)
 
@@ -166,7 +171,7 @@ def try_schemes(W: Tensor, H: Tensor, alpha: float, damping: float) -> list[tupl
 def gradient_energies(
     source: Streamed, tokens: Tensor, states: list[Tensor], device: torch.device
 ) -> dict[str, Tensor]:
-    """Mean over tokens of the squared gradient of the loss at each Linear's outputs: fp32 [N] on the CPU, by name.
+    """Mean over tokens of the squared gradient of the loss at each weight's outputs: fp32 [N] on the CPU, by name.
 
     tokens: [W, L]; states: as returned by `row_losses`. The loss is the sum over tokens of the negative log-likelihood.
     """
@@ -175,28 +180,22 @@ def gradient_energies(
     energies: dict[str, Tensor] = {}
     for index in reversed(range(len(source.blocks))):
         block = load_block(source, index, device).requires_grad_(False)
-        linears = {f"{source.prefix}.{index}.{n}": m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
-        for name, linear in linears.items():
-            energies[name] = torch.zeros(linear.out_features, device=device)
-        hooks = [m.register_forward_hook(partial(watch, energies[name])) for name, m in linears.items()]
+        weights = solved(source, index)
+        here = {name: torch.zeros(weight.shape[0], device=device) for name, weight in weights.items()}
         run = partial(run_block, block, send_to_device(calls[index], device), device)
-        for i, gradient in enumerate(gradients):
-            with torch.enable_grad():
-                hidden = states[index][i : i + 1].to(device).requires_grad_()
-                (gradients[i],) = torch.autograd.grad(run(hidden), hidden, gradient.to(device))
-        for hook in hooks:
-            hook.remove()
+        with hooked(weight.on_gradient(partial(add_squares, here[name])) for name, weight in weights.items()):
+            for i, gradient in enumerate(gradients):
+                with torch.enable_grad():
+                    hidden = states[index][i : i + 1].to(device).requires_grad_()
+                    (gradients[i],) = torch.autograd.grad(run(hidden), hidden, gradient.to(device))
         drop_block(block)
-    return {name: energy.cpu() / tokens.numel() for name, energy in energies.items()}
+        energies |= {name: energy.cpu() / tokens.numel() for name, energy in here.items()}
+    return energies
 
 
-def watch(energy: Tensor, _: nn.Module, __: tuple, output: Tensor) -> None:
-    """Forward hook that adds the squared gradient of each output, over tokens, to `energy` [N]."""
-
-    def add(gradient: Tensor) -> None:
-        energy.add_(gradient.float().square().sum(tuple(range(gradient.ndim - 1))))
-
-    output.register_hook(add)
+def add_squares(energy: Tensor, gradient: Tensor) -> None:
+    """Add to `energy` [N] the squares of a gradient [..., N], summed over tokens."""
+    energy.add_(gradient.float().square().sum(tuple(range(gradient.ndim - 1))))
 
 
 def loss_gradients(source: Streamed, tokens: Tensor, last: Tensor) -> list[Tensor]:

@@ -13,7 +13,7 @@ at a time, and one hidden state per token and block. That is about 8 GB for a 7B
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -180,7 +180,7 @@ def tune_model(
     with checkpointed_blocks(model, tokens[:per_step]), tqdm(total=steps, initial=step, desc="tuning") as bar:
         while step < steps and history.index(min(history)) >= len(history) - 1 - PATIENCE:
             windows = draw(train, per_step, step, seed)
-            descend(adam, distillation_loss(model, tokens[windows], teacher[windows], reverse), step / steps)
+            take_step(adam, distillation_loss(model, tokens[windows], teacher[windows], reverse), step / steps)
             step += 1
             bar.update()
             if step % interval == 0 or step == steps:
@@ -201,39 +201,6 @@ def tune_model(
         "best_evaluation": history.index(min(history)),
         **clock.read(),
     }
-
-
-def tune_block(
-    block: nn.Module, run: Callable[[Tensor], Tensor], inputs: Tensor, targets: Tensor, *, steps: int, seed: int
-) -> tuple[float, float]:
-    """Fit the coefficients of a quantized block in place, so that run(inputs) comes close to `targets`.
-
-    inputs, targets: hidden states [W, L, D] on the CPU, W >= 2. Returns the mean squared error on the held-out last
-    windows before and after; the coefficients stay as they were if it did not fall.
-    """
-    held_out = min(8, -(-len(inputs) // 16))
-    train = len(inputs) - held_out
-    per_step = min(train, max(1, BATCH_TOKENS // inputs.shape[1]))
-    layers = make_tunable(block)
-    adam = optimizer(layers)
-    start = snapshot(layers)
-
-    def error(windows: Tensor) -> Tensor:
-        out = run(inputs[windows]).float()
-        return (out - targets[windows].to(out.device)).square().mean()
-
-    last = torch.arange(train, len(inputs))
-    with torch.no_grad():
-        before = error(last).item()
-    with torch.enable_grad():
-        for step in range(steps):
-            descend(adam, error(draw(train, per_step, step, seed)), step / steps)
-    with torch.no_grad():
-        after = error(last).item()
-    if not after < before:
-        restore(layers, start)
-    make_packed(block, layers)
-    return before, after
 
 
 def make_tunable(model: nn.Module) -> dict[str, TunableLinear]:
@@ -261,7 +228,7 @@ def optimizer(layers: dict[str, TunableLinear]) -> torch.optim.Adam:
     return torch.optim.Adam(groups, lr=0.0, eps=1e-12)
 
 
-def descend(adam: torch.optim.Adam, loss: Tensor, progress: float) -> None:
+def take_step(adam: torch.optim.Adam, loss: Tensor, progress: float) -> None:
     """One step at `progress` (0 to 1) of the cosine schedule."""
     loss.backward()
     for group in adam.param_groups:

@@ -16,7 +16,7 @@ SOLVERS = {  # options of `quantize_linear`
     "paper": {"refinements": 0, "alpha": 1e-4, "damping": 0.05, "starts": (paper_start,)},
 }
 ASYMMETRIC = {"refined": 0.5, "paper": 0.0}  # share of the shift of its inputs that a weight is corrected for
-TUNE_STEPS = {"none": 0, "block": 30, "model": 200}  # for each block, or for the model
+TUNE_STEPS = {"none": 0, "model": 200}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,14 +148,14 @@ class Tuning:
         "none",
         "train the coefficients too",
         "`model`: with the planes fixed, distill all coefficients from the 16-bit model's next-token distributions on "
-        "the calibration text; `block`: fit each decoder block's output after solving it",
+        "the calibration text",
         choices=TUNE_STEPS,
     )
     tune_steps: int | None = option(
         None,
-        "for the model, or for each block",
-        "for the model / for each block; a step takes 1024 tokens, or one window if that is longer",
-        unset=f"{TUNE_STEPS['model']} / {TUNE_STEPS['block']}",
+        "of --tune model",
+        "of `--tune model`; a step takes 1024 tokens, or one window if that is longer",
+        unset=str(TUNE_STEPS["model"]),
     )
     tune_loss: str = option(
         "kl",
@@ -189,7 +189,7 @@ class Execution:
         "keep the hidden states of the calibration text there",
         "a folder for the hidden states of the calibration text, which otherwise take 4 bytes x hidden size x tokens "
         "of host memory, page-locked where a GPU reads it: 8.6 GB for 128 x 2048 tokens of a 72B model. The tensors "
-        "are the same; files need up to three times that. `--tune block` reads all of them into memory for each block",
+        "are the same; files need up to three times that",
         metavar="DIR",
     )
     device: str = option(

@@ -13,11 +13,12 @@ from torch import nn
 from bpdq_quantizer.algorithm.solver import Solve
 from bpdq_quantizer.checkpoint import writer
 from bpdq_quantizer.cost import Clock, peak_memory, total
-from bpdq_quantizer.model.activations import head_inputs, linear_layers
+from bpdq_quantizer.model.activations import head_inputs
 from bpdq_quantizer.model.stream import check_unchanged
+from bpdq_quantizer.model.weights import weights_in
 from bpdq_quantizer.passes import kv_scales
 from bpdq_quantizer.passes.blocks import final_batches
-from bpdq_quantizer.passes.embeddings import quantize_tables
+from bpdq_quantizer.passes.embeddings import quantize_embeddings
 from bpdq_quantizer.run.block_files import BlockFiles
 from bpdq_quantizer.run.options import SOLVERS, described, resolved, signature
 from bpdq_quantizer.run.prepare import Run, checkpoint_config, prepare
@@ -63,13 +64,13 @@ def follow(run: Run, solve: Solve) -> dict[str, Any]:
     clock = Clock(total(choosing, solving, tuning or {}))
     read = partial(files.read, {name: {digest} for name, digest in digests.items()})
     if run.tables:
-        tables = quantize_tables(source.model, head_states(run, read), run.tables, run.device, solve)
+        tables = quantize_embeddings(source.model, head_states(run, read), run.tables, run.device, solve)
         layers = layers + [asdict(table) for table in tables]
     scales = {}
     if o.schemes.kv_cache_scales:
         scales = kv_scales.calibrate(source, run.windows.solving, run.device, folder.offload, read)
     found = report(run, layers, tuning, clock)
-    ignore = [name for name in linear_layers(source.model) if name not in {layer["name"] for layer in layers}]
+    ignore = [name for name in weights_in(source.model) if name not in {layer["name"] for layer in layers}]
     check_unchanged(o.files.model, run.stamps)
     config = checkpoint_config(o, schemes, run.tables, ignore)
     writer.finish(folder.path, source, config, found, digests, scales)

@@ -1,6 +1,7 @@
 """The first page of the recipe: open the model and the text, and refuse what can't be done before any of it is."""
 
 from collections.abc import Mapping
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -11,15 +12,14 @@ from bpdq_kernels.format import Scheme
 from bpdq_quantizer.checkpoint import writer
 from bpdq_quantizer.checkpoint.carried import carry_over
 from bpdq_quantizer.errors import InputError
-from bpdq_quantizer.model.activations import linear_layers
 from bpdq_quantizer.model.calibration import calibration_windows
 from bpdq_quantizer.model.sources import check_source
-from bpdq_quantizer.model.stream import Stamps, Streamed, open_model, stamps
+from bpdq_quantizer.model.stream import Stamps, Streamed, open_model, solved, stamps
 from bpdq_quantizer.model.support import check_blocks, check_tokens
 from bpdq_quantizer.model.tokens import leading_tokens, load_tokenizer
 from bpdq_quantizer.passes import kv_scales
 from bpdq_quantizer.passes.allocate import check_budget, most_common, other_bytes, parse_size, uniform
-from bpdq_quantizer.passes.embeddings import table_schemes
+from bpdq_quantizer.passes.embeddings import embedding_schemes
 from bpdq_quantizer.passes.rotate import rotated
 from bpdq_quantizer.run.identity import identity
 from bpdq_quantizer.run.options import SOLVERS, Options, Schemes
@@ -66,7 +66,7 @@ def prepare(o: Options, folder: RunFolder) -> Run:
     check_blocks(source)
     if o.method.rotate == "hadamard":
         source = rotated(source, o.method.seed)
-    tables = table_schemes(source.model, o.schemes.embed_bits, o.schemes.head_bits, o.schemes.group_size)
+    tables = embedding_schemes(source.model, o.schemes.embed_bits, o.schemes.head_bits, o.schemes.group_size)
     budget = _budget(source, tables, o.schemes)
     if o.schemes.kv_cache_scales:
         kv_scales.check(source, tokens, device)
@@ -99,7 +99,7 @@ def _windows(o: Options, tokenizer: Any, lead: list[int]) -> Tensor:
 def _budget(source: Streamed, tables: Mapping[str, Scheme], o: Schemes) -> int | None:
     """Bytes for the blocks' Linears, if a target says so; raises InputError if no scheme is as small."""
     if o.target_bpw is not None:
-        budget = int(o.target_bpw * sum(m.weight.numel() for m in linear_layers(source.blocks).values()) / 8)
+        budget = int(o.target_bpw * sum(prod(weight.shape) for weight in solved(source).values()) / 8)
     elif o.target_size is not None:
         budget = parse_size(o.target_size) - other_bytes(source, tables)
     else:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from math import prod
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -10,7 +11,7 @@ from tqdm import tqdm
 from bpdq_kernels.format import Scheme
 from bpdq_quantizer.algorithm.solver import Solve
 from bpdq_quantizer.cost import Clock
-from bpdq_quantizer.model.activations import linear_layers
+from bpdq_quantizer.model.stream import solved
 from bpdq_quantizer.passes.allocate import allocate, by_layer
 from bpdq_quantizer.passes.blocks import original_states, quantize_blocks
 from bpdq_quantizer.passes.sensitivity import sensitivities
@@ -76,15 +77,15 @@ def choose_schemes(run: Run) -> Allocation:
 
 
 def solve_blocks(run: Run, files: BlockFiles, solve: Solve) -> Solved:
-    """Write the quantized blocks that the folder lacks, each tuned by itself if asked."""
+    """Write the quantized blocks that the folder lacks."""
     o, source, folder = run.options, run.source, run.folder
     start, layers, before, digests = load_progress(folder.path, folder.offload)
     clock = Clock(before)
     if start is not None and start.block == len(source.blocks):
         return Solved(layers, before, digests)
-    weights = sum(m.weight.numel() for m in linear_layers(source.blocks).values())
+    total = sum(prod(weight.shape) for weight in solved(source).values())
     done = sum(layer["in_features"] * layer["out_features"] for layer in layers)
-    solved = quantize_blocks(
+    blocks = quantize_blocks(
         source,
         run.windows.solving,
         files.schemes,
@@ -93,19 +94,18 @@ def solve_blocks(run: Run, files: BlockFiles, solve: Solve) -> Solved:
         start=start,
         offload=folder.offload,
         asymmetric=o.method.asymmetric,
-        tune_steps=o.tuning.tune_steps if o.tuning.tune == "block" else 0,
-        seed=o.method.seed,
     )
     del start  # whose hidden states are replaced one by one
-    with tqdm(total=weights, initial=done, unit="weight", unit_scale=True, desc="quantizing") as bar:
-        for block, reports, states in solved:
+    with tqdm(total=total, initial=done, unit="weight", unit_scale=True, desc="quantizing") as bar:
+        for block, reports, states in blocks:
             index = states.block - 1
             layers += [asdict(layer) for layer in reports]
             digests[files.path(index).name] = files.write(index, block)
             save_progress(folder.path, states, layers, clock.read(), digests)
             bar.update(sum(layer.in_features * layer.out_features for layer in reports))
-            last = reports[-1]
-            bar.set_postfix_str(f"{last.name} loss {last.loss:.3g} ({last.relative_error:.2%})")
+            if reports:
+                last = reports[-1]
+                bar.set_postfix_str(f"{last.name} loss {last.loss:.3g} ({last.relative_error:.2%})")
     return Solved(layers, clock.read(), digests)
 
 

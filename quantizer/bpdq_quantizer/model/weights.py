@@ -1,0 +1,84 @@
+"""What of a model can be solved: matrices, the inputs that they multiply, and where bit-planes go.
+
+The passes know of a weight what `Weight` offers and nothing else. Weights that read the same input are a stage: they
+share a Hessian, so that their rows are solved together. A weight that no scheme is given stays in 16 bits: it is in no
+stage, and `ignore` of the checkpoint's config names it.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from bpdq_quantizer.model.modules import replace_linear
+
+
+@dataclass(frozen=True, eq=False)
+class Weight:
+    """The matrix of an nn.Linear. name: in the checkpoint, which holds `<name>.weight`, or `<name>.B` and `<name>.c`;
+    parent, key: the module that has the Linear, and as what."""
+
+    name: str
+    parent: nn.Module
+    key: str
+
+    @property
+    def linear(self) -> nn.Linear:
+        return self.parent.get_submodule(self.key)
+
+    @property
+    def matrix(self) -> Tensor:
+        """W [N, K], in the model's dtype."""
+        return self.linear.weight
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Outputs N and inputs K."""
+        return tuple(self.matrix.shape)
+
+    def on_input(self, see: Callable[[Tensor], None]) -> RemovableHandle:
+        """Show every forward pass's input [..., K] before it is multiplied. Weights with one input see one tensor."""
+
+        def hook(_: nn.Module, args: tuple) -> None:
+            see(args[0])
+
+        return self.linear.register_forward_pre_hook(hook)
+
+    def on_gradient(self, see: Callable[[Tensor], None]) -> RemovableHandle:
+        """Show every backward pass's gradient [..., N] of the outputs."""
+
+        def hook(_: nn.Module, __: tuple, output: Tensor) -> None:
+            output.register_hook(see)
+
+        return self.linear.register_forward_hook(hook)
+
+    @torch.no_grad()
+    def assign(self, W: Tensor) -> None:
+        """Go on with W [N, K], of any float dtype, in the matrix's place."""
+        self.matrix.copy_(W)
+
+    def replace(self, B: Tensor, c: Tensor, group_size: int) -> None:
+        """Put the module of these bit-planes and coefficients (`bpdq_kernels.layout`) where the Linear is."""
+        replace_linear(self.parent, self.key, B, c, group_size)
+
+
+def weights_in(module: nn.Module, name: str = "") -> dict[str, Weight]:
+    """All that can be solved in a module called `name`, by name; what has become bit-planes is not among it."""
+    found = {}
+    for path, child in module.named_modules(prefix=name):
+        if isinstance(child, nn.Linear):
+            parent, _, key = path.removeprefix(f"{name}.").rpartition(".")
+            found[path] = Weight(path, module.get_submodule(parent), key)
+    return found
+
+
+@contextmanager
+def hooked(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Remove hooks at the end, whatever happens: those that a generator registers, too."""
+    with ExitStack() as stack:
+        for hook in hooks:
+            stack.enter_context(hook)
+        yield

@@ -1,0 +1,73 @@
+"""One solved matrix: what is asked of it beforehand, what is stored of it, and what is reported."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from bpdq_kernels import layout
+from bpdq_kernels.format import Scheme, is_finite
+from bpdq_quantizer.algorithm.solver import Solution, Solve
+from bpdq_quantizer.errors import InputError
+
+
+@dataclass
+class LayerReport:
+    """A quantized Linear, embedding or LM head. loss: tr((W - W_hat) H (W - W_hat)^T) with H = (2/n) X X^T, which is
+    twice the mean squared output error per token, summed over outputs; relative_error: loss / tr(W H W^T); seconds: a
+    Linear's are its share of its stage's."""
+
+    name: str
+    in_features: int
+    out_features: int
+    bits: int
+    group_size: int
+    bits_per_weight: float
+    loss: float
+    relative_error: float
+    damping: float
+    seconds: float
+
+
+def check_finite(weights: dict[str, Tensor], *statistics: Tensor) -> None:
+    """Raise InputError for NaN or infinity in the weights, by name, or in statistics of their inputs: H, and C."""
+    if not all(is_finite(statistic) for statistic in statistics):
+        first = next(iter(weights)).removesuffix(".weight")
+        raise InputError(f"{first}: its calibration inputs hold NaN or infinity: check the model and its dtype")
+    for name, weight in weights.items():
+        if not is_finite(weight):
+            raise InputError(f"{name} holds NaN or infinity: the model is damaged, download it again")
+
+
+def solve_checked(name: str, W: Tensor, H: Tensor, scheme: Scheme, solve: Solve) -> Solution:
+    """Quantize W [N, K], rows that share the inputs with Hessian H [K, K]; `name`: of the first of their layers.
+
+    Raises InputError for coefficients that overflow their dtype.
+    """
+    solution = solve(W, H, scheme.bits, scheme.group_size)
+    if not is_finite(solution.c):
+        raise InputError(f"{name}: its coefficients overflow {solution.c.dtype}: convert the model to bfloat16 first")
+    return solution
+
+
+def stored(solution: Solution, bits: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+    """B and c (`bpdq_kernels.layout`) of some rows of a solution, on its device."""
+    return layout.pack_codes(solution.codes[rows], bits), solution.c[:, :, rows].contiguous()
+
+
+def layer_report(
+    name: str, shape: tuple[int, int], scheme: Scheme, loss: float, energy: float, damping: float, seconds: float
+) -> LayerReport:
+    """The report of a matrix of `shape` (outputs, inputs); energy: tr(W H W^T)."""
+    out_features, in_features = shape
+    return LayerReport(
+        name=name,
+        in_features=in_features,
+        out_features=out_features,
+        bits=scheme.bits,
+        group_size=scheme.group_size,
+        bits_per_weight=8 * scheme.stored_bytes(*shape) / (out_features * in_features),
+        loss=loss,
+        relative_error=loss / energy if energy else 0.0,
+        damping=damping,
+        seconds=seconds,
+    )
