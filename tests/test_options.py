@@ -16,6 +16,7 @@ from bpdq_quantizer.run.options import FIELDS, PARTS, Text, resolved
 GIVEN = {"model": "m", "output": "o"}
 OTHERS = {  # than the defaults
     **{"bits": 3, "group_size": 64, "embed_bits": 4, "head_bits": 2, "target_size": "20GiB", "kv_cache_scales": True},
+    **{"ignore": ["re:.*[.]o_proj", "model.layers.0.mlp.down_proj"]},
     **{"calibration": "t.txt", "samples": 9, "seq_len": 64, "special_tokens": "none", "iterations": 2},
     **{"solver": "paper", "asymmetric": 0.25, "rotate": "hadamard", "seed": 7, "tune": "model", "tune_steps": 5},
     **{"tune_loss": "mix", "tune_samples": 11, "offload_dir": "s", "device": "cpu", "devices": "cpu", "resume": True},
@@ -56,6 +57,8 @@ def test_paths_become_strings():
         ("target_bpw", float("inf"), "--target-bpw inf: expected bits per weight"),
         ("target_size", 10, "--target-size 10: expected text"),
         ("kv_cache_scales", "no", "--kv-cache-scales no: expected True or False"),
+        ("ignore", "lm_head", "--ignore lm_head: expected a list of texts"),
+        ("ignore", [""], "expected a list of texts"),
         ("model", 3, "MODEL 3: expected a path or a name"),
         ("model", "", "MODEL : expected a path or a name"),
         ("output", "", "--output : expected the name of a folder that is to be created"),
@@ -107,7 +110,8 @@ def test_what_the_command_line_says_is_what_python_means(from_command_line, left
     argv = ["m"]
     for name, value in given.items():
         if name != "model":
-            argv += [flag(FIELDS[name])] if value is True else [flag(FIELDS[name]), str(value)]
+            for part in value if isinstance(value, list) else [value]:
+                argv += [flag(FIELDS[name])] if part is True else [flag(FIELDS[name]), str(part)]
     found = from_command_line(*argv)
     assert found == resolved(**given)
     assert found.by_name() | GIVEN | {"resume": True} == given | {left_out: None}

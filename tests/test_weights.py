@@ -16,9 +16,8 @@ from bpdq_quantizer.checkpoint.inspection import inspect
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model import activations
 from bpdq_quantizer.model.activations import capture, capture_one, find_stages, run_batches
-from bpdq_quantizer.model.stream import open_model
 from bpdq_quantizer.model.weights import hooked, weights_in
-from bpdq_quantizer.run import pipeline, prepare
+from bpdq_quantizer.run import pipeline
 from tiny import load_tensors, tiny_model
 from vllm_bpdq.checkpoint import check_folder
 from vllm_bpdq.config import BPDQConfig
@@ -109,10 +108,9 @@ def quantized(model, tmp_path_factory, text):
             small = {"bits": 2, "group_size": 64, "calibration": text, "samples": 6, "seq_len": 32, "iterations": 2}
             out = tmp_path_factory.mktemp("weights") / "out"
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(prepare, "open_model", lambda m: open_model(m)._replace(left_alone=left_alone))
                 if not at_once:
                     patch.setattr(activations, "ACTIVATION_BYTES", 1)
-                made[key] = out, bpdq_quantizer.quantize(str(model), out, **(small | options))
+                made[key] = out, bpdq_quantizer.quantize(str(model), out, ignore=left_alone, **(small | options))
         return made[key]
 
     return quantize
@@ -193,3 +191,17 @@ def test_vllm_takes_it(quantized):
     merged, plain = (cls.__new__(cls) for cls in (MergedColumnParallelLinear, ReplicatedLinear))
     assert isinstance(method(merged), UnquantizedLinearMethod)
     assert isinstance(quant.get_quant_method(plain, "model.layers.0.mlp.down_proj"), BPDQLinearMethod)
+
+
+@pytest.mark.parametrize(
+    ("ignore", "message"),
+    [
+        (["model.layers.0.mlp.gate"], "--ignore model.layers.0.mlp.gate: no Linear of the blocks has such a name"),
+        (["re:.*"], "nothing is left to quantize"),
+        (["re:("], "not a regular expression"),
+    ],
+)
+def test_what_cannot_be_ignored_is_named_before_any_work(model, tmp_path, text, ignore, message):
+    with pytest.raises(InputError, match=message):
+        bpdq_quantizer.quantize(model, tmp_path / "out", calibration=text, samples=2, seq_len=32, ignore=ignore)
+    assert not list(tmp_path.iterdir())

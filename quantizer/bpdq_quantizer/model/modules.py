@@ -81,7 +81,7 @@ def looks_up_rows(embedding: nn.Module) -> bool:
 
 
 def replace(model: PreTrainedModel, name: str, B: Tensor, c: Tensor, group_size: int) -> None:
-    """Put bit-planes where the model has the Linear or table `name`; an LM head that is tied to it goes with it."""
+    """Put bit-planes where the model has the Linear or embedding `name`; an LM head that is tied to it goes with it."""
     embedding, head = embedding_names(model)
     if name != embedding:
         replace_linear(model, name, B, c, group_size)

@@ -1,7 +1,7 @@
 """A model whose decoder blocks stay in their files: a block's weights are read when it is its turn, then dropped."""
 
 import ctypes
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -67,6 +67,20 @@ def solved(source: Streamed, index: int | None = None) -> dict[str, Weight]:
     name = source.prefix if index is None else f"{source.prefix}.{index}"
     weights = weights_in(source.model.get_submodule(name), name)
     return {n: w for n, w in weights.items() if not any(patterns.matches(n, target) for target in source.left_alone)}
+
+
+def leave_alone(source: Streamed, targets: Iterable[str]) -> Streamed:
+    """The same with `left_alone`; raises InputError for a target of which nothing is left alone, or if all is."""
+    weights = solved(source)
+    for target in targets:
+        if not any(patterns.matches(name, target) for name in weights):
+            raise InputError(
+                f"--ignore {target}: no Linear of the blocks has such a name, they are like {next(iter(weights))}"
+            )
+    source = source._replace(left_alone=tuple(targets))
+    if not solved(source):
+        raise InputError("--ignore: nothing is left to quantize: leave a pattern out")
+    return source
 
 
 def open_model(model: str) -> Streamed:

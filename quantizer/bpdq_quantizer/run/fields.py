@@ -23,6 +23,7 @@ ACCEPTED = {  # types of a value by that of its field, and in words
     float: (Real, "a number"),
     str: (str, "text"),
     PathName: (str | os.PathLike, "a path or a name"),
+    list[str]: (list | tuple, "a list of texts"),
 }
 
 
@@ -78,6 +79,8 @@ def checked(of: Field, value: Any) -> Any:
     elif met and kind is PathName:
         value, words = os.fspath(value), about.expected or words
         met = value != ""
+    elif met and kind == list[str]:
+        value, met = list(value), all(isinstance(part, str) and part for part in value)
     elif met and kind in (int, float):
         value, words = kind(value), about.expected or "{} to {}".format(*about.within)
         met = about.within[0] <= value <= about.within[1]
@@ -103,6 +106,8 @@ def add_arguments(parser: argparse._ActionsContainer, options: Iterable[Field]) 
         settings = {"type": kind, "metavar": about.metavar, "help": about.help.replace("%", "%%") + standard, **default}
         if about.choices:
             settings["choices"] = tuple(about.choices)
+        if kind == list[str]:
+            settings |= {"type": str, "action": "append"}
         if about.positional:
             parser.add_argument(of.name, **settings | {"metavar": flag(of)})
         else:

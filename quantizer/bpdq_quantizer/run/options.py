@@ -51,7 +51,7 @@ class Schemes:
         None,
         "bit-planes of the input embedding, else 16 bits; one for both if tied",
         "bit-planes of the embedding, 1 to 4, in groups of `--group-size`; off leaves it in 16 bits. Tied to the LM "
-        "head, they are one table: either option means both, and two different numbers are an error",
+        "head, they are one matrix: either option means both, and two different numbers are an error",
     )
     head_bits: int | None = option(
         None, "likewise for the LM head", "bit-planes of the LM head, 1 to 4, likewise; off leaves it in 16 bits"
@@ -70,6 +70,14 @@ class Schemes:
         "likewise for a checkpoint of this size, such as 20GiB",
         "size of all tensors (`20GiB`, `93MB`) instead of `--target-bpw`",
         metavar="SIZE",
+    )
+    ignore: list[str] | None = option(
+        None,
+        "leave a block's Linears of this name in 16 bits; may be repeated",
+        "leaves Linears of the blocks in 16 bits: names, or patterns such as `re:.*[.]o_proj`, matched from the start "
+        "of a name. The option may be repeated, from Python it is a list. What vLLM fuses (q/k/v, gate/up) it takes "
+        "whole only",
+        metavar="NAME",
     )
     kv_cache_scales: bool = option(
         False,

@@ -63,16 +63,16 @@ def follow(run: Run, solve: Solve) -> dict[str, Any]:
         tuning, digests = tune_blocks(run, files, digests, teacher)
     clock = Clock(total(choosing, solving, tuning or {}))
     read = partial(files.read, {name: {digest} for name, digest in digests.items()})
-    if run.tables:
-        tables = quantize_embeddings(source.model, head_states(run, read), run.tables, run.device, solve)
-        layers = layers + [asdict(table) for table in tables]
+    if run.embeddings:
+        rest = quantize_embeddings(source.model, head_states(run, read), run.embeddings, run.device, solve)
+        layers = layers + [asdict(layer) for layer in rest]
     scales = {}
     if o.schemes.kv_cache_scales:
         scales = kv_scales.calibrate(source, run.windows.solving, run.device, folder.offload, read)
     found = report(run, layers, tuning, clock)
     ignore = [name for name in weights_in(source.model) if name not in {layer["name"] for layer in layers}]
     check_unchanged(o.files.model, run.stamps)
-    config = checkpoint_config(o, schemes, run.tables, ignore)
+    config = checkpoint_config(o, schemes, run.embeddings, ignore)
     writer.finish(folder.path, source, config, found, digests, scales)
     return found
 

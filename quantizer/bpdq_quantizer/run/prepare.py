@@ -14,7 +14,7 @@ from bpdq_quantizer.checkpoint.carried import carry_over
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.calibration import calibration_windows
 from bpdq_quantizer.model.sources import check_source
-from bpdq_quantizer.model.stream import Stamps, Streamed, open_model, solved, stamps
+from bpdq_quantizer.model.stream import Stamps, Streamed, leave_alone, open_model, solved, stamps
 from bpdq_quantizer.model.support import check_blocks, check_tokens
 from bpdq_quantizer.model.tokens import leading_tokens, load_tokenizer
 from bpdq_quantizer.passes import kv_scales
@@ -38,14 +38,14 @@ class Windows(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What a run works on and with. stamps: of the source's files, before it was opened; tables: schemes of the
+    """What a run works on and with. stamps: of the source's files, before it was opened; embeddings: schemes of the
     embedding and LM head, if they are quantized; budget: bytes for the blocks' Linears, None for one scheme for all."""
 
     options: Options
     source: Streamed
     stamps: Stamps
     windows: Windows
-    tables: dict[str, Scheme]
+    embeddings: dict[str, Scheme]
     budget: int | None
     device: torch.device
     folder: RunFolder
@@ -61,24 +61,24 @@ def prepare(o: Options, folder: RunFolder) -> Run:
     lead = leading_tokens(tokenizer, o.text.special_tokens)
     tokens = _windows(o, tokenizer, lead)
     before = stamps(model)
-    source = open_model(model)
+    source = leave_alone(open_model(model), o.schemes.ignore or [])
     check_tokens(source.model, tokens, o.text.calibration)
     check_blocks(source)
     if o.method.rotate == "hadamard":
         source = rotated(source, o.method.seed)
-    tables = embedding_schemes(source.model, o.schemes.embed_bits, o.schemes.head_bits, o.schemes.group_size)
-    budget = _budget(source, tables, o.schemes)
+    embeddings = embedding_schemes(source.model, o.schemes.embed_bits, o.schemes.head_bits, o.schemes.group_size)
+    budget = _budget(source, embeddings, o.schemes)
     if o.schemes.kv_cache_scales:
         kv_scales.check(source, tokens, device)
     carry_over(model, source.model, tokenizer, folder.path / writer.CARRIED)
-    trial = checkpoint_config(o, one_scheme(source, o.schemes), tables, [])
+    trial = checkpoint_config(o, one_scheme(source, o.schemes), embeddings, [])
     writer.write_config(source, trial, folder.resume)
     this = identity(o, tokens, source.model.dtype, device, before)
     begin(folder, this, writer.contents(folder.path, len(source.blocks)))
     recover(folder)
     names = tokenizer.convert_ids_to_tokens(lead)
     windows = Windows(tokens[: o.text.samples], tokens[: o.tuning.tune_samples], names)
-    return Run(o, source, before, windows, tables, budget, device, folder)
+    return Run(o, source, before, windows, embeddings, budget, device, folder)
 
 
 def _windows(o: Options, tokenizer: Any, lead: list[int]) -> Tensor:
@@ -96,12 +96,12 @@ def _windows(o: Options, tokenizer: Any, lead: list[int]) -> Tensor:
     return tokens
 
 
-def _budget(source: Streamed, tables: Mapping[str, Scheme], o: Schemes) -> int | None:
+def _budget(source: Streamed, embeddings: Mapping[str, Scheme], o: Schemes) -> int | None:
     """Bytes for the blocks' Linears, if a target says so; raises InputError if no scheme is as small."""
     if o.target_bpw is not None:
         budget = int(o.target_bpw * sum(prod(weight.shape) for weight in solved(source).values()) / 8)
     elif o.target_size is not None:
-        budget = parse_size(o.target_size) - other_bytes(source, tables)
+        budget = parse_size(o.target_size) - other_bytes(source, embeddings)
     else:
         return None
     check_budget(source, budget)
@@ -114,10 +114,10 @@ def one_scheme(source: Streamed, o: Schemes) -> dict[str, Scheme]:
 
 
 def checkpoint_config(
-    o: Options, schemes: Mapping[str, Scheme], tables: Mapping[str, Scheme], ignore: list[str]
+    o: Options, schemes: Mapping[str, Scheme], embeddings: Mapping[str, Scheme], ignore: list[str]
 ) -> dict[str, Any]:
-    """The quantization_config of a checkpoint with these schemes of the blocks' Linears and of the tables."""
+    """The quantization_config of a checkpoint with these schemes of the blocks' Linears, embedding and LM head."""
     default = most_common(schemes)
-    others = {name: s for name, s in {**schemes, **tables}.items() if s != default or name in tables}
+    others = {name: s for name, s in {**schemes, **embeddings}.items() if s != default or name in embeddings}
     alpha = SOLVERS[o.method.solver]["alpha"]
     return writer.quantization_config(default, o.method.iterations, alpha, ignore, others, o.schemes.kv_cache_scales)

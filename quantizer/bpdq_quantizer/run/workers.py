@@ -1,4 +1,4 @@
-"""The rows of a stage or table, solved by several workers (`--devices`), on one machine or on several.
+"""The rows of a stage, an embedding or an LM head, solved by several workers (`--devices`), on one machine or more.
 
 Rows are independent given H. Rank 0 runs the pipeline; for every stage it sends each worker H and its share of the
 rows, solves its own, and collects codes and coefficients: two messages with each worker (`run.links`), for
