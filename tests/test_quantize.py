@@ -105,6 +105,8 @@ def test_report_has_loss_error_bits_and_time_of_every_layer(quantized):
         assert layer["seconds"] > 0
         groups = -(-layer["in_features"] // 64)
         assert layer["bits_per_weight"] == 2 + 16 * 3 * groups / layer["in_features"]
+    assert sum(report["seconds_by_part"].values()) == pytest.approx(report["seconds"])
+    assert min(report["seconds_by_part"].values()) >= 0
 
 
 def test_same_seed_gives_identical_tensors(quantized, tmp_path, text):

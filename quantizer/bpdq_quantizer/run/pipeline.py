@@ -61,6 +61,7 @@ def follow(run: Run, solve: Solve) -> dict[str, Any]:
     tuning = None
     if teacher is not None:
         tuning, digests = tune_blocks(run, files, digests, teacher)
+    parts = seconds_by_part(choosing, solving, tuning or {}, layers)
     clock = Clock(total(choosing, solving, tuning or {}))
     read = partial(files.read, {name: {digest} for name, digest in digests.items()})
     if run.embeddings:
@@ -69,7 +70,7 @@ def follow(run: Run, solve: Solve) -> dict[str, Any]:
     scales = {}
     if o.schemes.kv_cache_scales:
         scales = kv_scales.calibrate(source, run.windows.solving, run.device, folder.offload, read)
-    found = report(run, layers, tuning, clock)
+    found = report(run, layers, tuning, parts, clock.read())
     ignore = [name for name in weights_in(source.model) if name not in {layer["name"] for layer in layers}]
     check_unchanged(o.files.model, run.stamps)
     config = checkpoint_config(o, schemes, run.embeddings, ignore)
@@ -77,8 +78,27 @@ def follow(run: Run, solve: Solve) -> dict[str, Any]:
     return found
 
 
-def report(run: Run, layers: list[dict[str, Any]], tuning: dict[str, Any] | None, clock: Clock) -> dict[str, Any]:
-    """What quantization_report.json says. layers, tuning: their own reports."""
+def seconds_by_part(
+    choosing: dict[str, float], solving: dict[str, float], tuning: dict[str, Any], layers: list[dict[str, Any]]
+) -> dict[str, float]:
+    """What was spent on the blocks, from the seconds of each step and the solver's, of each layer."""
+    solver = sum(layer["seconds"] for layer in layers)
+    return {
+        "sensitivities": choosing.get("seconds", 0.0),
+        "forward passes and Hessians": solving["seconds"] - solver,
+        "solver": solver,
+        "tuning": tuning.get("seconds", 0.0),
+    }
+
+
+def report(
+    run: Run,
+    layers: list[dict[str, Any]],
+    tuning: dict[str, Any] | None,
+    parts: dict[str, float],
+    cost: dict[str, float],
+) -> dict[str, Any]:
+    """What quantization_report.json says. layers, tuning: their own reports; parts: seconds before the embeddings."""
     return {
         "model": run.options.files.model,
         "options": {name: value for name, value in run.options.by_name().items() if name != "model"},
@@ -86,7 +106,8 @@ def report(run: Run, layers: list[dict[str, Any]], tuning: dict[str, Any] | None
         "calibration_tokens": run.windows.solving.numel(),
         "special_tokens": run.windows.special_tokens,
         "bits_per_weight": mean_bits(layers),
-        **clock.read(),
+        **cost,
+        "seconds_by_part": parts | {"embedding, LM head, KV scales": cost["seconds"] - sum(parts.values())},
         "peak_host_memory_bytes": peak_memory(),
         "layers": layers,
     }

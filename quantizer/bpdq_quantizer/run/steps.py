@@ -102,6 +102,7 @@ def solve_blocks(run: Run, files: BlockFiles, solve: Solve) -> Solved:
             layers += [asdict(layer) for layer in reports]
             digests[files.path(index).name] = files.write(index, block)
             save_progress(folder.path, states, layers, clock.read(), digests)
+            bar.set_description(f"block {states.block} of {len(source.blocks)}")
             bar.update(sum(layer.in_features * layer.out_features for layer in reports))
             if reports:
                 last = reports[-1]
