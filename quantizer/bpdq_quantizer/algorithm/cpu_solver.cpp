@@ -442,15 +442,15 @@ struct Tables {
   Floats all[VECTORS];  // the sum of all rows
 
   void build(const float* H, int K, const Part& rows, const Part& columns) {
-    std::fill(entries.begin(), entries.end(), Floats{});
     for (int v = 0; v < VECTORS; ++v) all[v] = Floats{};
-    for (int t = 0; t < rows.count; ++t) {
+    for (int t = 0; t < WIDTH; ++t) {
       const float* h = H + (int64_t)(rows.start + t) * K + columns.start;
       Floats* table = entries.data() + t / NIBBLE * ENTRIES * VECTORS;
       const int bit = 1 << t % NIBBLE;
       for (int v = 0; v < VECTORS; ++v) {
-        const Floats row = first_of(h + v * LANES, columns.count - v * LANES);
-        for (int e = bit; e < ENTRIES; e = (e + 1) | bit) table[e * VECTORS + v] += row;
+        const Floats row = t < rows.count ? first_of(h + v * LANES, columns.count - v * LANES) : Floats{};
+        if (bit == 1) table[v] = Floats{};
+        for (int e = 0; e < bit; ++e) table[(bit + e) * VECTORS + v] = table[e * VECTORS + v] + row;
         all[v] += row;
       }
     }
