@@ -111,9 +111,9 @@ def descend_in_torch(
             later = slice(block.start if sweep == sweeps - 1 else 0, None)
             codes[block], change = descend_group(W_hat[block], V[block], H[block, block], c[g])
             W_hat[block] += change
-            loss -= (change * V[block]).sum(0)
+            before = V[block].clone()
             V[later].addmm_(H[later, block], change, alpha=-1)
-            loss -= (change * V[block]).sum(0)
+            loss -= (change * (before + V[block])).sum(0)
     return codes, loss
 
 

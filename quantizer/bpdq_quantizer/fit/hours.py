@@ -134,7 +134,7 @@ def card_seconds(block: Block, bits: int, group_size: int, tokens: int, card: Ca
         groups = -(-k // group_size)
         fitted = min(BATCH, max(1, CHUNK_ELEMENTS // max((groups * width) ** 2, k * width)))
         chunks, fits = -(-n // rows_at_once(k, width)), -(-n // fitted)
-        launches += 8 * groups + REFINEMENTS * groups * (8 * SWEEPS * chunks + (4 + 3 * width) * fits)
+        launches += 8 * groups + REFINEMENTS * groups * ((8 * SWEEPS + 3) * chunks + (6 + 6 * width) * fits)
         # a matrix [k, n] in fp32 is read and written by each group's propagation, each sweep's, and X^T (H X)
         moved += 4.0 * n * k * groups * (1 + REFINEMENTS * (SWEEPS + width))
     return flops + launches * card.launch + moved / card.bytes
