@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bpdq_kernels.compiled import FLAGS, instruction_set
-from bpdq_quantizer.algorithm import cpu_solver, equations, grid, groups
+from bpdq_quantizer.algorithm import cpu_solver, equations, grid, groups, refine
 from bpdq_quantizer.algorithm.grid import paper_start, range_start, residual_start
 from bpdq_quantizer.algorithm.hessian import inverse_factor
 
@@ -75,37 +75,59 @@ def test_most_rows_are_the_same_as_in_torch(isa, bits):
     torch.testing.assert_close(found[2].square().sum(), expected[2].square().sum(), rtol=2e-3, atol=0)
 
 
+LAYERS = st.tuples(st.integers(1, 150), st.integers(1, 90), st.integers(1, 4), st.sampled_from([7, 32, 64, 128]))
+
+
+def random_layer(shape, seed: int):
+    """Codes [K, N], W [K, N] and H [K, K] of a layer (K, N, bits, group_size)."""
+    K, N, bits, _ = shape
+    generator = torch.Generator().manual_seed(seed)
+    X = torch.randn(K + 5, K, generator=generator)
+    H = X.T @ X / len(X) + 0.01 * torch.eye(K)
+    codes = torch.randint(2**bits, (K, N), dtype=torch.uint8, generator=generator)
+    return codes, torch.randn(K, N, generator=generator), H
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @settings(deadline=None, max_examples=40)
-@given(GROUPS, st.integers(1, 4))
-def test_descent_takes_the_same_steps_as_in_torch(isa, shape, bits):
-    W, H, _ = random_group(*shape)
-    H = H + 0.01 * torch.eye(len(H))
-    c = torch.randn(bits + 1, W.shape[1], generator=torch.Generator().manual_seed(shape[2]))
-    W_hat = (grid.level_table(bits, W.device) @ c).gather(0, torch.zeros(W.shape, dtype=torch.int64))
-    V = H @ (W - W_hat)
-    expected = grid.descend_group(W_hat, V, H, c)
+@given(LAYERS, st.integers(1, 3), st.integers(0, 99))
+def test_descent_takes_the_same_steps_as_in_torch(isa, shape, sweeps, seed):
+    codes, W, H = random_layer(shape, seed)
+    bits, group_size = shape[2:]
+    generator = torch.Generator().manual_seed(seed + 1)
+    c = torch.randn(-(-len(W) // group_size), bits + 1, W.shape[1], generator=generator)
+    expected, expected_loss = refine.descend_in_torch(codes, c, W, H, group_size, sweeps)
     with using(isa):
-        codes, change = cpu_solver.descend_group(W_hat, V, H, c)
-    rows = (codes == expected[0]).all(0)
+        found, loss = refine.descend(codes, c, W, H, group_size, sweeps)
+    rows = (found == expected).all(0)
     assert rows.float().mean() >= 0.9 or (~rows).sum() <= 1
-    torch.testing.assert_close(change[:, rows], expected[1][:, rows], rtol=1e-4, atol=1e-4)
-    level = (grid.level_table(bits, W.device) @ c).gather(0, codes.long())
-    torch.testing.assert_close(W_hat + change, level, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(loss[rows], expected_loss[rows], rtol=1e-3, atol=1e-4)
+    error = W - refine.dequantize_columns(found, c, group_size)
+    torch.testing.assert_close(loss, (error * (H @ error)).sum(0), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@settings(deadline=None, max_examples=30)
-@given(st.integers(1, 150), st.integers(1, 90), st.integers(1, 4), st.sampled_from([7, 32, 64]), st.integers(0, 99))
-def test_normal_equations_are_those_of_torch(isa, inputs, rows, bits, group_size, seed):
-    generator = torch.Generator().manual_seed(seed)
-    X = torch.randn(inputs + 5, inputs, generator=generator)
-    H = X.T @ X
-    codes = torch.randint(2**bits, (inputs, rows), dtype=torch.uint8, generator=generator)
-    expected = equations.normal_matrix(codes, H, group_size, bits)
+@settings(deadline=None, max_examples=40)
+@given(LAYERS, st.integers(0, 99))
+def test_coefficients_of_a_row_solve_the_equations_of_torch(isa, shape, seed):
+    codes, W, H = random_layer(shape, seed)
+    bits, group_size = shape[2:]
+    b = equations.right_sides(codes, H @ W, group_size, bits)
+    A = equations.normal_matrix(codes, H, group_size, bits).tril()
+    A = (A + A.tril(-1).mT).double()
+    A.diagonal(dim1=1, dim2=2).add_(0.01 * A.diagonal(dim1=1, dim2=2).mean(1, keepdim=True))
     with using(isa):
-        found = cpu_solver.normal_matrix(codes, H, group_size, bits)
-    torch.testing.assert_close(found.tril(), expected.tril(), rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+        c = cpu_solver.solve_jointly(codes, b, H, group_size, bits, 0.01)
+    torch.testing.assert_close(c.T.double(), torch.linalg.solve(A, b.T.double()), rtol=1e-3, atol=1e-3)
+
+
+def test_singular_equations_give_coefficients_that_are_noticed():
+    codes, _, H = random_layer((40, 20, 2, 32), 0)
+    codes[:, 3] = 3
+    c = cpu_solver.solve_jointly(codes, torch.ones(6, 20), H, 32, 2, -1e-3)
+    expected = equations.solve_jointly(codes, torch.ones(6, 20), H, 32, 2, -1e-3)
+    assert c[:, 3].isnan().all()
+    assert torch.equal(c.isnan(), expected.isnan())
 
 
 def test_a_row_s_result_depends_on_nothing_else():

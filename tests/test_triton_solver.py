@@ -14,11 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.compiler import CompiledKernel
 
 from benchmarks.sass import read_cubin
-from bpdq_quantizer.algorithm import grid, groups, triton_solver
+from bpdq_quantizer.algorithm import cpu_solver, grid, groups, triton_solver
 from bpdq_quantizer.algorithm.grid import paper_start, range_start, residual_start
 from bpdq_quantizer.algorithm.hessian import inverse_factor
 from bpdq_quantizer.algorithm.order import group_aware_order
-from bpdq_quantizer.algorithm.refine import refine
+from bpdq_quantizer.algorithm.refine import SWEEPS, refine
 from bpdq_quantizer.algorithm.solver import one_pass
 from tests.offline import BF16, FP16, FP32, compile_kernel
 
@@ -143,7 +143,8 @@ class Launches(TorchDispatchMode):
 def counted():
     launches = Launches()
     solver = mock.patch.object(groups, "solver_for", return_value=triton_solver)
-    with mock.patch.object(triton.JITFunction, "run", launches.run), solver, launches:
+    no_cpu = mock.patch.object(cpu_solver, "library", return_value=None)
+    with mock.patch.object(triton.JITFunction, "run", launches.run), solver, no_cpu, launches:
         yield launches
 
 
@@ -168,6 +169,22 @@ def test_a_sweep_of_descent_over_a_group_is_one_launch():
     with counted() as launches:
         groups.descend_group(W[:64], W[:64], H[:64, :64], c)
     assert launches.count == 1
+
+
+def refinement_launches(inputs: int, groups_count: int) -> int:
+    """Launches of a round of refinement, all rows at once."""
+    K = inputs * groups_count
+    W, H, _ = random_group(K, 40, 0)
+    codes, c = torch.zeros(K, 40, dtype=torch.uint8), torch.zeros(groups_count, 3, 40)
+    with counted() as launches:
+        refine(codes, c, torch.zeros(40), W, H @ W, H, inputs, 1, 1e-6, BF16)
+    return launches.count
+
+
+def test_a_refinement_launches_a_few_kernels_for_each_group_and_none_for_each_column():
+    assert refinement_launches(64, 4) == refinement_launches(32, 4)
+    per_group = (refinement_launches(32, 4) - refinement_launches(32, 2)) / 2
+    assert per_group <= SWEEPS * 8 + 3 + 24, "each sweep 8, W_hat 3, the joint equations the rest"
 
 
 def test_groups_that_no_kernel_holds_are_left_to_torch():

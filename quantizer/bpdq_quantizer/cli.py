@@ -114,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     add_arguments(p, [FIELDS[name] for name in ("bits", "group_size", "embed_bits", "head_bits")])
     p.add_argument("--gpu-memory", type=float, default=24, metavar="GIB", help="of the card (%(default)s)")
     p.add_argument("--context", type=int, metavar="TOKENS", help="that one request must be able to take (2048)")
+    p.add_argument("--probe", action="store_true", help="time this CPU for the hours that quantizing takes")
     p.set_defaults(run=_plan, group_size=256)
 
     for p in commands.choices.values():
@@ -225,9 +226,11 @@ def _plan(args: argparse.Namespace) -> dict[str, Any]:
     for (size, tokens, needs), names in rows.items():
         print(f"  {', '.join(names):<36}{size:>12}{tokens:>17}  {needs}")
     host, device = (found[f"quantize_{place}_bytes"] / 1e9 for place in ("host", "device"))
+    cpu, gpu = (found[f"quantize_{kind}_seconds"] / 3600 for kind in ("cpu", "gpu"))
+    core = "one core of this CPU" if args.probe else "one core of an EPYC"
     print(
-        f"to quantize: {found['quantize_cpu_seconds'] / 3600:.2g} hours of one CPU core (extrapolated), "
-        f"{host:.0f} GB of host memory and {device:.0f} GB of the device's"
+        f"to quantize: {cpu:.3g} hours of {core} or, counted, at least {gpu:.3g} "
+        f"of an RTX 3090, {host:.0f} GB of host memory and {device:.0f} GB of the device's"
     )
     print("assumptions")
     for assumption in found["assumptions"]:

@@ -1,4 +1,4 @@
-/* The two loops over columns that quantizing spends its time in, compiled for the machine; grid.py and refine.py say
+/* The loops that quantizing spends its time in, compiled for the machine; grid.py, equations.py and refine.py say
    the same in torch and are what the tests compare with.
 
    Rows of a weight are independent of each other. A tile is as many rows as a register has lanes, and a group's tile
@@ -17,6 +17,8 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <memory>
+#include <type_traits>
 #include <vector>
 #ifdef __AVX2__
 #include <immintrin.h>
@@ -384,116 +386,377 @@ void quantize_group(const Group& group, const float* W, int64_t N, const Start* 
   }
 }
 
-template <int k>
-void descend_group(int g, int64_t N, const float* S, const float* inverse, const float* V, const float* c,
-                   const float* W_hat, uint8_t* codes, float* change) {
-#pragma omp parallel
-  {
-    std::vector<Floats> base(g), now(g), e(g);
-    std::vector<Ints> found(g);
-#pragma omp for schedule(dynamic)
-    for (int64_t first = 0; first < N; first += LANES) {
-      const int lanes = (int)std::min<int64_t>(LANES, N - first);
-      Floats levels[k + 1];
-      for (int p = 0; p <= k; ++p) load(levels[p], c + p * N + first, lanes);
-      for (int t = 0; t < g; ++t) {
-        Floats gradient;
-        load(now[t], W_hat + t * N + first, lanes);
-        load(gradient, V + t * N + first, lanes);
-        base[t] = now[t] + gradient * inverse[t];
-      }
-      sweep<k>(Levels<k>(levels), base.data(), S, g, found.data(), e.data(),
-               [&](int t, Floats, Floats level) { return level - now[t]; });
-      for (int t = 0; t < g; ++t) {
-        store(codes + t * N + first, found[t], lanes);
-        store(change + t * N + first, e[t], lanes);
+/* The refinement: products of H with rows' bit-planes are sums of few rows of H, looked up.
+
+   A part is up to 32 inputs of one group. Of two parts, H's block [32 x 32] becomes 8 tables, each of the 16 sums of
+   the same 4 rows, small enough for the nearest cache; a plane's word then picks one sum of each:
+
+       word of a row   1011 0010 ... 0111
+                         |    |         |      + the entries = H X of this row and plane, [32]
+                       tables of 16 x 32 floats */
+constexpr int WIDTH = 32, VECTORS = WIDTH / LANES, NIBBLE = 4, ENTRIES = 1 << NIBBLE, TABLES = WIDTH / NIBBLE;
+
+struct Part {
+  int group, start, count;
+};
+
+std::vector<Part> parts_of(int K, int group_size, int width) {
+  std::vector<Part> parts;
+  for (int start = 0; start < K; start += parts.back().count) {
+    const int group = start / group_size, end = std::min(K, (group + 1) * group_size);
+    parts.push_back({group, start, std::min(width, end - start)});
+  }
+  return parts;
+}
+
+/* Bit i of words[(part * N + n) * k + p]: plane p of the part's input i in row n. */
+std::vector<uint32_t> words_of(const std::vector<Part>& parts, int k, int64_t N, const uint8_t* codes) {
+  std::vector<uint32_t> words(parts.size() * k * N);
+#pragma omp parallel for
+  for (int64_t j = 0; j < (int64_t)parts.size(); ++j)
+    for (int i = 0; i < parts[j].count; ++i) {
+      uint32_t* word = words.data() + j * N * k;
+      const uint8_t* code = codes + (int64_t)(parts[j].start + i) * N;
+      for (int64_t n = 0; n < N; ++n)
+        for (int p = 0; p < k; ++p) word[n * k + p] |= (uint32_t)(code[n] >> p & 1) << i;
+    }
+  return words;
+}
+
+inline float sum(Floats x) {
+  float total = 0;
+  for (int i = 0; i < LANES; ++i) total += x[i];
+  return total;
+}
+
+/* `count` floats, zeros after them. */
+inline Floats first_of(const float* from, int count) {
+  Floats x{};
+  if (count >= LANES) memcpy(&x, from, sizeof x);
+  else if (count > 0) memcpy(&x, from, sizeof(float) * count);
+  return x;
+}
+
+struct Tables {
+  std::vector<Floats> entries{(size_t)TABLES * ENTRIES * VECTORS};
+  Floats all[VECTORS];  // the sum of all rows
+
+  void build(const float* H, int K, const Part& rows, const Part& columns) {
+    for (int v = 0; v < VECTORS; ++v) all[v] = Floats{};
+    for (int t = 0; t < WIDTH; ++t) {
+      const float* h = H + (int64_t)(rows.start + t) * K + columns.start;
+      Floats* table = entries.data() + t / NIBBLE * ENTRIES * VECTORS;
+      const int bit = 1 << t % NIBBLE;
+      for (int v = 0; v < VECTORS; ++v) {
+        const Floats row = t < rows.count ? first_of(h + v * LANES, columns.count - v * LANES) : Floats{};
+        if (bit == 1) table[v] = Floats{};
+        for (int e = 0; e < bit; ++e) table[(bit + e) * VECTORS + v] = table[e * VECTORS + v] + row;
+        all[v] += row;
       }
     }
+  }
+
+  /* H X of the planes' words. */
+  template <int k>
+  inline __attribute__((always_inline)) void look_up(const uint32_t* words, Floats (*found)[VECTORS]) const {
+    for (int p = 0; p < k; ++p)
+      for (int v = 0; v < VECTORS; ++v) found[p][v] = entries[(words[p] & (ENTRIES - 1)) * VECTORS + v];
+#pragma GCC unroll 8
+    for (int b = 1; b < TABLES; ++b)
+      for (int p = 0; p < k; ++p) {
+        const Floats* entry =
+            entries.data() + (b * ENTRIES + (words[p] >> (b * NIBBLE) & (ENTRIES - 1))) * VECTORS;
+        for (int v = 0; v < VECTORS; ++v) found[p][v] += entry[v];
+      }
+  }
+};
+
+/* All ones in the lanes whose bits are set. */
+inline Ints mask_of(uint32_t bits) {
+  Ints lane;
+  for (int i = 0; i < LANES; ++i) lane[i] = 1 << i;
+  return ((Ints{} + (int32_t)bits) & lane) == lane;
+}
+
+/* X^T H X of two groups, lane sums not yet added: of the other's planes and ones (p) in the one's (q). */
+template <int k>
+struct Products {
+  Floats sums[k + 1][k + 1];
+
+  inline void add(const Tables& tables, const uint32_t* one, const uint32_t* other) {
+    Floats HX[k + 1][VECTORS];
+    tables.look_up<k>(other, HX);
+    for (int v = 0; v < VECTORS; ++v) {
+      HX[k][v] = tables.all[v];
+      for (int q = 0; q < k; ++q) {
+        const Ints mask = mask_of(one[q] >> (v * LANES));
+        for (int p = 0; p <= k; ++p) sums[p][q] += (Floats)((Ints)HX[p][v] & mask);
+      }
+      for (int p = 0; p <= k; ++p) sums[p][k] += HX[p][v];
+    }
+  }
+};
+
+/* The rows and columns of group `one` with itself and those before: its A [N, k+1, n]. */
+template <int k>
+void add_equations(int one, const std::vector<Part>& parts, const std::vector<uint32_t>& words, int64_t N, int K, int n,
+                   const float* H, float* A, Tables& tables, std::vector<Products<k>>& products) {
+  for (size_t first = 0, end; first < parts.size() && parts[first].group <= one; first = end) {
+    const int other = parts[first].group;
+    std::fill(products.begin(), products.end(), Products<k>{});
+    for (end = first; end < parts.size() && parts[end].group == other; ++end)
+      for (size_t i = 0; i < parts.size(); ++i) {
+        if (parts[i].group != one) continue;
+        tables.build(H, K, parts[end], parts[i]);
+        const uint32_t *at = words.data() + i * N * k, *to = words.data() + end * N * k;
+        for (int64_t row = 0; row < N; ++row) products[row].add(tables, at + row * k, to + row * k);
+      }
+    for (int64_t row = 0; row < N; ++row)
+      for (int q = 0; q <= k; ++q)
+        for (int p = 0; p <= k; ++p)
+          A[(row * (k + 1) + q) * n + other * (k + 1) + p] = sum(products[row].sums[p][q]);
   }
 }
 
-/* The rows of a thread that share what is read of H. */
-constexpr int TILES = 4;
-
+/* A [groups, N, k+1, n] = X^T H X, the lower triangle's blocks. */
 template <int k>
-struct Equations {
-  static constexpr int WIDTH = k + 1, INPUTS = block_of(k);
-  const int group_size, K, groups, n;
-  const float *H, *sums;
-  std::vector<Ints> codes[TILES];
-  std::vector<Floats> planes[TILES];  // of a group: [t][p]
-
-  Equations(int group_size, int K, const float* H, const float* sums)
-      : group_size(group_size), K(K), groups((K + group_size - 1) / group_size), n(groups * WIDTH), H(H), sums(sums) {
-    for (int tile = 0; tile < TILES; ++tile) {
-      codes[tile].resize(K);
-      planes[tile].resize(group_size * k);
-    }
+void normal_equations(int group_size, int K, int64_t N, const uint8_t* codes, const float* H, float* A) {
+  const std::vector<Part> parts = parts_of(K, group_size, WIDTH);
+  const std::vector<uint32_t> words = words_of(parts, k, N, codes);
+  const int groups = (K + group_size - 1) / group_size, n = groups * (k + 1);
+#pragma omp parallel
+  {
+    Tables tables;
+    std::vector<Products<k>> products(N);
+#pragma omp for schedule(dynamic)
+    for (int last = 0; last < groups; ++last)
+      add_equations<k>(groups - 1 - last, parts, words, N, K, n, H, A + (groups - 1 - last) * N * (k + 1) * n, tables,
+                       products);
   }
+}
 
-  /* The rows and columns of a group with itself and all later ones: A [lane][n][n], the lower triangle's blocks. */
-  void run(int group, int tiles, float* const* A, const int* lanes) {
-    const int start = group * group_size, size = std::min(group_size, K - start);
-    for (int tile = 0; tile < tiles; ++tile)
-      for (int t = 0; t < size; ++t)
-        for (int p = 0; p < k; ++p) planes[tile][t * k + p] = plane(codes[tile][start + t], p);
-    for (int other = group; other < groups; ++other) {
-      Floats block[TILES][WIDTH][WIDTH] = {};
-      const int end = std::min((other + 1) * group_size, K);
-      for (int first = other * group_size; first < end; first += INPUTS)
-        for (int tile = 0; tile < tiles; ++tile)
-          add(group, tile, start, size, first, std::min(INPUTS, end - first), block[tile]);
-      for (int tile = 0; tile < tiles; ++tile)
-        for (int p = 0; p < WIDTH; ++p)
-          for (int q = 0; q < WIDTH; ++q)
-            for (int i = 0; i < lanes[tile]; ++i)
-              A[tile][((int64_t)i * n + other * WIDTH + p) * n + group * WIDTH + q] = block[tile][p][q][i];
-    }
-  }
+/* Cholesky factorization and solution of a tile of rows' equations, in blocks [k+1, k+1] that stay in registers. */
+template <int k>
+struct Cholesky {
+  static constexpr int SIZE = k + 1, BAND = 8;  // rows of blocks that stay in a near cache
+  const int blocks, n;
+  std::vector<Floats> L;  // [blocks, n, SIZE]: rows of a block beside each other
+  std::vector<Floats> inverse, x;
 
-  inline void add(int group, int tile, int start, int size, int first, int count, Floats (*block)[WIDTH]) {
-    Floats HX[INPUTS][k] = {};
-    const Floats* x = planes[tile].data();
-    const float* h = H + (int64_t)start * K + first;
-    if (count == INPUTS)
-      for (int t = 0; t < size; ++t)
-        for (int i = 0; i < INPUTS; ++i)
-          for (int p = 0; p < k; ++p) HX[i][p] += h[(int64_t)t * K + i] * x[t * k + p];
-    else
-      for (int t = 0; t < size; ++t)
-        for (int i = 0; i < count; ++i)
-          for (int p = 0; p < k; ++p) HX[i][p] += h[(int64_t)t * K + i] * x[t * k + p];
-    for (int i = 0; i < count; ++i) {
-      const float sum = sums[(int64_t)group * K + first + i];
-      for (int p = 0; p < k; ++p) {
-        const Floats feature = plane(codes[tile][first + i], p);
-        for (int q = 0; q < k; ++q) block[p][q] += feature * HX[i][q];
-        block[p][k] += feature * sum;
-        block[k][p] += HX[i][p];
+  explicit Cholesky(int groups) : blocks(groups), n(groups * SIZE), L((size_t)n * n), inverse(n), x(n) {}
+
+  Floats* row(int i) { return L.data() + (size_t)i * n * SIZE; }
+
+  /* A [blocks, N, SIZE, n] of rows from `first`; returns the lanes whose matrices are not positive definite. */
+  Ints factorize(const float* A, int64_t N, int64_t first, int lanes, float alpha) {
+    Floats mean{};
+    for (int i = 0; i < blocks; ++i)
+      for (int lane = 0; lane < lanes; ++lane) {
+        const float* a = A + ((int64_t)i * N + first + lane) * SIZE * n;
+        for (int q = 0; q < SIZE; ++q) mean[lane] += a[q * n + i * SIZE + q] / n;
+        for (int q = 0; q < SIZE; ++q)
+          for (int m = 0; m < (i + 1) * SIZE; ++m) row(i)[m * SIZE + q][lane] = a[q * n + m];
       }
-      block[k][k] += sum;
+    Ints failed{};
+    for (int i = 0; i < blocks; ++i)
+      for (int q = 0; q < SIZE; ++q) row(i)[(i * SIZE + q) * SIZE + q] += alpha * mean;
+    for (int first_row = 0; first_row < blocks; first_row += BAND) {
+      const int end = std::min(blocks, first_row + BAND);
+      for (int j = 0; j < end; ++j)
+        for (int i = std::max(j, first_row); i < end; ++i) failed |= block(i, j);
+    }
+    return failed;
+  }
+
+  inline Ints block(int i, int j) {
+    Floats *to = row(i) + j * SIZE * SIZE, left[SIZE][SIZE];
+    const Floats *one = row(i), *other = row(j), *corner = row(j) + j * SIZE * SIZE;
+    for (int p = 0; p < SIZE; ++p)
+      for (int q = 0; q < SIZE; ++q) left[p][q] = to[p * SIZE + q];
+    for (int m = 0; m < j * SIZE; ++m, one += SIZE, other += SIZE)
+      for (int p = 0; p < SIZE; ++p)
+        for (int q = 0; q < SIZE; ++q) left[p][q] -= one[q] * other[p];
+    Ints failed{};
+    for (int p = 0; p < SIZE; ++p) {
+      for (int r = 0; r < p; ++r)
+        for (int q = 0; q < SIZE; ++q) left[p][q] -= left[r][q] * (i == j ? left[r][p] : corner[r * SIZE + p]);
+      if (i == j) {
+        failed |= ~(left[p][p] > 0);
+        for (int lane = 0; lane < LANES; ++lane) inverse[j * SIZE + p][lane] = 1 / std::sqrt(left[p][p][lane]);
+      }
+      for (int q = 0; q < SIZE; ++q) to[p * SIZE + q] = left[p][q] *= inverse[j * SIZE + p];
+    }
+    return failed;
+  }
+
+  /* x: the right sides, then the solutions. */
+  void solve() {
+    for (int m = 0; m < n; ++m) {
+      const Floats* l = row(m / SIZE) + m % SIZE;
+      for (int j = 0; j < m; ++j) x[m] -= l[j * SIZE] * x[j];
+      x[m] *= inverse[m];
+    }
+    for (int m = n - 1; m >= 0; --m) {
+      const Floats* l = row(m / SIZE) + m % SIZE;
+      x[m] *= inverse[m];
+      for (int j = 0; j < m; ++j) x[j] -= l[j * SIZE] * x[m];
     }
   }
 };
 
 template <int k>
-void normal_equations(int group_size, int K, int64_t N, const uint8_t* codes, const float* H, const float* sums,
-                      float* A) {
+void solve_jointly(int group_size, int K, int64_t N, const uint8_t* codes, const float* H, const float* b, float alpha,
+                   float* c) {
+  const int groups = (K + group_size - 1) / group_size, n = groups * (k + 1);
+  const std::unique_ptr<float[]> A(new float[(size_t)N * n * n]);  // not initialized: half of it is never touched
+  normal_equations<k>(group_size, K, N, codes, H, A.get());
 #pragma omp parallel
   {
-    Equations<k> equations(group_size, K, H, sums);
+    Cholesky<k> equations(groups);
 #pragma omp for schedule(dynamic)
-    for (int64_t first = 0; first < N; first += TILES * LANES) {
-      float* rows[TILES];
-      int lanes[TILES], tiles = 0;
-      for (int64_t row = first; row < std::min<int64_t>(N, first + TILES * LANES); row += LANES, ++tiles) {
-        rows[tiles] = A + row * equations.n * equations.n;
-        lanes[tiles] = (int)std::min<int64_t>(LANES, N - row);
-        for (int t = 0; t < K; ++t) load(equations.codes[tiles][t], codes + t * N + row, lanes[tiles]);
-      }
-      for (int group = 0; group < equations.groups; ++group) equations.run(group, tiles, rows, lanes);
+    for (int64_t first = 0; first < N; first += LANES) {
+      const int lanes = (int)std::min<int64_t>(LANES, N - first);
+      const Ints failed = equations.factorize(A.get(), N, first, lanes, alpha);
+      for (int m = 0; m < n; ++m) load(equations.x[m], b + m * N + first, lanes);
+      equations.solve();
+      for (int m = 0; m < n; ++m)
+        store(c + m * N + first, failed ? Floats{} + std::numeric_limits<float>::quiet_NaN() : equations.x[m], lanes);
     }
   }
+}
+
+struct Change {
+  int input;
+  float by;
+};
+
+/* Descent over whole rows. What changes is listed for each row, and the gradient in a block's inputs is what it was at
+   first less the products of H with the row's changes so far. */
+template <int k, int WIDE>
+struct Descent {
+  static constexpr int WIDES = WIDE / LANES;
+  const int K, group_size;
+  const int64_t N;
+  const float *H, *V, *c;
+  uint8_t* codes;
+  float* gain;
+  const std::vector<Part> parts;
+  std::vector<float> diagonal;
+  std::vector<std::vector<Change>> changes;
+  std::vector<Floats> panels;  // H [K, inputs] of the parts of a group
+  std::vector<float> S;        // H / diag(H) of a group
+
+  Descent(int K, int group_size, int64_t N, const float* H, const float* V, const float* c, uint8_t* codes, float* gain)
+      : K(K), group_size(group_size), N(N), H(H), V(V), c(c), codes(codes), gain(gain),
+        parts(parts_of(K, group_size, WIDE)), diagonal(K), changes(N),
+        panels((size_t)K * ((group_size + WIDE - 1) / WIDE) * WIDES), S((size_t)group_size * group_size) {
+    for (int t = 0; t < K; ++t) diagonal[t] = H[(int64_t)t * (K + 1)];
+  }
+
+  const float* coefficient(int group, int p) const { return c + ((int64_t)group * (k + 1) + p) * N; }
+
+  /* What all rows share in a sweep over the group whose first part is i; columns up to `known` have changes. */
+  void prepare(int i, int known) {
+    const int group = parts[i].group, start = parts[i].start, g = std::min(group_size, K - start);
+#pragma omp for
+    for (int t = 0; t < known; ++t)
+      for (int j = i; j < (int)parts.size() && parts[j].group == group; ++j) {
+        Floats* to = panels.data() + ((int64_t)(j - i) * K + t) * WIDES;
+        for (int v = 0; v < WIDES; ++v) to[v] = Floats{};
+        memcpy(to, H + (int64_t)t * K + parts[j].start, sizeof(float) * parts[j].count);
+      }
+#pragma omp for
+    for (int s = 0; s < g; ++s)
+      for (int t = 0; t < g; ++t) S[(int64_t)s * g + t] = H[(int64_t)(start + s) * K + start + t] / diagonal[start + t];
+  }
+
+  /* Row n's gradient in the inputs of part i, now. */
+  inline void current(int i, int64_t n, const Floats* panel, float* to) const {
+    Floats v[WIDES];
+    for (int j = 0; j < WIDES; ++j) v[j] = first_of(V + n * K + parts[i].start + j * LANES, parts[i].count - j * LANES);
+    for (const Change& change : changes[n]) {
+      const Floats* h = panel + (int64_t)change.input * WIDES;
+      for (int j = 0; j < WIDES; ++j) v[j] -= change.by * h[j];
+    }
+    memcpy(to, v, sizeof v);
+  }
+
+  struct Scratch {
+    std::vector<Floats> base, now, e;
+    std::vector<Ints> old, found;
+    explicit Scratch(int g) : base(g), now(g), e(g), old(g), found(g) {}
+  };
+
+  /* W_hat of a group's inputs from `start`, and their codes, in rows from `first`. */
+  void stored(Scratch& at, const Floats* levels, int start, int g, int64_t first, int lanes) const {
+    for (int t = 0; t < g; ++t) {
+      load(at.old[t], codes + (int64_t)(start + t) * N + first, lanes);
+      at.now[t] = levels[k];
+      for (int p = 0; p < k; ++p) at.now[t] += plane(at.old[t], p) * levels[p];
+    }
+  }
+
+  /* The group whose first part is i, in a tile of rows from `first`. */
+  void sweep_tile(Scratch& at, int i, int64_t first) {
+    const int lanes = (int)std::min<int64_t>(LANES, N - first), start = parts[i].start, group = parts[i].group;
+    const int g = std::min(group_size, K - start);
+    Floats levels[k + 1], won{};
+    for (int p = 0; p <= k; ++p) load(levels[p], coefficient(group, p) + first, lanes);
+    stored(at, levels, start, g, first, lanes);
+    for (int j = i; j < (int)parts.size() && parts[j].group == group; ++j) {
+      float gradients[LANES][WIDE] = {};
+      for (int lane = 0; lane < lanes; ++lane)
+        current(j, first + lane, panels.data() + (int64_t)(j - i) * K * WIDES, gradients[lane]);
+      for (int t = 0; t < parts[j].count; ++t) {
+        const int input = parts[j].start - start + t;
+        Floats gradient;
+        for (int lane = 0; lane < LANES; ++lane) gradient[lane] = gradients[lane][t];
+        at.base[input] = at.now[input] + gradient / diagonal[start + input];
+      }
+    }
+    std::copy(at.old.begin(), at.old.begin() + g, at.found.begin());
+    sweep<k>(Levels<k>(levels), at.base.data(), S.data(), g, at.found.data(), at.e.data(),
+             [&](int t, Floats w, Floats level) {
+               const Floats change = level - at.now[t];
+               won += diagonal[start + t] * change * (2 * (w - at.now[t]) - change);
+               return change;
+             });
+    for (int lane = 0; lane < lanes; ++lane) gain[first + lane] += won[lane];
+    for (int t = 0; t < g; ++t) {
+      const Ints moved = at.found[t] != at.old[t];
+      if (!any(moved)) continue;
+      store(codes + (int64_t)(start + t) * N + first, at.found[t], lanes);
+      for (int lane = 0; lane < lanes; ++lane)
+        if (moved[lane]) changes[first + lane].push_back({start + t, at.e[t][lane]});
+    }
+  }
+
+  void run(int sweeps) {
+#pragma omp parallel
+    {
+      Scratch scratch(group_size);
+      for (int s = 0; s < sweeps; ++s)
+        for (int i = 0; i < (int)parts.size(); ++i) {
+          if (i > 0 && parts[i].group == parts[i - 1].group) continue;
+          prepare(i, s == 0 ? parts[i].start : K);
+#pragma omp for schedule(dynamic)
+          for (int64_t first = 0; first < N; first += LANES) sweep_tile(scratch, i, first);
+        }
+    }
+  }
+};
+
+/* call(integral constants k, width) for k planes and groups of that size. */
+template <class Call>
+void with_sizes(int k, int group_size, Call call) {
+  const auto widths = [&](auto planes) {
+    if (group_size <= 32) call(planes, std::integral_constant<int, 32>());
+    else call(planes, std::integral_constant<int, 64>());
+  };
+  if (k == 1) widths(std::integral_constant<int, 1>());
+  else if (k == 2) widths(std::integral_constant<int, 2>());
+  else if (k == 3) widths(std::integral_constant<int, 3>());
+  else widths(std::integral_constant<int, 4>());
 }
 
 }  // namespace
@@ -509,21 +772,20 @@ void bpdq_quantize_group(int g, int64_t N, int k, const float* W, const float* s
   run(group, W, N, (const Start*)starts, count, codes, c, E);
 }
 
-/* grid.descend_group; S: H / diag(H), inverse: 1 / diag(H); all arrays are contiguous. */
-void bpdq_descend_group(int g, int64_t N, int k, const float* S, const float* inverse, const float* V, const float* c,
-                        const float* W_hat, uint8_t* codes, float* change) {
-  const auto run = k == 1 ? descend_group<1> : k == 2 ? descend_group<2> : k == 3 ? descend_group<3> : descend_group<4>;
-  run(g, N, S, inverse, V, c, W_hat, codes, change);
+/* refine.descend for `sweeps` sweeps: codes [K, N] in place, gain [N]: by how much the loss falls; V [N, K]: the gradient
+   H (W - W_hat) of the codes that come, H [K, K] symmetric, c [ceil(K/G), k+1, N]; all arrays are contiguous. */
+void bpdq_descend(int group_size, int K, int64_t N, int k, int sweeps, const float* V, const float* H, const float* c,
+                  uint8_t* codes, float* gain) {
+  std::fill(gain, gain + N, 0.0f);
+  with_sizes(k, group_size, [&](auto planes, auto width) {
+    Descent<planes, width>(K, group_size, N, H, V, c, codes, gain).run(sweeps);
+  });
 }
 
-/* equations.normal_matrix: A [N, n, n] from codes [K, N] and the symmetric H [K, K]; sums [ceil(K/G), K]: of H over
-   the inputs of a group. Only blocks of the lower triangle are written. */
-void bpdq_normal_matrix(int group_size, int K, int64_t N, int k, const uint8_t* codes, const float* H,
-                        const float* sums, float* A) {
-  const auto run = k == 1   ? normal_equations<1>
-                   : k == 2 ? normal_equations<2>
-                   : k == 3 ? normal_equations<3>
-                            : normal_equations<4>;
-  run(group_size, K, N, codes, H, sums, A);
+/* equations.solve_jointly: c [n, N] from codes [K, N], the symmetric H [K, K] and b [n, N]; all are contiguous. */
+void bpdq_solve_jointly(int group_size, int K, int64_t N, int k, const uint8_t* codes, const float* H, const float* b,
+                        float alpha, float* c) {
+  const auto run = k == 1 ? solve_jointly<1> : k == 2 ? solve_jointly<2> : k == 3 ? solve_jointly<3> : solve_jointly<4>;
+  run(group_size, K, N, codes, H, b, alpha, c);
 }
 }

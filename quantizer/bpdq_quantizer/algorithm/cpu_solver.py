@@ -1,7 +1,8 @@
 """The solver's loops over columns on a CPU: cpu_solver.cpp, compiled for this machine at first use.
 
-Same signatures and, but for the order of sums in fp32, same results as `grid.quantize_group`, `grid.descend_group` and
-`equations.normal_matrix`, which are the readable form and run where there is no compiler (`groups`).
+Same signatures and, but for the order of sums in fp32, same results as `grid.quantize_group` and
+`equations.solve_jointly`, and as `refine.descend_in_torch`, which are the readable form and run where there is no
+compiler (`groups`).
 """
 
 import ctypes
@@ -24,12 +25,12 @@ def open_library(isa: str) -> ctypes.CDLL:
     """The library for an instruction set. Raises as `bpdq_kernels.compiled.compile_library`."""
     library = load_library(_SOURCE, isa)
     integer, rows, pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
-    for function in (library.bpdq_quantize_group, library.bpdq_descend_group, library.bpdq_normal_matrix):
+    for function in (library.bpdq_quantize_group, library.bpdq_descend, library.bpdq_solve_jointly):
         function.restype = None
     library.bpdq_quantize_group.argtypes = [integer, rows, integer, *[pointer] * 5, integer, ctypes.c_float, integer]
     library.bpdq_quantize_group.argtypes += [pointer, integer, *[pointer] * 3]
-    library.bpdq_descend_group.argtypes = [integer, rows, integer, *[pointer] * 7]
-    library.bpdq_normal_matrix.argtypes = [integer, integer, rows, integer, *[pointer] * 4]
+    library.bpdq_descend.argtypes = [integer, integer, rows, integer, integer, *[pointer] * 5]
+    library.bpdq_solve_jointly.argtypes = [integer, integer, rows, integer, *[pointer] * 3, ctypes.c_float, pointer]
     return library
 
 
@@ -69,25 +70,22 @@ def quantize_group(
     return codes, c, E
 
 
-def descend_group(W_hat: Tensor, V: Tensor, H: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """As `grid.descend_group`, where there is a `library`."""
-    g, N = W_hat.shape
-    W_hat, V, c = W_hat.contiguous(), V.contiguous(), c.contiguous()
-    diagonal = H.diagonal()
-    spread, inverse = (H / diagonal).contiguous(), 1 / diagonal
-    codes, change = torch.empty(g, N, dtype=torch.uint8), torch.empty(g, N)
-    tensors = [tensor.data_ptr() for tensor in (spread, inverse, V, c, W_hat, codes, change)]
-    library().bpdq_descend_group(g, N, len(c) - 1, *tensors)
-    return codes, change
-
-
-def normal_matrix(codes: Tensor, H: Tensor, group_size: int, bits: int) -> Tensor:
-    """As `equations.normal_matrix`, where there is a `library`."""
+def descend(codes: Tensor, V: Tensor, c: Tensor, H: Tensor, group_size: int, sweeps: int) -> tuple[Tensor, Tensor]:
+    """As `refine.descend` from V [N, K] = (W - W_hat)^T H, where there is a `library`: the new codes [K, N], and by how
+    much each row's loss falls, [N]."""
     K, N = codes.shape
-    codes, H = codes.contiguous(), H.contiguous()
-    sums = torch.stack([part.sum(1) for part in H.split(group_size, dim=1)])
-    n = len(sums) * (bits + 1)
-    A = torch.empty(N, n, n)
-    tensors = [tensor.data_ptr() for tensor in (codes, H, sums, A)]
-    library().bpdq_normal_matrix(group_size, K, N, bits, *tensors)
-    return A
+    codes, gain = codes.clone(memory_format=torch.contiguous_format), torch.empty(N)
+    V, c, H = V.contiguous(), c.contiguous(), H.contiguous()
+    pointers = [tensor.data_ptr() for tensor in (V, H, c, codes, gain)]
+    library().bpdq_descend(group_size, K, N, c.shape[1] - 1, sweeps, *pointers)
+    return codes, gain
+
+
+def solve_jointly(codes: Tensor, b: Tensor, H: Tensor, group_size: int, bits: int, alpha: float) -> Tensor:
+    """As `equations.solve_jointly`, where there is a `library`."""
+    K, N = codes.shape
+    codes, H, b = codes.contiguous(), H.contiguous(), b.contiguous()
+    c = torch.empty_like(b)
+    pointers = [tensor.data_ptr() for tensor in (codes, H, b)]
+    library().bpdq_solve_jointly(group_size, K, N, bits, *pointers, alpha, c.data_ptr())
+    return c

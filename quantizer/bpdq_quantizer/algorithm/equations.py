@@ -28,7 +28,18 @@ def normal_matrix(codes: Tensor, H: Tensor, group_size: int, bits: int) -> Tenso
 
 
 def right_sides(codes: Tensor, HW: Tensor, group_size: int, bits: int) -> Tensor:
-    """b [N, n] = X^T H W, with HW [K, N] = H W."""
+    """b [n, N] = X^T H W, with HW [K, N] = H W."""
     parts = zip(codes.split(group_size), HW.split(group_size), strict=True)
-    sums = [(features(code, bits) * hw.unsqueeze(1)).sum(0) for code, hw in parts]  # [k+1, N] of each group
-    return torch.cat(sums).T
+    return torch.cat([(features(code, bits) * hw.unsqueeze(1)).sum(0) for code, hw in parts])
+
+
+def solve_jointly(codes: Tensor, b: Tensor, H: Tensor, group_size: int, bits: int, alpha: float) -> Tensor:
+    """Solutions c [n, N] fp32 of (X^T H X + alpha m I) c = b [n, N], m the mean of the diagonal; codes [K, N].
+
+    NaN for rows whose equations are singular in fp32.
+    """
+    A = normal_matrix(codes, H, group_size, bits)
+    diagonal = A.diagonal(dim1=1, dim2=2)
+    diagonal.add_(alpha * diagonal.mean(1, keepdim=True))
+    L, failed = torch.linalg.cholesky_ex(A)
+    return torch.cholesky_solve(b.T.unsqueeze(2), L).squeeze(2).T.masked_fill(failed != 0, torch.nan)

@@ -29,9 +29,14 @@ def triton_solver() -> ModuleType | None:
     return None
 
 
+def compiled_for(device: torch.device) -> bool:
+    """Whether `cpu_solver` has its library there."""
+    return device.type == "cpu" and cpu_solver.library() is not None
+
+
 def solver_for(device: torch.device, bits: int, inputs: int, starts: Sequence[Start] = ()) -> ModuleType:
     """The module whose `quantize_group` and `descend_group` solve groups of that many inputs on a device."""
-    if device.type == "cpu" and cpu_solver.supports(starts) and cpu_solver.library() is not None:
+    if starts and cpu_solver.supports(starts) and compiled_for(device):
         return cpu_solver
     if device.type == "cuda" and (kernels := triton_solver()) is not None and kernels.supports(bits, inputs, starts):
         return kernels
@@ -73,7 +78,6 @@ def descend_group(W_hat: Tensor, V: Tensor, H: Tensor, c: Tensor) -> tuple[Tenso
         return solver.descend_group(W_hat, V, H, c)
 
 
-def normal_matrix(codes: Tensor, H: Tensor, group_size: int, bits: int) -> Tensor:
-    """As `equations.normal_matrix`."""
-    compiled = codes.device.type == "cpu" and cpu_solver.library() is not None
-    return (cpu_solver if compiled else equations).normal_matrix(codes, H, group_size, bits)
+def solve_jointly(codes: Tensor, b: Tensor, H: Tensor, group_size: int, bits: int, alpha: float) -> Tensor:
+    """As `equations.solve_jointly`."""
+    return (cpu_solver if compiled_for(codes.device) else equations).solve_jointly(codes, b, H, group_size, bits, alpha)

@@ -90,25 +90,27 @@ def corrected(W: Tensor, H: Tensor, C: Tensor, share: float) -> Tensor:
     raise ValueError(UNFACTORIZED)
 
 
-def inverse_factor(H: Tensor, order: Tensor, damping: float) -> tuple[Tensor, float]:
-    """Upper triangular U with (H' + d I)^-1 = U^T U, and the damping that was needed (GPTQ, section 3.3).
+def upper_factor(H: Tensor, order: Tensor, damping: float) -> tuple[Tensor, float]:
+    """Upper triangular R with H' + d I = R R^T, and the damping that was needed.
 
     H' is H with its rows and columns in `order`; inputs that were never used have d alone on the diagonal.
-    d = damping * `live_mean`; `damping` is doubled until both Cholesky factorizations succeed. Raises ValueError when
+    d = damping * `live_mean`; `damping` is doubled until the Cholesky factorization succeeds. Raises ValueError when
     even damping 1 is not enough, which means that H holds NaN or infinity.
     """
-    diagonal = H.diagonal()[order]
+    backwards = order.flip(0)
+    diagonal = H.diagonal()[backwards]
     while damping <= MAX_DAMPING:
-        damped = H[order.unsqueeze(1), order]
+        damped = H.index_select(0, backwards).index_select(1, backwards)
         damped.diagonal().copy_(diagonal + damping * live_mean(diagonal))
         L, failed = factorize(damped)
         del damped
-        if not failed:
-            inverse = torch.cholesky_inverse(L)
-            del L
-            U, failed = factorize(inverse, upper=True)
-            if not failed and torch.isfinite(U).all():
-                return U, damping
-            del inverse, U
+        if not failed and torch.isfinite(L.diagonal()).all():
+            return L.flip(0, 1), damping
         damping *= 2
     raise ValueError(UNFACTORIZED)
+
+
+def inverse_factor(H: Tensor, order: Tensor, damping: float) -> tuple[Tensor, float]:
+    """Upper triangular U with (H' + d I)^-1 = U^T U (GPTQ, section 3.3), and d / `live_mean`, as of `upper_factor`."""
+    R, damping = upper_factor(H, order, damping)
+    return torch.linalg.solve_triangular(R, torch.eye(len(R), device=R.device), upper=True), damping

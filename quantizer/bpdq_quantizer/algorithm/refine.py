@@ -13,13 +13,14 @@ Tensors are transposed as in `grid`: W [K, N], codes [K, N], c [ceil(K/G), k+1, 
 import torch
 from torch import Tensor
 
+from bpdq_quantizer.algorithm import cpu_solver
 from bpdq_quantizer.algorithm.equations import right_sides
 from bpdq_quantizer.algorithm.grid import BATCH, level_table
-from bpdq_quantizer.algorithm.groups import descend_group, normal_matrix
+from bpdq_quantizer.algorithm.groups import compiled_for, descend_group, solve_jointly
 
 SWEEPS = 2  # of descent to a fit: 4 rounds of 2 end lower than 10 rounds of 1, in less time
 CHUNK_ELEMENTS = 1 << 26  # of the largest temporary: 256 MiB in fp32
-CPU_ELEMENTS = 1 << 24  # likewise for the joint fit on a CPU
+CPU_ELEMENTS = 1 << 25  # likewise for the joint fit on a CPU
 
 
 def refine(
@@ -75,11 +76,7 @@ def joint_fit(
     HW [K, N] is H W. A row whose equations are singular in fp32 gets NaN, which no later comparison of losses takes for
     better.
     """
-    A, b = normal_matrix(codes, H, group_size, bits), right_sides(codes, HW, group_size, bits)
-    diagonal = A.diagonal(dim1=1, dim2=2)
-    diagonal.add_(alpha * diagonal.mean(1, keepdim=True))
-    L, failed = torch.linalg.cholesky_ex(A)
-    c = torch.cholesky_solve(b.unsqueeze(2), L).squeeze(2).T.masked_fill(failed != 0, torch.nan)
+    c = solve_jointly(codes, right_sides(codes, HW, group_size, bits), H, group_size, bits, alpha)
     return c.unflatten(0, (-1, bits + 1)).to(dtype).float().contiguous()
 
 
@@ -87,8 +84,21 @@ def descend(codes: Tensor, c: Tensor, W: Tensor, H: Tensor, group_size: int, swe
     """Coordinate descent, `sweeps` times over the columns; returns the new codes [K, N] and each row's loss [N].
 
     With the gradient V = H (W - W_hat), column i's best value given the others is W_hat[i] + V[i] / H[i, i]; the
-    nearest level is taken. V is kept up to date within a group column by column, beyond it once per group, and in the
-    last sweep only for the groups to come.
+    nearest level is taken.
+    """
+    if not compiled_for(W.device):
+        return descend_in_torch(codes, c, W, H, group_size, sweeps)
+    error = (W - dequantize_columns(codes, c, group_size)).T.contiguous()
+    V = error @ H
+    codes, gain = cpu_solver.descend(codes, V, c, H, group_size, sweeps)
+    return codes, torch.linalg.vecdot(error, V) - gain
+
+
+def descend_in_torch(
+    codes: Tensor, c: Tensor, W: Tensor, H: Tensor, group_size: int, sweeps: int
+) -> tuple[Tensor, Tensor]:
+    """As `descend`. V is kept up to date within a group column by column, beyond it once per group, and in the last
+    sweep only for the groups to come.
     """
     W_hat = dequantize_columns(codes, c, group_size)
     error = W - W_hat
@@ -101,9 +111,9 @@ def descend(codes: Tensor, c: Tensor, W: Tensor, H: Tensor, group_size: int, swe
             later = slice(block.start if sweep == sweeps - 1 else 0, None)
             codes[block], change = descend_group(W_hat[block], V[block], H[block, block], c[g])
             W_hat[block] += change
-            loss -= (change * V[block]).sum(0)
+            before = V[block].clone()
             V[later].addmm_(H[later, block], change, alpha=-1)
-            loss -= (change * V[block]).sum(0)
+            loss -= (change * (before + V[block])).sum(0)
     return codes, loss
 
 

@@ -1,5 +1,6 @@
 """A whole Linear: group after group, with the error of each group propagated to the ones after it (BPDQ, alg. 1)."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from bpdq_quantizer.algorithm.grid import Start, range_start, residual_start
 from bpdq_quantizer.algorithm.groups import quantize_group
-from bpdq_quantizer.algorithm.hessian import inverse_factor, live_mean
+from bpdq_quantizer.algorithm.hessian import live_mean, upper_factor
 from bpdq_quantizer.algorithm.order import group_aware_order
 from bpdq_quantizer.algorithm.refine import dequantize_columns, refine
 
@@ -54,11 +55,11 @@ def quantize_linear(
     diagonal = H.diagonal()
     steps = group_aware_order(diagonal, group_size)
     order = torch.cat([columns for _, columns in steps])
-    U, damping = inverse_factor(H, order, damping)
+    R, damping = upper_factor(H, order, damping)
     chunks = W.split(rows or len(W))
     targets = (used_inputs(chunk, diagonal) for chunk in chunks)  # one at a time in memory
-    found = [one_pass(target, U, steps, bits, iterations, alpha, dtype, starts) for target in targets]
-    del U
+    found = [one_pass(target, R, steps, bits, iterations, alpha, dtype, starts) for target in targets]
+    del R
     damped, d = H.clone(), damping * live_mean(diagonal)
     damped.diagonal().add_(d)
     energies = []
@@ -80,7 +81,7 @@ def used_inputs(W: Tensor, diagonal: Tensor) -> Tensor:
 
 def one_pass(
     target: Tensor,
-    U: Tensor,
+    R: Tensor,
     steps: list[tuple[int, Tensor]],
     bits: int,
     iterations: int,
@@ -88,25 +89,41 @@ def one_pass(
     dtype: torch.dtype,
     starts: Sequence[Start],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes [K, N], c [ceil(K/G), k+1, N] and loss [N] under the damped H of target [K, N]: group after group in the
-    order of `steps`."""
-    weight = target[torch.cat([columns for _, columns in steps])]
-    codes = torch.empty(weight.shape, dtype=torch.uint8, device=target.device)
-    coefficients: dict[int, Tensor] = {}
-    loss = torch.zeros_like(weight[0])
+    """Codes [K, N], c [ceil(K/G), k+1, N] and loss [N] of target [K, N] under R R^T: group after group in the order of
+    `steps`, which is that of R [K, K].
+
+    The loss is |R^T D|^2 for errors D = W - W_hat. In a group that is |R_gg^T (W + R_gg^-T S - W_hat)|^2, where S is
+    what the errors of the groups before add to the group's coordinates.
+    """
+    errors = target[torch.cat([columns for _, columns in steps])]  # the weights of groups to come
+    codes, coefficients, norms = [], {}, []
+    blocks = diagonal_blocks(R, [len(columns) for _, columns in steps])
     start = 0
-    for group, columns in steps:
-        stop = start + len(columns)
-        block = slice(start, stop)
-        U_block = U[block, block]
-        codes[columns], coefficients[group], E = quantize_group(
-            weight[block], U_block, bits, iterations, alpha, dtype, starts
-        )
-        weight[stop:].addmm_(U[block, stop:].T, E, alpha=-1)
-        loss += E.square().sum(0)
-        start = stop
-    del weight
-    return codes, torch.stack([coefficients[group] for group in range(len(steps))]), loss
+    for (group, columns), U in zip(steps, blocks, strict=True):
+        block = slice(start, start + len(columns))
+        S = R[:start, block].T @ errors[:start]
+        weight = torch.addmm(errors[block], U.T, S)
+        code, coefficients[group], E = quantize_group(weight, U, bits, iterations, alpha, dtype, starts)
+        codes.append(code)
+        norms.append(torch.linalg.vector_norm(E, dim=0))
+        torch.mm(U.T, E - S, out=errors[block])
+        start = block.stop
+    del errors
+    natural = torch.cat([columns for _, columns in steps]).argsort()
+    loss = torch.stack(norms).square().sum(0)
+    return torch.cat(codes)[natural], torch.stack([coefficients[group] for group in range(len(steps))]), loss
+
+
+def diagonal_blocks(R: Tensor, sizes: list[int]) -> list[Tensor]:
+    """The inverses [g, g] of R's diagonal blocks of these sizes; those of one size in one operation."""
+    starts = [0, *itertools.accumulate(sizes)]
+    blocks = [R[start:stop, start:stop] for start, stop in itertools.pairwise(starts)]
+    inverses = {}
+    for size in set(sizes):
+        alike = torch.stack([block for block in blocks if len(block) == size])
+        inverse = torch.linalg.solve_triangular(alike, torch.eye(size, device=R.device), upper=True)
+        inverses[size] = iter(inverse.unbind())
+    return [next(inverses[size]) for size in sizes]
 
 
 def undamped(loss: Tensor, d: Tensor, W: Tensor, codes: Tensor, c: Tensor, group_size: int) -> Tensor:

@@ -15,7 +15,7 @@ from bpdq_kernels.format import Scheme
 from bpdq_kernels.layout import GROUP_SIZES, MAX_PLANES, coefficient_shape, plane_shape, to_tiles
 from bpdq_quantizer.algorithm.refine import CHUNK_ELEMENTS
 from bpdq_quantizer.errors import InputError
-from bpdq_quantizer.fit import kv_bytes
+from bpdq_quantizer.fit import hours, kv_bytes
 from bpdq_quantizer.fit.kv_bytes import KV_TYPES, Attention
 from bpdq_quantizer.model.activations import ACTIVATION_BYTES, windows_per_batch
 from bpdq_quantizer.model.opening import plain_skeleton
@@ -35,7 +35,6 @@ VOCABULARY_PADDING = 64  # model_executor/layers/vocab_parallel_embedding.py: DE
 DEFAULT_CONTEXT = 2048
 CALIBRATION = 128, 2048  # windows and their tokens, defaults of `bpdq quantize`
 MOST_BITS = Scheme(MAX_PLANES, GROUP_SIZES[0]).bits_per_weight
-CPU_SECONDS_PER_WEIGHT = 485 / 106e6
 
 ASSUMPTIONS = (
     f"CUDA sees {VISIBLE:.1%} of a card's nominal GiB (RTX 3090: 23.69 of 24); nothing else uses the card, no display",
@@ -50,8 +49,11 @@ ASSUMPTIONS = (
     f"beside the cache: FlashInfer {kv_bytes.FLASHINFER_WORKSPACE / GIB:.2f} GiB of workspace, TurboQuant one layer's "
     "16-bit cache",
     "one card, nothing offloaded; activations and unquantized tensors in 16 bits",
-    "time: SmolLM2-135M's 485 CPU s for 106 M weights and 32 x 512 calibration tokens, in proportion to the weights: "
-    "an extrapolation over sizes never tried; more calibration text takes longer",
+    f"time: {CALIBRATION[0]} x {CALIBRATION[1]} calibration tokens, the default solver, {hours.PASSES} forward passes "
+    "of each block; on a CPU what one core needs for each part (--probe: this one; else an EPYC of 2021, AVX2), "
+    f"on a GPU {hours.RTX_3090.name} by its data sheet: {hours.RTX_3090.half / 1e12:.0f} Tflop/s in 16 and "
+    f"{hours.RTX_3090.full / 1e12:.0f} in 32 bits, of which the solver's own loops are assumed to reach "
+    f"{hours.RTX_3090.share:.0%}, {hours.RTX_3090.bytes / 1e9:.0f} GB/s, {hours.RTX_3090.launch * 1e6:.0f} us a launch",
     "memory to quantize, without Python's and torch's own: on the device a block twice, four fp32 matrices [K, K] and "
     f"[N, K] of the largest stage, {4 * 4 * CHUNK_ELEMENTS / GIB:.0f} GiB to refine, {ACTIVATION_BYTES / GIB:.0f} GiB "
     "of activations; on the host the embedding, the head, a block and, without --offload-dir, the hidden states of "
@@ -104,11 +106,13 @@ def plan(
     head_bits: int | None = None,
     gpu_memory: float = 24,
     context: int | None = None,
+    probe: bool = False,
 ) -> dict[str, Any]:
     """Bytes of the BPDQ checkpoint of `model` (folder, config.json or hub id), and how vLLM would serve it on a card.
 
     embed_bits, head_bits: bit-planes of the embedding and LM head, None for 16 bits; tied ones need to name but one.
-    gpu_memory: nominal GiB; context: tokens that a request must be able to take, 2048 by default.
+    gpu_memory: nominal GiB; context: tokens that a request must be able to take, 2048 by default; probe: measure this
+    CPU for the hours that quantizing takes, some seconds.
     Raises InputError for a model that can't be planned, and for one that doesn't fit.
     """
     m = read_model(model)
@@ -151,7 +155,7 @@ def plan(
         "kv_cache_dtype": kv_type,
         "fill_bpw": fill_bpw(m, settings, kv_type),
         "serve_command": serve_command(model, m, settings, kv_type, eager),
-        "quantize_cpu_seconds": CPU_SECONDS_PER_WEIGHT * sum(n * k for n, k in m.linears),
+        **quantize_seconds(m, scheme, hours.probe(bits, group_size) if probe else hours.EPYC),
         "quantize_device_bytes": quantize_device_bytes(m),
         "quantize_host_bytes": quantize_host_bytes(m),
         "assumptions": list(ASSUMPTIONS),
@@ -309,6 +313,16 @@ def serve_command(model: str, m: Model, settings: Settings, kv_type: str, eager:
         flags["--kv-cache-dtype"] = kv_type
     parts = [f"vllm serve ./{name}-bpdq", *(f"{flag} {value}" for flag, value in flags.items())]
     return " ".join([*parts, *(["--enforce-eager"] if eager else [])])
+
+
+def quantize_seconds(m: Model, scheme: Scheme, rates: hours.Rates) -> dict[str, float]:
+    """What `bpdq quantize` takes by default: `quantize_cpu_seconds` of one core, `quantize_gpu_seconds` of a card."""
+    hidden = m.embedding[1]
+    block = hours.Block(m.stages, [k for _, k in m.stages] + [hidden])  # attention's output has a Hessian of its own
+    tokens, blocks = prod(CALIBRATION), m.attention.layers
+    work = hours.block_work(block, scheme.bits, scheme.group_size, tokens)
+    card = hours.card_seconds(block, scheme.bits, scheme.group_size, tokens, hours.RTX_3090)
+    return {"quantize_cpu_seconds": blocks * hours.seconds(work, rates), "quantize_gpu_seconds": blocks * card}
 
 
 def quantize_device_bytes(m: Model, gpu: bool = True) -> int:
