@@ -19,7 +19,6 @@ from bpdq_quantizer.cli import main
 from bpdq_quantizer.fit.plan import (
     MOST_BITS,
     Settings,
-    _tiled_bytes,
     budget,
     needed,
     plan,
@@ -99,7 +98,7 @@ def test_bytes_of_a_layer(n, k, bits, group):
     scheme = Scheme(bits, group)
     B, c = round_to_planes(torch.randn(n, k), bits, group, torch.bfloat16)
     assert scheme.stored_bytes(n, k) == B.nbytes + c.nbytes
-    assert _tiled_bytes(n, k, scheme) == sum(t.nbytes for t in to_tiles(B, c, group, torch.bfloat16))
+    assert scheme.tiled_bytes(n, k) == sum(t.nbytes for t in to_tiles(B, c, group, torch.bfloat16))
 
 
 def row_bytes(k, words, groups):

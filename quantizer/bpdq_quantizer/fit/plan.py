@@ -1,7 +1,7 @@
 """What a model will weigh in bit-planes, and what then fits on a card under vLLM, from its config.json alone."""
 
 from collections import defaultdict
-from functools import cache, reduce
+from functools import reduce
 from itertools import count
 from math import ceil, floor, inf, prod
 from pathlib import Path
@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from bpdq_kernels.format import Scheme
-from bpdq_kernels.layout import GROUP_SIZES, MAX_PLANES, coefficient_shape, plane_shape, to_tiles
+from bpdq_kernels.layout import GROUP_SIZES, MAX_PLANES
 from bpdq_quantizer.algorithm.refine import CHUNK_ELEMENTS
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.fit import hours, kv_bytes
@@ -79,7 +79,7 @@ class Model(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """scheme: of the Linears; embedding and head: of the tables, None for 16 bits; gpu_memory in GiB."""
+    """scheme: of the Linears; embedding and head: None for 16 bits; gpu_memory in GiB."""
 
     scheme: Scheme
     embedding: Scheme | None
@@ -173,7 +173,7 @@ def read_model(model: str) -> Model:
     tied = set(skeleton.all_tied_weights_keys)
     head_is_tied = bool(config.get_text_config(decoder=True).tie_word_embeddings)
     state = {name: t for name, t in skeleton.state_dict().items() if name not in tied}
-    tables = embedding.numel() + (0 if head_is_tied else head.numel())
+    embeddings = embedding.numel() + (0 if head_is_tied else head.numel())
     quantized = sum(n * k for n, k in linears)
     return Model(
         architecture=type(skeleton).__name__,
@@ -181,7 +181,7 @@ def read_model(model: str) -> Model:
         stages=_stages(blocks[0]),
         embedding=tuple(embedding.shape),
         head=None if head_is_tied else tuple(head.shape),
-        others=sum(t.numel() for t in state.values()) - tables - quantized,
+        others=sum(t.numel() for t in state.values()) - embeddings - quantized,
         itemsize=(config.dtype or torch.bfloat16).itemsize,  # GGUF files and some old configs don't say
         attention=_attention(model, skeleton),
         max_positions=config.get_text_config(decoder=True).max_position_embeddings,
@@ -218,34 +218,26 @@ def _attention(model: str, skeleton: PreTrainedModel) -> Attention:
 
 def checkpoint_bytes(m: Model, settings: Settings) -> Weights:
     """What `bpdq quantize` writes: planes and coefficients, everything else in the model's dtype."""
-    return _weights(m, settings, lambda n, k, scheme: scheme.stored_bytes(n, k), m.itemsize, lambda n: n)
+    return _weights(m, settings, Scheme.stored_bytes, m.itemsize, lambda n: n)
 
 
 def card_bytes(m: Model, settings: Settings) -> Weights:
     """The same in the arrangement of the CUDA kernels, vocabularies padded, everything else in 16 bits. Layers that
     vLLM fuses are padded one by one here, an upper bound where their outputs are no multiples of 64."""
-    return _weights(m, settings, _tiled_bytes, 2, lambda n: -(-n // VOCABULARY_PADDING) * VOCABULARY_PADDING)
+    return _weights(m, settings, Scheme.tiled_bytes, 2, lambda n: -(-n // VOCABULARY_PADDING) * VOCABULARY_PADDING)
 
 
 def _weights(m: Model, settings: Settings, packed: Any, itemsize: int, padded: Any) -> Weights:
-    def table(shape: tuple[int, int], scheme: Scheme | None) -> int:
+    def embedding(shape: tuple[int, int], scheme: Scheme | None) -> int:
         n, k = padded(shape[0]), shape[1]
-        return n * k * itemsize if scheme is None else packed(n, k, scheme)
+        return n * k * itemsize if scheme is None else packed(scheme, n, k)
 
     return Weights(
-        linear=sum(packed(n, k, settings.scheme) for n, k in m.linears),
-        embedding=table(m.embedding, settings.embedding),
-        head=0 if m.head is None else table(m.head, settings.head),
+        linear=sum(packed(settings.scheme, n, k) for n, k in m.linears),
+        embedding=embedding(m.embedding, settings.embedding),
+        head=0 if m.head is None else embedding(m.head, settings.head),
         other=m.others * itemsize,
     )
-
-
-@cache
-def _tiled_bytes(out_features: int, in_features: int, scheme: Scheme) -> int:
-    planes = torch.empty(plane_shape(in_features, out_features, scheme.bits), dtype=torch.int32, device="meta")
-    shape = coefficient_shape(in_features, out_features, scheme.bits, scheme.group_size)
-    tiles = to_tiles(planes, torch.empty(shape, device="meta"), scheme.group_size, torch.bfloat16)
-    return sum(t.nbytes for t in tiles)
 
 
 def utilization(gpu_memory: float) -> float:
@@ -345,7 +337,7 @@ def quantize_host_bytes(m: Model, calibration: tuple[int, int] = CALIBRATION, pa
 
     calibration: windows and their tokens; page_locked: as with a GPU, where each batch takes a power of two bytes.
     """
-    tables = prod(m.embedding) + (0 if m.head is None else prod(m.head))
+    embeddings = prod(m.embedding) + (0 if m.head is None else prod(m.head))
     block = m.linears[: len(m.linears) // m.attention.layers]
     (windows, length), hidden_size = calibration, m.embedding[1]
     batch = windows_per_batch(length, hidden_size, sum(n for n, _ in block), m.itemsize)
@@ -353,12 +345,12 @@ def quantize_host_bytes(m: Model, calibration: tuple[int, int] = CALIBRATION, pa
     states = [m.itemsize * count * length * hidden_size for count in batches]
     if page_locked:
         states = [1 << (size - 1).bit_length() for size in states]
-    return m.itemsize * (tables + sum(n * k for n, k in block)) + 2 * sum(states)
+    return m.itemsize * (embeddings + sum(n * k for n, k in block)) + 2 * sum(states)
 
 
-def _four_bit_tables(settings: Settings) -> Settings:
-    tables = Scheme(4, settings.scheme.group_size)
-    return settings._replace(embedding=tables, head=tables)
+def _four_bit_embeddings(settings: Settings) -> Settings:
+    four = Scheme(4, settings.scheme.group_size)
+    return settings._replace(embedding=four, head=four)
 
 
 def _largest_groups(settings: Settings) -> Settings:
@@ -375,7 +367,7 @@ def _shortage(m: Model, settings: Settings) -> str:
     """Why nothing fits, and what would: single changes, or else all of them together."""
     changes = {}
     if settings.embedding is None or (m.head is not None and settings.head is None):
-        changes["--embed-bits 4 --head-bits 4"] = _four_bit_tables
+        changes["--embed-bits 4 --head-bits 4"] = _four_bit_embeddings
     if settings.scheme.group_size < GROUP_SIZES[-1]:
         changes[f"--group-size {GROUP_SIZES[-1]}"] = _largest_groups
     if settings.scheme.bits > 2:  # at 1 bit no model is of use
