@@ -17,7 +17,7 @@ from benchmarks.random_models import STD, generator
 from benchmarks.shapes import Model
 from bpdq_kernels.format import Scheme
 from bpdq_quantizer.algorithm.groups import descend_group, quantize_group
-from bpdq_quantizer.algorithm.hessian import accumulate, accumulate_shift, inverse_factor, symmetrize
+from bpdq_quantizer.algorithm.hessian import accumulate, accumulate_shift, inverse_factor, symmetrize, upper_factor
 from bpdq_quantizer.algorithm.refine import refine, rows_at_once
 from bpdq_quantizer.algorithm.solver import STARTS, quantize_linear
 from bpdq_quantizer.fit.plan import stage_bytes
@@ -97,7 +97,7 @@ def measure_pieces(models: dict[str, Model], device: str) -> tuple[Pieces, Row]:
     launch_refinement(small, 64, device)
     for k in inputs:
         H, pieces.token[k] = random_hessian(k, device, windows, window)
-        pieces.factor[k] = timed(partial(inverse_factor, H, torch.arange(k, device=device), SOLVER["damping"]))
+        pieces.factor[k] = timed(partial(upper_factor, H, torch.arange(k, device=device), SOLVER["damping"]))
         rows = min(rows_at_once(k, WIDTH), max(layer.out_features for layer in layers if layer.in_features == k))
         if k <= REFINED_INPUTS:
             pieces.refine[k] = timed(partial(launch_refinement, H, rows, device))

@@ -658,7 +658,7 @@ struct Descent {
   /* What all rows share in a sweep over the group whose first part is i; columns up to `known` have changes. */
   void prepare(int i, int known) {
     const int group = parts[i].group, start = parts[i].start, g = std::min(group_size, K - start);
-#pragma omp for
+#pragma omp for nowait
     for (int t = 0; t < known; ++t)
       for (int j = i; j < (int)parts.size() && parts[j].group == group; ++j) {
         Floats* to = panels.data() + ((int64_t)(j - i) * K + t) * WIDES;
