@@ -13,10 +13,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bpdq_quantizer
 from bpdq_kernels.format import Scheme
+from bpdq_quantizer.algorithm.grid import range_start
+from bpdq_quantizer.algorithm.solver import quantize_linear
 from bpdq_quantizer.checkpoint.inspection import inspect
 from bpdq_quantizer.checkpoint.picture import draw
 from bpdq_quantizer.cli import main
 from bpdq_quantizer.model.stream import open_model
+from bpdq_quantizer.passes import sensitivity
 from bpdq_quantizer.passes.allocate import allocate, hull, parse_size, stage_bytes
 from bpdq_quantizer.passes.sensitivity import SCHEMES, Stage, gradient_energies, sensitivities
 from bpdq_quantizer.run import steps
@@ -131,6 +134,16 @@ def test_gradients_are_those_of_the_whole_model(arch, tokens, tmp_path):
     for name, energy in energies.items():
         torch.testing.assert_close(energy, expected[name], rtol=1e-3, atol=1e-7)
     assert all(p.is_meta for p in source.blocks.parameters()), "a block that was passed takes no memory"
+
+
+def test_losses_of_sampled_rows_are_those_of_the_solver():
+    generator = torch.Generator().manual_seed(5)
+    W, X = torch.randn(8, 96, generator=generator), torch.randn(400, 96, generator=generator)
+    H = 2 * (X * torch.linspace(0.2, 2, 96)).T @ (X * torch.linspace(0.2, 2, 96)) / len(X)
+    options = {"iterations": sensitivity.ITERATIONS, "refinements": 0, "starts": (range_start,)}
+    for scheme, loss in sensitivity.try_schemes(W, H, 1e-6, 0.01):
+        expected = quantize_linear(W, H, scheme.bits, scheme.group_size, **options).loss
+        torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_costs_of_every_scheme_fall_with_bits(folder, tokens):

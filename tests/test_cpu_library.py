@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from bpdq_kernels import cpu
-from bpdq_kernels.compiled import compile_library, instruction_set
+from bpdq_kernels.compiled import compile_library, instruction_set, load_library
 
 pytestmark = pytest.mark.skipif(cpu.library() is None, reason="no C++ compiler")
 
@@ -206,3 +206,11 @@ def test_processes_that_start_together_share_one_library(tmp_path):
     built = library.stat().st_mtime_ns
     assert start(tmp_path).wait() == 0
     assert library.stat().st_mtime_ns == built
+
+
+def test_a_changed_header_is_compiled_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "sum.cpp").write_text('#include "sum_two.h"\nextern "C" int two() { return TWO; }\n')
+    for value in (2, 3):
+        (tmp_path / "sum_two.h").write_text(f"#define TWO {value}\n")
+        assert load_library(tmp_path / "sum.cpp", "portable").two() == value

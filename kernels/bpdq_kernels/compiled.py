@@ -37,7 +37,7 @@ def instruction_set() -> str:
 @contextmanager
 def compile_library(source: Path, isa: str, macros: Sequence[str] = ()) -> Iterator[Path]:
     """Path, for as long as the context lasts, of `source` for one of FLAGS, with `macros` (`-DNAME=VALUE`): that of the
-    cache folder if it is whole.
+    cache folder if it is whole. Of a source NAME.cpp, the headers NAME_*.h beside it are a part.
 
     Raises OSError, ValueError (CXX) or CalledProcessError; PermissionError for a cache that others can write. Of
     processes that start together, one compiles and the others wait.
@@ -46,7 +46,9 @@ def compile_library(source: Path, isa: str, macros: Sequence[str] = ()) -> Itera
     # and settings are then ours
     flags = ["-O3", "-fno-tree-vectorize", "-std=c++17", "-fPIC", "-fopenmp", *FLAGS[isa], *macros]
     compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
-    key = hashlib.sha256(source.read_bytes() + shlex.join([*compiler, *flags]).encode()).hexdigest()[:16]
+    headers = sorted(source.parent.glob(f"{source.stem}_*.h"))
+    content = b"".join(file.read_bytes() for file in (source, *headers))
+    key = hashlib.sha256(content + shlex.join([*compiler, *flags]).encode()).hexdigest()[:16]
     with ExitStack() as stack:
         folder = _cache_folder() or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         library = folder / f"{source.stem}-{isa}-{key}.so"

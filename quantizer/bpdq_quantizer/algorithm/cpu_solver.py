@@ -1,4 +1,4 @@
-"""The solver's loops over columns on a CPU: cpu_solver.cpp, compiled for this machine at first use.
+"""The solver's loops over columns on a CPU: cpu_solver.cpp and its headers, compiled for this machine at first use.
 
 Same signatures and, but for the order of sums in fp32, same results as `grid.quantize_group` and
 `equations.solve_jointly`, and as `refine.descend_in_torch`, which are the readable form and run where there is no
@@ -13,11 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bpdq_kernels.compiled import library_or_none, load_library
+from bpdq_kernels.compiled import DTYPE_CODES, library_or_none, load_library
 from bpdq_quantizer.algorithm.grid import Start, paper_start, range_start, residual_start
 
 _SOURCE = Path(__file__).with_name("cpu_solver.cpp")
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum Dtype
 _STARTS = {paper_start: 0, range_start: 1, residual_start: 2}  # enum Start
 
 
@@ -66,7 +65,7 @@ def quantize_group(
     tensors = [tensor.data_ptr() for tensor in (W, spread, whiten, ones, weight)]
     outputs = [tensor.data_ptr() for tensor in (codes, c, E)]
     solve = library().bpdq_quantize_group
-    solve(g, N, bits, *tensors, iterations, alpha, _DTYPES[dtype], kinds, len(starts), *outputs)
+    solve(g, N, bits, *tensors, iterations, alpha, DTYPE_CODES[dtype], kinds, len(starts), *outputs)
     return codes, c, E
 
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from bpdq_kernels.format import Scheme
 from bpdq_kernels.layout import GROUP_SIZES, MAX_PLANES
 from bpdq_quantizer.algorithm.grid import range_start
-from bpdq_quantizer.algorithm.hessian import accumulate, inverse_factor, live_mean, symmetrize
+from bpdq_quantizer.algorithm.hessian import accumulate, live_mean, symmetrize, upper_factor
 from bpdq_quantizer.algorithm.order import group_aware_order
 from bpdq_quantizer.algorithm.solver import one_pass, undamped, used_inputs
 from bpdq_quantizer.model.activations import block_inputs, embed, find_stages, head_inputs, run_batches, run_block
@@ -160,10 +160,10 @@ def try_schemes(W: Tensor, H: Tensor, alpha: float, damping: float) -> list[tupl
     found = []
     for group_size in GROUP_SIZES:
         steps = group_aware_order(H.diagonal(), group_size)
-        U, used = inverse_factor(H, torch.cat([columns for _, columns in steps]), damping)
+        R, used = upper_factor(H, torch.cat([columns for _, columns in steps]), damping)
         d = used * live_mean(H.diagonal())
         for bits in range(1, MAX_PLANES + 1):
-            codes, c, loss = one_pass(target, U, steps, bits, ITERATIONS, alpha, torch.bfloat16, (range_start,))
+            codes, c, loss = one_pass(target, R, steps, bits, ITERATIONS, alpha, torch.bfloat16, (range_start,))
             found.append((Scheme(bits, group_size), undamped(loss, d, target, codes, c, group_size)))
     return found
 
