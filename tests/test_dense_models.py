@@ -31,6 +31,7 @@ WORKING = {
     "mpt": {"d_model": 64, "n_layers": 2, "n_heads": 4},
     "gpt_bigcode": GPT,  # initialization that reads `.weight`
     "nanochat": SIZES,
+    "ctrl": GPT | {"dff": 96},  # positions in a tensor that is neither module nor buffer
 }  # fmt: skip
 REFUSED = {
     "bloom": {"hidden_size": 64, "n_layer": 2, "n_head": 4},
@@ -98,3 +99,11 @@ def test_it_is_refused_by_name_before_any_work(tmp_path, text, arch, message, mo
     monkeypatch.setattr(prepare, "begin", None)
     with pytest.raises(InputError, match=message):
         bpdq_quantizer.quantize(model(tmp_path / "model", arch), tmp_path / "out", calibration=text, **QUICK)
+
+
+def test_a_window_that_it_cannot_take_is_named_before_any_work(tmp_path, text, monkeypatch):
+    monkeypatch.setattr(prepare, "begin", None)
+    with pytest.raises(InputError, match="--seq-len 65: CTRLLMHeadModel can't take it"):
+        bpdq_quantizer.quantize(
+            model(tmp_path / "model", "ctrl"), tmp_path / "out", calibration=text, **QUICK | {"seq_len": 65}
+        )

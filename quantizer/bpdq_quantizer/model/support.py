@@ -23,11 +23,13 @@ def check_dense(prefix: str, blocks: nn.ModuleList) -> None:
 
 
 @torch.no_grad()
-def check_blocks(source: Streamed) -> None:
-    """Try, on the CPU, one block of each kind with two windows of two tokens, in the way in which calibration runs it.
+def check_blocks(source: Streamed, tokens: Tensor) -> None:
+    """Try, on the CPU, one block of each kind with two windows of two tokens, in the way in which calibration runs it,
+    and what is in front of the blocks with the first of the windows `tokens` [W, L].
 
     Raises InputError, which names the architecture and the block, where it does not run by itself, depends on the
-    number of windows (Bloom), or does not reach each weight that is to be solved once; see also `check_dense`.
+    number of windows (Bloom), or does not reach each weight that is to be solved once, or where a window is too long;
+    see also `check_dense`.
     """
     check_dense(source.prefix, source.blocks)
     architecture = type(source.model).__name__
@@ -50,6 +52,10 @@ def check_blocks(source: Streamed) -> None:
         except Exception as e:
             raise InputError(f"{architecture}: {source.prefix}.{index} can't be quantized ({e}): not supported") from e
         drop_block(block)
+    try:
+        block_inputs(source.model, source.blocks, tokens[:1])
+    except Exception as e:  # CTRL, of a position beyond its last
+        raise InputError(f"--seq-len {tokens.shape[1]}: {architecture} can't take it ({e}): lower it") from e
 
 
 def tied_bits(embed_bits: int | None, head_bits: int | None) -> int | None:
