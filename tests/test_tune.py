@@ -231,7 +231,7 @@ def tuned(folder, tmp_path_factory):
     ("damaged", "said"),
     [
         (None, None),
-        ("resume/tuning.safetensors", "tuning starts again"),
+        ("resume/tuning.safetensors", "starting again from the first block"),
         ("resume/teacher.safetensors", "running the 16-bit model again"),
         ("resume/tuned.json", "starting again from the first block"),
         ("model-00002-of-00003.safetensors", "starting again from the first block"),
@@ -251,6 +251,19 @@ def test_a_run_that_stops_between_tuned_blocks_goes_on_to_the_same_tensors(
     again = [line for line in capsys.readouterr().err.splitlines() if " again" in line]
     assert len(again) == (said is not None)
     assert said is None or (str(left / damaged) in again[0] and again[0].endswith(said))
+
+
+def test_tuning_starts_again_where_its_state_is_damaged(folder, tuned, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        stop_after(1, patch)
+        with pytest.raises(KeyboardInterrupt):
+            bpdq_quantizer.quantize(str(folder / "model"), tmp_path / "out", **quick(folder))
+    state = tmp_path / "out.partial" / "resume" / "tuning.safetensors"
+    state.write_bytes(state.read_bytes()[:-7])
+    bpdq_quantizer.quantize(str(folder / "model"), tmp_path / "out", **quick(folder), resume=True)
+    tensors = [{f.name: f.read_bytes() for f in path.glob("model*")} for path in (tuned / "whole", tmp_path / "out")]
+    assert tensors[0] == tensors[1]
+    assert "tuning starts again" in capsys.readouterr().err
 
 
 def test_one_window_is_too_few(folder, tmp_path):

@@ -47,9 +47,12 @@ def _check_blocks(folder: RunFolder) -> None:
     progress, tuned = load_progress(folder.path, folder.offload), tuned_blocks(folder.path)
     if progress.states is None and any((resume / name).is_file() for name in BLOCKS[2:]):
         raise DamagedError(f"{resume / BLOCKS[0]} is missing")
+    found = {name: combined(stored_digests(folder.path / name)) for name in progress.blocks}
     for name, digest in progress.blocks.items():
-        if combined(stored_digests(folder.path / name)) not in (digest, tuned.get(name)):
+        if found[name] not in (digest, tuned.get(name)):
             raise DamagedError(f"{folder.path / name} is damaged")
+    if found != progress.blocks:  # some are tuned, which can't be done again from those
+        read_sealed(resume / "tuning.safetensors")
     for stream in progress.states[1:] if progress.states else ():
         if isinstance(stream, Offloaded):
             for name in stream.names:
