@@ -136,9 +136,8 @@ def test_files_of_the_users_own_stay_in_the_folder_of_the_states(root, tmp_path)
 
 def test_a_folder_that_can_not_be_written_is_named(root, tmp_path):
     (tmp_path / "file").write_text("")
-    for name in ("file", "null\0"):
-        with pytest.raises(bpdq_quantizer.InputError, match=rf"--offload-dir .*/{name} can't be written"):
-            quantize(root, tmp_path / "out", offload_dir=str(tmp_path / name))
+    with pytest.raises(bpdq_quantizer.InputError, match=r"--offload-dir .*/file can't be written"):
+        quantize(root, tmp_path / "out", offload_dir=str(tmp_path / "file"))
     assert not (tmp_path / "out.partial").exists()
 
 

@@ -70,6 +70,8 @@ def test_a_path_of_bytes_becomes_a_string(tmp_path):
         ("ignore", [""], "expected a list of texts"),
         ("model", 3, "MODEL 3: expected a path or a name"),
         ("model", "", "MODEL : expected a path or a name"),
+        ("calibration", "a\0b.txt", "--calibration a\0b.txt: expected a path or a name"),
+        ("calibration", "\ud800.txt", "--calibration .*: expected a path or a name"),
         ("output", "", "--output : expected the name of a folder that is to be created"),
         ("output", 3, "--output 3: expected a path or a name"),
         ("calibration", None, "--calibration None: expected a path or a name"),

@@ -78,7 +78,7 @@ def checked(of: Field, value: Any) -> Any:
         met, words = met and value in about.choices, " or ".join(about.choices)
     elif met and kind is PathName:
         value, words = os.fsdecode(value), about.expected or words
-        met = value != ""
+        met = value != "" and _is_path(value)
     elif met and kind == list[str]:
         value, met = list(value), all(isinstance(part, str) and part for part in value)
     elif met and kind in (int, float):
@@ -87,6 +87,14 @@ def checked(of: Field, value: Any) -> Any:
     if not met:
         raise InputError(f"{flag(of)} {value}: expected {words}")
     return value
+
+
+def _is_path(name: str) -> bool:
+    """Whether the system takes it: it holds no null character, nor half of a surrogate pair."""
+    try:
+        return b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
 
 
 def annotation(of: Field) -> Any:

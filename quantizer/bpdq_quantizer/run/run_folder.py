@@ -220,7 +220,7 @@ def _offload_folder(directory: str | None, output: Path, kept: bool) -> Path | N
         folder.mkdir(parents=True, exist_ok=True)
         for file in [] if kept else state_files(folder):
             file.unlink()
-    except (OSError, ValueError) as e:
+    except OSError as e:
         raise InputError(f"--offload-dir {directory} can't be written: {e}") from None
     return folder
 
