@@ -1,6 +1,7 @@
 """The options of `bpdq quantize`: the same ones wherever they are shown, and one sentence for what can't be used."""
 
 import inspect
+import os
 from dataclasses import MISSING, fields
 from pathlib import Path
 
@@ -36,6 +37,12 @@ def test_paths_become_strings():
     assert {name: found[name] for name in given} == {name: str(value) for name, value in given.items()}
 
 
+def test_a_path_of_bytes_becomes_a_string(tmp_path):
+    (tmp_path / "m").mkdir()
+    (entry,) = os.scandir(os.fsencode(tmp_path))
+    assert resolved(**GIVEN | {"model": entry}).files.model == str(tmp_path / "m")
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
@@ -55,12 +62,16 @@ def test_paths_become_strings():
         ("asymmetric", "much", "--asymmetric much: expected a number"),
         ("asymmetric", float("nan"), "--asymmetric nan: expected 0 .off. to 1"),
         ("target_bpw", float("inf"), "--target-bpw inf: expected bits per weight"),
+        ("target_bpw", 10**400, "--target-bpw 10+: expected bits per weight"),
+        ("asymmetric", -(10**400), "--asymmetric -10+: expected 0 .off. to 1"),
         ("target_size", 10, "--target-size 10: expected text"),
         ("kv_cache_scales", "no", "--kv-cache-scales no: expected True or False"),
         ("ignore", "lm_head", "--ignore lm_head: expected a list of texts"),
         ("ignore", [""], "expected a list of texts"),
         ("model", 3, "MODEL 3: expected a path or a name"),
         ("model", "", "MODEL : expected a path or a name"),
+        ("calibration", "a\0b.txt", "--calibration a\0b.txt: expected a path or a name"),
+        ("calibration", "\ud800.txt", "--calibration .*: expected a path or a name"),
         ("output", "", "--output : expected the name of a folder that is to be created"),
         ("output", 3, "--output 3: expected a path or a name"),
         ("calibration", None, "--calibration None: expected a path or a name"),

@@ -198,7 +198,8 @@ def test_vllm_takes_it(quantized):
     [
         (["model.layers.0.mlp.gate"], "--ignore model.layers.0.mlp.gate: no Linear of the blocks has such a name"),
         (["re:.*"], "nothing is left to quantize"),
-        (["re:("], "not a regular expression"),
+        (["re:("], "--ignore: the pattern '.' is not a regular expression"),
+        (["re:(.*.*)*" + "x" * 1000], "--ignore: the pattern .* is too complex"),
     ],
 )
 def test_what_cannot_be_ignored_is_named_before_any_work(model, tmp_path, text, ignore, message):

@@ -73,7 +73,11 @@ def leave_alone(source: Streamed, targets: Iterable[str]) -> Streamed:
     """The same with `left_alone`; raises InputError for a target of which nothing is left alone, or if all is."""
     weights = solved(source)
     for target in targets:
-        if not any(patterns.matches(name, target) for name in weights):
+        try:
+            found = [name for name in weights if patterns.matches(name, target)]
+        except InputError as e:
+            raise InputError(f"--ignore: {e}") from None
+        if not found:
             raise InputError(
                 f"--ignore {target}: no Linear of the blocks has such a name, they are like {next(iter(weights))}"
             )

@@ -22,7 +22,7 @@ UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**2
 
 def parse_size(size: str) -> int:
     """Bytes of `20GiB`, `1.5 GB` or `93000000`; raises InputError for anything else."""
-    found = re.fullmatch(rf"(\d+(?:\.\d+)?)\s*({'|'.join(UNITS)})", size.strip())
+    found = re.fullmatch(rf"(\d{{1,30}}(?:\.\d{{1,30}})?)\s*({'|'.join(UNITS)})", size.strip())
     if found is None:
         raise InputError(f"--target-size {size}: expected a number and a unit of {', '.join(filter(None, UNITS))}")
     return int(float(found[1]) * UNITS[found[2]])

@@ -77,16 +77,24 @@ def checked(of: Field, value: Any) -> Any:
     if about.choices:
         met, words = met and value in about.choices, " or ".join(about.choices)
     elif met and kind is PathName:
-        value, words = os.fspath(value), about.expected or words
-        met = value != ""
+        value, words = os.fsdecode(value), about.expected or words
+        met = value != "" and _is_path(value)
     elif met and kind == list[str]:
         value, met = list(value), all(isinstance(part, str) and part for part in value)
     elif met and kind in (int, float):
-        value, words = kind(value), about.expected or "{} to {}".format(*about.within)
-        met = about.within[0] <= value <= about.within[1]
+        words, met = about.expected or "{} to {}".format(*about.within), about.within[0] <= value <= about.within[1]
+        value = kind(value) if met else value
     if not met:
         raise InputError(f"{flag(of)} {value}: expected {words}")
     return value
+
+
+def _is_path(name: str) -> bool:
+    """Whether the system takes it: it holds no null character, nor half of a surrogate pair."""
+    try:
+        return b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
 
 
 def annotation(of: Field) -> Any:
