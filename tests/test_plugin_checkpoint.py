@@ -85,6 +85,7 @@ def test_files_of_the_hub_are_found_in_its_cache(folders, tmp_path, monkeypatch)
 
 def test_the_checkpoint_of_the_gpu_check_is_whole(tmp_path):
     folder = tmp_path / "tiny"
+    vllm_bpdq.register()
     benchmarks.gpu_vllm.write_tiny_checkpoint(folder)
     config = ModelConfig(model=str(folder), skip_tokenizer_init=True).hf_config
     check_folder(folder, config, BPDQConfig.from_config(config.quantization_config).format)
