@@ -27,6 +27,7 @@ from benchmarks.random_models import CONFIGS, generator, materialize, write_conf
 from benchmarks.random_planes import random_planes
 from bpdq_kernels import dequantize, linear, prepare
 from bpdq_kernels.format import Scheme
+from bpdq_kernels.layout import Stored
 from bpdq_quantizer.fit import kv_bytes, plan
 from bpdq_quantizer.model.opening import plain_skeleton
 from bpdq_quantizer.model.stream import decoder_blocks
@@ -117,7 +118,7 @@ def build(config: Path, way: str, device: str) -> PreTrainedModel:
         outputs, inputs = weight.shape
         B, c = random_planes(outputs, inputs, SCHEME, random)
         if way == "stored":
-            weight.replace(B, c, SCHEME.group_size)
+            weight.replace(Stored(B, c), SCHEME.group_size)
         elif way == "tiled":
             model.set_submodule(name, TiledLinear(B, c, inputs, weight.linear.bias))
         else:

@@ -121,6 +121,6 @@ def test_rows_can_be_read_back_as_stored(k, group, n, in_features):
     """For embeddings, which pick rows."""
     B, c = random_layer(k, group, n, in_features)
     rows = torch.randint(0, n, (9,))
-    B_rows, c_rows = cpu.stored_rows(*cpu.prepare(B, c, group), group, rows)
+    B_rows, c_rows, _ = cpu.stored_rows(*cpu.prepare(B, c, group), group, rows)
     assert torch.equal(B_rows, B[:, :, rows])
     assert torch.equal(c_rows, c[:, :, rows])

@@ -128,8 +128,8 @@ def test_a_table_solved_in_chunks_is_the_table_solved_at_once(rows, width, bits,
     solve = partial(quantize_linear, iterations=2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(embeddings, "CHUNK_ELEMENTS", at_once * width)
-        B, c, loss, energy, _ = embeddings.solve_rows("table", W, H, Scheme(bits, group_size), solve)
-    D = W.float() - dequantize(B, c, group_size, width)
+        layer, loss, energy, _ = embeddings.solve_rows("table", W, H, Scheme(bits, group_size), solve)
+    D = W.float() - dequantize(layer.B, layer.c, group_size, width)
     assert loss == pytest.approx(((D @ H) * D).sum().item(), rel=1e-3)
     assert energy == pytest.approx(((W.float() @ H) * W).sum().item(), rel=1e-3)
     whole = quantize_linear(W, H, bits, group_size, iterations=2)

@@ -53,7 +53,7 @@ def test_gradients_are_those_of_plain_autograd_on_dense_weights(k, group_size, i
     gen = torch.Generator().manual_seed(k)
     codes = torch.randint(0, 2, (k, 24, in_features), generator=gen)
     c = torch.randn(-(-in_features // group_size), k + 1, 24, generator=gen)
-    layer = TunableLinear(BPDQLinear(layout.pack(codes), c, group_size, in_features, None))
+    layer = TunableLinear(BPDQLinear(layout.Stored(layout.pack(codes), c), group_size, in_features, None))
     x, x_plain = (torch.randn(2, 7, in_features, generator=gen.manual_seed(1), requires_grad=True) for _ in range(2))
     weight = torch.randn(2, 7, 24, generator=gen)
     y = layer(x)
@@ -73,7 +73,7 @@ def test_gradients_are_those_of_plain_autograd_on_dense_weights(k, group_size, i
 def test_a_layer_goes_through_tuning_unchanged_if_nothing_is_tuned():
     codes = torch.randint(0, 2, (2, 8, 64))
     c = torch.randn(1, 3, 8).bfloat16()
-    layer = BPDQLinear(layout.pack(codes), c, 64, 64, None)
+    layer = BPDQLinear(layout.Stored(layout.pack(codes), c), 64, 64, None)
     model = torch.nn.Sequential(layer)
     make_packed(model, make_tunable(model))
     again = model[0]

@@ -116,7 +116,7 @@ def test_no_batch_needs_a_kernel_that_loading_does_not_compile(
     requested.clear()
     x = torch.zeros(4096, layer.K, dtype=layer.dtype)
     for tokens in sorted({*range(1, 70), *range(128, 4097, 64), *range(129, 4097, 64)}):
-        tiled_linear.tiled_linear(x[:tokens], layout.Tiles(*prepared[:3]), layer.N, layer.group, b)
+        tiled_linear.tiled_linear(x[:tokens], layout.Tiles(*prepared[:4]), layer.N, layer.group, b)
     assert {kernel for kernel, _ in requested} == {"gemv_kernel", "gemm_kernel", "dequantize_kernel"}
     assert requested <= ahead
 
@@ -130,7 +130,7 @@ def test_no_view_of_the_activations_needs_a_kernel_of_its_own(layer: Layer, requ
     for start in (0, 1, 8):
         for tokens in (1, 2, 70):
             x = wide[:tokens, start : start + layer.K]
-            tiled_linear.tiled_linear(x, layout.Tiles(*prepared[:3]), layer.N, layer.group, None)
+            tiled_linear.tiled_linear(x, layout.Tiles(*prepared[:4]), layer.N, layer.group, None)
     assert requested == ahead
 
 
@@ -139,7 +139,10 @@ def test_no_view_of_the_activations_needs_a_kernel_of_its_own(layer: Layer, requ
 def test_no_batch_of_an_fp32_model_needs_a_kernel_that_loading_does_not_compile(
     layer: Layer, bias: torch.dtype | None, requested: set[tuple[str, str]]
 ):
-    prepared, b = bpdq_kernels.Prepared(*random_layer(layer), None, layer.K, layer.N, layer.group), zeros(layer, bias)
+    prepared, b = (
+        bpdq_kernels.Prepared(*random_layer(layer), None, None, layer.K, layer.N, layer.group),
+        zeros(layer, bias),
+    )
     compile_ahead(prepared, b)
     ahead = requested.copy()
     x = torch.zeros(130, layer.K)

@@ -178,4 +178,4 @@ class BPDQLinearMethod(LinearMethodBase):
     def prepared(self, layer: Module) -> Prepared:
         """The layer for the kernels; only after `process_weights_after_loading`."""
         scales = getattr(layer, "scales", None)
-        return Prepared(layer.B, layer.c, scales, self.in_features, self.out_features, self.group_size)
+        return Prepared(layer.B, layer.c, scales, None, self.in_features, self.out_features, self.group_size)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bpdq_kernels import reference
 from bpdq_kernels.compiled import DTYPE_CODES, library_or_none, load_library
-from bpdq_kernels.layout import CPU_TILE, GROUP_SIZES, WORD, rows_of_cpu_tiles, to_cpu_tiles
+from bpdq_kernels.layout import CPU_TILE, GROUP_SIZES, WORD, Stored, rows_of_cpu_tiles, to_cpu_tiles
 
 SOURCE = Path(__file__).with_name("cpu_linear.cpp")
 MACROS = (f"-DBPDQ_WORD={WORD}", f"-DBPDQ_TILE={CPU_TILE}", f"-DBPDQ_MAX_GROUP={max(GROUP_SIZES)}")
@@ -37,18 +37,20 @@ def library() -> ctypes.CDLL | None:
     return library_or_none(open_library, "BPDQ layers run slowly on this CPU, as their kernel")
 
 
-def prepare(B: Tensor, c: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+def prepare(B: Tensor, c: Tensor, group_size: int, s: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
     """B [ceil(K/32), k, N] and c [ceil(K/G), k+1, N] in the order of `bpdq_kernels.layout.to_cpu_tiles`.
 
     Returns planes int32 and coefficients in c's dtype, with N padded to tiles; their other sizes are kept, but say
     nothing of the order inside. Without a library, B and c themselves.
     """
     if library() is None:
-        return B.contiguous(), c.contiguous()
+        return B.contiguous(), c.contiguous(), s
+    if s is not None:
+        raise NotImplementedError  # TODO
     padding = -B.shape[2] % CPU_TILE
     B, c = (torch.nn.functional.pad(tensor, (0, padding)) for tensor in (B, c))
     planes = huge_pages(B.shape)
-    return planes, to_cpu_tiles(B, c, group_size, planes)
+    return planes, to_cpu_tiles(B, c, group_size, planes), None
 
 
 def huge_pages(shape: torch.Size) -> Tensor:
@@ -62,11 +64,11 @@ def huge_pages(shape: torch.Size) -> Tensor:
     return tensor
 
 
-def stored_rows(planes: Tensor, coefficients: Tensor, group_size: int, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """B [ceil(K/32), k, R] and c [ceil(K/G), k+1, R] of the outputs `rows` [R], from what `prepare` returned."""
+def stored_rows(planes: Tensor, coefficients: Tensor, scales: Tensor | None, group_size: int, rows: Tensor) -> Stored:
+    """The tensors of the outputs `rows` [R], as they were stored, from what `prepare` returned."""
     if library() is None:
-        return planes[:, :, rows], coefficients[:, :, rows]
-    return rows_of_cpu_tiles(planes, coefficients, group_size, rows)
+        return Stored(planes, coefficients, scales).outputs(rows)
+    return Stored(*rows_of_cpu_tiles(planes, coefficients, group_size, rows))
 
 
 def is_few(tokens: int, pairs: bool) -> bool:
@@ -75,7 +77,13 @@ def is_few(tokens: int, pairs: bool) -> bool:
 
 
 def linear(
-    x: Tensor, planes: Tensor, coefficients: Tensor, group_size: int, out_features: int, bias: Tensor | None
+    x: Tensor,
+    planes: Tensor,
+    coefficients: Tensor,
+    scales: Tensor | None,
+    group_size: int,
+    out_features: int,
+    bias: Tensor | None,
 ) -> Tensor:
     """y [..., N] = x [..., K] @ W.T + bias in x.dtype; planes and coefficients from `prepare`.
 
@@ -83,7 +91,7 @@ def linear(
     """
     compiled = library()
     if compiled is None:
-        return reference.linear(x, planes, coefficients, group_size, bias)
+        return reference.linear(x, planes, coefficients, group_size, bias, scales)
     in_features = x.shape[-1]
     rows = x.reshape(-1, in_features)
     tokens = rows.shape[0]

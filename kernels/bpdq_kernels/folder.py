@@ -20,7 +20,7 @@ from bpdq_kernels.format import KV_SCALES, is_finite
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 REMEDY = "download or quantize it again"
 FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}  # what is left in 16 bits may be these
-DTYPES = {**FLOATS, "I32": torch.int32}  # what checkpoints are made of
+DTYPES = {**FLOATS, "I32": torch.int32, "I8": torch.int8}  # what checkpoints are made of
 # of an fp8 KV cache: with the largest, all that float16 can hold fits; the smallest is float16's own
 SCALE_RANGE = (2.0**-24, torch.finfo(torch.float16).max / torch.finfo(torch.float8_e4m3fn).max)
 _CHUNK = 1 << 24  # elements

@@ -2,10 +2,11 @@
 
 Two dialects are read. Ours:
 
-    {"quant_method": "bpdq", "checkpoint_format": "bpdq", "format_version": 1, "bits": k, "group_size": G,
-     "ignore": ["lm_head"], "layers": {"re:.*mlp.*": {"bits": 3, "group_size": 64}},
+    {"quant_method": "bpdq", "checkpoint_format": "bpdq", "format_version": 2, "bits": k, "group_size": G,
+     "coefficient_bits": 8, "ignore": ["lm_head"], "layers": {"re:.*mlp.*": {"bits": 3, "group_size": 64}},
      "meta": {"bpdq": {"msbits": k, "n_iters": 10, "alpha": 1e-4}}}
 
+(version 1 has coefficients in 16 bits only, and no word of it)
 and that of the authors' release (GPTQModel 5.7.0 with the BPDQ patch), whose `bits` is the width of the initial
 integer grid and whose number of planes is `meta.bpdq.msbits`:
 
@@ -28,42 +29,63 @@ from torch import Tensor
 
 from bpdq_kernels import patterns
 from bpdq_kernels.errors import InputError
-from bpdq_kernels.layout import GROUP_SIZES, MAX_PLANES, TILE_ROWS, UNIT, cdiv, coefficient_shape, plane_shape
+from bpdq_kernels.layout import (
+    GROUP_SIZES,
+    MAX_PLANES,
+    TILE_ROWS,
+    UNIT,
+    Stored,
+    cdiv,
+    coefficient_shape,
+    plane_shape,
+)
 
-FORMAT_VERSION = 1
+WIDTHS = {1: (16,), 2: (8, 16)}  # of coefficients, by format version
 KV_CACHE_SCHEME = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
 KV_SCALES = ("k_scale", "v_scale")
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """Number of bit-planes and group size of one layer."""
+    """Number of bit-planes, group size and width of the coefficients of one layer."""
 
     bits: int
     group_size: int
+    coefficient_bits: int = 16
 
     def __post_init__(self) -> None:
         if type(self.bits) is not int or self.bits not in range(1, MAX_PLANES + 1):  # True and 2.0 are "in" it
             raise InputError(f"bits = {self.bits!r} bit-planes are not supported: use 1 to {MAX_PLANES}")
         if type(self.group_size) is not int or self.group_size not in GROUP_SIZES:
             raise InputError(f"group_size = {self.group_size!r} is not supported: use one of {GROUP_SIZES}")
+        if type(self.coefficient_bits) is not int or self.coefficient_bits not in WIDTHS[2]:
+            raise InputError(f"coefficient_bits = {self.coefficient_bits!r} is not supported: use one of {WIDTHS[2]}")
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """Names of a layer's tensors in a checkpoint, after its own and a dot."""
+        return ("B", "c") if self.coefficient_bits == 16 else ("B", "c", "s")
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits per weight, 16-bit coefficients included: k + 16 (k + 1) / G."""
-        return self.bits + 16 * (self.bits + 1) / self.group_size
+        """Stored bits per weight of long rows: k + 16 (k + 1) / G, or k + 8 (k + 1) / G; 16 (k + 1) / K are to be added
+        with coefficients in 8 bits."""
+        return self.bits + self.coefficient_bits * (self.bits + 1) / self.group_size
 
     def stored_bytes(self, out_features: int, in_features: int) -> int:
-        """Bytes of a layer's B and c, ragged ends included."""
+        """Bytes of a layer's tensors, ragged ends included."""
         planes = plane_shape(in_features, out_features, self.bits)
         coefficients = coefficient_shape(in_features, out_features, self.bits, self.group_size)
-        return 4 * prod(planes) + 2 * prod(coefficients)
+        scales = 0 if self.coefficient_bits == 16 else prod(coefficients[1:])
+        return 4 * prod(planes) + self.coefficient_bits // 8 * prod(coefficients) + 2 * scales
 
     def tiled_bytes(self, out_features: int, in_features: int) -> int:
         """Bytes of a layer's `bpdq_kernels.layout.Tiles`, padding and scales included."""
         units, outputs = cdiv(in_features, UNIT), cdiv(out_features, 4 * TILE_ROWS) * 4 * TILE_ROWS
         groups = cdiv(units * UNIT, self.group_size)
-        return outputs * (units * UNIT // 8 * self.bits + groups * 2 * (self.bits + 1)) + 4 * out_features
+        ratios = 0 if self.coefficient_bits == 16 else 1
+        coefficients = (self.bits + 1) * (groups * self.coefficient_bits // 8 + 2 * ratios)
+        return outputs * (units * UNIT // 8 * self.bits + coefficients) + 4 * out_features
 
 
 @dataclass(frozen=True)
@@ -106,11 +128,11 @@ def parse(config: Mapping[str, Any]) -> Format:
         )
     if config["quant_method"] == "gptq":
         return _parse_authors(config)
-    version = config.get("format_version", FORMAT_VERSION)
-    if version != FORMAT_VERSION:
+    version = config.get("format_version", 1)
+    if type(version) is not int or version not in WIDTHS:
         raise InputError(
             f"quantization_config: format_version {version!r} is not supported (this release reads "
-            f"{FORMAT_VERSION}): upgrade vllm-bpdq or quantize the model again"
+            f"{' and '.join(map(str, WIDTHS))}): upgrade vllm-bpdq or quantize the model again"
         )
     default = _scheme(config, "quantization_config")
     ignore = config.get("ignore") or []
@@ -119,9 +141,15 @@ def parse(config: Mapping[str, Any]) -> Format:
     layers = {}
     for pattern, override in _mapping(config, "layers", "quantization_config").items():
         where = f"quantization_config: layers[{pattern!r}]"
-        if not isinstance(override, Mapping) or not override.keys() <= {"bits", "group_size"}:
-            raise InputError(f"{where} = {override!r} must be an object of bits, group_size or both")
-        layers[pattern] = _scheme({"bits": default.bits, "group_size": default.group_size, **override}, where)
+        if not isinstance(override, Mapping) or not override.keys() <= vars(default).keys():
+            raise InputError(f"{where} = {override!r} must be an object of {', '.join(vars(default))} or some of them")
+        layers[pattern] = _scheme({**vars(default), **override}, where)
+    for scheme in (default, *layers.values()):
+        if scheme.coefficient_bits not in WIDTHS[version]:
+            raise InputError(
+                f"quantization_config: format_version {version} has no coefficient_bits = {scheme.coefficient_bits}: "
+                "download or quantize the model again"
+            )
     _checked("ignore", ignore)
     _checked("layers", layers)
     return Format(default, tuple(ignore), layers, _has_kv_cache_scales(config))
@@ -174,7 +202,7 @@ def _scheme(config: Mapping[str, Any], where: str) -> Scheme:
     if missing:
         raise InputError(f"{where}: {' and '.join(missing)} missing: add the value or quantize the model again")
     try:
-        return Scheme(config["bits"], config["group_size"])
+        return Scheme(config["bits"], config["group_size"], config.get("coefficient_bits", 16))
     except InputError as e:
         raise InputError(f"{where}: {e}") from None
 
@@ -192,7 +220,7 @@ def _matches(name: str, targets: Iterable[str]) -> bool:
 
 
 _REMEDY = "the checkpoint does not fit its config.json: download or quantize it again"
-_COEFFICIENTS = (torch.float16, torch.bfloat16)
+_HALVES = (torch.float16, torch.bfloat16)
 
 
 def check_planes(name: str, B: Tensor, in_features: int, out_features: int, scheme: Scheme) -> None:
@@ -207,10 +235,18 @@ def check_planes(name: str, B: Tensor, in_features: int, out_features: int, sche
 
 
 def check_coefficients(name: str, c: Tensor, in_features: int, out_features: int, scheme: Scheme) -> None:
-    """Raise InputError naming the layer unless `c` is float16 or bfloat16 in the shape that `scheme` asks for."""
+    """Raise InputError naming the layer unless `c` has a dtype and the shape that `scheme` asks for."""
     want = coefficient_shape(in_features, out_features, scheme.bits, scheme.group_size)
-    if c.dtype not in _COEFFICIENTS or c.shape != want:
-        raise InputError(f"{name}.c is {c.dtype} {tuple(c.shape)}, expected 16-bit floats {want}: {_REMEDY}")
+    dtypes, expected = (_HALVES, "16-bit floats") if scheme.coefficient_bits == 16 else ((torch.int8,), "int8")
+    if c.dtype not in dtypes or c.shape != want:
+        raise InputError(f"{name}.c is {c.dtype} {tuple(c.shape)}, expected {expected} {want}: {_REMEDY}")
+
+
+def check_scales(name: str, s: Tensor, out_features: int, scheme: Scheme) -> None:
+    """Raise InputError naming the layer unless `s` is float16 or bfloat16 [k+1, N]."""
+    want = (scheme.bits + 1, out_features)
+    if s.dtype not in _HALVES or s.shape != want:
+        raise InputError(f"{name}.s is {s.dtype} {tuple(s.shape)}, expected 16-bit floats {want}: {_REMEDY}")
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -221,15 +257,20 @@ def is_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(least) & torch.isfinite(largest))
 
 
-def check_finite(name: str, c: Tensor) -> None:
-    """Raise InputError naming the layer unless its coefficients `c` are finite."""
-    if not is_finite(c):
-        raise InputError(f"{name}.c holds NaN or infinity, or was not in the checkpoint: {_REMEDY}")
+def check_finite(name: str, c: Tensor, s: Tensor | None = None) -> None:
+    """Raise InputError naming the layer unless its coefficients are finite: `c`, or the scales `s` of int8."""
+    tensor, key = (c, "c") if s is None else (s, "s")
+    if not is_finite(tensor):
+        raise InputError(f"{name}.{key} holds NaN or infinity, or was not in the checkpoint: {_REMEDY}")
 
 
-def check(name: str, B: Tensor, c: Tensor, in_features: int, out_features: int, scheme: Scheme) -> None:
-    """`check_planes`, `check_coefficients`, and `check_finite` unless they are on the meta device."""
+def check(name: str, stored: Stored, in_features: int, out_features: int, scheme: Scheme) -> None:
+    """Raise InputError naming the layer unless its tensors have the dtypes and shapes that `scheme` asks for, and, but
+    on the meta device, finite coefficients."""
+    B, c, s = stored
     check_planes(name, B, in_features, out_features, scheme)
     check_coefficients(name, c, in_features, out_features, scheme)
+    if "s" in scheme.tensors:
+        check_scales(name, s, out_features, scheme)
     if not c.is_meta:
-        check_finite(name, c)
+        check_finite(name, c, s)

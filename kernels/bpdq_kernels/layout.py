@@ -16,8 +16,13 @@ A Linear with N outputs and K inputs, k planes, groups of G inputs (32 divides G
 
     W[n, i] = c[i // G, k, n]  +  sum_p  c[i // G, p, n] * bit_p[n, i]
 
-This is the layout of the BPDQ authors' release (arXiv 2602.04163), so checkpoints go both ways. The last
-group may be short, and bits past K in the last word are zero. The authors pad B to a multiple of 256 inputs
+This is the layout of the BPDQ authors' release (arXiv 2602.04163), so checkpoints go both ways. With coefficients in 8
+bits there is a scale for each output and plane, and s * c stands where c is above:
+
+    c  int8         [ceil(K/G), k+1, N]
+    s  fp16 / bf16  [k+1, N]
+
+The last group may be short, and bits past K in the last word are zero. The authors pad B to a multiple of 256 inputs
 when G = 256; `trim` drops that padding.
 """
 
@@ -49,9 +54,30 @@ def coefficient_shape(in_features: int, out_features: int, planes: int, group_si
     return (cdiv(in_features, group_size), planes + 1, out_features)
 
 
-def check_layer(B: Tensor, c: Tensor, group_size: int, in_features: int) -> None:
-    """Raise ValueError unless B and c hold a layer of `in_features` inputs and 1 to 4 planes; padding past the inputs
-    is accepted."""
+class Stored(NamedTuple):
+    """A layer's tensors as a checkpoint holds them, which the module's docstring draws; s only where c is int8."""
+
+    B: Tensor
+    c: Tensor
+    s: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> "Stored":
+        """They on a device."""
+        return Stored(*(None if tensor is None else tensor.to(device) for tensor in self))
+
+    def outputs(self, which: Tensor | slice) -> "Stored":
+        """Those of some outputs."""
+        return Stored(*(None if tensor is None else tensor[..., which] for tensor in self))
+
+
+def coefficients(c: Tensor, s: Tensor | None) -> Tensor:
+    """The numbers [ceil(K/G), k+1, N] that planes are multiplied with, in fp32; from int8 exact."""
+    return c.float() if s is None else c.float() * s.float()
+
+
+def check_layer(B: Tensor, c: Tensor, group_size: int, in_features: int, s: Tensor | None = None) -> None:
+    """Raise ValueError unless B, c and s hold a layer of `in_features` inputs and 1 to 4 planes; padding past the
+    inputs is accepted."""
     words, planes, n = plane_shape(in_features, B.shape[2], B.shape[1])
     if not 1 <= planes <= MAX_PLANES:
         raise ValueError(f"B {tuple(B.shape)} has {planes} bit-planes: 1 to {MAX_PLANES} are supported")
@@ -61,6 +87,9 @@ def check_layer(B: Tensor, c: Tensor, group_size: int, in_features: int) -> None
             f"B {B.dtype} {tuple(B.shape)} and c {tuple(c.shape)} don't describe {in_features} inputs "
             f"at group size {group_size}: expected int32 {(words, planes, n)} and {(groups, planes + 1, n)}"
         )
+    if (c.dtype == torch.int8) != (s is not None) or (s is not None and s.shape != (planes + 1, n)):
+        found = None if s is None else tuple(s.shape)
+        raise ValueError(f"c {c.dtype} with s {found}: int8 needs s {(planes + 1, n)}, and nothing else does")
 
 
 def pack(bits: Tensor) -> Tensor:
@@ -133,14 +162,16 @@ class Tiles(NamedTuple):
     coefficients  [T, Gn, 8, k+1, 2]       c of outputs 16t + 8h + r over 2^s, in the activations' dtype, fp16 or bf16;
                                            Gn groups, whole units of them
     scales        fp32 [N]                 2^s, a power of two per output that keeps its coefficients within 1
+    ratios        None                     with coefficients in 8 bits: the three of them as `to_tiles` says
     """
 
     planes: Tensor
     coefficients: Tensor
     scales: Tensor
+    ratios: Tensor | None = None
 
 
-def to_tiles(B: Tensor, c: Tensor, group_size: int, dtype: torch.dtype) -> Tiles:
+def to_tiles(B: Tensor, c: Tensor, group_size: int, dtype: torch.dtype, s: Tensor | None = None) -> Tiles:
     """Rearrange B [ceil(K/32), k, N] and c [ceil(K/G), k+1, N] (finite) for activations of `dtype`, fp16 or bf16.
 
     Exact for c in `dtype`, but for coefficients below 2^-14 of their output's largest, which fp16 holds with an error
@@ -161,6 +192,8 @@ def to_tiles(B: Tensor, c: Tensor, group_size: int, dtype: torch.dtype) -> Tiles
         rows = rows.view(units, 4, k // v, v, len(part), 2, 8).permute(4, 0, 2, 6, 1, 3, 5)  # [T, U, k/v, r, q, v, h]
         part.copy_(rows.reshape(part.shape))
 
+    if s is not None:
+        raise NotImplementedError  # TODO
     _, exponents = torch.frexp(c.float().abs().amax((0, 1)))
     scales = torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents)
     groups = cdiv(units * UNIT, group_size)

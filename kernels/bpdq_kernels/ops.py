@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bpdq_kernels import cpu, reference
-from bpdq_kernels.layout import GROUP_SIZES, Tiles, check_layer, to_tiles, trim
+from bpdq_kernels.layout import GROUP_SIZES, Stored, Tiles, check_layer, to_tiles, trim
 
 ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -19,22 +19,23 @@ class Prepared(NamedTuple):
     """A layer as the kernels of one device want it; build it with `prepare`.
 
     On CUDA, for fp16 and bf16: the fields of `bpdq_kernels.layout.Tiles`. On a CPU: those of `bpdq_kernels.cpu.prepare`
-    and None. Elsewhere: B, c and None.
+    and None. Elsewhere: B, c, s (of coefficients in 8 bits) and None.
     """
 
     planes: Tensor
     coefficients: Tensor
     scales: Tensor | None
+    ratios: Tensor | None
     in_features: int
     out_features: int
     group_size: int
 
 
 _lib = torch.library.Library("bpdq", "DEF")
-_LAYER = "Tensor planes, Tensor coefficients, Tensor? scales"
+_LAYER = "Tensor planes, Tensor coefficients, Tensor? scales, Tensor? ratios"
 _lib.define(f"linear(Tensor x, {_LAYER}, int out_features, int group_size, Tensor? bias) -> Tensor")
 _lib.define(f"embedding(Tensor ids, {_LAYER}, int in_features, int group_size, ScalarType dtype) -> Tensor")
-_lib.define("stored_linear(Tensor x, Tensor B, Tensor c, int group_size, Tensor? bias) -> Tensor")
+_lib.define("stored_linear(Tensor x, Tensor B, Tensor c, int group_size, Tensor? bias, Tensor? s) -> Tensor")
 
 
 def _linear_fake(
@@ -42,6 +43,7 @@ def _linear_fake(
     planes: Tensor,
     coefficients: Tensor,
     scales: Tensor | None,
+    ratios: Tensor | None,
     out_features: int,
     group_size: int,
     bias: Tensor | None,
@@ -54,11 +56,12 @@ def _linear_cpu(
     planes: Tensor,
     coefficients: Tensor,
     scales: Tensor | None,
+    ratios: Tensor | None,
     out_features: int,
     group_size: int,
     bias: Tensor | None,
 ) -> Tensor:
-    return cpu.linear(x, planes, coefficients, group_size, out_features, bias)
+    return cpu.linear(x, planes, coefficients, scales, group_size, out_features, bias)
 
 
 def _linear_cuda(
@@ -66,24 +69,34 @@ def _linear_cuda(
     planes: Tensor,
     coefficients: Tensor,
     scales: Tensor | None,
+    ratios: Tensor | None,
     out_features: int,
     group_size: int,
     bias: Tensor | None,
 ) -> Tensor:
-    if scales is None:
-        return _stored_linear_cuda(x, planes, coefficients, group_size, bias)
+    if is_stored(planes):
+        return _stored_linear_cuda(x, planes, coefficients, group_size, bias, scales)
     from bpdq_kernels.tiled_linear import tiled_linear
 
-    return tiled_linear(x, Tiles(planes, coefficients, scales), out_features, group_size, bias)
+    return tiled_linear(x, Tiles(planes, coefficients, scales, ratios), out_features, group_size, bias)
 
 
-def _stored_linear_cuda(x: Tensor, B: Tensor, c: Tensor, group_size: int, bias: Tensor | None) -> Tensor:
+def is_stored(planes: Tensor) -> bool:
+    """Whether planes of a `Prepared` are B as it was stored: on CUDA for fp32."""
+    return planes.ndim == 3
+
+
+def _stored_linear_cuda(
+    x: Tensor, B: Tensor, c: Tensor, group_size: int, bias: Tensor | None, s: Tensor | None
+) -> Tensor:
     from bpdq_kernels.triton_linear import stored_linear
 
-    return stored_linear(x, B, c, group_size, bias)
+    return stored_linear(x, B, c, group_size, bias, s)
 
 
-def _stored_linear_fake(x: Tensor, B: Tensor, c: Tensor, group_size: int, bias: Tensor | None) -> Tensor:
+def _stored_linear_fake(
+    x: Tensor, B: Tensor, c: Tensor, group_size: int, bias: Tensor | None, s: Tensor | None
+) -> Tensor:
     return x.new_empty((*x.shape[:-1], B.shape[2]))
 
 
@@ -92,12 +105,13 @@ def _embedding_cpu(
     planes: Tensor,
     coefficients: Tensor,
     scales: Tensor | None,
+    ratios: Tensor | None,
     in_features: int,
     group_size: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    B, c = cpu.stored_rows(planes, coefficients, group_size, ids.flatten())
-    return reference.rows(B, c, group_size, in_features, dtype, ids)
+    B, c, s = cpu.stored_rows(planes, coefficients, scales, group_size, ids.flatten())
+    return reference.rows(B, c, group_size, in_features, dtype, ids, s)
 
 
 def _embedding_cuda(
@@ -105,18 +119,19 @@ def _embedding_cuda(
     planes: Tensor,
     coefficients: Tensor,
     scales: Tensor | None,
+    ratios: Tensor | None,
     in_features: int,
     group_size: int,
     dtype: torch.dtype,
 ) -> Tensor:
     from bpdq_kernels import triton_embedding
 
-    if scales is None:  # prepared for fp32: as stored
-        B, c = planes[:, :, ids.flatten()], coefficients[:, :, ids.flatten()]
-        return reference.rows(B, c, group_size, in_features, dtype, ids)
-    y = coefficients.new_empty((*ids.shape, in_features), dtype=dtype)
+    if is_stored(planes):
+        rows = Stored(planes, coefficients, scales).outputs(ids.flatten())
+        return reference.rows(rows.B, rows.c, group_size, in_features, dtype, ids, rows.s)
+    y = scales.new_empty((*ids.shape, in_features), dtype=dtype)
     with torch.cuda.device_of(y):
-        tiles = Tiles(planes, coefficients, scales)
+        tiles = Tiles(planes, coefficients, scales, ratios)
         triton_embedding.launch(ids.reshape(-1), tiles, group_size, y.view(-1, in_features))
     return y
 
@@ -126,11 +141,12 @@ def _embedding_fake(
     planes: Tensor,
     coefficients: Tensor,
     scales: Tensor | None,
+    ratios: Tensor | None,
     in_features: int,
     group_size: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    return coefficients.new_empty((*ids.shape, in_features), dtype=dtype)
+    return planes.new_empty((*ids.shape, in_features), dtype=dtype)
 
 
 _lib.impl("linear", _linear_cpu, "CPU")
@@ -154,24 +170,27 @@ def prepare(
     in_features: int,
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
+    s: Tensor | None = None,
 ) -> Prepared:
     """Make a stored layer ready for `linear` on `device`, for activations of `dtype` (fp32, fp16 or bf16).
 
-    B: int32 [ceil(K/32), k, N], padding words allowed; c: [ceil(K/G), k+1, N] floating point. K = `in_features`.
+    B: int32 [ceil(K/32), k, N], padding words allowed; c: [ceil(K/G), k+1, N] floating point, or int8 with s [k+1, N].
+    K = `in_features`.
     Raises ValueError for a group size or dtype that no kernel takes, and for shapes that don't fit together.
     """
     if group_size not in GROUP_SIZES:
         raise ValueError(f"group_size {group_size} is not supported: use one of {GROUP_SIZES}")
     if dtype not in ACTIVATION_DTYPES:
         raise ValueError(f"activations in {dtype} are not supported: use float32, float16 or bfloat16")
-    check_layer(B, c, group_size, in_features)
+    check_layer(B, c, group_size, in_features, s)
     out_features = B.shape[2]
-    B, c = trim(B, in_features).to(device), c.to(device)
+    B, c, s = trim(B, in_features).to(device), c.to(device), None if s is None else s.to(device)
     if B.is_cuda and dtype != torch.float32:
-        return Prepared(*to_tiles(B, c, group_size, dtype), in_features, out_features, group_size)
+        return Prepared(*to_tiles(B, c, group_size, dtype, s), in_features, out_features, group_size)
     if B.device.type == "cpu":
-        return Prepared(*cpu.prepare(B, c, group_size), None, in_features, out_features, group_size)
-    return Prepared(B.contiguous(), c.contiguous(), None, in_features, out_features, group_size)
+        return Prepared(*cpu.prepare(B, c, group_size, s), None, in_features, out_features, group_size)
+    s = None if s is None else s.contiguous()
+    return Prepared(B.contiguous(), c.contiguous(), s, None, in_features, out_features, group_size)
 
 
 def linear(x: Tensor, prepared: Prepared, bias: Tensor | None = None) -> Tensor:
@@ -179,18 +198,20 @@ def linear(x: Tensor, prepared: Prepared, bias: Tensor | None = None) -> Tensor:
 
     Raises ValueError where x is not as wide as the layer.
     """
-    planes, coefficients, scales, in_features, out_features, group_size = prepared
+    planes, coefficients, scales, ratios, in_features, out_features, group_size = prepared
     if x.shape[-1] != in_features:
         raise ValueError(f"x has {x.shape[-1]} inputs, but the layer was quantized with {in_features}")
-    return torch.ops.bpdq.linear(x, planes, coefficients, scales, out_features, group_size, bias)
+    return torch.ops.bpdq.linear(x, planes, coefficients, scales, ratios, out_features, group_size, bias)
 
 
-def stored_linear(x: Tensor, B: Tensor, c: Tensor, group_size: int, bias: Tensor | None = None) -> Tensor:
-    """As `linear`, for B and c as a checkpoint stores them: no preparation and no second copy, but slower."""
-    return torch.ops.bpdq.stored_linear(x, trim(B, x.shape[-1]), c, group_size, bias)
+def stored_linear(
+    x: Tensor, B: Tensor, c: Tensor, group_size: int, bias: Tensor | None = None, s: Tensor | None = None
+) -> Tensor:
+    """As `linear`, for tensors as a checkpoint stores them: no preparation and no second copy, but slower."""
+    return torch.ops.bpdq.stored_linear(x, trim(B, x.shape[-1]), c, group_size, bias, s)
 
 
 def embedding(ids: Tensor, prepared: Prepared, dtype: torch.dtype) -> Tensor:
     """Rows `ids` (any shape, int32 or int64) of the weight [N, K]: [*ids.shape, K] in `dtype`."""
-    planes, coefficients, scales, in_features, _, group_size = prepared
-    return torch.ops.bpdq.embedding(ids, planes, coefficients, scales, in_features, group_size, dtype)
+    planes, coefficients, scales, ratios, in_features, _, group_size = prepared
+    return torch.ops.bpdq.embedding(ids, planes, coefficients, scales, ratios, in_features, group_size, dtype)

@@ -3,15 +3,17 @@
 import torch
 from torch import Tensor
 
-from bpdq_kernels.layout import WORD, check_layer, expand_words, trim
+from bpdq_kernels.layout import WORD, check_layer, coefficients, expand_words, trim
 
 _CHUNK = 1 << 19  # weights computed at a time: 2 MiB of fp32 stay in cache
 
 
-def dequantize_t(B: Tensor, c: Tensor, group_size: int, in_features: int, dtype: torch.dtype) -> Tensor:
+def dequantize_t(
+    B: Tensor, c: Tensor, group_size: int, in_features: int, dtype: torch.dtype, s: Tensor | None = None
+) -> Tensor:
     """Transposed weight [K, N] in `dtype`, computed in fp32 and rounded once.
 
-    B: int32 [ceil(K/32), k, N] (may carry padding words), c: [ceil(K/G), k+1, N] floating point.
+    B: int32 [ceil(K/32), k, N] (may carry padding words), c: [ceil(K/G), k+1, N] floating point, or int8 with s.
     """
     B = trim(B, in_features)
     words, k, n = B.shape
@@ -20,7 +22,7 @@ def dequantize_t(B: Tensor, c: Tensor, group_size: int, in_features: int, dtype:
     for start in range(0, words, step):
         block = slice(start, min(start + step, words))
         group = torch.arange(block.start, block.stop, device=B.device) * WORD // group_size
-        coeff = c[group].float().unsqueeze(1)  # [words, 1, k+1, N]
+        coeff = coefficients(c[group], s).unsqueeze(1)  # [words, 1, k+1, N]
         w = coeff[:, :, k].expand(-1, WORD, -1).clone()
         for p, bits in enumerate(expand_words(B[block])):  # [words, 32, N]
             w.addcmul_(coeff[:, :, p], bits.float())
@@ -28,23 +30,31 @@ def dequantize_t(B: Tensor, c: Tensor, group_size: int, in_features: int, dtype:
     return weight.flatten(0, 1)[:in_features]
 
 
-def dequantize(B: Tensor, c: Tensor, group_size: int, in_features: int) -> Tensor:
-    """Weight [N, K] fp32 of bit-planes B and coefficients c (shapes in `bpdq_kernels.layout`).
+def dequantize(B: Tensor, c: Tensor, group_size: int, in_features: int, s: Tensor | None = None) -> Tensor:
+    """Weight [N, K] fp32 of bit-planes B, coefficients c and their scales s, if any (shapes in `bpdq_kernels.layout`).
 
-    Raises ValueError where the shapes of B and c don't describe K = `in_features` inputs.
+    Raises ValueError where the shapes of B, c and s don't describe K = `in_features` inputs.
     """
-    check_layer(B, c, group_size, in_features)
-    return dequantize_t(B, c, group_size, in_features, torch.float32).T.contiguous()
+    check_layer(B, c, group_size, in_features, s)
+    return dequantize_t(B, c, group_size, in_features, torch.float32, s).T.contiguous()
 
 
-def rows(B: Tensor, c: Tensor, group_size: int, in_features: int, dtype: torch.dtype, ids: Tensor) -> Tensor:
-    """[*ids.shape, K] in `dtype`, contiguous: the weights of the outputs that B and c hold, one for each of `ids`."""
-    weight = dequantize_t(B, c, group_size, in_features, dtype)
+def rows(
+    B: Tensor,
+    c: Tensor,
+    group_size: int,
+    in_features: int,
+    dtype: torch.dtype,
+    ids: Tensor,
+    s: Tensor | None = None,
+) -> Tensor:
+    """[*ids.shape, K] in `dtype`, contiguous: weights of the outputs that B, c and s hold, one for each of `ids`."""
+    weight = dequantize_t(B, c, group_size, in_features, dtype, s)
     return weight.T.contiguous().view(*ids.shape, in_features)
 
 
 @torch.no_grad()  # a graph would hold every layer's dequantized weights
-def linear(x: Tensor, B: Tensor, c: Tensor, group_size: int, bias: Tensor | None) -> Tensor:
+def linear(x: Tensor, B: Tensor, c: Tensor, group_size: int, bias: Tensor | None, s: Tensor | None = None) -> Tensor:
     """y [..., N] = x [..., K] @ W.T + bias, with W rounded to x.dtype as a 16-bit layer would hold it."""
-    weight = dequantize_t(B, c, group_size, x.shape[-1], x.dtype)
+    weight = dequantize_t(B, c, group_size, x.shape[-1], x.dtype, s)
     return torch.nn.functional.linear(x, weight.T, bias)

@@ -10,13 +10,13 @@ from math import inf
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bpdq_kernels import format as bpdq_format
 from bpdq_kernels.errors import InputError
 from bpdq_kernels.folder import FLOATS, REMEDY, Entry, Headers
 from bpdq_kernels.format import KV_SCALES, Format, Scheme
-from bpdq_kernels.layout import WORD
+from bpdq_kernels.layout import WORD, Stored
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -115,20 +115,24 @@ def quantized_layers(model: "PreTrainedModel", fmt: Format, start: str = "") -> 
     return found
 
 
-def stored_layer(name: str, stored: Headers, module: nn.Module, scheme: Scheme) -> tuple[Tensor, Tensor]:
-    """B and c of a layer on the meta device, as the headers describe them; raises InputError unless they fit.
+def stored_layer(name: str, stored: Headers, module: nn.Module, scheme: Scheme) -> Stored:
+    """A layer's tensors on the meta device, as the headers describe them; raises InputError unless they fit.
 
     module: the layer in 16 bits, with a weight [N, K].
     """
-    for key in (f"{name}.B", f"{name}.c"):
+    out_features, in_features = module.weight.shape
+    return _stored_tensors(name, stored, in_features, out_features, scheme)
+
+
+def _stored_tensors(name: str, stored: Headers, in_features: int, out_features: int, scheme: Scheme) -> Stored:
+    for key in (f"{name}.{tensor}" for tensor in scheme.tensors):
         if key not in stored:
             raise InputError(
                 f"{key} is not in the checkpoint, though its config.json says that the layer is quantized: {REMEDY}"
             )
-    B, c = (stored[f"{name}.{t}"].meta() for t in "Bc")
-    out_features, in_features = module.weight.shape
-    bpdq_format.check(name, B, c, in_features, out_features, scheme)
-    return B, c
+    layer = Stored(*(stored[f"{name}.{tensor}"].meta() for tensor in scheme.tensors))
+    bpdq_format.check(name, layer, in_features, out_features, scheme)
+    return layer
 
 
 def is_renamed(model: "PreTrainedModel") -> bool:
@@ -159,7 +163,7 @@ def check_stored(stored: Headers, model: "PreTrainedModel | None", fmt: Format) 
             _check_plain(name, stored[name], tuple(plain[name].shape))
         elif not optional(name):
             raise InputError(f"{name} is not in the checkpoint: {REMEDY}")
-    expected |= {f"{name}.{tensor}" for name in layers for tensor in "Bc"}
+    expected |= {f"{name}.{tensor}" for name, (_, scheme) in layers.items() for tensor in scheme.tensors}
     expected |= _check_scales(stored, model, fmt)
     ignored = _ignored({*(model._keys_to_ignore_on_load_unexpected or ()), *_DERIVED})
     for name in sorted(stored.keys() - expected):
@@ -209,19 +213,20 @@ def _check_scales(stored: Headers, model: "PreTrainedModel", fmt: Format) -> set
 
 
 def _check_unnamed(stored: Headers, fmt: Format) -> None:
-    """What can be said without a skeleton: raises InputError for other dtypes, and for a layer's B and c that don't fit
+    """What can be said without a skeleton: raises InputError for other dtypes, and for a layer's tensors that don't fit
     each other and `fmt`."""
     for name, entry in stored.items():
         layer, _, kind = name.rpartition(".")
-        if kind not in ("B", "c"):
+        if kind not in Stored._fields:
             _check_plain(name, entry, entry.shape)
             continue
-        B, c = stored.get(f"{layer}.B"), stored.get(f"{layer}.c")
-        if B is None or c is None:
-            raise InputError(f"{layer}.{'c' if c is None else 'B'} is not in the checkpoint: {REMEDY}")
-        scheme = fmt.layers.get(layer) or fmt.scheme_for(layer)
+        B, scheme = stored.get(f"{layer}.B"), fmt.layers.get(layer) or fmt.scheme_for(layer)
+        if B is None:
+            raise InputError(f"{layer}.B is not in the checkpoint: {REMEDY}")
         if scheme is None or len(B.shape) != 3:
             raise InputError(
                 f"{B.file}: {layer}.B is {B.dtype} {B.shape}, but config.json says {scheme or '16 bits'}: {REMEDY}"
             )
-        bpdq_format.check(layer, B.meta(), c.meta(), WORD * B.shape[0], B.shape[2], scheme)
+        if kind not in scheme.tensors:
+            raise InputError(f"{entry.file}: {name} has no place where config.json says {scheme}: {REMEDY}")
+        _stored_tensors(layer, stored, WORD * B.shape[0], B.shape[2], scheme)

@@ -68,7 +68,7 @@ def launch(ids: Tensor, tiles: Tiles, group_size: int, y: Tensor) -> None:
     """Write rows `ids` [M] (int32 or int64; zeros for those not in 0..N-1) of the weight into y [M, K]."""
     embedding_kernel[(ids.numel(),)](
         ids.contiguous(),
-        *tiles,
+        *tiles[:3],
         y,
         tiles.scales.numel(),
         y.shape[1],

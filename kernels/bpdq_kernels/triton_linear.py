@@ -112,12 +112,16 @@ def options(tile: Tile) -> dict[str, int]:
     return {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
 
 
-def stored_linear(x: Tensor, B: Tensor, c: Tensor, group_size: int, bias: Tensor | None) -> Tensor:
+def stored_linear(
+    x: Tensor, B: Tensor, c: Tensor, group_size: int, bias: Tensor | None, s: Tensor | None = None
+) -> Tensor:
     """y [..., N] = x [..., K] @ W.T + bias [N] in x.dtype (fp32, fp16 or bf16), accumulated in fp32.
 
     B: int32 [ceil(K/32), k, N], any bit pattern; c: [ceil(K/G), k+1, N] floating point, finite; both contiguous.
     Raises ValueError where B or c is not. Allocates nothing but y where x has unit stride along K.
     """
+    if s is not None:
+        raise NotImplementedError  # TODO
     if not (B.is_contiguous() and c.is_contiguous()):
         raise ValueError("bit-planes B and coefficients c must be contiguous: build them with bpdq_kernels.prepare")
     in_features, out_features = x.shape[-1], B.shape[2]

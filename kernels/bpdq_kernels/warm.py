@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bpdq_kernels.layout import Tiles
-from bpdq_kernels.ops import Prepared, embedding
+from bpdq_kernels.ops import Prepared, embedding, is_stored
 
 
 def warm_up(prepared: Prepared, bias: Tensor | None = None) -> None:
@@ -41,17 +41,17 @@ def launches(prepared: Prepared, bias: Tensor | None) -> Iterator[Callable[..., 
     from bpdq_kernels import tiled_linear, triton_linear
     from bpdq_kernels.dispatch import linear_configs
 
-    planes, coefficients, scales, in_features, out_features, group_size = prepared
-    dtype = torch.float32 if scales is None else coefficients.dtype
+    planes, coefficients, scales, ratios, in_features, out_features, group_size = prepared
+    dtype = torch.float32 if is_stored(planes) else coefficients.dtype
     x = torch.zeros(1, in_features, dtype=dtype, device=planes.device)
     y = x.new_empty(1, out_features)
-    if scales is None:
+    if is_stored(planes):
         for tile in triton_linear.TILES_FP32:
             yield partial(triton_linear.launch, x, planes, coefficients, group_size, bias, y, tile)
         return
     machine = tiled_linear.machine(planes.device)
     for config in linear_configs(coefficients.shape[3] - 1, group_size, out_features, in_features, *machine):
-        yield partial(tiled_linear.launch, x, Tiles(planes, coefficients, scales), group_size, bias, y, config)
+        yield partial(tiled_linear.launch, x, Tiles(planes, coefficients, scales, ratios), group_size, bias, y, config)
 
 
 def compile_all(launches: Iterable[Callable[..., None]]) -> None:

@@ -17,18 +17,21 @@ STARTS = (range_start, residual_start)
 
 
 class Solution(NamedTuple):
-    """Quantized rows. codes: uint8 [N, K], bit p is plane p; c: [ceil(K/G), k+1, N] in the stored dtype;
-    loss, energy: [N], diag of (W - W_hat) H (W - W_hat)^T and of W H W^T with the undamped H; damping: as used."""
+    """Quantized rows. codes: uint8 [N, K], bit p is plane p; c: [ceil(K/G), k+1, N] in the stored dtype; loss, energy:
+    [N], diag of (W - W_hat) H (W - W_hat)^T and of W H W^T with the undamped H; damping: as used; s: the scales
+    [k+1, N] bf16 of int8 c."""
 
     codes: Tensor
     c: Tensor
     loss: Tensor
     energy: Tensor
     damping: float
+    s: Tensor | None = None
 
 
-# W [N, K], H [K, K], bits, group_size: `quantize_linear` with its options decided, here or elsewhere (`run.workers`)
-Solve = Callable[[Tensor, Tensor, int, int], Solution]
+# W [N, K], H [K, K], bits, group_size, coefficient_bits: `quantize_linear` with its options decided, here or elsewhere
+# (`run.workers`)
+Solve = Callable[[Tensor, Tensor, int, int, int], Solution]
 
 
 def quantize_linear(
@@ -36,6 +39,7 @@ def quantize_linear(
     H: Tensor,
     bits: int,
     group_size: int,
+    coefficient_bits: int = 16,
     *,
     iterations: int = 10,
     refinements: int = 2,

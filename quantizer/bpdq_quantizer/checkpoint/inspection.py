@@ -18,7 +18,7 @@ def inspect(checkpoint: str | Path) -> dict[str, Any]:
     layers = []
     for name, (module, scheme) in quantized_layers(skeleton, settings).items():
         out_features, in_features = module.weight.shape
-        size = sum(t.nbytes for t in stored_layer(name, stored, module, scheme))
+        size = sum(t.nbytes for t in stored_layer(name, stored, module, scheme) if t is not None)
         layers.append(
             {
                 "name": name,
@@ -26,6 +26,7 @@ def inspect(checkpoint: str | Path) -> dict[str, Any]:
                 "out_features": out_features,
                 "bits": scheme.bits,
                 "group_size": scheme.group_size,
+                "coefficient_bits": scheme.coefficient_bits,
                 "bytes": size,
                 "bits_per_weight": 8 * size / module.weight.numel(),
             }

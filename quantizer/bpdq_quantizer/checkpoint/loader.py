@@ -30,7 +30,7 @@ from bpdq_kernels.format import KV_SCALES, Format
 from bpdq_kernels.layout import trim
 from bpdq_kernels.skeleton import embedding_names, quantized_layers, stored_layer
 from bpdq_quantizer.errors import InputError
-from bpdq_quantizer.model.modules import BPDQEmbedding, replace
+from bpdq_quantizer.model.modules import BPDQEmbedding, held, replace
 from bpdq_quantizer.model.opening import load_pretrained
 
 
@@ -93,7 +93,7 @@ class BPDQQuantizer(HfQuantizer):
         for name, (module, scheme) in quantized_layers(model, self.quantization_config.format, start).items():
             if start + name + ".B" not in stored and is_new_head(model, name):
                 continue
-            replace(model, name, *stored_layer(start + name, stored, module, scheme), scheme.group_size)
+            replace(model, name, stored_layer(start + name, stored, module, scheme), scheme.group_size)
             self.schemes[name] = scheme
         modules = dict(model.named_modules())
         for name, entry in stored.items():  # no use to transformers, but kept: for whom the model is saved
@@ -104,7 +104,7 @@ class BPDQQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         for name, scheme in self.schemes.items():
             m = model.get_submodule(name)
-            bpdq_format.check(name, m.B, m.c, m.in_features, m.out_features, scheme)  # now with values: no NaN
+            bpdq_format.check(name, held(m), m.in_features, m.out_features, scheme)  # now with values: no NaN
             m.B = trim(m.B, m.in_features)
             if isinstance(m, BPDQEmbedding):
                 m.scale.fill_(m.embed_scale)  # not stored: empty after loading

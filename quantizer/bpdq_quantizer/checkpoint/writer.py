@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from bpdq_kernels.folder import Headers, read_headers
-from bpdq_kernels.format import FORMAT_VERSION, KV_CACHE_SCHEME, Scheme
+from bpdq_kernels.format import KV_CACHE_SCHEME, Scheme
 from bpdq_quantizer.checkpoint import manifest
 from bpdq_quantizer.checkpoint.carried import carried
 from bpdq_quantizer.errors import InputError
@@ -36,19 +36,27 @@ def quantization_config(
     layers: schemes of the layers that differ from `scheme`, and of the embedding and LM head, by name; kv_cache_scales:
     whether the checkpoint holds them.
     """
-    overrides = {"layers": {name: dataclasses.asdict(s) for name, s in layers.items()}} if layers else {}
+    narrow = 8 in {s.coefficient_bits for s in (scheme, *(layers or {}).values())}
+    overrides = {"layers": {name: _settings(s, narrow) for name, s in layers.items()}} if layers else {}
     if kv_cache_scales:
         overrides["kv_cache_scheme"] = KV_CACHE_SCHEME
     return {
         "quant_method": "bpdq",
         "checkpoint_format": "bpdq",
-        "format_version": FORMAT_VERSION,
-        "bits": scheme.bits,
-        "group_size": scheme.group_size,
+        "format_version": 2 if narrow else 1,
+        **_settings(scheme, narrow),
         "ignore": ignore,
         **overrides,
         "meta": {"bpdq": {"msbits": scheme.bits, "n_iters": iterations, "alpha": alpha}},
     }
+
+
+def _settings(scheme: Scheme, narrow: bool) -> dict[str, int]:
+    """A scheme in config.json; narrow: in format version 2, as 1 has no word for the width of coefficients."""
+    settings = dataclasses.asdict(scheme)
+    if not narrow:
+        del settings["coefficient_bits"]
+    return settings
 
 
 def shard(folder: Path, number: int, of: int) -> Path:

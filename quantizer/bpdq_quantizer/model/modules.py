@@ -5,27 +5,27 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import bpdq_kernels
+from bpdq_kernels.layout import Stored
 from bpdq_kernels.reference import rows
 from bpdq_kernels.skeleton import embedding_names, is_tied
 
 
 class BPDQLinear(nn.Module):
-    """A Linear [N, K] held as bit-planes B and coefficients c (shapes in `bpdq_kernels.layout`), optional bias [N]."""
+    """A Linear [N, K] held as a checkpoint stores it, with an optional bias [N]."""
 
-    def __init__(self, B: Tensor, c: Tensor, group_size: int, in_features: int, bias: Tensor | None) -> None:
+    def __init__(self, stored: Stored, group_size: int, in_features: int, bias: Tensor | None) -> None:
         super().__init__()
-        self.group_size, self.in_features, self.out_features = group_size, in_features, B.shape[2]
-        self.register_buffer("B", B)
-        self.register_buffer("c", c)
+        self.group_size, self.in_features, self.out_features = group_size, in_features, stored.B.shape[2]
+        hold(self, stored)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return bpdq_kernels.stored_linear(x, self.B, self.c, self.group_size, self.bias)
+        return bpdq_kernels.stored_linear(x, self.B, self.c, self.group_size, self.bias, self.s)
 
     @property
     def weight(self) -> Tensor:
-        """The weight [N, K] that B and c stand for, in fp32: code of some models reads it (nanochat, GPT-BigCode)."""
-        return bpdq_kernels.dequantize(self.B, self.c, self.group_size, self.in_features)
+        """The weight [N, K] that is held, in fp32: code of some models reads it (nanochat, GPT-BigCode)."""
+        return bpdq_kernels.dequantize(self.B, self.c, self.group_size, self.in_features, self.s)
 
     def extra_repr(self) -> str:
         k = self.B.shape[1]
@@ -35,22 +35,19 @@ class BPDQLinear(nn.Module):
 
 
 class BPDQEmbedding(nn.Module):
-    """An embedding [N, K] of N tokens held as a BPDQLinear's B and c; rows come in `dtype`, times `scale` (Gemma)."""
+    """An embedding [N, K] of N tokens held as a BPDQLinear is; rows come in `dtype`, times `scale` (Gemma)."""
 
-    def __init__(
-        self, B: Tensor, c: Tensor, group_size: int, in_features: int, dtype: torch.dtype, scale: float
-    ) -> None:
+    def __init__(self, stored: Stored, group_size: int, in_features: int, dtype: torch.dtype, scale: float) -> None:
         super().__init__()
-        self.group_size, self.in_features, self.out_features = group_size, in_features, B.shape[2]
-        self.register_buffer("B", B)
-        self.register_buffer("c", c)
+        self.group_size, self.in_features, self.out_features = group_size, in_features, stored.B.shape[2]
+        hold(self, stored)
         self.embed_scale = scale
         self.register_buffer("scale", torch.tensor(scale, dtype=dtype), persistent=False)  # follows model.to(dtype)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Rows `ids` (any shape): [*ids.shape, K]."""
-        B, c = self.B[:, :, ids.flatten()], self.c[:, :, ids.flatten()]
-        return rows(B, c, self.group_size, self.in_features, self.scale.dtype, ids) * self.scale
+        B, c, s = held(self).outputs(ids.flatten())
+        return rows(B, c, self.group_size, self.in_features, self.scale.dtype, ids, s) * self.scale
 
     extra_repr = BPDQLinear.extra_repr
 
@@ -66,13 +63,25 @@ class TiedHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [..., N] of x [..., K], in x.dtype."""
-        return bpdq_kernels.stored_linear(x, self.embedding.B, self.embedding.c, self.embedding.group_size, self.bias)
+        B, c, s = held(self.embedding)
+        return bpdq_kernels.stored_linear(x, B, c, self.embedding.group_size, self.bias, s)
 
 
-def replace_linear(parent: nn.Module, name: str, B: Tensor, c: Tensor, group_size: int) -> None:
+def hold(module: nn.Module, stored: Stored) -> None:
+    """Give a module the buffers B, c and s."""
+    for name, tensor in stored._asdict().items():
+        module.register_buffer(name, tensor)
+
+
+def held(module: nn.Module) -> Stored:
+    """What `hold` gave."""
+    return Stored(module.B, module.c, module.s)
+
+
+def replace_linear(parent: nn.Module, name: str, stored: Stored, group_size: int) -> None:
     """Put a BPDQLinear where `parent` has the Linear, or BPDQLinear, `name`, with the same bias."""
     linear = parent.get_submodule(name)
-    parent.set_submodule(name, BPDQLinear(B, c, group_size, linear.in_features, linear.bias))
+    parent.set_submodule(name, BPDQLinear(stored, group_size, linear.in_features, linear.bias))
 
 
 def looks_up_rows(embedding: nn.Module) -> bool:
@@ -80,15 +89,15 @@ def looks_up_rows(embedding: nn.Module) -> bool:
     return type(embedding).forward is nn.Embedding.forward or hasattr(embedding, "scalar_embed_scale")
 
 
-def replace(model: PreTrainedModel, name: str, B: Tensor, c: Tensor, group_size: int) -> None:
+def replace(model: PreTrainedModel, name: str, stored: Stored, group_size: int) -> None:
     """Put bit-planes where the model has the Linear or embedding `name`; an LM head that is tied to it goes with it."""
     embedding, head = embedding_names(model)
     if name != embedding:
-        replace_linear(model, name, B, c, group_size)
+        replace_linear(model, name, stored, group_size)
         return
     module = model.get_submodule(name)
     scale = getattr(module, "scalar_embed_scale", 1.0)
-    table = BPDQEmbedding(B, c, group_size, module.weight.shape[1], module.weight.dtype, scale)
+    table = BPDQEmbedding(stored, group_size, module.weight.shape[1], module.weight.dtype, scale)
     if is_tied(model):
         model.set_submodule(head, TiedHead(table, model.get_submodule(head).bias))
         model._tied_weights_keys, model.all_tied_weights_keys = {}, {}  # no two tensors are left to tie

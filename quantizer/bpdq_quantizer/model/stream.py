@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from bpdq_kernels import patterns
 from bpdq_kernels.folder import read_headers
 from bpdq_kernels.format import Scheme
+from bpdq_kernels.layout import Stored
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.modules import replace_linear
 from bpdq_quantizer.model.opening import load_pretrained, misfit, plain_skeleton
@@ -184,7 +185,9 @@ def trim_heap() -> None:
 def fill_block(block: nn.Module, tensors: Mapping[str, Tensor], schemes: Mapping[str, Scheme]) -> None:
     """Give a block the tensors of a quantized one; tensors, schemes: by their names in it."""
     for name in [key.removesuffix(".B") for key in tensors if key.endswith(".B")]:
-        replace_linear(block, name, tensors[f"{name}.B"], tensors[f"{name}.c"], schemes[name].group_size)
+        scheme = schemes[name]
+        stored = Stored(*(tensors[f"{name}.{tensor}"] for tensor in scheme.tensors))
+        replace_linear(block, name, stored, scheme.group_size)
     block.load_state_dict(tensors, assign=True)
 
 

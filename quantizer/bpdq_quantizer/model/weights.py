@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from bpdq_kernels.layout import Stored
 from bpdq_quantizer.model.modules import replace_linear
 
 
@@ -60,9 +61,9 @@ class Weight:
         """Go on with W [N, K], of any float dtype, in the matrix's place."""
         self.matrix.copy_(W)
 
-    def replace(self, B: Tensor, c: Tensor, group_size: int) -> None:
-        """Put the module of these bit-planes and coefficients (`bpdq_kernels.layout`) where the Linear is."""
-        replace_linear(self.parent, self.key, B, c, group_size)
+    def replace(self, stored: Stored, group_size: int) -> None:
+        """Put the module of these bit-planes and coefficients where the Linear is."""
+        replace_linear(self.parent, self.key, stored, group_size)
 
 
 def weights_in(module: nn.Module, name: str = "") -> dict[str, Weight]:

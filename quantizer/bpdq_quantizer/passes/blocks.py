@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from bpdq_kernels import dequantize
 from bpdq_kernels.format import Scheme
+from bpdq_kernels.layout import Stored
 from bpdq_quantizer.algorithm.hessian import corrected
 from bpdq_quantizer.algorithm.solver import Solve
 from bpdq_quantizer.model.activations import (
@@ -109,7 +110,7 @@ class StageSolver:
         self.schemes, self.solve, self.tokens = schemes, solve, tokens
         self.asymmetric, self.original = asymmetric, original
         self.reports: list[LayerReport] = []
-        self.packed: list[tuple[Weight, Tensor, Tensor, int]] = []
+        self.packed: list[tuple[Weight, Stored, int]] = []
 
     def quantize(self, stage: list[Weight], inputs: Iterable[Tensor]) -> None:
         """Solve a stage from its inputs in every batch."""
@@ -122,9 +123,9 @@ class StageSolver:
         first = 0
         for weight in stage:
             rows = slice(first, first + weight.shape[0])
-            B, c = stored(solution, scheme.bits, rows)
-            weight.assign(dequantize(B, c, scheme.group_size, weight.shape[1]))
-            self.packed.append((weight, B.cpu(), c.cpu(), scheme.group_size))
+            layer = stored(solution, scheme.bits, rows)
+            weight.assign(dequantize(layer.B, layer.c, scheme.group_size, weight.shape[1], layer.s))
+            self.packed.append((weight, layer.to("cpu"), scheme.group_size))
             loss, energy = (part[rows].sum().item() for part in (solution.loss, solution.energy))
             seconds = seconds_per_row * weight.shape[0]
             self.reports.append(
@@ -144,8 +145,8 @@ class StageSolver:
     def finish(self) -> None:
         """Put bit-planes in the place of all that was solved."""
         while self.packed:
-            weight, B, c, group_size = self.packed.pop()
-            weight.replace(B, c, group_size)
+            weight, layer, group_size = self.packed.pop()
+            weight.replace(layer, group_size)
 
 
 def quantize_block(

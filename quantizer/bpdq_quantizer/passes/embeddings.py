@@ -13,6 +13,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from bpdq_kernels.format import Scheme
+from bpdq_kernels.layout import Stored
 from bpdq_kernels.skeleton import embedding_names, is_tied
 from bpdq_quantizer.algorithm.hessian import accumulate, symmetrize
 from bpdq_quantizer.algorithm.solver import Solve
@@ -69,8 +70,8 @@ def quantize_embeddings(
         weight = model.get_submodule(name).weight
         H = metric(model, name, states, device)
         check_finite({f"{name}.weight": weight}, H)
-        B, c, loss, energy, damping = solve_rows(name, weight, H, scheme, solve)
-        replace(model, name, B, c, scheme.group_size)
+        layer, loss, energy, damping = solve_rows(name, weight, H, scheme, solve)
+        replace(model, name, layer, scheme.group_size)
         seconds = time.perf_counter() - started
         reports.append(layer_report(name, tuple(weight.shape), scheme, loss, energy, damping, seconds))
     return reports
@@ -102,19 +103,19 @@ def solve_rows(
     H: Tensor,
     scheme: Scheme,
     solve: Solve,
-) -> tuple[Tensor, Tensor, float, float, float]:
+) -> tuple[Stored, float, float, float]:
     """Quantize a matrix [N, K] of any float dtype against H [K, K], CHUNK_ELEMENTS at a time on H's device.
 
-    Returns B and c as stored (`bpdq_kernels.layout`) on the CPU, and the sums over rows of `Solution`'s loss and
-    energy, and its damping.
+    Returns the tensors to store, on the CPU, and the sums over rows of `Solution`'s loss and energy, and its damping.
     """
-    parts, loss, energy, damping = [], 0.0, 0.0, 0.0
+    parts: list[Stored] = []
+    loss, energy, damping = 0.0, 0.0, 0.0
     chunks = weight.split(max(1, CHUNK_ELEMENTS // weight.shape[1]))
     for rows in tqdm(chunks, desc=f"quantizing {name}", unit="chunk"):
         solution = solve_checked(name, rows.to(H.device), H, scheme, solve)
-        parts.append([tensor.cpu() for tensor in stored(solution, scheme.bits)])
+        parts.append(stored(solution, scheme.bits).to("cpu"))
         loss += solution.loss.sum().item()
         energy += solution.energy.sum().item()
         damping = solution.damping
-    B, c = (torch.cat(tensors, dim=2) for tensors in zip(*parts, strict=True))
-    return B, c, loss, energy, damping
+    joined = [None if tensors[0] is None else torch.cat(tensors, dim=-1) for tensors in zip(*parts, strict=True)]
+    return Stored(*joined), loss, energy, damping

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from bpdq_kernels import layout
 from bpdq_kernels.format import Scheme, is_finite
+from bpdq_kernels.layout import Stored
 from bpdq_quantizer.algorithm.solver import Solution, Solve
 from bpdq_quantizer.errors import InputError
 
@@ -21,6 +22,7 @@ class LayerReport:
     out_features: int
     bits: int
     group_size: int
+    coefficient_bits: int
     bits_per_weight: float
     loss: float
     relative_error: float
@@ -43,15 +45,16 @@ def solve_checked(name: str, W: Tensor, H: Tensor, scheme: Scheme, solve: Solve)
 
     Raises InputError for coefficients that overflow their dtype.
     """
-    solution = solve(W, H, scheme.bits, scheme.group_size)
+    solution = solve(W, H, scheme.bits, scheme.group_size, scheme.coefficient_bits)
     if not is_finite(solution.c):
         raise InputError(f"{name}: its coefficients overflow {solution.c.dtype}: convert the model to bfloat16 first")
     return solution
 
 
-def stored(solution: Solution, bits: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
-    """B and c (`bpdq_kernels.layout`) of some rows of a solution, on its device."""
-    return layout.pack_codes(solution.codes[rows], bits), solution.c[:, :, rows].contiguous()
+def stored(solution: Solution, bits: int, rows: slice = slice(None)) -> Stored:
+    """The tensors of some rows of a solution, on its device."""
+    B, s = layout.pack_codes(solution.codes[rows], bits), solution.s
+    return Stored(B, solution.c[..., rows].contiguous(), None if s is None else s[:, rows].contiguous())
 
 
 def layer_report(
@@ -65,6 +68,7 @@ def layer_report(
         out_features=out_features,
         bits=scheme.bits,
         group_size=scheme.group_size,
+        coefficient_bits=scheme.coefficient_bits,
         bits_per_weight=8 * scheme.stored_bytes(*shape) / (out_features * in_features),
         loss=loss,
         relative_error=loss / energy if energy else 0.0,

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from bpdq_kernels.layout import WORD, expand_words
+from bpdq_kernels.layout import WORD, Stored, expand_words
 from bpdq_kernels.reference import dequantize_t
 from bpdq_quantizer.cost import Clock
 from bpdq_quantizer.errors import InputError
@@ -216,7 +216,7 @@ def make_packed(model: nn.Module, layers: dict[str, TunableLinear]) -> None:
     """Undo `make_tunable`, with the coefficients as they are now."""
     for name, layer in layers.items():
         c = layer.coefficients().detach().to(layer.dtype)
-        model.set_submodule(name, BPDQLinear(layer.B, c, layer.group_size, layer.in_features, layer.bias))
+        model.set_submodule(name, BPDQLinear(Stored(layer.B, c), layer.group_size, layer.in_features, layer.bias))
 
 
 def optimizer(layers: dict[str, TunableLinear]) -> torch.optim.Adam:

@@ -234,13 +234,14 @@ def _solve_together(
     H: Tensor,
     bits: int,
     group_size: int,
+    coefficient_bits: int = 16,
     *,
     starts: Sequence[Start] = STARTS,
     dtype: torch.dtype = torch.bfloat16,
     **options: Any,
 ) -> Solution:
     unit = _unit(W.device)
-    options |= {"bits": bits, "group_size": group_size, "rows": unit}
+    options |= {"bits": bits, "group_size": group_size, "coefficient_bits": coefficient_bits, "rows": unit}
     own, *others = W.split(shares_of(len(W), len(links) + 1, unit or 1))
     busy = [(number, link, rows) for number, (link, rows) in enumerate(zip(links, others, strict=True), 1) if len(rows)]
     job = {"threads": torch.get_num_threads(), "starts": [start.__name__ for start in starts], "dtype": str(dtype)}
@@ -253,13 +254,14 @@ def _solve_together(
     for number, reply, tensors in replies:
         if "error" in reply:
             raise WorkerError(f"worker {number} of --devices: {reply['error']}")
-        parts.append(Solution(*tensors, reply["damping"]))
+        parts.append(Solution(*tensors[:4], reply["damping"], *tensors[4:]))
     return Solution(
         codes=torch.cat([part.codes.to(W.device) for part in parts]),
         c=torch.cat([part.c.to(W.device) for part in parts], dim=2),
         loss=torch.cat([part.loss.to(W.device) for part in parts]),
         energy=torch.cat([part.energy.to(W.device) for part in parts]),
         damping=parts[0].damping,
+        s=None if parts[0].s is None else torch.cat([part.s.to(W.device) for part in parts], dim=1),
     )
 
 
@@ -299,7 +301,8 @@ def _solved(
     try:
         H, W = (tensor.to(device) for tensor in tensors)
         starts, dtype = [NAMED_STARTS[name] for name in job["starts"]], DTYPES[job["dtype"]]
-        *found, damping = quantize_linear(W, H, starts=starts, dtype=dtype, **job["options"])
+        solution = quantize_linear(W, H, starts=starts, dtype=dtype, **job["options"])
     except Exception as e:  # whatever it is, rank 0 must learn of it
         return {"error": f"{type(e).__name__}: {e}"}, []
-    return {"damping": damping}, found
+    tensors = [solution.codes, solution.c, solution.loss, solution.energy]
+    return {"damping": solution.damping}, tensors if solution.s is None else [*tensors, solution.s]
