@@ -117,15 +117,15 @@ def test_coefficients_of_a_row_solve_the_equations_of_torch(isa, shape, seed):
     A = (A + A.tril(-1).mT).double()
     A.diagonal(dim1=1, dim2=2).add_(0.01 * A.diagonal(dim1=1, dim2=2).mean(1, keepdim=True))
     with using(isa):
-        c = cpu_solver.solve_jointly(codes, b, H, group_size, bits, 0.01)
+        c, _ = cpu_solver.solve_jointly(codes, b, H, group_size, bits, 0.01, torch.float32)
     torch.testing.assert_close(c.T.double(), torch.linalg.solve(A, b.T.double()), rtol=1e-3, atol=1e-3)
 
 
 def test_singular_equations_give_coefficients_that_are_noticed():
     codes, _, H = random_layer((40, 20, 2, 32), 0)
     codes[:, 3] = 3
-    c = cpu_solver.solve_jointly(codes, torch.ones(6, 20), H, 32, 2, -1e-3)
-    expected = equations.solve_jointly(codes, torch.ones(6, 20), H, 32, 2, -1e-3)
+    c, _ = cpu_solver.solve_jointly(codes, torch.ones(6, 20), H, 32, 2, -1e-3, torch.bfloat16)
+    expected, _ = equations.solve_jointly(codes, torch.ones(6, 20), H, 32, 2, -1e-3, torch.bfloat16)
     assert c[:, 3].isnan().all()
     assert torch.equal(c.isnan(), expected.isnan())
 

@@ -37,10 +37,11 @@ void bpdq_descend(int group_size, int K, int64_t N, int k, int sweeps, const flo
   });
 }
 
-/* equations.solve_jointly: c [n, N] from codes [K, N], the symmetric H [K, K] and b [n, N]; all are contiguous. */
+/* equations.solve_jointly: c [n, N], and for int8 steps [k+1, N], from codes [K, N], the symmetric H [K, K] and b
+   [n, N]; all are contiguous. */
 void bpdq_solve_jointly(int group_size, int K, int64_t N, int k, const uint8_t* codes, const float* H, const float* b,
-                        float alpha, float* c) {
+                        float alpha, int dtype, float* c, float* steps) {
   const auto run = k == 1 ? solve_jointly<1> : k == 2 ? solve_jointly<2> : k == 3 ? solve_jointly<3> : solve_jointly<4>;
-  run(group_size, K, N, codes, H, b, alpha, c);
+  run(group_size, K, N, codes, H, b, alpha, (Dtype)dtype, c, steps);
 }
 }

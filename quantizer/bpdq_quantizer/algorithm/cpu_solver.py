@@ -17,6 +17,7 @@ from bpdq_kernels.compiled import DTYPE_CODES, library_or_none, load_library
 from bpdq_quantizer.algorithm.grid import Start, paper_start, range_start, residual_start
 
 _SOURCE = Path(__file__).with_name("cpu_solver.cpp")
+_ROUNDED = {**DTYPE_CODES, torch.int8: 3}  # enum Dtype
 _STARTS = {paper_start: 0, range_start: 1, residual_start: 2}  # enum Start
 
 
@@ -29,7 +30,8 @@ def open_library(isa: str) -> ctypes.CDLL:
     library.bpdq_quantize_group.argtypes = [integer, rows, integer, *[pointer] * 5, integer, ctypes.c_float, integer]
     library.bpdq_quantize_group.argtypes += [pointer, integer, *[pointer] * 3]
     library.bpdq_descend.argtypes = [integer, integer, rows, integer, integer, *[pointer] * 5]
-    library.bpdq_solve_jointly.argtypes = [integer, integer, rows, integer, *[pointer] * 3, ctypes.c_float, pointer]
+    library.bpdq_solve_jointly.argtypes = [integer, integer, rows, integer, *[pointer] * 3, ctypes.c_float, integer]
+    library.bpdq_solve_jointly.argtypes += [pointer, pointer]
     return library
 
 
@@ -80,11 +82,14 @@ def descend(codes: Tensor, V: Tensor, c: Tensor, H: Tensor, group_size: int, swe
     return codes, gain
 
 
-def solve_jointly(codes: Tensor, b: Tensor, H: Tensor, group_size: int, bits: int, alpha: float) -> Tensor:
+def solve_jointly(
+    codes: Tensor, b: Tensor, H: Tensor, group_size: int, bits: int, alpha: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
     """As `equations.solve_jointly`, where there is a `library`."""
     K, N = codes.shape
     codes, H, b = codes.contiguous(), H.contiguous(), b.contiguous()
-    c = torch.empty_like(b)
+    c, steps = torch.empty_like(b), torch.empty(bits + 1, N)
     pointers = [tensor.data_ptr() for tensor in (codes, H, b)]
-    library().bpdq_solve_jointly(group_size, K, N, bits, *pointers, alpha, c.data_ptr())
-    return c
+    results = c.data_ptr(), steps.data_ptr()
+    library().bpdq_solve_jointly(group_size, K, N, bits, *pointers, alpha, _ROUNDED[dtype], *results)
+    return c, steps if dtype == torch.int8 else None

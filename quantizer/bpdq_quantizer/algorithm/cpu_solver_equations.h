@@ -147,9 +147,11 @@ struct Cholesky {
   static constexpr int SIZE = k + 1, BAND = 8;  // rows of blocks that stay in a near cache
   const int blocks, n;
   std::vector<Floats> L;  // [blocks, n, SIZE]: rows of a block beside each other
-  std::vector<Floats> inverse, x;
+  std::vector<Floats> inverse, x, y, best;
+  Floats steps[SIZE];
 
-  explicit Cholesky(int groups) : blocks(groups), n(groups * SIZE), L((size_t)n * n), inverse(n), x(n) {}
+  explicit Cholesky(int groups)
+      : blocks(groups), n(groups * SIZE), L((size_t)n * n), inverse(n), x(n), y(n), best(n) {}
 
   Floats* row(int i) { return L.data() + (size_t)i * n * SIZE; }
 
@@ -195,24 +197,77 @@ struct Cholesky {
     return failed;
   }
 
-  /* x: the right sides, then the solutions. */
-  void solve() {
+  /* x: y = L^-1 x, then the solution of L^T c = y, each coefficient rounded when those after it are (rounding.py).
+     Returns what rounding adds to the loss. */
+  template <class Round>
+  Floats back(Round round) {
+    Floats loss{};
+    for (int m = n - 1; m >= 0; --m) {
+      const Floats* l = row(m / SIZE) + m % SIZE;
+      const Floats exact = x[m] * inverse[m], value = round(m % SIZE, exact), left = (exact - value) / inverse[m];
+      loss += left * left;
+      x[m] = value;
+      for (int j = 0; j < m; ++j) x[j] -= l[j * SIZE] * value;
+    }
+    return loss;
+  }
+
+  /* rounding.steps_for the coefficients x. */
+  void steps_for(const Floats* largest, float margin) {
+    constexpr float MOST = 127, FINER = 7;
+    for (int lane = 0; lane < LANES; ++lane) {
+      float most = 0;
+      for (int p = 0; p < SIZE; ++p) most = std::max(most, largest[p][lane]);
+      most = std::max(most * margin, 0x1p-90f);
+      for (int p = 0; p < SIZE; ++p) {
+        const float finer = std::floor(std::log2(most / std::max(largest[p][lane], 0x1p-120f)));
+        steps[p][lane] = std::exp2(-std::min(std::max(finer, 0.0f), FINER));
+      }
+      Floats step = Floats{} + most / MOST;
+      step = rounded(step, BFLOAT16);
+      for (int p = 0; p < SIZE; ++p) steps[p][lane] *= step[lane];
+    }
+  }
+
+  /* x: the right sides, then the solutions, in int8 with their steps. */
+  void solve(Dtype dtype) {
     for (int m = 0; m < n; ++m) {
       const Floats* l = row(m / SIZE) + m % SIZE;
       for (int j = 0; j < m; ++j) x[m] -= l[j * SIZE] * x[j];
       x[m] *= inverse[m];
     }
-    for (int m = n - 1; m >= 0; --m) {
-      const Floats* l = row(m / SIZE) + m % SIZE;
-      x[m] *= inverse[m];
-      for (int j = 0; j < m; ++j) x[j] -= l[j * SIZE] * x[m];
+    if (dtype != INT8) {
+      back([&](int, Floats exact) { return rounded(exact, dtype); });
+      return;
     }
+    y = x;
+    back([](int, Floats exact) { return exact; });
+    Floats largest[SIZE] = {}, best_steps[SIZE] = {}, least = Floats{} + std::numeric_limits<float>::infinity();
+    for (int m = 0; m < n; ++m) {
+      const Floats size = x[m] < 0 ? -x[m] : x[m];
+      largest[m % SIZE] = size > largest[m % SIZE] ? size : largest[m % SIZE];
+    }
+    for (const float margin : {1.0f, 1.12f, 1.25f, 1.4f, 1.6f, 1.8f}) {
+      steps_for(largest, margin);
+      x = y;
+      const Floats loss = back([&](int p, Floats exact) {
+        Floats q = round_even(exact / steps[p]);
+        q = q > 127.0f ? Floats{} + 127.0f : q;
+        return (q < -127.0f ? Floats{} - 127.0f : q) * steps[p];
+      });
+      const Ints better = loss < least;
+      least = better ? loss : least;
+      for (int p = 0; p < SIZE; ++p) best_steps[p] = better ? steps[p] : best_steps[p];
+      for (int m = 0; m < n; ++m) best[m] = better ? x[m] : best[m];
+    }
+    std::copy(best_steps, best_steps + SIZE, steps);
+    x = best;
   }
 };
 
 template <int k>
 void solve_jointly(int group_size, int K, int64_t N, const uint8_t* codes, const float* H, const float* b, float alpha,
-                   float* c) {
+                   Dtype dtype, float* c, float* steps) {
   const int groups = (K + group_size - 1) / group_size, n = groups * (k + 1);
   const std::unique_ptr<float[]> A(new float[(size_t)N * n * n]);  // not initialized: half of it is never touched
   normal_equations<k>(group_size, K, N, codes, H, A.get());
@@ -224,9 +279,11 @@ void solve_jointly(int group_size, int K, int64_t N, const uint8_t* codes, const
       const int lanes = (int)std::min<int64_t>(LANES, N - first);
       const Ints failed = equations.factorize(A.get(), N, first, lanes, alpha);
       for (int m = 0; m < n; ++m) load(equations.x[m], b + m * N + first, lanes);
-      equations.solve();
+      equations.solve(dtype);
       for (int m = 0; m < n; ++m)
         store(c + m * N + first, failed ? Floats{} + std::numeric_limits<float>::quiet_NaN() : equations.x[m], lanes);
+      if (dtype == INT8)
+        for (int p = 0; p <= k; ++p) store(steps + p * N + first, equations.steps[p], lanes);
     }
   }
 }

@@ -13,11 +13,6 @@ constexpr float CLUSTER_ALPHA = 1e-6f;
 /* Inputs whose sums for n features fit the registers beside their operands. */
 constexpr int block_of(int n) { return n == 1 ? 8 : n == 2 ? REGISTERS / 4 : REGISTERS / 8; }
 
-inline Floats round_even(Floats x) {  // |x| < 2^22
-  const float big = 0x1.8p23f;
-  return (x + big) - big;
-}
-
 /* Normal equations of a row's k+1 coefficients. */
 template <int k>
 struct Fit {

@@ -29,12 +29,17 @@ typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 
 constexpr int BLOCK = 8;  // inputs of a sweep
 
-enum Dtype { FLOAT32, FLOAT16, BFLOAT16 };
+enum Dtype { FLOAT32, FLOAT16, BFLOAT16, INT8 };
 
 inline bool any(Ints mask) {
   int32_t found = 0;
   for (int i = 0; i < LANES; ++i) found |= mask[i];
   return found != 0;
+}
+
+inline Floats round_even(Floats x) {  // |x| < 2^22
+  const float big = 0x1.8p23f;
+  return (x + big) - big;
 }
 
 /* x rounded to the dtype in which coefficients are stored. */

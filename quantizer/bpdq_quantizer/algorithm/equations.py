@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from bpdq_quantizer.algorithm.grid import features
+from bpdq_quantizer.algorithm.rounding import NearestPlane, nearest_plane, rounded_solution
 
 
 def normal_matrix(codes: Tensor, H: Tensor, group_size: int, bits: int) -> Tensor:
@@ -33,13 +34,25 @@ def right_sides(codes: Tensor, HW: Tensor, group_size: int, bits: int) -> Tensor
     return torch.cat([(features(code, bits) * hw.unsqueeze(1)).sum(0) for code, hw in parts])
 
 
-def solve_jointly(codes: Tensor, b: Tensor, H: Tensor, group_size: int, bits: int, alpha: float) -> Tensor:
+def solve_jointly(
+    codes: Tensor,
+    b: Tensor,
+    H: Tensor,
+    group_size: int,
+    bits: int,
+    alpha: float,
+    dtype: torch.dtype,
+    nearest: NearestPlane = nearest_plane,
+) -> tuple[Tensor, Tensor | None]:
     """Solutions c [n, N] fp32 of (X^T H X + alpha m I) c = b [n, N], m the mean of the diagonal; codes [K, N].
 
+    They are rounded to `dtype` (`algorithm.rounding`), for int8 to multiples of the steps [k+1, N] that come with them.
     NaN for rows whose equations are singular in fp32.
     """
     A = normal_matrix(codes, H, group_size, bits)
     diagonal = A.diagonal(dim1=1, dim2=2)
     diagonal.add_(alpha * diagonal.mean(1, keepdim=True))
     L, failed = torch.linalg.cholesky_ex(A)
-    return torch.cholesky_solve(b.T.unsqueeze(2), L).squeeze(2).T.masked_fill(failed != 0, torch.nan)
+    y = torch.linalg.solve_triangular(L, b.T.unsqueeze(2), upper=False).squeeze(2)
+    c, steps = rounded_solution(L, y, bits + 1, dtype, nearest)
+    return c.T.masked_fill(failed != 0, torch.nan), steps

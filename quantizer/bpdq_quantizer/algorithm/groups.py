@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from bpdq_quantizer.algorithm import cpu_solver, equations, grid
+from bpdq_quantizer.algorithm import cpu_solver, equations, grid, rounding
 from bpdq_quantizer.algorithm.grid import Start, paper_start
 
 SHORT = 8192  # rows; torch splits an operation from 32768 elements on, and a column step has 2^k - 1 per row
@@ -78,6 +78,12 @@ def descend_group(W_hat: Tensor, V: Tensor, H: Tensor, c: Tensor) -> tuple[Tenso
         return solver.descend_group(W_hat, V, H, c)
 
 
-def solve_jointly(codes: Tensor, b: Tensor, H: Tensor, group_size: int, bits: int, alpha: float) -> Tensor:
+def solve_jointly(
+    codes: Tensor, b: Tensor, H: Tensor, group_size: int, bits: int, alpha: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
     """As `equations.solve_jointly`."""
-    return (cpu_solver if compiled_for(codes.device) else equations).solve_jointly(codes, b, H, group_size, bits, alpha)
+    if compiled_for(codes.device):
+        return cpu_solver.solve_jointly(codes, b, H, group_size, bits, alpha, dtype)
+    kernels = triton_solver() if codes.device.type == "cuda" else None
+    nearest = rounding.nearest_plane if kernels is None else kernels.nearest_plane
+    return equations.solve_jointly(codes, b, H, group_size, bits, alpha, dtype, nearest)

@@ -17,6 +17,7 @@ from bpdq_quantizer.algorithm import cpu_solver
 from bpdq_quantizer.algorithm.equations import right_sides
 from bpdq_quantizer.algorithm.grid import BATCH, level_table
 from bpdq_quantizer.algorithm.groups import compiled_for, descend_group, solve_jointly
+from bpdq_quantizer.algorithm.rounding import round_to, steps_for
 
 SWEEPS = 2  # of descent to a fit: 4 rounds of 2 end lower than 10 rounds of 1, in less time
 CHUNK_ELEMENTS = 1 << 26  # of the largest temporary: 256 MiB in fp32
@@ -34,33 +35,45 @@ def refine(
     rounds: int,
     alpha: float,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Alternate `joint_fit` and `descend` for `rounds` rounds; returns codes, c (rounded to `dtype`) and loss [N].
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Alternate `joint_fit` and `descend` for `rounds` rounds; returns codes, c (rounded to `dtype`), loss [N], steps.
 
-    HW [K, N] is H W; loss: of `codes` and `c` as they come.
+    HW [K, N] is H W; loss: of `codes` and `c` as they come. For int8 they come in fp32, so that there is a joint fit in
+    any case; steps [k+1, N]: of which int8 c are multiples, else ones.
     """
     K, N = W.shape
     groups, width, _ = c.shape
     rows = rows_at_once(K, width)
     fit_elements = CPU_ELEMENTS if W.device.type == "cpu" else CHUNK_ELEMENTS
     fit_rows = min(BATCH, max(1, fit_elements // max((groups * width) ** 2, K * width)))
-    codes, c, loss = codes.clone(), c.clone(), loss.clone()
+    codes, c, loss, steps = codes.clone(), c.clone(), loss.clone(), torch.ones_like(c[0])
+    sweeps = SWEEPS if rounds else 0
+    if dtype == torch.int8:
+        rounds, steps = max(rounds, 1), steps_for(c)
+        c = round_to(c, steps, dtype)
+        loss.fill_(torch.inf)  # any fit's is better
     for start in range(0, N, rows):
         part = slice(start, start + rows)
         w, hw = W[:, part].contiguous(), HW[:, part].contiguous()
         best_codes, best_c, best_loss = codes[:, part].contiguous(), c[:, :, part].contiguous(), loss[part]
+        best_steps = steps[:, part]
         row_codes = best_codes
         for _ in range(rounds):
             parts = zip(row_codes.split(fit_rows, dim=1), hw.split(fit_rows, dim=1), strict=True)
             fits = [joint_fit(*fitted, H, group_size, width - 1, alpha, dtype) for fitted in parts]
-            row_c = torch.cat(fits, dim=2)
-            row_codes, row_loss = descend(row_codes, row_c, w, H, group_size, SWEEPS)
+            row_c, row_steps = (torch.cat(tensors, dim=-1) for tensors in zip(*fits, strict=True))
+            if dtype == torch.int8:  # singular equations: what there was
+                singular = row_c[0, 0].isnan()
+                row_c = torch.where(singular, best_c, row_c)
+                row_steps = torch.where(singular, best_steps, row_steps)
+            row_codes, row_loss = descend(row_codes, row_c, w, H, group_size, sweeps)
             better = row_loss < best_loss
             best_codes = torch.where(better, row_codes, best_codes)
             best_c = torch.where(better, row_c, best_c)
+            best_steps = torch.where(better, row_steps, best_steps)
             best_loss = torch.where(better, row_loss, best_loss)
-        codes[:, part], c[:, :, part], loss[part] = best_codes, best_c, best_loss
-    return codes, c, loss
+        codes[:, part], c[:, :, part], loss[part], steps[:, part] = best_codes, best_c, best_loss, best_steps
+    return codes, c, loss, steps
 
 
 def rows_at_once(inputs: int, width: int) -> int:
@@ -70,14 +83,15 @@ def rows_at_once(inputs: int, width: int) -> int:
 
 def joint_fit(
     codes: Tensor, HW: Tensor, H: Tensor, group_size: int, bits: int, alpha: float, dtype: torch.dtype
-) -> Tensor:
-    """All coefficients of each row, c [ceil(K/G), k+1, N]: ridge least squares of W on its planes in the metric H.
+) -> tuple[Tensor, Tensor]:
+    """All coefficients of each row, c [ceil(K/G), k+1, N]: ridge least squares of W on its planes in the metric H,
+    rounded to `dtype`, for int8 to multiples of the steps [k+1, N] (else ones) that come with them.
 
     HW [K, N] is H W. A row whose equations are singular in fp32 gets NaN, which no later comparison of losses takes for
     better.
     """
-    c = solve_jointly(codes, right_sides(codes, HW, group_size, bits), H, group_size, bits, alpha)
-    return c.unflatten(0, (-1, bits + 1)).to(dtype).float().contiguous()
+    c, steps = solve_jointly(codes, right_sides(codes, HW, group_size, bits), H, group_size, bits, alpha, dtype)
+    return c.unflatten(0, (-1, bits + 1)).contiguous(), torch.ones_like(c[: bits + 1]) if steps is None else steps
 
 
 def descend(codes: Tensor, c: Tensor, W: Tensor, H: Tensor, group_size: int, sweeps: int) -> tuple[Tensor, Tensor]:
@@ -104,7 +118,7 @@ def descend_in_torch(
     error = W - W_hat
     V = H @ error
     loss = (error * V).sum(0)
-    codes = torch.empty_like(codes)
+    codes = codes.clone()
     for sweep in range(sweeps):
         for g in range(len(c)):
             block = slice(g * group_size, min((g + 1) * group_size, len(W)))

@@ -46,8 +46,9 @@ def solve_checked(name: str, W: Tensor, H: Tensor, scheme: Scheme, solve: Solve)
     Raises InputError for coefficients that overflow their dtype.
     """
     solution = solve(W, H, scheme.bits, scheme.group_size, scheme.coefficient_bits)
-    if not is_finite(solution.c):
-        raise InputError(f"{name}: its coefficients overflow {solution.c.dtype}: convert the model to bfloat16 first")
+    coefficients = solution.c if solution.s is None else solution.s
+    if not is_finite(coefficients):
+        raise InputError(f"{name}: its coefficients overflow {coefficients.dtype}: convert the model to bfloat16 first")
     return solution
 
 
