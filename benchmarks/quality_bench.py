@@ -35,6 +35,7 @@ from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.calibration import file_windows
 from bpdq_quantizer.model.tokens import load_tokenizer
 from bpdq_quantizer.passes.tune import final_states, log_probabilities, softcap
+from bpdq_quantizer.run.options import COEFFICIENT_BITS
 
 METHODS = {  # options of `bpdq quantize`; gptq has a script of its own
     "paper": ["--solver", "paper"],
@@ -88,6 +89,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["paper", "bpdq"], help="(%(default)s)")
     parser.add_argument("--bits", nargs="+", type=int, default=[2], metavar="K", help="(%(default)s)")
     parser.add_argument("--group-sizes", nargs="+", type=int, default=[64], metavar="G", help="(%(default)s)")
+    parser.add_argument("--coefficient-bits", type=int, help="as of `bpdq quantize`; not of its paper's solver")
     parser.add_argument("--samples", type=int, default=128, help="calibration windows (%(default)s)")
     parser.add_argument("--seq-len", type=int, default=512, help="tokens of a calibration window (%(default)s)")
     parser.add_argument("--eval-seq-len", type=int, default=1024, help="tokens of a test window (%(default)s)")
@@ -141,8 +143,10 @@ def quantize(model: str, method: str, bits: int, group_size: int, checkpoint: Pa
     else:
         command = [sys.executable, "-m", "bpdq_quantizer", "quantize", model, *settings, *METHODS[method], "--resume"]
         command += ["--special-tokens", "none"]  # as the GPTQ peer calibrates, and as perplexity is measured here
+        width = 16 if method == "paper" else args.coefficient_bits or COEFFICIENT_BITS["refined"]
+        command += ["--coefficient-bits", width]
         if "-mixed" in method:
-            command += ["--target-bpw", Scheme(bits, group_size).bits_per_weight]
+            command += ["--target-bpw", Scheme(bits, group_size, width).bits_per_weight]
         for option in ("tune_steps", "tune_samples"):
             if "--tune" in METHODS[method] and getattr(args, option):
                 command += [f"--{option.replace('_', '-')}", getattr(args, option)]

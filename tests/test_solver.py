@@ -308,7 +308,7 @@ def test_refinement_never_makes_a_row_worse(k, k_in, n, seed):
     s = quantize_linear(W, H, k, 32, iterations=2, refinements=0)
     codes, c = s.codes.T.contiguous(), s.c.float()
     before = row_loss(W.T, codes, c, H, 32)
-    codes, c, loss = refine(codes, c, before, W.T, H @ W.T, H, 32, 2, 1e-6, torch.bfloat16)
+    codes, c, loss, _ = refine(codes, c, before, W.T, H @ W.T, H, 32, 2, 1e-6, torch.bfloat16)
     after = row_loss(W.T, codes, c, H, 32)
     assert (after <= before * (1 + 1e-4)).all()
     torch.testing.assert_close(loss, after, rtol=1e-3, atol=1e-4 * before.max().item())
@@ -317,7 +317,7 @@ def test_refinement_never_makes_a_row_worse(k, k_in, n, seed):
 def test_joint_fit_solves_the_rows_least_squares_problem():
     W, H = problem(3, 80)
     codes = torch.randint(0, 4, (80, 3), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
-    c = joint_fit(codes, H @ W.T, H, 32, 2, 0.0, torch.float32)
+    c, _ = joint_fit(codes, H @ W.T, H, 32, 2, 0.0, torch.float32)
     L = torch.linalg.cholesky(H.double())
     for n in range(3):
         X = torch.zeros(80, 9, dtype=torch.float64)  # three groups of two planes and a bias; the last is short
@@ -332,9 +332,9 @@ def test_a_row_with_singular_equations_keeps_its_coefficients():
     s = quantize_linear(W, H, 2, 32, refinements=0)
     codes, c = s.codes.T.contiguous(), s.c.float()
     codes[:, 1] = 3  # both planes constant: they can't be told from the bias, and nothing damps them
-    assert joint_fit(codes, H @ W.T, H, 32, 2, -1e-3, torch.float32)[:, :, 1].isnan().all()
+    assert joint_fit(codes, H @ W.T, H, 32, 2, -1e-3, torch.float32)[0][:, :, 1].isnan().all()
     loss = row_loss(W.T, codes, c, H, 32)
-    refined_codes, refined_c, _ = refine(codes, c, loss, W.T, H @ W.T, H, 32, 2, -1e-3, torch.bfloat16)
+    refined_codes, refined_c, _, _ = refine(codes, c, loss, W.T, H @ W.T, H, 32, 2, -1e-3, torch.bfloat16)
     assert torch.equal(refined_codes[:, 1], codes[:, 1])
     assert torch.equal(refined_c[:, :, 1], c[:, :, 1])
 

@@ -111,11 +111,14 @@ def _parser() -> argparse.ArgumentParser:
         "plan", help="does a model fit a card, and with how much context; needs its config.json only"
     )
     p.add_argument("model", metavar="MODEL", help="Hugging Face folder, config.json or hub id")
-    add_arguments(p, [FIELDS[name] for name in ("bits", "group_size", "embed_bits", "head_bits")])
+    add_arguments(p, [FIELDS["bits"]])
+    p.add_argument("--group-size", type=int, help="32, 64, 128 or 256 (128; 256 with coefficients in 16 bits)")
+    p.add_argument("--coefficient-bits", type=int, default=8, help="8 or 16 (%(default)s)")
+    add_arguments(p, [FIELDS[name] for name in ("embed_bits", "head_bits")])
     p.add_argument("--gpu-memory", type=float, default=24, metavar="GIB", help="of the card (%(default)s)")
     p.add_argument("--context", type=int, metavar="TOKENS", help="that one request must be able to take (2048)")
     p.add_argument("--probe", action="store_true", help="time this CPU for the hours that quantizing takes")
-    p.set_defaults(run=_plan, group_size=256)
+    p.set_defaults(run=_plan)
 
     for p in commands.choices.values():
         p.add_argument("--json", action="store_true", help="print one JSON object as the last line")

@@ -31,11 +31,15 @@ def steps_for(c: Tensor, margin: float = 1.0) -> Tensor:
     return (most / MOST).bfloat16().float() * torch.exp2(-finer)
 
 
+def stored_coefficients(c: Tensor, steps: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """c [..., N] in `dtype`: for int8 as multiples of its steps, which others don't have."""
+    return (c if steps is None else torch.round(c / steps).clamp(-MOST, MOST)).to(dtype)
+
+
 def round_to(c: Tensor, steps: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """c in fp32, rounded to multiples of its steps, or without them to `dtype`."""
-    if steps is None:
-        return c.to(dtype).float()
-    return torch.round(c / steps).clamp(-MOST, MOST) * steps
+    """What `stored_coefficients` stand for, in fp32."""
+    rounded = stored_coefficients(c, steps, dtype).float()
+    return rounded if steps is None else rounded * steps
 
 
 def nearest_plane(L: Tensor, y: Tensor, steps: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

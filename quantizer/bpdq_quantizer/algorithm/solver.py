@@ -12,6 +12,7 @@ from bpdq_quantizer.algorithm.groups import quantize_group
 from bpdq_quantizer.algorithm.hessian import live_mean, upper_factor
 from bpdq_quantizer.algorithm.order import group_aware_order
 from bpdq_quantizer.algorithm.refine import dequantize_columns, refine
+from bpdq_quantizer.algorithm.rounding import stored_coefficients
 
 STARTS = (range_start, residual_start)
 
@@ -77,8 +78,9 @@ def quantize_linear(
         codes, c, loss, s = refine(*found[i], target, HW, damped, group_size, refinements, alpha, last)
         found[i] = codes, c, undamped(loss, d, target, codes, c, group_size), s
     codes, c, loss, s = (torch.cat(parts, dim=-1) for parts in zip(*found, strict=True))
-    c, s = ((c / s).round(), s.bfloat16()) if eight else (c, None)
-    return Solution(codes.T.contiguous(), c.to(last), loss, torch.cat(energies), damping, s)
+    s = s if eight else None
+    c = stored_coefficients(c, s, last)
+    return Solution(codes.T.contiguous(), c, loss, torch.cat(energies), damping, s.bfloat16() if eight else None)
 
 
 def used_inputs(W: Tensor, diagonal: Tensor) -> Tensor:

@@ -166,11 +166,11 @@ def _probe(bits: int, group_size: int, random: torch.Generator) -> Rates:
         "factor": cpu_time(lambda: factorize(torch.block_diag(H, H))),
         "forward": cpu_time(lambda: half_product(x)),
         "groups": cpu_time(lambda: quantize_group(W[:group_size], U, bits, ITERATIONS, 1e-6, torch.bfloat16, STARTS)),
-        "tables": cpu_time(lambda: solve_jointly(codes, b[: len(c) * width], H, group_size, bits, 1e-6)),
+        "tables": cpu_time(lambda: solve_jointly(codes, b[: len(c) * width], H, group_size, bits, 1e-6, torch.int8)),
         "columns": cpu_time(lambda: descend(codes, c, W, H, group_size, SWEEPS)),
     }
     product, tables = seconds["product"] / (2 * len(x) * k * k), seconds["tables"] / (n * k * k * bits)
-    wide = solve_jointly, codes.repeat(2, 1), b, torch.block_diag(H, H), SMALLEST, bits, 1e-6
+    wide = solve_jointly, codes.repeat(2, 1), b, torch.block_diag(H, H), SMALLEST, bits, 1e-6, torch.int8
     systems = cpu_time(lambda: wide[0](*wide[1:])) - tables * n * (2 * k) ** 2 * bits
     return Rates(
         hessian=seconds["hessian"] / (5 / 4 * len(x) * k * k),

@@ -1,6 +1,7 @@
 """What a model will weigh in bit-planes, and what then fits on a card under vLLM, from its config.json alone."""
 
 from collections import defaultdict
+from dataclasses import replace
 from functools import reduce
 from itertools import count
 from math import ceil, floor, inf, prod
@@ -101,7 +102,8 @@ def plan(
     model: str,
     *,
     bits: int = 2,
-    group_size: int = 256,
+    group_size: int | None = None,
+    coefficient_bits: int = 8,
     embed_bits: int | None = None,
     head_bits: int | None = None,
     gpu_memory: float = 24,
@@ -110,8 +112,8 @@ def plan(
 ) -> dict[str, Any]:
     """Bytes of the BPDQ checkpoint of `model` (folder, config.json or hub id), and how vLLM would serve it on a card.
 
-    embed_bits, head_bits: bit-planes of the embedding and LM head, None for 16 bits; tied ones need to name but one.
-    gpu_memory: nominal GiB; context: tokens that a request must be able to take, 2048 by default; probe: measure this
+    group_size: 128, or 256 with coefficients in 16 bits; embed_bits, head_bits: bit-planes of the embedding and LM head,
+    None for 16 bits; tied ones need to name but one. gpu_memory: nominal GiB; context: tokens that a request must be able to take, 2048 by default; probe: measure this
     CPU for the hours that quantizing takes, some seconds.
     Raises InputError for a model that can't be planned, and for one that doesn't fit.
     """
@@ -123,11 +125,14 @@ def plan(
         raise InputError(f"--context {context}: {m.architecture} takes 1 to {m.max_positions} tokens")
     if not 0 < gpu_memory < inf:
         raise InputError(f"--gpu-memory {gpu_memory}: expected a number of GiB")
+    if group_size is None:
+        group_size = 256 if coefficient_bits == 16 else 128
     try:
-        scheme = Scheme(bits, group_size)
-        embedding, head = (None if k is None else Scheme(k, group_size) for k in (embed_bits, head_bits))
+        scheme = Scheme(bits, group_size, coefficient_bits)
+        embedding, head = (None if k is None else replace(scheme, bits=k) for k in (embed_bits, head_bits))
     except ValueError as e:
-        raise InputError(f"--bits / --group-size / --embed-bits / --head-bits: {e}") from None
+        options = "--bits / --group-size / --coefficient-bits / --embed-bits / --head-bits"
+        raise InputError(f"{options}: {e}") from None
     settings = Settings(scheme, embedding, head, gpu_memory, context)
     kv_type = best_kv_type(m, settings)
     if kv_type is None:
@@ -349,18 +354,18 @@ def quantize_host_bytes(m: Model, calibration: tuple[int, int] = CALIBRATION, pa
 
 
 def _four_bit_embeddings(settings: Settings) -> Settings:
-    four = Scheme(4, settings.scheme.group_size)
+    four = replace(settings.scheme, bits=4)
     return settings._replace(embedding=four, head=four)
 
 
 def _largest_groups(settings: Settings) -> Settings:
     size = GROUP_SIZES[-1]
     schemes = {name: getattr(settings, name) for name in ("scheme", "embedding", "head")}
-    return settings._replace(**{name: s and Scheme(s.bits, size) for name, s in schemes.items()})
+    return settings._replace(**{name: s and replace(s, group_size=size) for name, s in schemes.items()})
 
 
 def _one_bit_less(settings: Settings) -> Settings:
-    return settings._replace(scheme=Scheme(settings.scheme.bits - 1, settings.scheme.group_size))
+    return settings._replace(scheme=replace(settings.scheme, bits=settings.scheme.bits - 1))
 
 
 def _shortage(m: Model, settings: Settings) -> str:

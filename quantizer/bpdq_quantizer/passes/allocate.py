@@ -15,7 +15,7 @@ from itertools import pairwise
 from bpdq_kernels.format import Scheme
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.stream import Streamed, solved
-from bpdq_quantizer.passes.sensitivity import SCHEMES, Stage
+from bpdq_quantizer.passes.sensitivity import Stage
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
@@ -42,10 +42,10 @@ def uniform(source: Streamed, scheme: Scheme) -> dict[str, Scheme]:
     return dict.fromkeys(solved(source), scheme)
 
 
-def check_budget(source: Streamed, budget: int) -> None:
-    """Raise InputError if the blocks' solved weights don't fit `budget` bytes in any scheme."""
+def check_budget(source: Streamed, budget: int, schemes: Sequence[Scheme]) -> None:
+    """Raise InputError if the blocks' solved weights don't fit `budget` bytes in any of `schemes`."""
     shapes = [weight.shape for weight in solved(source).values()]
-    _check_room(sum(min(scheme.stored_bytes(*shape) for scheme in SCHEMES) for shape in shapes), budget)
+    _check_room(sum(min(scheme.stored_bytes(*shape) for scheme in schemes) for shape in shapes), budget)
 
 
 def _check_room(smallest: int, budget: int) -> None:

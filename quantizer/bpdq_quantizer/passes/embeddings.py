@@ -30,7 +30,7 @@ TIED_SHARE = 0.1
 
 
 def embedding_schemes(
-    model: PreTrainedModel, embed_bits: int | None, head_bits: int | None, group_size: int
+    model: PreTrainedModel, embed_bits: int | None, head_bits: int | None, group_size: int, coefficient_bits: int
 ) -> dict[str, Scheme]:
     """The schemes of the embedding and the LM head, by name; None leaves one in 16 bits.
 
@@ -46,7 +46,7 @@ def embedding_schemes(
             f"--embed-bits: {embedding} is a {type(module).__name__}, which is not supported: leave it out"
         )
     bits = {embedding: embed_bits, head: head_bits}
-    schemes = {name: Scheme(k, group_size) for name, k in bits.items() if k}
+    schemes = {name: Scheme(k, group_size, coefficient_bits) for name, k in bits.items() if k}
     check_finite({f"{name}.weight": model.get_submodule(name).weight for name in schemes})
     return schemes
 

@@ -11,6 +11,8 @@ Rows are independent given H, so that SAMPLE_ROWS of each weight, quantized once
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import groupby, product
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,11 +22,12 @@ from torch import Tensor
 from torch.nn.functional import nll_loss
 from tqdm import tqdm
 
-from bpdq_kernels.format import Scheme
+from bpdq_kernels.format import WIDTHS, Scheme
 from bpdq_kernels.layout import GROUP_SIZES, MAX_PLANES
 from bpdq_quantizer.algorithm.grid import range_start
 from bpdq_quantizer.algorithm.hessian import accumulate, live_mean, symmetrize, upper_factor
 from bpdq_quantizer.algorithm.order import group_aware_order
+from bpdq_quantizer.algorithm.refine import refine
 from bpdq_quantizer.algorithm.solver import one_pass, undamped, used_inputs
 from bpdq_quantizer.model.activations import block_inputs, embed, find_stages, head_inputs, run_batches, run_block
 from bpdq_quantizer.model.stream import Streamed, drop_block, load_block, solved
@@ -33,7 +36,6 @@ from bpdq_quantizer.passes.layers import check_finite
 from bpdq_quantizer.passes.tune import LOSS_ELEMENTS, log_probabilities, softcap
 from bpdq_quantizer.storage.offload import Batches
 
-SCHEMES = tuple(Scheme(bits, group_size) for group_size in GROUP_SIZES for bits in range(1, MAX_PLANES + 1))
 SAMPLE_ROWS = 64  # of each weight
 ITERATIONS = 1  # of the solver: enough to compare schemes
 GRADIENT_TOKENS = 4096  # the states of this many tokens are held for every block
@@ -56,32 +58,40 @@ class Sample(NamedTuple):
     losses: dict[Scheme, Tensor]
 
 
+def choices(coefficient_bits: int) -> tuple[Scheme, ...]:
+    """All schemes with coefficients of at least so many bits, those of a group size and number of planes together."""
+    widths = [width for width in WIDTHS[2] if width >= coefficient_bits]
+    return tuple(Scheme(*scheme) for scheme in product(range(1, MAX_PLANES + 1), GROUP_SIZES, widths))
+
+
 def sensitivities(
     source: Streamed,
     tokens: Tensor,
     device: torch.device,
     *,
+    schemes: Sequence[Scheme],
     alpha: float,
     damping: float,
     offload: Path | None = None,
 ) -> list[Stage]:
     """The stages of all decoder blocks in order, from windows [W, L]; reads each block twice, forwards and backwards.
 
-    The Hessians are of all windows in the 16-bit model, the gradients of the first GRADIENT_TOKENS. alpha, damping: as
-    of `quantize_linear`; offload: a folder for the hidden states of all windows, which else stay in memory.
+    schemes: `choices`, of which every stage gets the costs. The Hessians are of all windows in the 16-bit model, the
+    gradients of the first GRADIENT_TOKENS. alpha, damping: as of `quantize_linear`; offload: a folder for the hidden
+    states of all windows, which else stay in memory.
     """
     few = tokens[: max(1, GRADIENT_TOKENS // tokens.shape[1])]
-    sampled, states = row_losses(source, tokens, len(few), device, alpha, damping, offload)
+    sampled, states = row_losses(source, tokens, len(few), device, schemes, alpha, damping, offload)
     energies = gradient_energies(source, few, states, device)
     return [with_costs(samples, energies) for samples in sampled]
 
 
 def with_costs(samples: dict[str, Sample], energies: dict[str, Tensor]) -> Stage:
     """A stage from samples of its weights and the mean squared gradients [N] of their outputs, both by name."""
-    costs = dict.fromkeys(SCHEMES, 0.0)
+    costs: dict[Scheme, float] = {}
     for name, (shape, rows, losses) in samples.items():
         for scheme, loss in losses.items():
-            costs[scheme] += (energies[name][rows] * loss).mean().item() * shape[0]
+            costs[scheme] = costs.get(scheme, 0.0) + (energies[name][rows] * loss).mean().item() * shape[0]
     return Stage(list(samples), [sample.shape for sample in samples.values()], costs)
 
 
@@ -91,6 +101,7 @@ def row_losses(
     tokens: Tensor,
     keep: int,
     device: torch.device,
+    schemes: Sequence[Scheme],
     alpha: float,
     damping: float,
     offload: Path | None,
@@ -105,18 +116,20 @@ def row_losses(
         run = partial(run_block, block, send_to_device(call, device), device)
         stages = find_stages(solved(source, index).values(), run, batches[0][:1])
         hessians = all_hessians([stage[0] for stage in stages], run, batches, tokens.numel())
-        sampled += [sample_stage(stage, hessians.pop(stage[0].name), alpha, damping) for stage in stages]
+        sampled += [sample_stage(stage, hessians.pop(stage[0].name), schemes, alpha, damping) for stage in stages]
         states.append(first_windows(batches, keep))
         drop_block(block)
     return sampled, states
 
 
-def sample_stage(stage: list[Weight], H: Tensor, alpha: float, damping: float) -> dict[str, Sample]:
+def sample_stage(
+    stage: list[Weight], H: Tensor, schemes: Sequence[Scheme], alpha: float, damping: float
+) -> dict[str, Sample]:
     """Samples of a stage's weights, by name, in the metric H [K, K] of their input."""
     check_finite({f"{weight.name}.weight": weight.matrix for weight in stage}, H)
     rows = [sample_rows(weight.shape[0], H.device) for weight in stage]
     W = torch.cat([weight.matrix[chosen] for weight, chosen in zip(stage, rows, strict=True)])
-    tried = try_schemes(W, H, alpha, damping)
+    tried = try_schemes(W, H, schemes, alpha, damping)
     parts = {scheme: loss.cpu().split([len(chosen) for chosen in rows]) for scheme, loss in tried}
     return {
         weight.name: Sample(weight.shape, chosen.cpu(), {scheme: split[i] for scheme, split in parts.items()})
@@ -154,18 +167,32 @@ def sample_rows(count: int, device: torch.device) -> Tensor:
     return order[:SAMPLE_ROWS].sort().values.to(device)
 
 
-def try_schemes(W: Tensor, H: Tensor, alpha: float, damping: float) -> list[tuple[Scheme, Tensor]]:
-    """Every scheme and the losses [N] with it of the rows of W [N, K] in the metric H, by one pass of the solver."""
-    target = used_inputs(W, H.diagonal())
+def try_schemes(
+    W: Tensor, H: Tensor, schemes: Sequence[Scheme], alpha: float, damping: float
+) -> list[tuple[Scheme, Tensor]]:
+    """Every scheme and the losses [N] with it of the rows of W [N, K] in the metric H, by one pass of the solver and a
+    round of its refinement."""
+    target, diagonal = used_inputs(W, H.diagonal()), H.diagonal()
     found = []
-    for group_size in GROUP_SIZES:
-        steps = group_aware_order(H.diagonal(), group_size)
+    for group_size, alike in groupby(sorted(schemes, key=by_planes), key=attrgetter("group_size")):
+        steps = group_aware_order(diagonal, group_size)
         R, used = upper_factor(H, torch.cat([columns for _, columns in steps]), damping)
-        d = used * live_mean(H.diagonal())
-        for bits in range(1, MAX_PLANES + 1):
-            codes, c, loss = one_pass(target, R, steps, bits, ITERATIONS, alpha, torch.bfloat16, (range_start,))
-            found.append((Scheme(bits, group_size), undamped(loss, d, target, codes, c, group_size)))
+        d = used * live_mean(diagonal)
+        damped = H.clone()
+        damped.diagonal().add_(d)
+        HW = damped @ target
+        for bits, widths in groupby(alike, key=attrgetter("bits")):
+            solved = one_pass(target, R, steps, bits, ITERATIONS, alpha, torch.float32, (range_start,))
+            for scheme in widths:
+                dtype = torch.int8 if scheme.coefficient_bits == 8 else torch.bfloat16
+                codes, c, loss, _ = refine(*solved, target, HW, damped, group_size, 1, alpha, dtype)
+                found.append((scheme, undamped(loss, d, target, codes, c, group_size)))
     return found
+
+
+def by_planes(scheme: Scheme) -> tuple[int, int, int]:
+    """What schemes are sorted by, so that those of one pass follow each other."""
+    return scheme.group_size, scheme.bits, scheme.coefficient_bits
 
 
 def gradient_energies(

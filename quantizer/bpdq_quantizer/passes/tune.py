@@ -24,8 +24,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from bpdq_kernels.layout import WORD, Stored, expand_words
+from bpdq_kernels.layout import WORD, Stored, coefficients, expand_words
 from bpdq_kernels.reference import dequantize_t
+from bpdq_quantizer.algorithm.rounding import stored_coefficients
 from bpdq_quantizer.cost import Clock
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.modules import BPDQLinear
@@ -42,26 +43,29 @@ LOSS_ELEMENTS = 1 << 23  # logits at a time in the distillation loss
 class PlaneMatmul(torch.autograd.Function):
     """y [..., N] = x [..., K] @ W_hat^T, differentiable in x and in the fp32 coefficients c, not in the planes.
 
-    c is rounded to `dtype`, that of the checkpoint, on the way (its gradient passes as if it were not), so that what is
-    tuned is what will be stored. W_hat is rebuilt in the backward pass: no graph holds a dense weight.
+    c is rounded as the checkpoint stores it on the way, to `dtype`, with `steps` to multiples of them (its gradient
+    passes as if it were not), so that what is tuned is what will be stored. W_hat is rebuilt in the backward pass: no
+    graph holds a dense weight.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, c: Tensor, B: Tensor, group_size: int, dtype: torch.dtype) -> Tensor:
-        c = c.to(dtype)
-        ctx.save_for_backward(x, c, B)
+    def forward(
+        ctx: Any, x: Tensor, c: Tensor, B: Tensor, steps: Tensor | None, group_size: int, dtype: torch.dtype
+    ) -> Tensor:
+        c = stored_coefficients(c, steps, dtype)
+        ctx.save_for_backward(x, c, B, steps)
         ctx.group_size = group_size
-        return x @ dequantize_t(B, c, group_size, x.shape[-1], x.dtype)
+        return x @ dequantize_t(B, c, group_size, x.shape[-1], x.dtype, steps)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        x, c, B = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+        x, c, B, steps = ctx.saved_tensors
         grad_x = grad_c = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad @ dequantize_t(B, c, ctx.group_size, x.shape[-1], x.dtype).T
+            grad_x = grad @ dequantize_t(B, c, ctx.group_size, x.shape[-1], x.dtype, steps).T
         if ctx.needs_input_grad[1]:
             grad_c = coefficient_gradient(x.flatten(0, -2).T @ grad.flatten(0, -2), B, ctx.group_size)
-        return grad_x, grad_c, None, None, None
+        return grad_x, grad_c, None, None, None, None
 
 
 def coefficient_gradient(grad_W: Tensor, B: Tensor, group_size: int) -> Tensor:
@@ -79,7 +83,7 @@ def coefficient_gradient(grad_W: Tensor, B: Tensor, group_size: int) -> Tensor:
 
 
 class TunableLinear(nn.Module):
-    """A BPDQLinear with trainable coefficients, held in fp32 [ceil(K/G), k+1, N].
+    """A BPDQLinear with trainable coefficients, held in fp32 [ceil(K/G), k+1, N]; the scales of int8 ones stay.
 
     The bias of a group moves with its planes as `middle` - sum_p c_p / 2: planes and middle of the grid are nearly
     uncorrelated, planes and c0 are not, and Adam scales each by itself.
@@ -89,7 +93,8 @@ class TunableLinear(nn.Module):
         super().__init__()
         self.group_size, self.in_features, self.dtype = linear.group_size, linear.in_features, linear.c.dtype
         self.register_buffer("B", linear.B)
-        c = linear.c.float()
+        self.register_buffer("s", linear.s)
+        c = coefficients(linear.c, linear.s)
         self.planes = nn.Parameter(c[:, :-1].clone())
         self.middle = nn.Parameter(c[:, -1] + c[:, :-1].sum(1) / 2)
         self.bias = linear.bias
@@ -99,7 +104,7 @@ class TunableLinear(nn.Module):
         return torch.cat([self.planes, (self.middle - self.planes.sum(1) / 2).unsqueeze(1)], dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = PlaneMatmul.apply(x, self.coefficients(), self.B, self.group_size, self.dtype)
+        y = PlaneMatmul.apply(x, self.coefficients(), self.B, self.s, self.group_size, self.dtype)
         return y if self.bias is None else y + self.bias
 
 
@@ -215,8 +220,10 @@ def make_tunable(model: nn.Module) -> dict[str, TunableLinear]:
 def make_packed(model: nn.Module, layers: dict[str, TunableLinear]) -> None:
     """Undo `make_tunable`, with the coefficients as they are now."""
     for name, layer in layers.items():
-        c = layer.coefficients().detach().to(layer.dtype)
-        model.set_submodule(name, BPDQLinear(Stored(layer.B, c), layer.group_size, layer.in_features, layer.bias))
+        c = stored_coefficients(layer.coefficients().detach(), layer.s, layer.dtype)
+        model.set_submodule(
+            name, BPDQLinear(Stored(layer.B, c, layer.s), layer.group_size, layer.in_features, layer.bias)
+        )
 
 
 def optimizer(layers: dict[str, TunableLinear]) -> torch.optim.Adam:

@@ -16,6 +16,8 @@ SOLVERS = {  # options of `quantize_linear`
     "paper": {"refinements": 0, "alpha": 1e-4, "damping": 0.05, "starts": (paper_start,)},
 }
 ASYMMETRIC = {"refined": 0.5, "paper": 0.0}  # share of the shift of its inputs that a weight is corrected for
+COEFFICIENT_BITS = {"refined": 8, "paper": 16}
+GROUP_SIZE = {8: 64, 16: 128}  # by coefficient_bits: as many bytes
 TUNE_STEPS = {"none": 0, "model": 200}
 
 
@@ -44,8 +46,18 @@ class Schemes:
     """what is stored in how many bits"""
 
     bits: int = option(2, "bit-planes per weight, 1 to 4")
-    group_size: int = option(
-        128, "32, 64, 128 or 256", "weights that share coefficients: 32, 64, 128 or 256; a short last group is fine"
+    group_size: int | None = option(
+        None,
+        "32, 64, 128 or 256",
+        "weights that share coefficients: 32, 64, 128 or 256; a short last group is fine",
+        unset=f"{GROUP_SIZE[8]}; {GROUP_SIZE[16]} with coefficients in 16 bits",
+    )
+    coefficient_bits: int | None = option(
+        None,
+        "of a coefficient, 8 or 16",
+        "8: coefficients are integers with a scale for each output and plane, which costs no quality; 16: floats, as "
+        "the paper has them and the authors' code reads them",
+        unset=f"{COEFFICIENT_BITS['refined']}; paper: {COEFFICIENT_BITS['paper']}",
     )
     embed_bits: int | None = option(
         None,
@@ -247,6 +259,10 @@ def resolved(**given: Any) -> Options:
         found["tune_steps"] = TUNE_STEPS[found["tune"]]
     if found["asymmetric"] is None:
         found["asymmetric"] = ASYMMETRIC[found["solver"]]
+    if found["coefficient_bits"] is None:
+        found["coefficient_bits"] = COEFFICIENT_BITS[found["solver"]]
+    if found["group_size"] is None:
+        found["group_size"] = GROUP_SIZE.get(found["coefficient_bits"], GROUP_SIZE[16])
     if found["tune_samples"] is None:
         found["tune_samples"] = found["samples"]
     parts = {name: part(**{of.name: found[of.name] for of in fields(part)}) for name, part in PARTS.items()}
@@ -259,9 +275,10 @@ def _check_together(o: Options) -> None:
     s, tune = o.schemes, o.tuning.tune
     for bits in (s.bits, s.embed_bits, s.head_bits):
         try:
-            Scheme(s.bits if bits is None else bits, s.group_size)
+            Scheme(s.bits if bits is None else bits, s.group_size, s.coefficient_bits)
         except ValueError as e:
-            raise InputError(f"--bits / --embed-bits / --head-bits / --group-size: {e}") from None
+            options = "--bits / --embed-bits / --head-bits / --group-size / --coefficient-bits"
+            raise InputError(f"{options}: {e}") from None
     if min(o.text.samples, o.text.seq_len, o.method.iterations) < 1 or o.tuning.tune_steps < (tune != "none"):
         raise InputError("--samples, --seq-len, --iterations and --tune-steps must be at least 1")
     if o.tuning.tune_loss != "kl" and tune != "model":

@@ -21,6 +21,7 @@ from bpdq_quantizer.passes import kv_scales
 from bpdq_quantizer.passes.allocate import check_budget, most_common, other_bytes, parse_size, uniform
 from bpdq_quantizer.passes.embeddings import embedding_schemes
 from bpdq_quantizer.passes.rotate import rotated
+from bpdq_quantizer.passes.sensitivity import choices
 from bpdq_quantizer.run.identity import identity
 from bpdq_quantizer.run.options import SOLVERS, Options, Schemes
 from bpdq_quantizer.run.recover import recover
@@ -66,7 +67,9 @@ def prepare(o: Options, folder: RunFolder) -> Run:
     check_blocks(source, tokens)
     if o.method.rotate == "hadamard":
         source = rotated(source, o.method.seed)
-    embeddings = embedding_schemes(source.model, o.schemes.embed_bits, o.schemes.head_bits, o.schemes.group_size)
+    embeddings = embedding_schemes(
+        source.model, o.schemes.embed_bits, o.schemes.head_bits, o.schemes.group_size, o.schemes.coefficient_bits
+    )
     budget = _budget(source, embeddings, o.schemes)
     if o.schemes.kv_cache_scales:
         kv_scales.check(source, tokens, device)
@@ -104,13 +107,13 @@ def _budget(source: Streamed, embeddings: Mapping[str, Scheme], o: Schemes) -> i
         budget = parse_size(o.target_size) - other_bytes(source, embeddings)
     else:
         return None
-    check_budget(source, budget)
+    check_budget(source, budget, choices(o.coefficient_bits))
     return budget
 
 
 def one_scheme(source: Streamed, o: Schemes) -> dict[str, Scheme]:
     """That of all the blocks' Linears, by name, where no target asks for more."""
-    return uniform(source, Scheme(o.bits, o.group_size))
+    return uniform(source, Scheme(o.bits, o.group_size, o.coefficient_bits))
 
 
 def checkpoint_config(

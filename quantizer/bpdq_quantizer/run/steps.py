@@ -14,7 +14,7 @@ from bpdq_quantizer.cost import Clock
 from bpdq_quantizer.model.stream import solved
 from bpdq_quantizer.passes.allocate import allocate, by_layer
 from bpdq_quantizer.passes.blocks import original_states, quantize_blocks
-from bpdq_quantizer.passes.sensitivity import sensitivities
+from bpdq_quantizer.passes.sensitivity import choices, sensitivities
 from bpdq_quantizer.passes.tune import tune_model
 from bpdq_quantizer.run.block_files import BlockFiles
 from bpdq_quantizer.run.options import SOLVERS
@@ -66,6 +66,7 @@ def choose_schemes(run: Run) -> Allocation:
             run.source,
             run.windows.solving,
             run.device,
+            schemes=choices(run.options.schemes.coefficient_bits),
             alpha=solver["alpha"],
             damping=solver["damping"],
             offload=run.folder.offload,
