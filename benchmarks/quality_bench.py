@@ -35,7 +35,6 @@ from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.calibration import file_windows
 from bpdq_quantizer.model.tokens import load_tokenizer
 from bpdq_quantizer.passes.tune import final_states, log_probabilities, softcap
-from bpdq_quantizer.run.options import COEFFICIENT_BITS
 
 METHODS = {  # options of `bpdq quantize`; gptq has a script of its own
     "paper": ["--solver", "paper"],
@@ -89,7 +88,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["paper", "bpdq"], help="(%(default)s)")
     parser.add_argument("--bits", nargs="+", type=int, default=[2], metavar="K", help="(%(default)s)")
     parser.add_argument("--group-sizes", nargs="+", type=int, default=[64], metavar="G", help="(%(default)s)")
-    parser.add_argument("--coefficient-bits", type=int, help="as of `bpdq quantize`; not of its paper's solver")
+    parser.add_argument("--coefficient-bits", type=int, default=8, help="of all but `paper`: 8 or 16 (%(default)s)")
     parser.add_argument("--samples", type=int, default=128, help="calibration windows (%(default)s)")
     parser.add_argument("--seq-len", type=int, default=512, help="tokens of a calibration window (%(default)s)")
     parser.add_argument("--eval-seq-len", type=int, default=1024, help="tokens of a test window (%(default)s)")
@@ -126,27 +125,34 @@ def measure(args: argparse.Namespace) -> Any:
         yield named | {"method": "16-bit", "bits_per_weight": 16.0} | evaluate(base, tokens, states, head) | scores
         del base
         for method, bits, group_size in product(args.methods, args.bits, args.group_sizes):
+            scheme = Scheme(bits, group_size, width_of(method, args))
             print(f"{named['model']}: {method}, k = {bits}, G = {group_size}", flush=True)
-            checkpoint = args.output / "checkpoints" / f"{named['model']}-{method}-k{bits}-g{group_size}"
-            cost = quantize(model, method, bits, group_size, checkpoint, args)
+            name = f"{named['model']}-{method}-k{bits}-g{group_size}-c{scheme.coefficient_bits}"
+            checkpoint = args.output / "checkpoints" / name
+            cost = quantize(model, method, scheme, checkpoint, args)
             quantized = load_model(str(checkpoint), torch.float32)
             quality = evaluate(quantized, tokens, states, head) | run_tasks(str(checkpoint), quantized, args)
-            yield named | {"method": method, "bits": bits, "group_size": group_size} | cost | quality
+            yield named | {"method": method} | vars(scheme) | cost | quality
 
 
-def quantize(model: str, method: str, bits: int, group_size: int, checkpoint: Path, args: argparse.Namespace) -> Row:
+def width_of(method: str, args: argparse.Namespace) -> int:
+    """Bits of a method's coefficients."""
+    return 16 if method in ("paper", "gptq") else args.coefficient_bits
+
+
+def quantize(model: str, method: str, scheme: Scheme, checkpoint: Path, args: argparse.Namespace) -> Row:
     """Make `checkpoint` unless it is there; returns bits_per_weight, seconds, cpu_seconds and peak_memory_bytes."""
-    settings = ["--output", checkpoint, "--bits", bits, "--group-size", group_size, "--calibration", args.calibration]
+    settings = ["--output", checkpoint, "--bits", scheme.bits, "--group-size", scheme.group_size]
+    settings += ["--calibration", args.calibration]
     settings += ["--samples", args.samples, "--seq-len", args.seq_len]
     if method == "gptq":
         command = [args.gptq_python, Path(__file__).with_name("gptq_peer.py"), model, *settings]
     else:
         command = [sys.executable, "-m", "bpdq_quantizer", "quantize", model, *settings, *METHODS[method], "--resume"]
         command += ["--special-tokens", "none"]  # as the GPTQ peer calibrates, and as perplexity is measured here
-        width = 16 if method == "paper" else args.coefficient_bits or COEFFICIENT_BITS["refined"]
-        command += ["--coefficient-bits", width]
+        command += ["--coefficient-bits", scheme.coefficient_bits]
         if "-mixed" in method:
-            command += ["--target-bpw", Scheme(bits, group_size, width).bits_per_weight]
+            command += ["--target-bpw", scheme.bits_per_weight]
         for option in ("tune_steps", "tune_samples"):
             if "--tune" in METHODS[method] and getattr(args, option):
                 command += [f"--{option.replace('_', '-')}", getattr(args, option)]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import bpdq_quantizer
+from bpdq_kernels.format import Scheme
 from bpdq_quantizer import cli
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.fit import plan
@@ -16,7 +17,15 @@ from bpdq_quantizer.run.options import FIELDS, PARTS, Text, resolved
 
 GIVEN = {"model": "m", "output": "o"}
 OTHERS = {  # than the defaults
-    **{"bits": 3, "group_size": 64, "embed_bits": 4, "head_bits": 2, "target_size": "20GiB", "kv_cache_scales": True},
+    **{
+        "bits": 3,
+        "group_size": 32,
+        "coefficient_bits": 16,
+        "embed_bits": 4,
+        "head_bits": 2,
+        "target_size": "20GiB",
+        "kv_cache_scales": True,
+    },
     **{"ignore": ["re:.*[.]o_proj", "model.layers.0.mlp.down_proj"]},
     **{"calibration": "t.txt", "samples": 9, "seq_len": 64, "special_tokens": "none", "iterations": 2},
     **{"solver": "paper", "asymmetric": 0.25, "rotate": "hadamard", "seed": 7, "tune": "model", "tune_steps": 5},
@@ -28,7 +37,16 @@ OTHERS = {  # than the defaults
 def test_defaults_follow_the_options_they_depend_on():
     found = resolved(**GIVEN, solver="paper", tune="model", samples=9)
     assert (found.method.asymmetric, found.tuning.tune_steps, found.tuning.tune_samples) == (0.0, 200, 9)
+    assert found.schemes.coefficient_bits == 16
     assert resolved(**GIVEN).method.asymmetric == 0.5
+    assert resolved(**GIVEN).schemes.coefficient_bits == 8
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_the_default_of_either_width_takes_as_many_bytes(bits):
+    schemes = [resolved(**GIVEN, bits=bits, coefficient_bits=width).schemes for width in (8, 16)]
+    eight, sixteen = (Scheme(s.bits, s.group_size, s.coefficient_bits) for s in schemes)
+    assert eight.bits_per_weight == sixteen.bits_per_weight
 
 
 def test_paths_become_strings():

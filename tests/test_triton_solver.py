@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.compiler import CompiledKernel
 
 from benchmarks.sass import read_cubin
-from bpdq_quantizer.algorithm import cpu_solver, grid, groups, triton_solver
+from bpdq_quantizer.algorithm import cpu_solver, grid, groups, rounding, triton_rounding, triton_solver
 from bpdq_quantizer.algorithm.grid import paper_start, range_start, residual_start
 from bpdq_quantizer.algorithm.hessian import inverse_factor
 from bpdq_quantizer.algorithm.order import group_aware_order
@@ -115,6 +115,27 @@ def test_interpreted_groups_are_quantized_as_well_as_in_torch(case: Case, interp
     interpreter.submit(compare_groups, case, 2, "cpu").result()
 
 
+def compare_rounding(n: int, rows: int, dtype: torch.dtype, device: str) -> None:
+    """Of numbers as far from two that can be stored, one or the other is taken: most rows are the same."""
+    generator = torch.Generator().manual_seed(n)
+    L = torch.randn(rows, n, n, generator=generator).tril(-1) / n + torch.eye(n)
+    y = torch.randn(rows, n, generator=generator)
+    steps = torch.rand(2, rows, n, generator=generator) / 64 + 0.01 if dtype == torch.int8 else None
+    expected, expected_loss = rounding.nearest_plane(L, y, steps, dtype)
+    for layout in (L, L.mT.contiguous().mT):
+        on_device = [None if tensor is None else tensor.to(device) for tensor in (layout, y, steps)]
+        c, loss = (tensor.cpu() for tensor in triton_rounding.nearest_plane(*on_device, dtype))
+        same = torch.isclose(c, expected, rtol=0, atol=1e-6).all(-1)
+        assert same.float().mean() > 0.9
+        torch.testing.assert_close(loss[same], expected_loss[same], rtol=1e-3, atol=1e-7)
+        torch.testing.assert_close(loss, expected_loss, rtol=0.2, atol=1e-7)
+
+
+@pytest.mark.parametrize(("n", "dtype"), [(1, BF16), (12, FP16), (21, torch.int8), (32, FP32)])
+def test_interpreted_rounding_knows_the_errors_before_it_as_torch_does(n, dtype, interpreter: ProcessPoolExecutor):
+    interpreter.submit(compare_rounding, n, 10, dtype, "cpu").result()
+
+
 @pytest.mark.parametrize("case", TINY, ids=str)
 def test_interpreted_descent_takes_the_same_steps_as_in_torch(case: Case, interpreter: ProcessPoolExecutor):
     interpreter.submit(compare_descents, case, "cpu").result()
@@ -143,8 +164,9 @@ class Launches(TorchDispatchMode):
 def counted():
     launches = Launches()
     solver = mock.patch.object(groups, "solver_for", return_value=triton_solver)
+    nearest = mock.patch.object(groups, "nearest_plane_for", return_value=triton_rounding.nearest_plane)
     no_cpu = mock.patch.object(cpu_solver, "library", return_value=None)
-    with mock.patch.object(triton.JITFunction, "run", launches.run), solver, no_cpu, launches:
+    with mock.patch.object(triton.JITFunction, "run", launches.run), solver, nearest, no_cpu, launches:
         yield launches
 
 
@@ -171,19 +193,20 @@ def test_a_sweep_of_descent_over_a_group_is_one_launch():
     assert launches.count == 1
 
 
-def refinement_launches(inputs: int, groups_count: int) -> int:
+def refinement_launches(inputs: int, groups_count: int, dtype: torch.dtype) -> int:
     """Launches of a round of refinement, all rows at once."""
     K = inputs * groups_count
     W, H, _ = random_group(K, 40, 0)
     codes, c = torch.zeros(K, 40, dtype=torch.uint8), torch.zeros(groups_count, 3, 40)
     with counted() as launches:
-        refine(codes, c, torch.zeros(40), W, H @ W, H, inputs, 1, 1e-6, BF16)
+        refine(codes, c, torch.zeros(40), W, H @ W, H, inputs, 1, 1e-6, dtype)
     return launches.count
 
 
-def test_a_refinement_launches_a_few_kernels_for_each_group_and_none_for_each_column():
-    assert refinement_launches(64, 4) == refinement_launches(32, 4)
-    per_group = (refinement_launches(32, 4) - refinement_launches(32, 2)) / 2
+@pytest.mark.parametrize("dtype", [BF16, torch.int8])
+def test_a_refinement_launches_a_few_kernels_for_each_group_and_none_for_each_column(dtype: torch.dtype):
+    assert refinement_launches(64, 4, dtype) == refinement_launches(32, 4, dtype)
+    per_group = (refinement_launches(32, 4, dtype) - refinement_launches(32, 2, dtype)) / 2
     assert per_group <= SWEEPS * 8 + 3 + 24, "each sweep 8, W_hat 3, the joint equations the rest"
 
 
@@ -217,6 +240,18 @@ def compile_solver(kernel: triton.JITFunction, arch: int, bits: int, inputs: int
     constants = {"BITS": bits, "DTYPE": triton_solver.DTYPES[BF16], **triton_solver.tile(bits, inputs)}
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     return compile_kernel(kernel, types, constants, divisible, arch, triton_solver.options())
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(("n", "eight"), [(192, True), (4096, True), (384, False)])
+def test_rounding_does_not_spill(n: int, eight: bool, arch: int):
+    names = ("L_ptr", "y_ptr", "c_ptr", "loss_ptr", *(["steps_ptr"] if eight else []))
+    types = dict.fromkeys(names, "*fp32") | dict.fromkeys(("n", "N", "row", "column"), "i32")
+    constants = {"BLOCK": triton.next_power_of_2(n), "DTYPE": triton_solver.DTYPES[FP32 if eight else BF16]}
+    constants |= {} if eight else {"steps_ptr": None}
+    kernel, options = triton_rounding.nearest_plane_kernel, triton_rounding.options(n)
+    compiled = compile_kernel(kernel, types, constants, set(names), arch, options)
+    assert read_cubin(compiled.asm["cubin"]).spills == 0
 
 
 def assert_no_spills(kernel: str, arch: int, bits: int, inputs: int) -> None:
@@ -254,6 +289,12 @@ def test_descent_on_a_gpu_takes_the_same_steps_as_in_torch(case: Case):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("n", "dtype"), [(1, BF16), (72, torch.int8), (384, torch.int8), (1400, FP16)])
+def test_rounding_on_a_gpu_knows_the_errors_before_it_as_torch_does(n: int, dtype: torch.dtype):
+    compare_rounding(n, 40, dtype, "cuda")
+
+
+@pytest.mark.gpu
 def test_rows_on_a_gpu_are_solved_alone():
     rows_are_solved_alone("cuda")
 
@@ -268,14 +309,14 @@ def test_a_gpu_s_groups_are_solved_by_a_few_kernels():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rounds", [0, 1])
-def test_nothing_on_a_gpu_waits_for_the_host(rounds: int):
+@pytest.mark.parametrize(("rounds", "dtype"), [(0, BF16), (1, BF16), (1, torch.int8)])
+def test_nothing_on_a_gpu_waits_for_the_host(rounds: int, dtype: torch.dtype):
     W, H, U = (tensor.cuda() for tensor in random_group(160, 100, 0))
     steps = group_aware_order(H.diagonal(), 64)
 
     def solve() -> None:
         found = one_pass(W, U, steps, 2, 3, 1e-6, BF16, BOTH)
-        refine(*found, W, H @ W, H, 64, rounds, 1e-6, BF16)
+        refine(*found, W, H @ W, H, 64, rounds, 1e-6, dtype)
 
     solve()  # compiles
     try:

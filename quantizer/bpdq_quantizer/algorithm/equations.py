@@ -52,7 +52,8 @@ def solve_jointly(
     A = normal_matrix(codes, H, group_size, bits)
     diagonal = A.diagonal(dim1=1, dim2=2)
     diagonal.add_(alpha * diagonal.mean(1, keepdim=True))
-    L, failed = torch.linalg.cholesky_ex(A)
+    R, failed = torch.linalg.cholesky_ex(A.mT, upper=True)  # in columns, as LAPACK has it: L = R^T then is in rows
+    L = R.mT
     y = torch.linalg.solve_triangular(L, b.T.unsqueeze(2), upper=False).squeeze(2)
     c, steps = rounded_solution(L, y, bits + 1, dtype, nearest)
     return c.T.masked_fill(failed != 0, torch.nan), steps

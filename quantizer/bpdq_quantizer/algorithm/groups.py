@@ -84,6 +84,12 @@ def solve_jointly(
     """As `equations.solve_jointly`."""
     if compiled_for(codes.device):
         return cpu_solver.solve_jointly(codes, b, H, group_size, bits, alpha, dtype)
-    kernels = triton_solver() if codes.device.type == "cuda" else None
-    nearest = rounding.nearest_plane if kernels is None else kernels.nearest_plane
+    nearest = nearest_plane_for(codes.device)
     return equations.solve_jointly(codes, b, H, group_size, bits, alpha, dtype, nearest)
+
+
+def nearest_plane_for(device: torch.device) -> rounding.NearestPlane:
+    """What rounds solutions of equations on a device."""
+    if device.type != "cuda" or triton_solver() is None:
+        return rounding.nearest_plane
+    return importlib.import_module("bpdq_quantizer.algorithm.triton_rounding").nearest_plane

@@ -17,7 +17,8 @@ _FP32 = tl.constexpr(FP32)
 _FP16 = tl.constexpr(FP16)
 _CLUSTER_ROUNDS = tl.constexpr(CLUSTER_ROUNDS)
 _CLUSTER_ALPHA = tl.constexpr(1e-6)
-_BIG = tl.constexpr(1.5 * 2.0**23)  # x + _BIG - _BIG rounds x to an integer, half to even, for |x| < 2^22
+BIG = 1.5 * 2.0**23  # x + BIG - BIG rounds x to an integer, half to even, for |x| < 2^22
+_BIG = tl.constexpr(BIG)
 _TINY = tl.constexpr(2.0**-126)
 
 

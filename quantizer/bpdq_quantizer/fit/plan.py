@@ -112,9 +112,9 @@ def plan(
 ) -> dict[str, Any]:
     """Bytes of the BPDQ checkpoint of `model` (folder, config.json or hub id), and how vLLM would serve it on a card.
 
-    group_size: 128, or 256 with coefficients in 16 bits; embed_bits, head_bits: bit-planes of the embedding and LM head,
-    None for 16 bits; tied ones need to name but one. gpu_memory: nominal GiB; context: tokens that a request must be able to take, 2048 by default; probe: measure this
-    CPU for the hours that quantizing takes, some seconds.
+    group_size: 128, or 256 with coefficients in 16 bits; embed_bits, head_bits: bit-planes of the embedding and LM
+    head, None for 16 bits; tied ones need to name but one. gpu_memory: nominal GiB; context: tokens that a request must
+    be able to take, 2048 by default; probe: measure this CPU for the hours that quantizing takes, some seconds.
     Raises InputError for a model that can't be planned, and for one that doesn't fit.
     """
     m = read_model(model)
