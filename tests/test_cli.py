@@ -53,7 +53,7 @@ def test_quantize_eval_inspect(folder, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     found = json.loads(lines[-1])
     tensors = load_tensors(out)
-    quantized = sum(t.nbytes for name, t in tensors.items() if name.endswith((".B", ".c")))
+    quantized = sum(t.nbytes for name, t in tensors.items() if name.endswith((".B", ".c", ".s")))
     assert found["quantized_bytes"] == quantized
     assert found["other_bytes"] == sum(t.nbytes for t in tensors.values()) - quantized
     assert len(found["layers"]) == 14

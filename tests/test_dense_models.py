@@ -82,7 +82,8 @@ def test_its_sensitivities_are_measured(tmp_path, arch, monkeypatch):
     monkeypatch.setattr(sensitivity, "MAX_PLANES", 1)
     source = open_model(model(tmp_path / "model", arch))
     tokens = torch.arange(64).view(2, 32) * 5
-    stages = sensitivity.sensitivities(source, tokens, torch.device("cpu"), alpha=1e-4, damping=0.05)
+    solver = {"schemes": sensitivity.choices(16), "alpha": 1e-4, "damping": 0.05}
+    stages = sensitivity.sensitivities(source, tokens, torch.device("cpu"), **solver)
     assert sorted(name for stage in stages for name in stage.names) == sorted(solved(source))
     assert all(stage.costs[Scheme(1, 32)] > 0 for stage in stages)
 

@@ -39,7 +39,8 @@ def dequantized(out):
     for name in [name.removesuffix(".B") for name in stored if name.endswith(".B")]:
         weight = model.get_submodule(name).weight
         G = config.get("layers", {}).get(name, config)["group_size"]
-        weight.data = dequantize(stored[f"{name}.B"], stored[f"{name}.c"], G, weight.shape[1])
+        B, c, s = (stored[f"{name}.{tensor}"] for tensor in "Bcs")
+        weight.data = dequantize(B, c, G, weight.shape[1], s)
     model.tie_weights()
     return model
 
@@ -64,11 +65,11 @@ def test_tables_are_stored_in_planes_and_load(tmp_path, text, arch, tie, options
 
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     named = dict.fromkeys((EMBEDDING, HEAD), stored[EMBEDDING]) if tie else stored
-    assert config["layers"] == {name: {"bits": k, "group_size": 64} for name, k in named.items()}
+    assert config["layers"] == {name: {"bits": k, "group_size": 64, "coefficient_bits": 8} for name, k in named.items()}
     assert config["ignore"] == ([] if HEAD in named else [HEAD])
 
     assert [layer["name"] for layer in report["layers"][14:]] == list(stored)
-    size = sum(t.nbytes for name, t in tensors.items() if name.endswith((".B", ".c")))
+    size = sum(t.nbytes for name, t in tensors.items() if name.endswith((".B", ".c", ".s")))
     weights = sum(layer["in_features"] * layer["out_features"] for layer in report["layers"])
     assert report["bits_per_weight"] == pytest.approx(8 * size / weights, rel=0.02)  # 352 inputs end in a short group
 
@@ -105,7 +106,7 @@ def test_each_table_is_solved_in_its_own_metric(tmp_path, text, tie, options):
     metrics = [H + embeddings.TIED_SHARE * H.diagonal().mean() * identity] if tie else [identity, H]
     for layer, metric in zip(report["layers"][14:], metrics, strict=True):
         stored, weight = model.get_submodule(layer["name"]), original.get_submodule(layer["name"]).weight.detach()
-        D = weight - dequantize(stored.B, stored.c, 64, weight.shape[1])
+        D = weight - dequantize(stored.B, stored.c, 64, weight.shape[1], stored.s)
         loss, energy = (((M @ metric) * M).sum().item() for M in (D, weight))
         assert layer["loss"] == pytest.approx(loss, rel=1e-3)
         assert layer["relative_error"] == pytest.approx(loss / energy, rel=1e-3)
@@ -151,8 +152,8 @@ def test_an_embedding_that_does_more_than_look_up_is_refused(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tiny_model(tmp_path / "model"))
     model.set_input_embeddings(Odd(384, 128))
     with pytest.raises(InputError, match=r"model\.embed_tokens is a Odd, which is not supported"):
-        embeddings.embedding_schemes(model, 4, None, 64)
-    assert embeddings.embedding_schemes(model, None, 4, 64) == {HEAD: Scheme(4, 64)}
+        embeddings.embedding_schemes(model, 4, None, 64, 8)
+    assert embeddings.embedding_schemes(model, None, 4, 64, 8) == {HEAD: Scheme(4, 64, 8)}
 
 
 @pytest.mark.parametrize("name", [EMBEDDING, HEAD])
@@ -163,4 +164,4 @@ def test_nan_in_a_table_is_named(tmp_path, name):
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     lm = AutoModelForCausalLM.from_pretrained(model)
     with pytest.raises(InputError, match=rf"{name}\.weight holds NaN or infinity"):
-        embeddings.embedding_schemes(lm, 4, 4, 64)
+        embeddings.embedding_schemes(lm, 4, 4, 64, 16)

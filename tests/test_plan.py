@@ -53,7 +53,7 @@ def written_bytes(folder):
     sizes = dict.fromkeys(("linear_bytes", "embedding_bytes", "head_bytes", "other_bytes"), 0)
     for name, tensor in load_tensors(folder).items():
         part = {"model.embed_tokens": "embedding_bytes", "lm_head": "head_bytes"}.get(name.rpartition(".")[0])
-        sizes[part or ("linear_bytes" if name.endswith((".B", ".c")) else "other_bytes")] += tensor.nbytes
+        sizes[part or ("linear_bytes" if name.endswith((".B", ".c", ".s")) else "other_bytes")] += tensor.nbytes
     return {**sizes, "checkpoint_bytes": sum(sizes.values())}
 
 
@@ -64,18 +64,18 @@ def parts_of(found):
 
 
 @pytest.mark.parametrize(
-    ("arch", "tied", "dtype", "bits", "group_size"),
+    ("arch", "tied", "dtype", "bits", "group_size", "width"),
     [
-        ("llama", True, torch.bfloat16, 2, 256),
-        ("qwen2", False, torch.bfloat16, 1, 32),
-        ("qwen2", True, torch.float16, 4, 128),
-        ("qwen3", False, torch.float32, 3, 64),
+        ("llama", True, torch.bfloat16, 2, 256, 16),
+        ("qwen2", False, torch.bfloat16, 1, 32, 8),
+        ("qwen2", True, torch.float16, 4, 128, 8),
+        ("qwen3", False, torch.float32, 3, 64, 16),
     ],
 )
-def test_bytes_are_those_that_quantize_writes(tmp_path, arch, tied, dtype, bits, group_size):
+def test_bytes_are_those_that_quantize_writes(tmp_path, arch, tied, dtype, bits, group_size, width):
     (tmp_path / "text.txt").write_text(TEXT)
     tiny_model(tmp_path / "model", arch, dtype=dtype, tie_word_embeddings=tied)
-    options = {"bits": bits, "group_size": group_size}
+    options = {"bits": bits, "group_size": group_size, "coefficient_bits": width}
     small = {"calibration": str(tmp_path / "text.txt"), "samples": 4, "seq_len": 32, "iterations": 1}
     bpdq_quantizer.quantize(str(tmp_path / "model"), tmp_path / "out", **small, **options)
     found = plan(str(tmp_path / "model"), **options)
@@ -89,7 +89,8 @@ def test_bytes_of_an_embedding_and_head_in_planes(tmp_path, tied, options):
     options = options or {"embed_bits": 4, "head_bits": 3}
     tables = {"model.embed_tokens": {"bits": 4}} | ({} if tied else {"lm_head": {"bits": 3}})
     bpdq_checkpoint(model, tmp_path / "out", bits=2, group_size=64, layers=tables)
-    assert parts_of(plan(str(model), group_size=64, **options)) == written_bytes(tmp_path / "out")
+    found = plan(str(model), group_size=64, coefficient_bits=16, **options)
+    assert parts_of(found) == written_bytes(tmp_path / "out")
 
 
 @given(n=st.integers(1, 200), k=st.integers(1, 600), bits=st.integers(1, 4), group=st.sampled_from([32, 64, 128, 256]))
@@ -98,25 +99,26 @@ def test_bytes_of_a_layer(n, k, bits, group):
     scheme = Scheme(bits, group)
     B, c = round_to_planes(torch.randn(n, k), bits, group, torch.bfloat16)
     assert scheme.stored_bytes(n, k) == B.nbytes + c.nbytes
-    assert scheme.tiled_bytes(n, k) == sum(t.nbytes for t in to_tiles(B, c, group, torch.bfloat16))
+    tiles = to_tiles(B, c, group, torch.bfloat16)
+    assert scheme.tiled_bytes(n, k) == sum(t.nbytes for t in tiles if t is not None)
 
 
 def row_bytes(k, words, groups):
-    """Bytes of an output's planes and coefficients at k = 2, G = 256."""
+    """Bytes of an output's planes, coefficients and their scales at k = 2, G = 128."""
     assert 32 * words == k
-    assert 256 * (groups - 1) < k <= 256 * groups
-    return words * 2 * 4 + groups * 3 * 2
+    assert 128 * (groups - 1) < k <= 128 * groups
+    return words * 2 * 4 + groups * 3 + 3 * 2
 
 
 @pytest.mark.parametrize(
     ("size", "linear", "tables"),
     [
-        ("7B", 28 * ((3584 + 2 * 512 + 3584 + 2 * 18944) * row_bytes(3584, 112, 14)
-                     + 3584 * row_bytes(18944, 592, 74)), 2 * 152064 * 3584 * 2),
-        ("32B", 64 * ((5120 + 2 * 1024 + 5120 + 2 * 27648) * row_bytes(5120, 160, 20)
-                      + 5120 * row_bytes(27648, 864, 108)), 2 * 152064 * 5120 * 2),
-        ("72B", 80 * ((8192 + 2 * 1024 + 8192 + 2 * 29568) * row_bytes(8192, 256, 32)
-                      + 8192 * row_bytes(29568, 924, 116)), 2 * 152064 * 8192 * 2),
+        ("7B", 28 * ((3584 + 2 * 512 + 3584 + 2 * 18944) * row_bytes(3584, 112, 28)
+                     + 3584 * row_bytes(18944, 592, 148)), 2 * 152064 * 3584 * 2),
+        ("32B", 64 * ((5120 + 2 * 1024 + 5120 + 2 * 27648) * row_bytes(5120, 160, 40)
+                      + 5120 * row_bytes(27648, 864, 216)), 2 * 152064 * 5120 * 2),
+        ("72B", 80 * ((8192 + 2 * 1024 + 8192 + 2 * 29568) * row_bytes(8192, 256, 64)
+                      + 8192 * row_bytes(29568, 924, 231)), 2 * 152064 * 8192 * 2),
     ],
 )  # fmt: skip
 def test_totals_of_qwen(tmp_path, size, linear, tables):
@@ -148,7 +150,7 @@ def test_the_72b_model_of_the_readme(tmp_path):
     assert found["tokens_that_fit"]["auto"] < 2048 < found["tokens_that_fit"]["int8_per_token_head"]
     assert "--kv-cache-dtype int8_per_token_head --enforce-eager" in found["serve_command"]
     small = plan(model + "/config.json", embed_bits=4, head_bits=4, context=8192)
-    assert small["embedding_bytes"] == 152064 * (256 * 4 * 4 + 32 * 5 * 2)
+    assert small["embedding_bytes"] == 152064 * (256 * 4 * 4 + 64 * 5 + 5 * 2)
     assert small["tokens_that_fit"]["auto"] > 8192
     assert "kv-cache-dtype" not in small["serve_command"]
 
@@ -267,7 +269,7 @@ def test_the_bits_that_fill_a_card_fit_and_more_do_not(tmp_path, group_size):
     for gpu_memory in (16, 20, 24):
         found = plan(model, bits=2, group_size=group_size, gpu_memory=gpu_memory)
         for bits in (2, 3, 4):
-            scheme = Scheme(bits, group_size)
+            scheme = Scheme(bits, group_size, 8)
             settings = Settings(scheme, None, None, gpu_memory, found["context"])
             fits = needed(read_model(model), settings, found["kv_cache_dtype"], graphs=False) <= budget(gpu_memory)
             assert fits == (scheme.bits_per_weight <= found["fill_bpw"])

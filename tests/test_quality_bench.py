@@ -73,7 +73,7 @@ def test_a_matrix_gives_json_table_and_plot(folder, tmp_path, capsys):
 def finish(folder, output, peak):
     """The checkpoint of method bpdq as a run before would have left it in `output`."""
     report = {"bits_per_weight": 2.75, "seconds": 1.0, "cpu_seconds": 1.0, "peak_host_memory_bytes": peak}
-    checkpoint = output / "checkpoints" / "model-bpdq-k2-g64"
+    checkpoint = output / "checkpoints" / "model-bpdq-k2-g64-c8"
     checkpoint.parent.mkdir()
     checkpoint.symlink_to(folder / "checkpoint")
     (checkpoint / "quantization_report.json").write_text(json.dumps(report))
@@ -96,8 +96,8 @@ def test_gptq_without_its_environment_is_explained(folder, tmp_path, capsys):
 def test_a_failing_method_is_named(folder, tmp_path, capsys):
     argv = arguments(folder, tmp_path, "--methods", "gptq", "--gptq-python", sys.executable)
     assert quality_bench.main(argv) == 1
-    assert "model-gptq-k2-g64: quantizing failed" in capsys.readouterr().err
-    assert not (tmp_path / "checkpoints" / "model-gptq-k2-g64").exists()
+    assert "model-gptq-k2-g64-c16: quantizing failed" in capsys.readouterr().err
+    assert not (tmp_path / "checkpoints" / "model-gptq-k2-g64-c16").exists()
 
 
 def test_a_missing_text_is_one_line(folder, tmp_path, capsys):
@@ -176,4 +176,4 @@ def test_tasks_through_a_vllm_server_score_the_same(folder, questions, tmp_path)
     assert quality_bench.main(argv) == 0
     rows = json.loads((tmp_path / "quality.json").read_text())["rows"]
     assert rows[0]["tasks"] == {"planes acc": accuracy(folder / "model", docs)}
-    assert rows[1]["tasks"] == {"planes acc": accuracy(tmp_path / "checkpoints" / "model-paper-k2-g64", docs)}
+    assert rows[1]["tasks"] == {"planes acc": accuracy(tmp_path / "checkpoints" / "model-paper-k2-g64-c16", docs)}

@@ -86,7 +86,10 @@ def test_checkpoint_says_what_it_is(quantized):
     tensors = load_tensors(out)
     assert tensors["model.layers.0.mlp.down_proj.B"].shape == (11, 2, 128)
     assert tensors["model.layers.0.mlp.down_proj.c"].shape == (6, 3, 128)
-    assert tensors["model.layers.0.mlp.down_proj.c"].dtype == torch.bfloat16
+    assert tensors["model.layers.0.mlp.down_proj.c"].dtype == torch.int8
+    assert tensors["model.layers.0.mlp.down_proj.s"].shape == (3, 128)
+    assert tensors["model.layers.0.mlp.down_proj.s"].dtype == torch.bfloat16
+    assert (config["format_version"], config["coefficient_bits"]) == (2, 8)
     assert "lm_head.weight" not in tensors, "tied weights are stored once"
     assert {p.name for p in out.iterdir()} >= {"tokenizer.json", "generation_config.json", "quantization_report.json"}
     assert "user: hi" in AutoTokenizer.from_pretrained(out).apply_chat_template(
@@ -104,7 +107,7 @@ def test_report_has_loss_error_bits_and_time_of_every_layer(quantized):
         assert 0 < layer["relative_error"] < 1
         assert layer["seconds"] > 0
         groups = -(-layer["in_features"] // 64)
-        assert layer["bits_per_weight"] == 2 + 16 * 3 * groups / layer["in_features"]
+        assert layer["bits_per_weight"] == pytest.approx(2 + 3 * (8 * groups + 16) / layer["in_features"])
     assert sum(report["seconds_by_part"].values()) == pytest.approx(report["seconds"])
     assert min(report["seconds_by_part"].values()) >= 0
 
@@ -162,7 +165,7 @@ def test_each_layer_is_calibrated_on_the_quantized_prefix(quantized, text):
     planes = {name: m for name, m in model.named_modules() if isinstance(m, BPDQLinear)}
     for name, m in planes.items():
         plain = torch.nn.Linear(m.in_features, m.out_features, bias=False, dtype=torch.bfloat16)
-        plain.weight.data.copy_(dequantize(m.B, m.c, 64, m.in_features))
+        plain.weight.data.copy_(dequantize(m.B, m.c, 64, m.in_features, m.s))
         model.set_submodule(name, plain)
     ids = AutoTokenizer.from_pretrained(out)(TEXT * 4, add_special_tokens=False)["input_ids"][: 6 * 32]
     tokens = torch.tensor(ids).view(6, 32)
@@ -174,7 +177,7 @@ def test_each_layer_is_calibrated_on_the_quantized_prefix(quantized, text):
         )
         H, C = input_statistics(stored, [now], tokens.numel(), lambda _, x=before: x)
         target = corrected(weight.matrix.detach(), H, C, ASYMMETRIC["refined"])
-        solved = quantize_linear(target, H, 2, 64, iterations=3, **SOLVERS["refined"])
+        solved = quantize_linear(target, H, 2, 64, 8, iterations=3, **SOLVERS["refined"])
         D = target - stored.matrix.detach().float()
         assert ((D @ H) * D).sum().item() == pytest.approx(solved.loss.sum().item(), rel=0.02)
         original_H, _ = input_statistics(weight, [before], tokens.numel(), None)
@@ -206,9 +209,12 @@ def test_asymmetric_calibration_brings_the_model_closer_to_the_16_bit_one(quanti
 
 def test_fp16_models_get_fp16_coefficients(tmp_path, text):
     tiny_model(tmp_path / "model", dtype=torch.float16)
-    bpdq_quantizer.quantize(str(tmp_path / "model"), tmp_path / "out", **small(text, bits=1, group_size=32))
+    bpdq_quantizer.quantize(str(tmp_path / "model"), tmp_path / "out", **small(text, bits=1, coefficient_bits=16))
     tensors = load_tensors(tmp_path / "out")
     assert tensors["model.layers.1.mlp.up_proj.c"].dtype == torch.float16
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert config["format_version"] == 1
+    assert "coefficient_bits" not in config, "a release that knows version 1 alone reads it"
 
 
 def with_large_activations(folder: Path) -> Path:
@@ -355,7 +361,7 @@ def test_a_model_in_memory_gives_the_tensors_of_its_files(quantized, text):
     options = {"solve": solve, "asymmetric": ASYMMETRIC["refined"]}
     stored = load_tensors(out)
     done = quantize_blocks(
-        source, torch.tensor(ids).view(6, 32), uniform(source, Scheme(2, 64)), torch.device("cpu"), **options
+        source, torch.tensor(ids).view(6, 32), uniform(source, Scheme(2, 64, 8)), torch.device("cpu"), **options
     )
     for index, (block, _, states) in enumerate(done):
         assert states.block == index + 1
