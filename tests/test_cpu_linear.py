@@ -128,7 +128,7 @@ def test_rows_can_be_read_back_as_stored(k, group, n, in_features, dtype, compil
     """For embeddings, which pick rows; also where there is no compiler."""
     stored = random_stored(k, group, n, in_features, dtype)
     ids = torch.randint(0, n, (3, 3))
-    with mock.patch.object(cpu, "library", cpu.library if compiled else lambda: None):
+    with mock.patch.object(cpu, "library", return_value=cpu.library() if compiled else None):
         B, c, s = cpu.stored_rows(*cpu.prepare(stored.B, stored.c, group, stored.s), group, ids.flatten())
         prepared = prepare(stored.B, stored.c, group, in_features, s=stored.s)
         found = embedding(ids, prepared, torch.float32)
@@ -143,6 +143,6 @@ def test_rows_can_be_read_back_as_stored(k, group, n, in_features, dtype, compil
 def test_without_a_compiler_coefficients_in_8_bits_are_multiplied_all_the_same():
     B, c, s = random_stored(3, 64, 40, 200, torch.int8)
     x = torch.randn(5, 200)
-    with mock.patch.object(cpu, "library", lambda: None):
+    with mock.patch.object(cpu, "library", return_value=None):
         y = linear(x, prepare(B, c, 64, 200, s=s))
     assert_product(y, x, dequantize(B, c, 64, 200, s))

@@ -74,14 +74,14 @@ inline Floats widen(const void* p, int64_t i, Dtype dtype) {
 #endif
 }
 
-/* LANES numbers from element `i` of `p`, as fp32. */
-inline Floats widen_bytes(const int8_t* p, int64_t i) {
+/* LANES numbers from `p` on, as fp32. */
+inline Floats widen_bytes(const int8_t* p) {
 #if defined(__AVX512F__)
-  return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load<__m128i>(p + i)));
+  return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load<__m128i>(p)));
 #elif defined(__AVX2__)
-  return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(p + i))));
+  return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
 #else
-  return __builtin_convertvector(load<Bytes>(p + i), Floats);
+  return __builtin_convertvector(load<Bytes>(p), Floats);
 #endif
 }
 
@@ -101,14 +101,6 @@ template <int PLANES>
 struct Coefficients {
   Floats of[PLANES + 1];
 };
-
-/* LANES coefficients of a tile in a group, from number `at` of those that start at `row`. */
-template <int PLANES>
-inline Floats coefficient(const Layer& layer, int64_t row, int64_t tile, int at) {
-  if (layer.dtype != INT8) return widen(layer.coefficients, row + at, layer.dtype);
-  const float* scales = layer.scales + tile * (PLANES + 1) * TILE;
-  return widen_bytes((const int8_t*)layer.coefficients, row + at) * load<Floats>(scales + at);
-}
 
 /* What `layer` holds of one tile in one group; `ahead`: the planes to fetch from memory meanwhile, where groups follow
    each other and in each of them the tiles from `begin` to `end`. */
@@ -130,8 +122,20 @@ struct TileGroup {
     const int64_t next = std::min(group + 1, (layer.words() - 1) / whole);
     ahead = later < end ? start(group, later) : start(next, begin + later - end);
     const int64_t row = (group * layer.tiles() + tile) * (PLANES + 1) * TILE;
+    if (layer.dtype == INT8) {
+      const int8_t* bytes = (const int8_t*)layer.coefficients + row;
+      const float* scales = layer.scales + tile * (PLANES + 1) * TILE;
+      fill([&](int at) { return widen_bytes(bytes + at) * load<Floats>(scales + at); });
+    } else {
+      fill([&](int at) { return widen(layer.coefficients, row + at, layer.dtype); });
+    }
+  }
+
+  /* Sets `c` to what `at(number)` gives, of LANES numbers of the tile. */
+  template <class Numbers>
+  void fill(Numbers at) {
     for (int i = 0; i < TILE / LANES; i++)
-      for (int p = 0; p <= PLANES; p++) c[i].of[p] = coefficient<PLANES>(layer, row, tile, p * TILE + i * LANES);
+      for (int p = 0; p <= PLANES; p++) c[i].of[p] = at(p * TILE + i * LANES);
   }
 };
 
