@@ -35,8 +35,8 @@ class Mutant(NamedTuple):
 
 
 def bases(folder: Path) -> dict[str, Path]:
-    """Sound checkpoints of one block: `plain`, `authors`, `sharded`, `tied` tables in bit-planes, `scales`, and `narrow`:
-    coefficients in 8 bits, but for one layer, and the LM head in planes."""
+    """Sound checkpoints of one block: `plain`, `authors`, `sharded`, `tied` tables in bit-planes, `scales`, and
+    `narrow`, with coefficients in 8 bits, but for one layer, and the LM head in planes."""
     sizes = {"hidden": 64, "ffn": 96, "layers": 1, "heads": 2, "kv_heads": 1}
     model = tiny_model(folder / "model", "qwen2", **sizes)
     tied = tiny_model(folder / "tied-model", "llama", tie_word_embeddings=True, **sizes)
