@@ -310,6 +310,16 @@ def test_new_weights_that_lack_a_tensor_are_refused(rank, width):
         finish(layer)
 
 
+def test_new_weights_that_lack_the_planes_are_refused(rank, width):
+    layer = ColumnParallelLinear(128, 64, bias=False, quant_config=config(width=width), prefix="m.up_proj")
+    tensors, _ = stored(64, 128, 64, width=width)
+    load(layer, tensors)
+    finish(layer)
+    load(layer, tensors._replace(B=None))
+    with pytest.raises(ValueError, match=r"m\.up_proj\.B not in the checkpoint"):
+        finish(layer)
+
+
 def test_dummy_weights_pass_the_checks_and_multiply(rank, width):
     model = torch.nn.Sequential(
         ColumnParallelLinear(

@@ -156,9 +156,9 @@ class BPDQLinearMethod(LinearMethodBase):
         Loaders that fill parameters themselves (`--load-format dummy`) never call a weight loader; for them, only
         coefficients that are still NaN count as missing. Raises ValueError naming the tensor and the remedy.
         """
-        if layer.B.prepared:
-            return
         stored = {name: getattr(layer, name) for name in self.scheme.tensors}
+        if all(param.prepared for param in stored.values()):
+            return
         if any(param.loaded for param in stored.values()):
             missing = [
                 f"{name}.{tensor}"
@@ -176,7 +176,7 @@ class BPDQLinearMethod(LinearMethodBase):
         prepared = prepare(B, c, self.group_size, self.in_features, layer.params_dtype, B.device, s)
         layer.B.data, layer.c.data = prepared.planes, prepared.coefficients
         if s is not None:
-            layer.s.data = s.new_empty(0)  # what is left of it is in these:
+            layer.s.data = s.new_empty(0)  # it is in these now
         for name in ("scales", "ratios"):
             tensor = getattr(prepared, name)
             if tensor is not None:
