@@ -5,7 +5,7 @@ import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from mutant_files import INDEX, SHARDS, Mutant, edited
+from mutant_files import DOWN, INDEX, SHARDS, TABLE, Mutant, edited
 
 
 def json_edited(file: str, function: Callable[[dict], object]) -> Callable[[Path], None]:
@@ -120,6 +120,19 @@ QUANTIZATION = {
         {"model.embed_tokens": {}},
     ],
     "kv_cache_scheme": [True, "fp8", {"num_bits": 4}, [8]],
+    "coefficient_bits": [4, 8, True, "8", None, 16],
+}
+NARROW = {
+    "coefficient_bits": [0, 4, 16, -8, True, "8", None, 8.0, [8], {}],
+    "format_version": [0, 1, 3, "2", None, 2.5, True],
+    "layers": [
+        {},
+        {"lm_head": TABLE},
+        {"lm_head": TABLE, DOWN: {"coefficient_bits": 8}},
+        {"lm_head": TABLE, DOWN: {"coefficient_bits": 4}},
+        {"lm_head": TABLE, DOWN: {"coefficient_bits": None}},
+        {"lm_head": {**TABLE, "coefficient_bits": 16}, DOWN: {"coefficient_bits": 16}},
+    ],
 }
 AUTHORS = {
     "meta": [None, {}, "x", {"bpdq": 3}, {"bpdq": {"msbits": 3}}, {"bpdq": {"msbits": "2"}}, {"bpdq": {}}],
@@ -136,19 +149,20 @@ def quantization(change: Callable[[dict], object]) -> Callable[[Path], None]:
 
 
 def broken_quantization(folders: dict[str, Path], rng: random.Random) -> Iterator[Mutant]:
-    for base, fields in (("plain", QUANTIZATION), ("authors", AUTHORS)):
+    for base, fields in (("plain", QUANTIZATION), ("authors", AUTHORS), ("narrow", NARROW)):
         for key, values in fields.items():
-            harmless = key in ("format_version", "ignore")
+            harmless = key in ("format_version", "ignore") and base != "narrow"
             for value in values:
                 change = quantization(lambda q, k=key, v=value: q.update({k: v}))
                 right = (harmless and value is None) or value in (
                     "gptq",
                     {"lm_head": {"bits": 2}},
                 )  # of which it is both
+                right |= base == "plain" and (key, value) in (("format_version", 2), ("coefficient_bits", 16))
                 yield Mutant(base, f"{key} = {value!r}", change, right)
             required = key in ("quant_method", "bits", "group_size", "meta", "checkpoint_format")
             change = quantization(lambda q, k=key: q.pop(k, None))
-            yield Mutant(base, f"no {key}", change, right=not required)
+            yield Mutant(base, f"no {key}", change, right=not required and base != "narrow")
     for value in (None, {}, [], "bpdq", 5):
         yield Mutant(
             "plain", f"{value!r}", json_edited("config.json", lambda c, v=value: c.update(quantization_config=v))

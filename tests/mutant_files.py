@@ -20,6 +20,7 @@ from tiny import bpdq_checkpoint, tiny_model, with_kv_scales
 INDEX = "model.safetensors.index.json"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 TABLE = {"bits": 4, "group_size": 32}
+DOWN = "model.layers.0.mlp.down_proj"
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 12345\n"
 
 
@@ -34,7 +35,8 @@ class Mutant(NamedTuple):
 
 
 def bases(folder: Path) -> dict[str, Path]:
-    """Sound checkpoints of one block: `plain`, `authors`, `sharded`, `tied` tables in bit-planes, and `scales`."""
+    """Sound checkpoints of one block: `plain`, `authors`, `sharded`, `tied` tables in bit-planes, `scales`, and
+    `narrow`, with coefficients in 8 bits, but for one layer, and the LM head in planes."""
     sizes = {"hidden": 64, "ffn": 96, "layers": 1, "heads": 2, "kv_heads": 1}
     model = tiny_model(folder / "model", "qwen2", **sizes)
     tied = tiny_model(folder / "tied-model", "llama", tie_word_embeddings=True, **sizes)
@@ -46,6 +48,8 @@ def bases(folder: Path) -> dict[str, Path]:
             tied, folder / "tied", group_size=32, layers=dict.fromkeys(("model.embed_tokens", "lm_head"), TABLE)
         ),
     }
+    layers = {"lm_head": TABLE, DOWN: {"coefficient_bits": 16}}
+    made["narrow"] = bpdq_checkpoint(model, folder / "narrow", group_size=32, coefficient_bits=8, layers=layers)
     scales = {f"model.layers.0.self_attn.{kind}_scale": 0.5 for kind in "kv"}
     made["scales"] = with_kv_scales(made["plain"], folder / "scales", scales)
     split(made["sharded"])
@@ -60,6 +64,12 @@ def split(folder: Path) -> None:
     for shard in SHARDS:
         save_file({n: t for n, t in tensors.items() if weight_map[n] == shard}, folder / shard, {"format": "pt"})
     (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
+
+
+def narrow_tensors(folders: dict[str, Path]) -> list[str]:
+    """Names of the c and s of the layers with coefficients in 8 bits."""
+    scales = [name for name in sorted(tensors_of(folders["narrow"])) if name.endswith(".s")]
+    return [*scales, *(f"{name.removesuffix('.s')}.c" for name in scales)]
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -92,9 +102,11 @@ def missing(folders: dict[str, Path], rng: random.Random) -> Iterator[Mutant]:
         chosen = [name for name in names if "_scale" in name] if base == "scales" else names
         for name in rng.sample(chosen, min(count, len(chosen))):
             yield Mutant(base, f"without {name}", rewrite(lambda t, n=name: t.pop(n, None)))
-    for kind in ("bias", "norm", ".B", ".c"):
-        change = rewrite(lambda t, k=kind: [t.pop(name) for name in [*t] if k in name])
-        yield Mutant("plain", f"without any {kind}", change)
+    for name in narrow_tensors(folders):
+        yield Mutant("narrow", f"without {name}", rewrite(lambda t, n=name: t.pop(n)))
+    for kind in ("bias", "norm", ".B", ".c", ".s"):
+        change = rewrite(lambda t, k=kind: [t.pop(n) for n in [*t] if (n.endswith(k) if k == ".s" else k in n)])
+        yield Mutant("narrow" if kind == ".s" else "plain", f"without any {kind}", change)
 
 
 SHAPES = {
@@ -115,6 +127,9 @@ def misshapen(folders: dict[str, Path], rng: random.Random) -> Iterator[Mutant]:
         count = 3 if name.endswith((".B", ".c")) else 6
         for shape in rng.sample(sorted(SHAPES), count):
             yield Mutant("plain", f"{name} {shape}", replaced(name, SHAPES[shape]))
+    for name in narrow_tensors(folders):
+        for shape in rng.sample(sorted(SHAPES), 3):
+            yield Mutant("narrow", f"{name} {shape}", replaced(name, SHAPES[shape]))
     for name, shape in (("model.embed_tokens.B", "the last dimension less"), ("model.embed_tokens.c", "[1]")):
         yield Mutant("tied", f"{name} {shape}", replaced(name, SHAPES[shape]))
 
@@ -125,6 +140,12 @@ def mistyped(folders: dict[str, Path], rng: random.Random) -> Iterator[Mutant]:
         choice = [d for d in wrong if not (name.endswith(".B") and d == torch.int32)]
         for dtype in rng.sample(choice, 2):
             yield Mutant("plain", f"{name} in {dtype}", replaced(name, lambda t, d=dtype: t.float().to(d)))
+    for name in narrow_tensors(folders):
+        others = [torch.float32, torch.float8_e4m3fn]
+        others += [torch.int8, torch.int32] if name.endswith(".s") else [torch.uint8, torch.bfloat16, torch.float16]
+        for dtype in rng.sample(others, 2):
+            yield Mutant("narrow", f"{name} in {dtype}", replaced(name, lambda t, d=dtype: t.float().to(d)))
+    yield Mutant("narrow", "16-bit c in 8", replaced(f"{DOWN}.c", lambda t: t.to(torch.int8)))
 
 
 def not_numbers(folders: dict[str, Path], rng: random.Random) -> Iterator[Mutant]:
@@ -136,10 +157,11 @@ def not_numbers(folders: dict[str, Path], rng: random.Random) -> Iterator[Mutant
 
         return change
 
-    for name, tensor in sorted(tensors_of(folders["plain"]).items()):
-        if tensor.is_floating_point():
-            for value in rng.sample([torch.nan, torch.inf, -torch.inf], 2):
-                yield Mutant("plain", f"{name} with {value}", replaced(name, spoiled(value)))
+    for base in ("plain", "narrow"):
+        for name, tensor in sorted(tensors_of(folders[base]).items()):
+            if tensor.is_floating_point() and (base == "plain" or name.endswith(".s")):
+                for value in rng.sample([torch.nan, torch.inf, -torch.inf], 2):
+                    yield Mutant(base, f"{name} with {value}", replaced(name, spoiled(value)))
     for value in (torch.nan, torch.inf, 3e38, 0.0, -1.0, 1e-30):
         name = f"model.layers.0.self_attn.{rng.choice('kv')}_scale"
         yield Mutant("scales", f"{name} = {value}", replaced(name, spoiled(value)))
@@ -180,6 +202,9 @@ def doubled(folders: dict[str, Path], rng: random.Random) -> Iterator[Mutant]:
     }
     for name, tensor in strays.items():
         yield Mutant("plain", f"with {name}", rewrite(lambda t, n=name, x=tensor: t.update({n: x})))
+    scales = torch.ones(3, 64).bfloat16()
+    for base in ("plain", "narrow"):
+        yield Mutant(base, "with scales of 16-bit c", rewrite(lambda t: t.update({f"{DOWN}.s": scales})))
     head = torch.ones(384, 64)
     yield Mutant("tied", "with lm_head.weight", rewrite(lambda t: t.update({"lm_head.weight": head})))
     swaps = rng.sample([n for n in names if n.endswith(".B")], 3)

@@ -40,7 +40,10 @@ def harmless(folders: dict[str, Path], rng: random.Random) -> Iterator[Mutant]:
 
     pattern = r"re:.*layers\.\d{1,2}\.x"
     reordered = rewrite(lambda t: t.update({n: t.pop(n) for n in sorted(t, reverse=True)}))
+    halves = rewrite(lambda t: t.update({n: x.half() for n, x in t.items() if n.endswith(".s")}))
     changes = {
+        "scales in fp16": ("narrow", halves),
+        "shards of coefficients in 8 bits": ("narrow", split),
         "links to files elsewhere": ("sharded", link),
         "a link to a file elsewhere": ("plain", link),
         "tensors in another order": ("plain", reordered),

@@ -15,6 +15,16 @@ def random_layer(
     return B, torch.randn(layout.coefficient_shape(in_features, n, k, group), generator=generator).to(dtype)
 
 
+def random_stored(k: int, group: int, n: int, in_features: int, dtype: torch.dtype, seed: int = 0) -> layout.Stored:
+    """As `random_layer`, with coefficients in `dtype`; in int8 with scales in bf16."""
+    if dtype != torch.int8:
+        return layout.Stored(*random_layer(k, group, n, in_features, dtype, seed))
+    B, c = random_layer(k, group, n, in_features, torch.float32, seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    s = (torch.rand(k + 1, n, generator=generator) / 40).bfloat16()
+    return layout.Stored(B, (40 * c).round().clamp(-128, 127).to(torch.int8), s)
+
+
 def assert_product(y: torch.Tensor, x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor | None = None) -> None:
     """y is x @ W.T + bias in x.dtype, with W [N, K] fp32 exact or rounded to x.dtype, and sums in fp32."""
     assert y.dtype == x.dtype

@@ -7,7 +7,8 @@ from vllm.model_executor.layers.linear import LinearBase
 
 from bpdq_kernels import dequantize
 from bpdq_kernels.format import Format, Scheme
-from tiny import round_to_planes
+from bpdq_kernels.layout import Stored
+from tiny import narrowed, round_to_planes
 from vllm_bpdq.config import BPDQConfig
 
 
@@ -18,8 +19,8 @@ def become(monkeypatch, tp_rank: int, tp_size: int) -> None:
         monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: tp_size)
 
 
-def config(bits: int = 2, group_size: int = 64) -> BPDQConfig:
-    quant = BPDQConfig(Format(Scheme(bits, group_size)))
+def config(bits: int = 2, group_size: int = 64, width: int = 16) -> BPDQConfig:
+    quant = BPDQConfig(Format(Scheme(bits, group_size, width)))
     quant.packed_modules_mapping = {
         "qkv_proj": ["q_proj", "k_proj", "v_proj"],
         "gate_up_proj": ["gate_proj", "up_proj"],
@@ -27,16 +28,23 @@ def config(bits: int = 2, group_size: int = 64) -> BPDQConfig:
     return quant
 
 
-def stored(n: int, k_in: int, group_size: int, bits: int = 2, dtype=torch.bfloat16, seed: int = 0):
-    """B and c of a random layer, and the weight [N, K] they stand for."""
+def stored(
+    n: int, k_in: int, group_size: int, bits: int = 2, dtype=torch.bfloat16, seed: int = 0, width: int = 16
+) -> tuple[Stored, torch.Tensor]:
+    """A random layer with coefficients in `dtype`, or in 8 bits with scales in it, and the weight [N, K] it is."""
     W = torch.randn(n, k_in, generator=torch.Generator().manual_seed(seed))
-    B, c = round_to_planes(W, bits, group_size, dtype)
-    return B, c, dequantize(B, c, group_size, k_in)
+    layer = Stored(*round_to_planes(W, bits, group_size, dtype))
+    if width == 8:
+        c, s = narrowed(layer.c)
+        layer = Stored(layer.B, c, s.to(dtype))
+    return layer, dequantize(layer.B, layer.c, group_size, k_in, layer.s)
 
 
-def load(layer: LinearBase, B: torch.Tensor, c: torch.Tensor, *shard) -> None:
-    layer.B.weight_loader(layer.B, B, *shard)
-    layer.c.weight_loader(layer.c, c, *shard)
+def load(layer: LinearBase, tensors: Stored, *shard) -> None:
+    for name, tensor in tensors._asdict().items():
+        if tensor is not None:
+            param = getattr(layer, name)
+            param.weight_loader(param, tensor, *shard)
 
 
 def finish(layer: LinearBase) -> LinearBase:

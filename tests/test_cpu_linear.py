@@ -9,12 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bpdq_kernels import cpu, dequantize, layout, linear, prepare
+from bpdq_kernels import cpu, dequantize, embedding, layout, linear, prepare
 from bpdq_kernels.compiled import FLAGS, instruction_set
-from products import assert_product, random_layer
+from products import assert_product, random_layer, random_stored
 
 ISAS = list(FLAGS)[list(FLAGS).index(instruction_set()) :]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+STORED = [*DTYPES, torch.int8]
 KERNELS = ["lookup", "multiply"]
 
 pytestmark = pytest.mark.skipif(cpu.library() is None, reason="no C++ compiler")
@@ -48,14 +49,14 @@ def test_products_are_the_oracles(isa, data):
     k, group = data.draw(st.integers(1, 4)), data.draw(st.sampled_from(layout.GROUP_SIZES))
     n, in_features = data.draw(st.integers(1, 70)), data.draw(st.integers(1, 700))
     tokens = data.draw(st.sampled_from([*range(1, 10), 17, 64, 100]))
-    x_dtype, c_dtype = data.draw(st.sampled_from(DTYPES)), data.draw(st.sampled_from(DTYPES))
-    B, c = random_layer(k, group, n, in_features, c_dtype, seed=data.draw(st.integers(0, 9)))
+    x_dtype, c_dtype = data.draw(st.sampled_from(DTYPES)), data.draw(st.sampled_from(STORED))
+    B, c, s = random_stored(k, group, n, in_features, c_dtype, seed=data.draw(st.integers(0, 9)))
     x = torch.randn(tokens, in_features).to(x_dtype)
     x = strided(x, data.draw(st.sampled_from(["contiguous", "columns apart", "rows apart", "transposed"])))
     bias = torch.randn(n).to(x_dtype) if data.draw(st.booleans()) else None
     with using(isa, data.draw(st.sampled_from(KERNELS))):
-        y = linear(x, prepare(B, c, group, in_features), bias)
-    assert_product(y, x, dequantize(B, c, group, in_features), bias)
+        y = linear(x, prepare(B, c, group, in_features, s=s), bias)
+    assert_product(y, x, dequantize(B, c, group, in_features, s), bias)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -85,12 +86,13 @@ def test_bits_past_the_last_input_are_ignored(isa, kernel):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("isa", ISAS)
-def test_identity_gives_the_exact_weights(isa, kernel):
+@pytest.mark.parametrize(("planes", "dtype"), [(2, torch.bfloat16), *((k, torch.int8) for k in (1, 2, 3, 4))])
+def test_identity_gives_the_exact_weights(isa, kernel, planes, dtype):
     """More tokens than a block of either kernel, more outputs than a block of tiles."""
-    B, c = random_layer(2, 32, 1100, 96)
+    B, c, s = random_stored(planes, 32, 2100, 96, dtype)
     with using(isa, kernel):
-        W = linear(torch.eye(96), prepare(B, c, 32, 96)).T
-    torch.testing.assert_close(W, dequantize(B, c, 32, 96), rtol=0, atol=0 if kernel == "multiply" else 1e-6)
+        W = linear(torch.eye(96), prepare(B, c, 32, 96, s=s)).T
+    torch.testing.assert_close(W, dequantize(B, c, 32, 96, s), rtol=0, atol=0 if kernel == "multiply" else 2e-6)
 
 
 def test_infinite_and_nan_activations_stay_in_their_token():
@@ -107,20 +109,40 @@ def test_infinite_and_nan_activations_stay_in_their_token():
 
 @pytest.mark.parametrize(("n", "in_features"), [(24, 40), (16, 576), (1000, 29568 // 16)])
 @pytest.mark.parametrize("group", layout.GROUP_SIZES)
-def test_packed_layers_are_the_size_of_stored_ones(n, in_features, group):
-    B, c = random_layer(2, group, n, in_features, torch.float16)
-    prepared = prepare(B, c, group, in_features)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int8])
+def test_packed_layers_are_the_size_of_stored_ones(n, in_features, group, dtype):
+    """But for scales, which are few, and wider in memory."""
+    B, c, s = random_stored(2, group, n, in_features, dtype)
+    prepared = prepare(B, c, group, in_features, s=s)
     rows = -(-n // 32) * 32 / n  # outputs come in tiles of 32
     assert prepared.planes.nbytes == B.nbytes * rows
     assert prepared.coefficients.nbytes == c.nbytes * rows
     assert prepared.coefficients.dtype == c.dtype
+    assert s is None or prepared.scales.nbytes == 2 * s.nbytes * rows
 
 
 @pytest.mark.parametrize(("k", "group", "n", "in_features"), [(1, 32, 17, 33), (2, 128, 40, 300), (4, 256, 64, 500)])
-def test_rows_can_be_read_back_as_stored(k, group, n, in_features):
-    """For embeddings, which pick rows."""
-    B, c = random_layer(k, group, n, in_features)
-    rows = torch.randint(0, n, (9,))
-    B_rows, c_rows, _ = cpu.stored_rows(*cpu.prepare(B, c, group), group, rows)
-    assert torch.equal(B_rows, B[:, :, rows])
-    assert torch.equal(c_rows, c[:, :, rows])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_rows_can_be_read_back_as_stored(k, group, n, in_features, dtype, compiled):
+    """For embeddings, which pick rows; also where there is no compiler."""
+    stored = random_stored(k, group, n, in_features, dtype)
+    ids = torch.randint(0, n, (3, 3))
+    with mock.patch.object(cpu, "library", return_value=cpu.library() if compiled else None):
+        B, c, s = cpu.stored_rows(*cpu.prepare(stored.B, stored.c, group, stored.s), group, ids.flatten())
+        prepared = prepare(stored.B, stored.c, group, in_features, s=stored.s)
+        found = embedding(ids, prepared, torch.float32)
+    rows = stored.outputs(ids.flatten())
+    assert torch.equal(B, rows.B)
+    assert torch.equal(c, rows.c)
+    assert c.dtype == dtype
+    assert (s is None and rows.s is None) or torch.equal(s.float(), rows.s.float())
+    assert torch.equal(found, dequantize(stored.B, stored.c, group, in_features, stored.s)[ids])
+
+
+def test_without_a_compiler_coefficients_in_8_bits_are_multiplied_all_the_same():
+    B, c, s = random_stored(3, 64, 40, 200, torch.int8)
+    x = torch.randn(5, 200)
+    with mock.patch.object(cpu, "library", return_value=None):
+        y = linear(x, prepare(B, c, 64, 200, s=s))
+    assert_product(y, x, dequantize(B, c, 64, 200, s))

@@ -28,10 +28,12 @@ MIXED = {  # k from 1 to 4 and two group sizes, in two blocks
     for name in names
 }
 TABLES = {name: {"bits": 4, "group_size": 32} for name in ("model.embed_tokens", "lm_head")}
+WIDE = {f"model.layers.1.mlp.{name}_proj": {"coefficient_bits": 16} for name in ("gate", "up")}
 EAGER = {
     "llama": ({"group_size": 128, "layers": LAYERS, "ignore": ("model.layers.0.mlp.down_proj",)}, {}),
     "llama authors": ({"dialect": "authors", "group_size": 256, "bits": 3}, {"quantization": "bpdq"}),
     "qwen2": ({"group_size": 64, "coefficient_dtype": torch.float16}, {"quantization": "bpdq"}),
+    "llama 8-bit": ({"group_size": 64, "coefficient_bits": 8, "layers": TABLES | WIDE}, {}),
 }
 MORE_EAGER = {
     "qwen2 authors": ({"dialect": "authors", "group_size": 128}, {}),
@@ -117,9 +119,11 @@ def eager(checkpoints, quantized, scaled) -> dict[str, list[list[int]] | str]:
     tensors["model.layers.0.self_attn.k_proj.bias"][5] = torch.nan
     save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
     engines = {name: {"load": {"model": str(checkpoints[name]), **flags}} for name, (_, flags) in EAGER.items()}
-    engines["llama"]["reload_from"] = str(other_weights(checkpoints, "llama", EAGER["llama"][0]))
+    for name in ("llama", "llama 8-bit"):
+        engines[name]["reload_from"] = str(other_weights(checkpoints, name, EAGER[name][0]))
     engines |= {name: {"load": {"model": str(folder)}} for name, folder in quantized.items()}
     engines["dummy"] = {"load": {"model": str(base), "load_format": "dummy"}}
+    engines["dummy, 8-bit"] = {"load": {"model": str(checkpoints["llama 8-bit"]), "load_format": "dummy"}}
     engines["without B"] = {"load": {"model": str(without_b)}}
     engines["without a norm"] = {"load": {"model": str(without_norm)}}
     engines["without a norm, dummy"] = {"load": {"model": str(without_norm), "load_format": "dummy"}}
@@ -174,10 +178,15 @@ def other_tokens(checkpoints, name: str) -> list[list[int]]:
     return transformers_tokens(dequantized(checkpoints[name].with_name(f"other-{name}")))
 
 
-def test_reloading_another_checkpoint_serves_the_other_weights(checkpoints, eager):
-    before, after = eager["llama"][: len(PROMPTS)], eager["llama"][len(PROMPTS) :]
-    assert after == other_tokens(checkpoints, "llama")
+@pytest.mark.parametrize("name", ["llama", "llama 8-bit"])
+def test_reloading_another_checkpoint_serves_the_other_weights(checkpoints, eager, name):
+    before, after = eager[name][: len(PROMPTS)], eager[name][len(PROMPTS) :]
+    assert after == other_tokens(checkpoints, name)
     assert after != before
+
+
+def test_coefficients_in_8_bits_are_served_as_transformers_reads_them(checkpoints, eager):
+    assert eager["llama 8-bit"][: len(PROMPTS)] == transformers_tokens(checkpoints["llama 8-bit"])
 
 
 @pytest.mark.slow
@@ -217,7 +226,7 @@ def test_scales_change_nothing_where_the_cache_has_none(cached):
     assert cached["scales, e5m2"] == cached["8-bit cache"]
 
 
-@pytest.mark.parametrize("name", ["dummy", "without a norm, dummy"])
+@pytest.mark.parametrize("name", ["dummy", "dummy, 8-bit", "without a norm, dummy"])
 def test_dummy_weights_generate(eager, name):
     assert [len(tokens) for tokens in eager[name]] == [TOKENS] * len(PROMPTS)
 
@@ -241,8 +250,9 @@ def test_a_flag_for_another_method_does_not_start(eager):
     assert "does not match the quantization method" in eager["another method"]
 
 
-def test_compiled_tokens_equal_transformers_and_every_linear_is_one_op(checkpoints, tmp_path):
-    model = checkpoints["qwen2"]
+@pytest.mark.parametrize("name", ["qwen2", pytest.param("llama 8-bit", marks=pytest.mark.slow)])
+def test_compiled_tokens_equal_transformers_and_every_linear_is_one_op(checkpoints, tmp_path, name):
+    model = checkpoints[name]
     (tokens,) = vllm_tokens([{"load": {"model": str(model), "enforce_eager": False}}], VLLM_CACHE_ROOT=str(tmp_path))
     assert tokens == transformers_tokens(dequantized(model))
     generated = [path.read_text() for path in tmp_path.glob("**/inductor_cache/**/*.py")]
@@ -251,18 +261,24 @@ def test_compiled_tokens_equal_transformers_and_every_linear_is_one_op(checkpoin
 
 
 def test_two_ranks_give_the_tokens_of_one(tmp_path):
-    """FFN 320 over 2 ranks: 160 inputs each, so the second starts inside a group of 128. The vocabulary is cut too."""
-    model = bpdq_checkpoint(
-        tiny_model(tmp_path / "model", ffn=320), tmp_path / "bpdq", group_size=128, layers=TABLES | MIXED
-    )
+    """FFN 320 over 2 ranks: 160 inputs each, so the second starts inside a group of 128. The vocabulary is cut too. Of
+    the second block and the LM head coefficients are in 8 bits."""
+    narrow = [name for name in MIXED if "layers.1" in name] + ["lm_head"]
+    narrow += [f"model.layers.1.{name}_proj" for name in ("self_attn.o", "mlp.gate", "mlp.up")]
+    layers = TABLES | MIXED
+    layers |= {name: {**layers.get(name, {}), "coefficient_bits": 8} for name in narrow}
+    model = bpdq_checkpoint(tiny_model(tmp_path / "model", ffn=320), tmp_path / "bpdq", group_size=128, layers=layers)
     (tokens,) = vllm_tokens([{"load": {"model": str(model), "tensor_parallel_size": 2}}], multiprocess=True)
     assert tokens == transformers_tokens(dequantized(model))
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("width", [16, 8])
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_compiled_mixed_checkpoints_give_the_tokens_of_transformers(tmp_path, ranks):
-    model = bpdq_checkpoint(tiny_model(tmp_path / "model", ffn=320), tmp_path / "bpdq", group_size=64, layers=MIXED)
+def test_compiled_mixed_checkpoints_give_the_tokens_of_transformers(tmp_path, ranks, width):
+    model = bpdq_checkpoint(
+        tiny_model(tmp_path / "model", ffn=320), tmp_path / "bpdq", 2, 64, layers=MIXED, coefficient_bits=width
+    )
     load = {"model": str(model), "tensor_parallel_size": ranks, "enforce_eager": False}
     (tokens,) = vllm_tokens([{"load": load}], multiprocess=True, VLLM_CACHE_ROOT=str(tmp_path / "cache"))
     assert tokens == transformers_tokens(dequantized(model))

@@ -124,6 +124,28 @@ def test_what_needs_no_skeleton_is_checked_of_architectures_that_transformers_la
             unknown(sound, tmp_path / str(i), change)
 
 
+def test_layers_in_8_bits_too_are_checked_of_architectures_that_transformers_lacks(tmp_path):
+    sizes = {"hidden": 64, "ffn": 96, "layers": 1, "heads": 2, "kv_heads": 1}
+    layer = "model.layers.0.mlp.down_proj"
+    wide = {"model.layers.0.mlp.up_proj": {"coefficient_bits": 16}}
+    model = tiny_model(tmp_path / "model", **sizes)
+    narrow = bpdq_checkpoint(model, tmp_path / "out", group_size=32, coefficient_bits=8, layers=wide)
+    unknown(narrow, tmp_path / "right", lambda t: None)
+    one = torch.ones(3, 64).bfloat16()
+    for i, (change, message) in enumerate(
+        [
+            (lambda t: t.pop(f"{layer}.s"), r"down_proj\.s is not in the checkpoint"),
+            (lambda t: t.update({f"{layer}.s": t[f"{layer}.s"].float()}), r"down_proj\.s is torch.float32"),
+            (lambda t: t.update({f"{layer}.s": one[:, 1:].clone()}), r"down_proj\.s is .* expected 16-bit floats"),
+            (lambda t: t.update({f"{layer}.c": t[f"{layer}.c"].half()}), r"down_proj\.c is .* expected int8"),
+            (lambda t: t.update({"model.layers.0.mlp.up_proj.s": one}), r"up_proj\.s has no place"),
+            (lambda t: t[f"{layer}.s"].fill_(torch.nan), r"down_proj\.s holds NaN or infinity"),
+        ]
+    ):
+        with pytest.raises(InputError, match=message):
+            unknown(narrow, tmp_path / str(i), change)
+
+
 def test_another_class_than_transformers_builds_is_an_architecture_that_is_not_known(sound, tmp_path, caplog):
     config = AutoConfig.from_pretrained(sound, architectures=["OtherForCausalLM"])
     with caplog.at_level(logging.WARNING):

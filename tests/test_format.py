@@ -1,6 +1,7 @@
 """What is read from `quantization_config`, in both dialects, and what a user is told when it can't be."""
 
 import copy
+from math import prod
 from typing import Any
 
 import pytest
@@ -78,6 +79,7 @@ def test_bits_per_weight_count_the_coefficients():
     assert Scheme(2, 64).bits_per_weight == 2.75
     assert Scheme(2, 256).bits_per_weight == 2.1875
     assert Scheme(4, 64).bits_per_weight == 5.25
+    assert Scheme(2, 64, 8).bits_per_weight == 2.375
 
 
 def test_a_layer_gets_its_own_bits_and_group_size():
@@ -124,6 +126,18 @@ def test_optional_keys_may_be_missing_or_null(key: str):
             assert format.parse(changed(OURS, **{key: value})).scheme_for(Q_PROJ) == Scheme(2, 64)
 
 
+V2 = changed(OURS, format_version=2, coefficient_bits=8)
+
+
+def test_version_2_tells_the_width_of_coefficients_by_layer_too():
+    parsed = format.parse(changed(V2, layers={DOWN_PROJ: {"coefficient_bits": 16}, "re:.*q_proj": {"bits": 3}}))
+    assert parsed.scheme_for(DOWN_PROJ) == Scheme(2, 64, 16)
+    assert parsed.scheme_for(Q_PROJ) == Scheme(3, 64, 8)
+    assert parsed.scheme_for("model.layers.1.mlp.up_proj") == Scheme(2, 64, 8)
+    parsed = format.parse(changed(V2, coefficient_bits=..., layers={DOWN_PROJ: {"coefficient_bits": 8}}))
+    assert (parsed.scheme_for(DOWN_PROJ).coefficient_bits, parsed.scheme_for(Q_PROJ).coefficient_bits) == (8, 16)
+
+
 BAD = {
     "k = 5": (changed(OURS, bits=5), "bits = 5 bit-planes are not supported: use 1 to 4"),
     "k = 0": (changed(OURS, bits=0), "bits = 0 bit-planes are not supported: use 1 to 4"),
@@ -139,10 +153,29 @@ BAD = {
         changed(OURS, format_version=3),
         "format_version 3 is not supported (this release reads 1 and 2): upgrade",
     ),
+    "version a float": (changed(OURS, format_version=1.0), "format_version 1.0 is not supported (this release reads"),
+    "version true": (changed(OURS, format_version=True), "format_version True is not supported (this release reads"),
+    "c of 4 bits": (changed(V2, coefficient_bits=4), "coefficient_bits = 4 is not supported: use one of (8, 16)"),
+    "c true": (changed(V2, coefficient_bits=True), "coefficient_bits = True is not supported: use one of (8, 16)"),
+    "c a string": (changed(V2, coefficient_bits="8"), "coefficient_bits = '8' is not supported: use one of (8, 16)"),
+    "c null": (changed(V2, coefficient_bits=None), "coefficient_bits = None is not supported: use one of (8, 16)"),
+    "c of 8 bits in version 1": (
+        changed(V2, format_version=1),
+        "quantization_config: format_version 1 has no coefficient_bits = 8: download or quantize",
+    ),
+    "c of 8 bits in no version": (changed(V2, format_version=...), "format_version 1 has no coefficient_bits = 8"),
+    "c of 8 bits in a layer in version 1": (
+        changed(OURS, layers={"a": {"coefficient_bits": 8}}),
+        "format_version 1 has no coefficient_bits = 8: download or quantize",
+    ),
+    "c of 4 bits in a layer": (
+        changed(V2, layers={"a": {"coefficient_bits": 4}}),
+        "layers['a']: coefficient_bits = 4 is not supported: use one of (8, 16)",
+    ),
     "ignore a string": (changed(OURS, ignore="lm_head"), "ignore = 'lm_head' must be a list of layer names"),
     "ignore of numbers": (changed(OURS, ignore=[0]), "ignore = [0] must be a list of layer names"),
     "layers a list": (changed(OURS, layers=[Q_PROJ]), f"quantization_config: layers = ['{Q_PROJ}'] must be an object"),
-    "layer a number": (changed(OURS, layers={"a": 3}), "layers['a'] = 3 must be an object of bits, group_size or both"),
+    "layer a number": (changed(OURS, layers={"a": 3}), "layers['a'] = 3 must be an object of bits, group_size, coef"),
     "layer key typo": (changed(OURS, layers={"a": {"bit": 3}}), "layers['a'] = {'bit': 3} must be an object of bits"),
     "layer k = 9": (
         changed(OURS, layers={"a": {"bits": 9}}),
@@ -189,6 +222,8 @@ def layer(words: int = 3, planes: int = 2, n: int = 8, groups: int = 2) -> tuple
 
 def test_a_layer_that_fits_its_scheme_is_accepted():
     format.check(Q_PROJ, layout.Stored(*layer()), 96, 8, Scheme(2, 64))
+    B, c = layer()
+    format.check(Q_PROJ, layout.Stored(B, c.to(torch.int8), torch.ones(3, 8).half()), 96, 8, Scheme(2, 64, 8))
     B, c = layer(words=8, groups=1)  # the authors pad the inputs to a multiple of 256 where G = 256
     format.check(Q_PROJ, layout.Stored(B, c), 96, 8, Scheme(2, 256))
 
@@ -218,6 +253,34 @@ def test_a_layer_that_does_not_fit_is_named_with_what_was_expected(B: torch.Tens
     with pytest.raises(ValueError, match=f"^{Q_PROJ}.*: download or quantize it again$") as e:
         format.check(Q_PROJ, layout.Stored(B, c), 96, 8, Scheme(2, 64))
     assert f"{Q_PROJ}.{message}" in str(e.value)
+
+
+NARROW, SCALES = C.to(torch.int8), torch.ones(3, 8).bfloat16()
+WRONG_IN_8_BITS = {
+    "c in 16 bits": (C, SCALES, "c is torch.bfloat16 (2, 3, 8), expected int8 (2, 3, 8)"),
+    "c unsigned": (C.to(torch.uint8), SCALES, "c is torch.uint8 (2, 3, 8), expected int8 (2, 3, 8)"),
+    "s in fp32": (NARROW, SCALES.float(), "s is torch.float32 (3, 8), expected 16-bit floats (3, 8)"),
+    "s of a plane": (NARROW, SCALES[1:], "s is torch.bfloat16 (2, 8), expected 16-bit floats (3, 8)"),
+    "s by group": (NARROW, SCALES[None], "s is torch.bfloat16 (1, 3, 8), expected 16-bit floats (3, 8)"),
+    "s of other outputs": (NARROW, SCALES[:, 1:], "s is torch.bfloat16 (3, 7), expected 16-bit floats (3, 8)"),
+    "s infinite": (NARROW, SCALES / 0, "s holds NaN or infinity, or was not in the checkpoint"),
+    "s NaN": (NARROW, SCALES * torch.nan, "s holds NaN or infinity, or was not in the checkpoint"),
+}
+
+
+@pytest.mark.parametrize(("c", "s", "message"), WRONG_IN_8_BITS.values(), ids=WRONG_IN_8_BITS.keys())
+def test_a_layer_in_8_bits_that_does_not_fit_is_named_with_what_was_expected(c, s, message):
+    with pytest.raises(ValueError, match=f"^{Q_PROJ}.*: download or quantize it again$") as e:
+        format.check(Q_PROJ, layout.Stored(B, c, s), 96, 8, Scheme(2, 64, 8))
+    assert f"{Q_PROJ}.{message}" in str(e.value)
+
+
+@pytest.mark.parametrize("width", [8, 16])
+def test_stored_bytes_are_those_of_the_tensors(width):
+    scheme = Scheme(3, 64, width)
+    planes, coefficients = layout.plane_shape(200, 40, 3), layout.coefficient_shape(200, 40, 3, 64)
+    expected = 4 * prod(planes) + (2 * prod(coefficients) if width == 16 else prod(coefficients) + 2 * 4 * 40)
+    assert scheme.stored_bytes(40, 200) == expected
 
 
 def test_padding_is_accepted_only_at_the_group_size_the_authors_pad():

@@ -102,20 +102,23 @@ def test_cpu_tiles_hold_words_and_coefficients_as_drawn(k: int, group: int, word
     B = torch.arange(words * k * n, dtype=torch.int32).view(words, k, n)
     groups = -(-32 * words // group)
     c = torch.arange(groups * (k + 1) * n, dtype=torch.float32).view(groups, k + 1, n)
+    s = torch.arange((k + 1) * n).view(k + 1, n).bfloat16()
     planes = torch.empty_like(B)
-    coefficients = layout.to_cpu_tiles(B, c, group, planes)
+    coefficients, scales = layout.to_cpu_tiles(B, c, group, planes, s)
     expected_planes, expected_coefficients = [], []
     for g in range(groups):
         for tile in range(0, n, 32):
             for word in range(g * group // 32, min((g + 1) * group // 32, words)):
                 expected_planes += [B[word, p, tile : tile + 32] for p in range(k)]
             expected_coefficients += [c[g, p, tile : tile + 32] for p in range(k + 1)]
+    expected_scales = [s[p, tile : tile + 32].float() for tile in range(0, n, 32) for p in range(k + 1)]
     assert torch.equal(planes.flatten(), torch.cat(expected_planes))
     assert torch.equal(coefficients.flatten(), torch.cat(expected_coefficients))
+    assert torch.equal(scales.flatten(), torch.cat(expected_scales))
     rows = torch.tensor([n - 1, 0, 33 % n])
-    B_rows, c_rows = layout.rows_of_cpu_tiles(planes, coefficients, group, rows)
-    assert torch.equal(B_rows, B[..., rows])
-    assert torch.equal(c_rows, c[..., rows])
+    found = layout.rows_of_cpu_tiles(planes, coefficients, scales, group, rows)
+    expected = layout.Stored(B, c, s.float()).outputs(rows)
+    assert all(torch.equal(tensor, other) for tensor, other in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("planes", [1, 2, 3, 4])

@@ -30,17 +30,28 @@ def logits(folder, **kwargs):
         return AutoModelForCausalLM.from_pretrained(folder, **kwargs).eval()(IDS).logits
 
 
-@pytest.mark.parametrize("dialect", ["ours", "authors"])
+WIDTHS = pytest.mark.parametrize("width", [16, 8])  # of coefficients
+
+
+@pytest.mark.parametrize(("dialect", "width"), [("ours", 16), ("authors", 16), ("ours", 8)])
 @pytest.mark.parametrize(("bits", "group_size"), [(1, 32), (2, 256), (3, 128), (4, 64)])
-def test_logits_equal_those_of_the_dequantized_weights(model, dialect, bits, group_size):
-    out = bpdq_checkpoint(model, model.parent / "out", bits, group_size, dialect)
+def test_logits_equal_those_of_the_dequantized_weights(model, dialect, width, bits, group_size):
+    out = bpdq_checkpoint(model, model.parent / "out", bits, group_size, dialect, coefficient_bits=width)
     torch.testing.assert_close(logits(out), logits(f"{out}-dequantized"), rtol=1e-4, atol=1e-4)
 
 
-def test_layers_can_differ_in_planes_and_group_size(model):
+@WIDTHS
+def test_layers_can_differ_in_planes_group_size_and_width_of_coefficients(model, width):
     layers = {LAYER: {"bits": 4, "group_size": 32}, "model.layers.0.self_attn.o_proj": {"bits": 1}}
-    out = bpdq_checkpoint(model, model.parent / "out", layers=layers)
-    assert AutoModelForCausalLM.from_pretrained(out).get_submodule(LAYER).B.shape[1] == 4
+    layers |= {f"model.layers.{i}.self_attn.q_proj": {"coefficient_bits": 24 - width} for i in (0, 1)}
+    out = bpdq_checkpoint(model, model.parent / "out", layers=layers, coefficient_bits=width)
+    loaded = AutoModelForCausalLM.from_pretrained(out)
+    assert loaded.get_submodule(LAYER).B.shape[1] == 4
+    widths = {layer["name"]: layer["coefficient_bits"] for layer in inspect(out)["layers"]}
+    assert {name for name, found in widths.items() if found != width} == {name for name in layers if "q_proj" in name}
+    assert {name for name, found in widths.items() if found == 8} == {
+        name.removesuffix(".s") for name in loaded.state_dict() if name.endswith(".s")
+    }
     torch.testing.assert_close(logits(out), logits(f"{out}-dequantized"), rtol=1e-4, atol=1e-4)
 
 
@@ -51,10 +62,32 @@ def test_fp16_coefficients_keep_their_bits_in_a_bf16_model(tmp_path):
     assert torch.equal(c, load_file(out / "model.safetensors")[f"{LAYER}.c"])
 
 
-def test_a_loaded_checkpoint_saves_to_one_that_loads(model):
-    out = bpdq_checkpoint(model, model.parent / "out")
-    AutoModelForCausalLM.from_pretrained(out).save_pretrained(model.parent / "again")
-    assert torch.equal(logits(out), logits(model.parent / "again"))
+@WIDTHS
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_loaded_checkpoint_saves_to_one_that_loads(model, width, dtype):
+    """Also if the model was in other dtypes before, which its planes and coefficients never are."""
+    out = bpdq_checkpoint(model, model.parent / "out", coefficient_bits=width, coefficient_dtype=dtype)
+    loaded = AutoModelForCausalLM.from_pretrained(out)
+    for other in (torch.bfloat16, torch.float16, torch.float32):
+        loaded.to(other)
+    loaded.save_pretrained(model.parent / "again")
+    stored, again = (load_file(folder / "model.safetensors") for folder in (out, model.parent / "again"))
+    assert stored.keys() == again.keys()
+    packed = [name for name in stored if name.endswith((".B", ".c", ".s"))]
+    assert [name for name in packed if stored[name].dtype != again[name].dtype] == []
+    assert all(torch.equal(stored[name], again[name]) for name in packed)
+    assert logits(model.parent / "again").isfinite().all()
+
+
+@WIDTHS
+def test_a_state_dict_goes_into_another_model(model, width):
+    out = bpdq_checkpoint(model, model.parent / "out", coefficient_bits=width)
+    loaded, other = (AutoModelForCausalLM.from_pretrained(out) for _ in range(2))
+    for tensor in other.state_dict().values():
+        tensor.zero_()
+    other.load_state_dict(loaded.state_dict())
+    with torch.inference_mode():
+        assert torch.equal(other.eval()(IDS).logits, loaded.eval()(IDS).logits)
 
 
 def test_weights_stay_packed(model):
@@ -65,16 +98,19 @@ def test_weights_stay_packed(model):
     assert not [m for m in loaded.model.layers.modules() if isinstance(m, torch.nn.Linear)]
 
 
-def with_tables(folder, arch="llama", tie=False, names=(EMBEDDING, HEAD)):
+def with_tables(folder, arch="llama", tie=False, names=(EMBEDDING, HEAD), width=16):
     """A checkpoint whose tables `names` are in bit-planes."""
     tiny_model(folder / "model", arch, tie_word_embeddings=tie)
-    return bpdq_checkpoint(folder / "model", folder / "out", layers=dict.fromkeys(names, TABLE))
+    layers = dict.fromkeys(names, TABLE)
+    return bpdq_checkpoint(folder / "model", folder / "out", layers=layers, coefficient_bits=width)
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma", "gemma3_text"])  # gemma scales what it looks up
+@pytest.mark.parametrize(  # gemma scales what it looks up
+    ("arch", "width"), [("llama", 16), ("llama", 8), ("qwen3", 16), ("gemma", 16), ("gemma", 8), ("gemma3_text", 16)]
+)
 @pytest.mark.parametrize("tie", [False, True])
-def test_tables_give_the_logits_of_the_dequantized_weights(tmp_path, arch, tie):
-    out = with_tables(tmp_path, arch, tie)
+def test_tables_give_the_logits_of_the_dequantized_weights(tmp_path, arch, width, tie):
+    out = with_tables(tmp_path, arch, tie, width=width)
     torch.testing.assert_close(logits(out), logits(f"{out}-dequantized"), rtol=1e-4, atol=1e-4)
     model = AutoModelForCausalLM.from_pretrained(out)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -103,9 +139,10 @@ def test_embeddings_come_in_the_dtype_of_the_model(tmp_path, dtype):
     assert model.to(other).get_input_embeddings()(IDS).dtype == other
 
 
+@WIDTHS
 @pytest.mark.parametrize("tie", [False, True])
-def test_a_loaded_checkpoint_with_tables_saves_to_one_that_loads(tmp_path, tie):
-    out = with_tables(tmp_path, tie=tie)
+def test_a_loaded_checkpoint_with_tables_saves_to_one_that_loads(tmp_path, tie, width):
+    out = with_tables(tmp_path, tie=tie, width=width)
     AutoModelForCausalLM.from_pretrained(out).save_pretrained(tmp_path / "again")
     assert torch.equal(logits(out), logits(tmp_path / "again"))
     names = load_file(tmp_path / "again" / "model.safetensors").keys()
@@ -142,9 +179,10 @@ def test_tied_tables_of_different_schemes_stop_the_load(tmp_path):
         AutoModelForCausalLM.from_pretrained(out)
 
 
+@WIDTHS
 @pytest.mark.parametrize("tie", [False, True])
-def test_inspect_lists_tables_and_counts_their_bytes(tmp_path, tie):
-    out = with_tables(tmp_path, tie=tie)
+def test_inspect_lists_tables_and_counts_their_bytes(tmp_path, tie, width):
+    out = with_tables(tmp_path, tie=tie, width=width)
     found = inspect(out)
     stored = load_file(out / "model.safetensors")
     names = (EMBEDDING,) if tie else (EMBEDDING, HEAD)
@@ -152,8 +190,9 @@ def test_inspect_lists_tables_and_counts_their_bytes(tmp_path, tie):
     assert tuple(tables) == names
     for name, table in tables.items():
         assert (table["out_features"], table["in_features"], table["bits"], table["group_size"]) == (384, 128, 4, 32)
-        assert table["bytes"] == stored[f"{name}.B"].nbytes + stored[f"{name}.c"].nbytes
-    assert found["other_bytes"] == sum(t.nbytes for name, t in stored.items() if not name.endswith((".B", ".c")))
+        assert table["coefficient_bits"] == width
+        assert table["bytes"] == sum(stored[f"{name}.{key}"].nbytes for key in "Bcs" if f"{name}.{key}" in stored)
+    assert found["other_bytes"] == sum(t.nbytes for name, t in stored.items() if not name.endswith((".B", ".c", ".s")))
 
 
 def test_other_gptq_configs_are_left_to_transformers():
@@ -165,6 +204,23 @@ def damage(out, change):
     tensors = load_file(out / "model.safetensors")
     change(tensors)
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(f"{LAYER}.s"), f"{LAYER}.s is not in the checkpoint"),
+        (lambda t: t.update({f"{LAYER}.s": t[f"{LAYER}.s"].float()}), f"{LAYER}.s is torch.float32"),
+        (lambda t: t.update({f"{LAYER}.s": t[f"{LAYER}.s"][:, 1:].clone()}), f"{LAYER}.s is .* expected 16-bit"),
+        (lambda t: t.update({f"{LAYER}.c": t[f"{LAYER}.c"].bfloat16()}), f"{LAYER}.c is .* expected int8"),
+        (lambda t: t[f"{LAYER}.s"].fill_(float("nan")), f"{LAYER}.s holds NaN"),
+    ],
+)
+def test_a_damaged_tensor_of_a_layer_in_8_bits_stops_the_load_and_is_named(model, change, message):
+    out = bpdq_checkpoint(model, model.parent / "out", coefficient_bits=8)
+    damage(out, change)
+    with pytest.raises(ValueError, match=message):
+        AutoModelForCausalLM.from_pretrained(out)
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import bpdq_quantizer
-from bpdq_quantizer.checkpoint.manifest import verify
+from bpdq_quantizer.checkpoint.manifest import verify, write_manifest
 from bpdq_quantizer.cli import main
 from bpdq_quantizer.errors import InputError
-from tiny import tiny_model
+from bpdq_quantizer.storage.files import stored_digests
+from tiny import bpdq_checkpoint, tiny_model
 
 TAKEN = {
     "generation_config.json": b'{"temperature": 0.6,\n "top_p": 0.9}',  # without do_sample: transformers won't save it
@@ -142,3 +143,19 @@ def test_what_no_loader_reads_may_be_added(out, tmp_path):
     (folder / ".gitattributes").write_text("")
     (folder / ".cache").mkdir()
     assert verify(folder)
+
+
+@pytest.mark.parametrize("kind", ["B", "c", "s"])
+def test_one_bit_of_a_layer_with_coefficients_in_8_bits_is_named(tmp_path, kind):
+    tiny_model(tmp_path / "model", hidden=64, ffn=96, layers=1, heads=2, kv_heads=1)
+    out = bpdq_checkpoint(tmp_path / "model", tmp_path / "out", coefficient_bits=8)
+    files = [path.name for path in out.iterdir() if path.suffix != ".safetensors"]
+    digests = {"model.safetensors": stored_digests(out / "model.safetensors")}
+    write_manifest(out, digests, {name: out / name for name in files})
+    assert verify(out)["tensors"] == len(load_file(out / "model.safetensors"))
+    tensors = load_file(out / "model.safetensors")
+    name = f"model.layers.0.mlp.up_proj.{kind}"
+    tensors[name].view(torch.uint8).view(-1)[5] ^= 1
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=rf"{name} in model\.safetensors has changed"):
+        verify(out)

@@ -136,10 +136,12 @@ def test_ignored_layers_stay_in_16_bits():
         {"ignore": ["model.layers.0.self_attn.k_proj"]},
         {"layers": {"re:.*k_proj": {"bits": 3}}},
         {"layers": {"model.layers.0.self_attn.k_proj": {"group_size": 64}}},
+        {"format_version": 2, "layers": {"model.layers.0.self_attn.k_proj": {"coefficient_bits": 8}}},
     ],
 )
 def test_fused_layers_whose_parts_differ_are_refused(change):
-    with pytest.raises(ValueError, match=r"model\.layers\.0\.self_attn\.qkv_proj: vLLM fuses .* k_proj"):
+    message = r"model\.layers\.0\.self_attn\.qkv_proj: vLLM fuses .* k_proj .* group_size and coefficient_bits"
+    with pytest.raises(ValueError, match=message):
         config(**change).get_quant_method(a(ColumnParallelLinear), "model.layers.0.self_attn.qkv_proj")
 
 

@@ -4,6 +4,12 @@ import pytest
 import torch
 from vllm.model_executor.layers import vocab_parallel_embedding
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.model_loader.reload.layerwise import (
+    finalize_layerwise_reload,
+    get_layerwise_info,
+    initialize_layerwise_reload,
+    record_metadata_for_reloading,
+)
 
 import vllm_bpdq.embedding
 from bpdq_kernels.format import Format, Scheme
@@ -14,8 +20,8 @@ VOCABULARY, HIDDEN = 300, 96  # 300 rows: vLLM pads to 320, 160 on each of two r
 TABLE = Scheme(4, 32)
 
 
-def tables(*names: str, ignore: tuple[str, ...] = ()) -> BPDQConfig:
-    return BPDQConfig(Format(Scheme(2, 64), ignore, dict.fromkeys(names, TABLE)))
+def tables(*names: str, ignore: tuple[str, ...] = (), width: int = 16) -> BPDQConfig:
+    return BPDQConfig(Format(Scheme(2, 64), ignore, dict.fromkeys(names, Scheme(4, 32, width))))
 
 
 @pytest.fixture
@@ -31,13 +37,14 @@ def rank(monkeypatch):
 
 
 @pytest.mark.parametrize("tp_size", [1, 2])
-def test_ranks_hold_and_look_up_their_part_of_the_vocabulary(rank, tp_size):
-    B, c, W = stored(VOCABULARY, HIDDEN, TABLE.group_size, TABLE.bits)
+@pytest.mark.parametrize("width", [16, 8])
+def test_ranks_hold_and_look_up_their_part_of_the_vocabulary(rank, width, tp_size):
+    tensors, W = stored(VOCABULARY, HIDDEN, TABLE.group_size, TABLE.bits, width=width)
     for tp_rank in range(tp_size):
         rank(tp_rank, tp_size)
-        quant = tables("model.embed_tokens")
+        quant = tables("model.embed_tokens", width=width)
         layer = VocabParallelEmbedding(VOCABULARY, HIDDEN, quant_config=quant, prefix="model.embed_tokens")
-        load(layer, B, c)
+        load(layer, tensors)
         finish(layer)
         rows = 320 // tp_size
         own = W[tp_rank * rows : (tp_rank + 1) * rows]
@@ -47,13 +54,15 @@ def test_ranks_hold_and_look_up_their_part_of_the_vocabulary(rank, tp_size):
 
 
 @pytest.mark.parametrize("tp_size", [1, 2])
-def test_ranks_of_the_lm_head_give_their_part_of_the_logits(rank, tp_size):
-    B, c, W = stored(VOCABULARY, HIDDEN, TABLE.group_size, TABLE.bits)
+@pytest.mark.parametrize("width", [16, 8])
+def test_ranks_of_the_lm_head_give_their_part_of_the_logits(rank, width, tp_size):
+    tensors, W = stored(VOCABULARY, HIDDEN, TABLE.group_size, TABLE.bits, width=width)
     x = torch.randn(4, HIDDEN)
     for tp_rank in range(tp_size):
         rank(tp_rank, tp_size)
-        layer = ParallelLMHead(VOCABULARY, HIDDEN, quant_config=tables("lm_head"), prefix="lm_head")
-        load(layer, B, c)
+        quant = tables("lm_head", width=width)
+        layer = ParallelLMHead(VOCABULARY, HIDDEN, quant_config=quant, prefix="lm_head")
+        load(layer, tensors)
         logits = finish(layer).quant_method.apply(layer, x)
         rows = 320 // tp_size
         expected = x @ W[tp_rank * rows : (tp_rank + 1) * rows].T
@@ -65,10 +74,10 @@ def test_a_tables_kernels_are_warmed_up_for_looking_up_and_for_multiplying(rank,
     warmed = []
     monkeypatch.setattr(vllm_bpdq.linear, "warm_up", lambda prepared, bias: warmed.append(bias))
     monkeypatch.setattr(vllm_bpdq.embedding, "warm_up_embedding", lambda prepared, dtype: warmed.append(dtype))
-    B, c, _ = stored(VOCABULARY, HIDDEN, TABLE.group_size, TABLE.bits)
+    tensors, _ = stored(VOCABULARY, HIDDEN, TABLE.group_size, TABLE.bits)
     quant = tables("model.embed_tokens")
     layer = VocabParallelEmbedding(VOCABULARY, HIDDEN, torch.bfloat16, quant_config=quant, prefix="model.embed_tokens")
-    load(layer, B, c)
+    load(layer, tensors)
     finish(layer)
     assert warmed == [None, torch.bfloat16]
 
@@ -84,10 +93,30 @@ def test_an_embedding_that_vllm_creates_without_a_name_is_found(rank):
     assert layer.quant_method.name == "model.embed_tokens"
 
 
-def test_a_missing_table_is_named(rank):
-    layer = ParallelLMHead(VOCABULARY, HIDDEN, quant_config=tables("lm_head"), prefix="lm_head")
-    with pytest.raises(ValueError, match=r"lm_head\.c holds NaN or infinity, or was not in the checkpoint"):
+@pytest.mark.parametrize(("width", "tensor"), [(16, "c"), (8, "s")])
+def test_a_missing_table_is_named(rank, width, tensor):
+    layer = ParallelLMHead(VOCABULARY, HIDDEN, quant_config=tables("lm_head", width=width), prefix="lm_head")
+    with pytest.raises(ValueError, match=rf"lm_head\.{tensor} holds NaN or infinity, or was not in the checkpoint"):
         finish(layer)
+
+
+def test_a_table_is_reloaded_in_place_whose_rows_are_padded(rank):
+    """vLLM counts the elements that arrive, of which padding is a part."""
+    quant = tables("model.embed_tokens", width=8)
+    layer = VocabParallelEmbedding(VOCABULARY, HIDDEN, quant_config=quant, prefix="model.embed_tokens")
+    record_metadata_for_reloading(layer)
+    for seed in 1, 2:
+        tensors, W = stored(VOCABULARY, HIDDEN, TABLE.group_size, TABLE.bits, seed=seed, width=8)
+        if seed == 2:
+            initialize_layerwise_reload(layer)
+        load(layer, tensors)
+        if seed == 1:
+            finish(layer)
+            addresses = [tensor.data_ptr() for tensor in layer.parameters()]
+    assert not get_layerwise_info(layer).can_load(), "it is whole before the load is said to end"
+    finalize_layerwise_reload(layer, None)
+    assert addresses == [tensor.data_ptr() for tensor in layer.parameters()]
+    assert torch.equal(layer.quant_method.embedding(layer, torch.arange(VOCABULARY)), W)
 
 
 def test_a_head_that_a_pooling_model_puts_aside_is_left_there(rank):
@@ -97,10 +126,10 @@ def test_a_head_that_a_pooling_model_puts_aside_is_left_there(rank):
 
 
 def test_a_table_of_another_vocabulary_is_refused(rank):
-    B, c, _ = stored(VOCABULARY - 1, HIDDEN, TABLE.group_size, TABLE.bits)
+    tensors, _ = stored(VOCABULARY - 1, HIDDEN, TABLE.group_size, TABLE.bits)
     layer = ParallelLMHead(VOCABULARY, HIDDEN, quant_config=tables("lm_head"), prefix="lm_head")
     with pytest.raises(ValueError, match=r"lm_head\.B is torch\.int32 \(3, 4, 299\), expected int32 \(3, 4, 300\)"):
-        load(layer, B, c)
+        load(layer, tensors)
 
 
 def test_tying_to_an_embedding_in_16_bits_is_refused(rank):

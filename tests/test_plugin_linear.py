@@ -15,14 +15,17 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 from vllm.model_executor.model_loader.reload.layerwise import (
     finalize_layerwise_reload,
+    get_layerwise_info,
     initialize_layerwise_reload,
     record_metadata_for_reloading,
 )
 
 import vllm_bpdq.linear
+from bpdq_kernels.layout import Stored
 from ranks import become, config, finish, load, stored
 
 QKV = {"q": 128, "k": 64, "v": 64}  # 4 query and 2 key/value heads of 32
+LAST = {16: "", 8: r", m\.up_proj\.s"}  # of a layer's tensors
 ROW_SHAPES = [  # K, G, ranks, whether B is padded to 256 inputs as the authors do at G = 256
     (352, 128, 1, False),
     (320, 128, 2, False),
@@ -43,131 +46,144 @@ def rank(monkeypatch):
     return functools.partial(become, monkeypatch)
 
 
+@pytest.fixture(params=[16, 8])
+def width(request):
+    """Of coefficients."""
+    return request.param
+
+
 def weight(layer: LinearBase) -> torch.Tensor:
     """The weight [N, K] of this rank, read off its outputs."""
     k_in = layer.quant_method.in_features
     return layer.quant_method.apply(layer, torch.eye(k_in, dtype=layer.params_dtype), None).T
 
 
-def pad_to_256(B: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.pad(B, (0, 0, 0, 0, 0, -B.shape[0] % 8))
+def pad_to_256(tensors: Stored) -> Stored:
+    return tensors._replace(B=torch.nn.functional.pad(tensors.B, (0, 0, 0, 0, 0, -tensors.B.shape[0] % 8)))
 
 
 @pytest.mark.parametrize(("k_in", "group_size", "tp_size", "padded"), ROW_SHAPES)
-def test_row_parallel_ranks_hold_their_slice_of_the_inputs(rank, k_in, group_size, tp_size, padded):
-    B, c, W = stored(64, k_in, group_size)
+def test_row_parallel_ranks_hold_their_slice_of_the_inputs(rank, width, k_in, group_size, tp_size, padded):
+    tensors, W = stored(64, k_in, group_size, width=width)
     for tp_rank in range(tp_size):
         rank(tp_rank, tp_size)
-        layer = RowParallelLinear(k_in, 64, bias=False, quant_config=config(2, group_size), prefix="m.down_proj")
-        load(layer, pad_to_256(B) if padded else B, c)
+        layer = RowParallelLinear(k_in, 64, bias=False, quant_config=config(2, group_size, width), prefix="m.down_proj")
+        load(layer, pad_to_256(tensors) if padded else tensors)
         share = k_in // tp_size
         assert torch.equal(weight(finish(layer)), W[:, tp_rank * share : (tp_rank + 1) * share])
 
 
-def test_groups_are_refined_only_where_a_rank_starts_inside_one(rank):
+def test_groups_are_refined_only_where_a_rank_starts_inside_one(rank, width):
     rank(1, 2)
     for k_in, group_size, expected in [(320, 128, 32), (384, 128, 64), (512, 128, 128), (29568, 256, 64)]:
-        layer = RowParallelLinear(k_in, 64, bias=False, quant_config=config(2, group_size), prefix="m.down_proj")
+        layer = RowParallelLinear(k_in, 64, bias=False, quant_config=config(2, group_size, width), prefix="m.down_proj")
         assert layer.quant_method.group_size == expected
     rank(0, 1)
-    layer = RowParallelLinear(352, 64, bias=False, quant_config=config(2, 128), prefix="m.down_proj")
+    layer = RowParallelLinear(352, 64, bias=False, quant_config=config(2, 128, width), prefix="m.down_proj")
     assert layer.quant_method.group_size == 128
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 @pytest.mark.parametrize("tp_size", [1, 2])
-def test_column_parallel_ranks_hold_their_slice_of_the_outputs(rank, tp_size, bits):
-    B, c, W = stored(96, 352, 128, bits)  # 352 inputs: the last group is short
+def test_column_parallel_ranks_hold_their_slice_of_the_outputs(rank, width, tp_size, bits):
+    tensors, W = stored(96, 352, 128, bits, width=width)  # 352 inputs: the last group is short
     for tp_rank in range(tp_size):
         rank(tp_rank, tp_size)
-        layer = ColumnParallelLinear(352, 96, bias=False, quant_config=config(bits, 128), prefix="m.up_proj")
-        load(layer, B, c)
+        layer = ColumnParallelLinear(352, 96, bias=False, quant_config=config(bits, 128, width), prefix="m.up_proj")
+        load(layer, tensors)
         assert torch.equal(weight(finish(layer)), W.chunk(tp_size)[tp_rank])
 
 
 @pytest.mark.parametrize("tp_size", [1, 2, 4])
-def test_qkv_with_fewer_key_heads_loads_each_head_on_the_right_rank(rank, tp_size):
-    parts = {shard: stored(n, 128, 64, seed=i) for i, (shard, n) in enumerate(QKV.items())}
+def test_qkv_with_fewer_key_heads_loads_each_head_on_the_right_rank(rank, width, tp_size):
+    parts = {shard: stored(n, 128, 64, seed=i, width=width) for i, (shard, n) in enumerate(QKV.items())}
     for tp_rank in range(tp_size):
         rank(tp_rank, tp_size)
-        layer = QKVParallelLinear(128, 32, 4, 2, bias=False, quant_config=config(), prefix="m.qkv_proj")
-        for shard, (B, c, _) in parts.items():
-            load(layer, B, c, shard)
+        layer = QKVParallelLinear(128, 32, 4, 2, bias=False, quant_config=config(width=width), prefix="m.qkv_proj")
+        for shard, (tensors, _) in parts.items():
+            load(layer, tensors, shard)
         kv_rank = tp_rank * 2 // tp_size if tp_size > 2 else tp_rank  # at TP 4 two ranks share a key head
         expected = torch.cat(
             [
-                parts["q"][2].chunk(tp_size)[tp_rank],
-                parts["k"][2].chunk(min(tp_size, 2))[kv_rank],
-                parts["v"][2].chunk(min(tp_size, 2))[kv_rank],
+                parts["q"][1].chunk(tp_size)[tp_rank],
+                parts["k"][1].chunk(min(tp_size, 2))[kv_rank],
+                parts["v"][1].chunk(min(tp_size, 2))[kv_rank],
             ]
         )
         assert torch.equal(weight(finish(layer)), expected)
 
 
 @pytest.mark.parametrize("tp_size", [1, 2])
-def test_gate_and_up_load_into_their_halves_of_the_fused_layer(rank, tp_size):
-    gate, up = stored(352, 128, 128, seed=1), stored(352, 128, 128, seed=2)
+def test_gate_and_up_load_into_their_halves_of_the_fused_layer(rank, width, tp_size):
+    gate, up = stored(352, 128, 128, seed=1, width=width), stored(352, 128, 128, seed=2, width=width)
     for tp_rank in range(tp_size):
         rank(tp_rank, tp_size)
         layer = MergedColumnParallelLinear(
-            128, [352, 352], bias=False, quant_config=config(2, 128), prefix="m.gate_up_proj"
+            128, [352, 352], bias=False, quant_config=config(2, 128, width), prefix="m.gate_up_proj"
         )
-        load(layer, *gate[:2], 0)
-        load(layer, *up[:2], 1)
-        expected = torch.cat([W.chunk(tp_size)[tp_rank] for W in (gate[2], up[2])])
+        load(layer, gate[0], 0)
+        load(layer, up[0], 1)
+        expected = torch.cat([W.chunk(tp_size)[tp_rank] for W in (gate[1], up[1])])
         assert torch.equal(weight(finish(layer)), expected)
 
 
-def test_layers_that_are_fused_in_the_checkpoint_load_whole(rank):
-    B, c, W = stored(256, 128, 64)
-    quant = config()
+def test_layers_that_are_fused_in_the_checkpoint_load_whole(rank, width):
+    tensors, W = stored(256, 128, 64, width=width)
+    quant = config(width=width)
     quant.packed_modules_mapping = {"qkv_proj": ["qkv_proj"]}
     for tp_rank in range(2):
         rank(tp_rank, 2)
         layer = QKVParallelLinear(128, 32, 4, 2, bias=False, quant_config=quant, prefix="m.qkv_proj")
-        layer.B.weight_loader(layer.B, B)
-        layer.c.weight_loader(layer.c, c)
+        load(layer, tensors)
         expected = torch.cat([part.chunk(2)[tp_rank] for part in W.split([128, 64, 64])])
         assert torch.equal(weight(finish(layer)), expected)
 
 
 @pytest.mark.parametrize("tp_size", [1, 2])
-def test_replicated_layers_load_whole_on_every_rank(rank, tp_size):
-    B, c, W = stored(48, 352, 256)
+def test_replicated_layers_load_whole_on_every_rank(rank, width, tp_size):
+    tensors, W = stored(48, 352, 256, width=width)
     for tp_rank in range(tp_size):
         rank(tp_rank, tp_size)
-        layer = ReplicatedLinear(352, 48, bias=False, quant_config=config(2, 256), prefix="m.proj")
-        load(layer, pad_to_256(B), c)
+        layer = ReplicatedLinear(352, 48, bias=False, quant_config=config(2, 256, width), prefix="m.proj")
+        load(layer, pad_to_256(tensors))
         assert torch.equal(weight(finish(layer)), W)
 
 
-def test_layers_with_tensor_parallelism_disabled_load_whole_on_every_rank(rank):
-    B, c, W = stored(64, 352, 128)
+def test_layers_with_tensor_parallelism_disabled_load_whole_on_every_rank(rank, width):
+    tensors, W = stored(64, 352, 128, width=width)
     rank(1, 2)
-    layer = ColumnParallelLinear(352, 64, bias=False, quant_config=config(2, 128), prefix="m.proj", disable_tp=True)
-    load(layer, B, c)
+    layer = ColumnParallelLinear(
+        352, 64, bias=False, quant_config=config(2, 128, width), prefix="m.proj", disable_tp=True
+    )
+    load(layer, tensors)
     assert torch.equal(weight(finish(layer)), W)
 
 
 @pytest.mark.parametrize("model_dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("c_dtype", [torch.float16, torch.bfloat16])
-def test_coefficients_keep_the_precision_of_the_checkpoint(rank, model_dtype, c_dtype):
-    B, c, W = stored(64, 128, 64, dtype=c_dtype)
+def test_coefficients_keep_the_precision_of_the_checkpoint(rank, width, model_dtype, c_dtype):
+    tensors, W = stored(64, 128, 64, dtype=c_dtype, width=width)
     layer = ColumnParallelLinear(
-        128, 64, bias=False, quant_config=config(), prefix="m.up_proj", params_dtype=model_dtype
+        128, 64, bias=False, quant_config=config(width=width), prefix="m.up_proj", params_dtype=model_dtype
     )
-    load(layer, B, c)
+    load(layer, tensors)
     finish(layer)
-    assert layer.c.dtype == c_dtype
+    assert layer.c.dtype == (c_dtype if width == 16 else torch.int8)
     assert torch.equal(weight(layer), W.to(model_dtype))
 
 
-def test_bias_is_added_once_in_the_activations_dtype(rank):
-    B, c, W = stored(64, 128, 64)
+def test_bias_is_added_once_in_the_activations_dtype(rank, width):
+    tensors, W = stored(64, 128, 64, width=width)
     layer = RowParallelLinear(
-        128, 64, bias=True, quant_config=config(), prefix="m.o_proj", params_dtype=torch.bfloat16, return_bias=False
+        128,
+        64,
+        bias=True,
+        quant_config=config(width=width),
+        prefix="m.o_proj",
+        params_dtype=torch.bfloat16,
+        return_bias=False,
     )
-    load(layer, B, c)
+    load(layer, tensors)
     layer.bias.weight_loader(layer.bias, torch.arange(64.0))
     x = torch.randn(3, 128, dtype=torch.bfloat16)
     expected = torch.nn.functional.linear(x.float(), W, layer.bias.float())
@@ -177,97 +193,139 @@ def test_bias_is_added_once_in_the_activations_dtype(rank):
     torch.testing.assert_close(y.float(), expected, rtol=2**-8, atol=1e-3)  # rounded once
 
 
-def test_loaded_tensors_stay_parameters_of_the_layer(rank):
-    layer = ColumnParallelLinear(128, 64, bias=False, quant_config=config(), prefix="m.up_proj")
-    load(layer, *stored(64, 128, 64)[:2])
+def test_loaded_tensors_stay_parameters_of_the_layer(rank, width):
+    layer = ColumnParallelLinear(128, 64, bias=False, quant_config=config(width=width), prefix="m.up_proj")
+    load(layer, stored(64, 128, 64, width=width)[0])
     finish(layer)
-    assert {name for name, _ in layer.named_parameters()} == {"B", "c"}
+    names = {"B", "c"} if width == 16 else {"B", "c", "s", "scales"}
+    assert {name for name, _ in layer.named_parameters()} == names
+    kept = sum(tensor.nbytes for tensor in layer.parameters())
+    prepared = layer.quant_method.prepared(layer)
+    assert kept == sum(tensor.nbytes for tensor in prepared if isinstance(tensor, torch.Tensor)), "no second copy"
     assert list(layer.buffers()) == []
 
 
-def test_kernels_are_warmed_up_once_with_the_bias_of_the_layer(rank, monkeypatch):
+def test_kernels_are_warmed_up_once_with_the_bias_of_the_layer(rank, width, monkeypatch):
     """On a GPU, a specialization that loading leaves out is compiled while the first request waits."""
     warmed = []
     monkeypatch.setattr(vllm_bpdq.linear, "warm_up", lambda prepared, bias: warmed.append((prepared, bias)))
     for bias in True, False:
-        layer = ColumnParallelLinear(128, 64, bias=bias, quant_config=config(), prefix="m.up_proj")
-        load(layer, *stored(64, 128, 64)[:2])
+        layer = ColumnParallelLinear(128, 64, bias=bias, quant_config=config(width=width), prefix="m.up_proj")
+        load(layer, stored(64, 128, 64, width=width)[0])
         finish(finish(layer))
         ((prepared, warmed_bias),) = warmed
         assert prepared.planes.data_ptr() == layer.B.data_ptr()
-        assert prepared[3:] == layer.quant_method.prepared(layer)[3:]
+        assert prepared[4:] == layer.quant_method.prepared(layer)[4:]
         assert warmed_bias is layer.bias
         warmed.clear()
 
 
-def test_processing_a_loaded_layer_twice_changes_nothing(rank):
-    B, c, W = stored(64, 384, 256)
+def test_processing_a_loaded_layer_twice_changes_nothing(rank, width):
+    tensors, W = stored(64, 384, 256, width=width)
     rank(1, 2)
-    layer = RowParallelLinear(384, 64, bias=False, quant_config=config(2, 256), prefix="m.down_proj")
-    load(layer, B, c)
+    layer = RowParallelLinear(384, 64, bias=False, quant_config=config(2, 256, width), prefix="m.down_proj")
+    load(layer, tensors)
     finish(finish(layer))
     assert torch.equal(weight(layer), W[:, 192:])
 
 
-def test_new_weights_load_over_old_ones(rank):
+def test_new_weights_load_over_old_ones(rank, width):
     """Without vLLM's layerwise reload, which is tested below."""
-    layer = ColumnParallelLinear(128, 64, bias=False, quant_config=config(), prefix="m.up_proj")
-    load(layer, *stored(64, 128, 64, seed=1)[:2])
+    layer = ColumnParallelLinear(128, 64, bias=False, quant_config=config(width=width), prefix="m.up_proj")
+    load(layer, stored(64, 128, 64, seed=1, width=width)[0])
     finish(layer)
-    B, c, W = stored(64, 128, 64, seed=2)
-    load(layer, B, c)
+    tensors, W = stored(64, 128, 64, seed=2, width=width)
+    load(layer, tensors)
     assert torch.equal(weight(finish(layer)), W)
 
 
-def test_layerwise_reload_replaces_the_weights_in_place(rank):
+def test_layerwise_reload_replaces_the_weights_in_place(rank, width):
     """vLLM's `reload_weights`, and waking from sleep level 2."""
-    layer = MergedColumnParallelLinear(128, [64, 64], bias=False, quant_config=config(), prefix="m.gate_up_proj")
+    layer = MergedColumnParallelLinear(
+        128, [64, 64], bias=False, quant_config=config(width=width), prefix="m.gate_up_proj"
+    )
     record_metadata_for_reloading(layer)
     for seed in 1, 2, 3:
-        parts = stored(64, 128, 64, seed=seed), stored(64, 128, 64, seed=10 * seed)
+        parts = stored(64, 128, 64, seed=seed, width=width), stored(64, 128, 64, seed=10 * seed, width=width)
         if seed > 1:
             initialize_layerwise_reload(layer)
-        for i, (B, c, _) in enumerate(parts):
-            load(layer, B, c, i)
+        for i, (tensors, _) in enumerate(parts):
+            load(layer, tensors, i)
         if seed == 1:
             finish(layer)
-            addresses = layer.B.data_ptr(), layer.c.data_ptr()
+            addresses = [tensor.data_ptr() for tensor in layer.parameters()]
         else:
             finalize_layerwise_reload(layer, None)
-        assert torch.equal(weight(layer), torch.cat([W for *_, W in parts]))
-        assert addresses == (layer.B.data_ptr(), layer.c.data_ptr())
+        assert torch.equal(weight(layer), torch.cat([W for _, W in parts]))
+        assert addresses == [tensor.data_ptr() for tensor in layer.parameters()]
 
 
-def test_a_reload_that_lacks_a_tensor_is_refused(rank):
-    """Also after loads that lacked nothing: what arrived then says nothing about now."""
-    layer = MergedColumnParallelLinear(128, [64, 64], bias=False, quant_config=config(), prefix="m.gate_up_proj")
+def test_a_rank_inside_a_group_is_reloaded_once_all_has_arrived(rank, width):
+    """vLLM counts elements, of which this rank has other numbers than the checkpoint."""
+    rank(1, 2)
+    layer = RowParallelLinear(320, 64, bias=False, quant_config=config(2, 128, width), prefix="m.down_proj")
     record_metadata_for_reloading(layer)
-    B, c, _ = stored(64, 128, 64)
-    for parts in (0, 1), (0, 1), (0,):
+    load(layer, stored(64, 320, 128, width=width)[0])
+    finish(layer)
+    tensors, W = stored(64, 320, 128, seed=1, width=width)
+    initialize_layerwise_reload(layer)
+    load(layer, tensors._replace(B=None))
+    assert get_layerwise_info(layer).can_load(), "B has not arrived"
+    load(layer, Stored(tensors.B, None))
+    assert not get_layerwise_info(layer).can_load()
+    finalize_layerwise_reload(layer, None)
+    assert torch.equal(weight(layer), W[:, 160:])
+
+
+def test_a_reload_that_lacks_a_tensor_is_refused(rank, width):
+    """Also after loads that lacked nothing: what arrived then says nothing about now."""
+    layer = MergedColumnParallelLinear(
+        128, [64, 64], bias=False, quant_config=config(width=width), prefix="m.gate_up_proj"
+    )
+    record_metadata_for_reloading(layer)
+    tensors, _ = stored(64, 128, 64, width=width)
+    for i in 0, 1:
+        load(layer, tensors, i)
+    finish(layer)
+    for parts in (0, 1), (0,):
         initialize_layerwise_reload(layer)
         for i in parts:
-            load(layer, B, c, i)
+            load(layer, tensors, i)
         if len(parts) == 2:
             finalize_layerwise_reload(layer, None)
-    with pytest.raises(ValueError, match=r"m\.up_proj\.B, m\.up_proj\.c not in the checkpoint"):
+    with pytest.raises(ValueError, match=rf"m\.up_proj\.B, m\.up_proj\.c{LAST[width]} not in the checkpoint"):
         finalize_layerwise_reload(layer, None)
 
 
-def test_new_weights_that_lack_a_tensor_are_refused(rank):
-    layer = MergedColumnParallelLinear(128, [64, 64], bias=False, quant_config=config(), prefix="m.gate_up_proj")
-    B, c, _ = stored(64, 128, 64)
-    load(layer, B, c, 0)
-    load(layer, B, c, 1)
+def test_new_weights_that_lack_a_tensor_are_refused(rank, width):
+    layer = MergedColumnParallelLinear(
+        128, [64, 64], bias=False, quant_config=config(width=width), prefix="m.gate_up_proj"
+    )
+    tensors, _ = stored(64, 128, 64, width=width)
+    load(layer, tensors, 0)
+    load(layer, tensors, 1)
     finish(layer)
-    load(layer, B, c, 0)
-    with pytest.raises(ValueError, match=r"m\.up_proj\.B, m\.up_proj\.c not in the checkpoint"):
+    load(layer, tensors, 0)
+    with pytest.raises(ValueError, match=rf"m\.up_proj\.B, m\.up_proj\.c{LAST[width]} not in the checkpoint"):
         finish(layer)
 
 
-def test_dummy_weights_pass_the_checks_and_multiply(rank):
+def test_new_weights_that_lack_the_planes_are_refused(rank, width):
+    layer = ColumnParallelLinear(128, 64, bias=False, quant_config=config(width=width), prefix="m.up_proj")
+    tensors, _ = stored(64, 128, 64, width=width)
+    load(layer, tensors)
+    finish(layer)
+    load(layer, tensors._replace(B=None))
+    with pytest.raises(ValueError, match=r"m\.up_proj\.B not in the checkpoint"):
+        finish(layer)
+
+
+def test_dummy_weights_pass_the_checks_and_multiply(rank, width):
     model = torch.nn.Sequential(
-        ColumnParallelLinear(128, 352, bias=False, quant_config=config(2, 128), prefix="m.up", return_bias=False),
-        RowParallelLinear(352, 64, bias=False, quant_config=config(2, 128), prefix="m.down", return_bias=False),
+        ColumnParallelLinear(
+            128, 352, bias=False, quant_config=config(2, 128, width), prefix="m.up", return_bias=False
+        ),
+        RowParallelLinear(352, 64, bias=False, quant_config=config(2, 128, width), prefix="m.down", return_bias=False),
     )
     DummyModelLoader.load_weights(None, model, None)
     for layer in model:
@@ -275,10 +333,12 @@ def test_dummy_weights_pass_the_checks_and_multiply(rank):
     assert torch.isfinite(model(torch.randn(3, 128))).all()
 
 
-def test_compiled_layers_share_one_graph_for_every_number_of_tokens(rank):
+def test_compiled_layers_share_one_graph_for_every_number_of_tokens(rank, width):
     """A branch on the number of tokens outside the op would be frozen into vLLM's graph."""
-    layer = ColumnParallelLinear(128, 64, bias=True, quant_config=config(), prefix="m.up_proj", return_bias=False)
-    load(layer, *stored(64, 128, 64)[:2])
+    layer = ColumnParallelLinear(
+        128, 64, bias=True, quant_config=config(width=width), prefix="m.up_proj", return_bias=False
+    )
+    load(layer, stored(64, 128, 64, width=width)[0])
     layer.bias.data.fill_(1.0)
     finish(layer)
     graphs = []

@@ -95,6 +95,12 @@ def round_to_planes(
     return layout.pack_codes(codes, bits), c.permute(1, 2, 0).to(dtype).contiguous()
 
 
+def narrowed(c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """c [groups, k+1, N] in 8 bits, and its scales [k+1, N] in bf16."""
+    s = (c.float().abs().amax(0) / 127).bfloat16()
+    return (c.float() / s.float().clamp_min(1e-30)).round().clamp(-127, 127).to(torch.int8), s
+
+
 def bpdq_checkpoint(
     model: Path,
     out: Path,
@@ -104,12 +110,16 @@ def bpdq_checkpoint(
     coefficient_dtype: torch.dtype = torch.bfloat16,
     layers: dict[str, dict] | None = None,
     ignore: tuple[str, ...] = (),
+    coefficient_bits: int = 16,
 ) -> Path:
-    """Write `out` (BPDQ) and `out`-dequantized (the same weights, plain) from the 16-bit folder `model`."""
+    """Write `out` (BPDQ) and `out`-dequantized (the same weights, plain) from the 16-bit folder `model`.
+
+    layers: what differs from bits, group_size and coefficient_bits, by name.
+    """
     plain = out.with_name(out.name + "-dequantized")
     shutil.copytree(model, out)
     shutil.copytree(model, plain)
-    tensors, dequantized = {}, {}
+    tensors, dequantized, widths = {}, {}, set()
     for name, tensor in load_file(model / "model.safetensors").items():
         layer = name.removesuffix(".weight")
         dequantized[name] = tensor
@@ -117,9 +127,15 @@ def bpdq_checkpoint(
         if not (layer.endswith(LINEARS) or table) or name.endswith(".bias") or layer in ignore:
             tensors[name] = tensor
             continue
-        scheme = {"bits": bits, "group_size": group_size, **(layers or {}).get(layer, {})}
+        scheme = {"bits": bits, "group_size": group_size, "coefficient_bits": coefficient_bits}
+        scheme |= (layers or {}).get(layer, {})
+        widths.add(scheme["coefficient_bits"])
         B, c = round_to_planes(tensor, scheme["bits"], scheme["group_size"], coefficient_dtype)
-        dequantized[name] = dequantize(B, c, scheme["group_size"], tensor.shape[1]).to(tensor.dtype)
+        s = None
+        if scheme["coefficient_bits"] == 8:
+            c, s = narrowed(c)
+            tensors[layer + ".s"] = s
+        dequantized[name] = dequantize(B, c, scheme["group_size"], tensor.shape[1], s).to(tensor.dtype)
         if dialect == "authors" and scheme["group_size"] == 256:
             B = torch.nn.functional.pad(B, (0, 0, 0, 0, 0, -B.shape[0] % 8))
         tensors[layer + ".B"], tensors[layer + ".c"] = B, c
@@ -130,6 +146,8 @@ def bpdq_checkpoint(
     quantization["meta"] = {"bpdq": {"msbits": bits, "n_iters": 10, "alpha": 1e-4}}
     if dialect == "ours":
         quantization |= {"quant_method": "bpdq", "format_version": 1, "bits": bits}
+        if 8 in widths:
+            quantization |= {"format_version": 2, "coefficient_bits": coefficient_bits}
         quantization |= {"ignore": [*({"lm_head"} - set(layers or {})), *ignore], "layers": layers or {}}
     else:
         quantization |= {"quant_method": "gptq", "format": "bpdq", "bits": 8, "lm_head": False, "desc_act": False}

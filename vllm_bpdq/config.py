@@ -134,6 +134,6 @@ class BPDQConfig(QuantizationConfig):
             found = ", ".join(f"{part.rpartition('.')[2]} {scheme or '16-bit'}" for part, scheme in schemes.items())
             raise ValueError(
                 f"{prefix}: vLLM fuses layers that quantization_config treats differently ({found}): "
-                f"give them the same bits and group_size, or ignore all of them"
+                f"give them the same bits, group_size and coefficient_bits, or ignore all of them"
             )
         return schemes[parts[0]]

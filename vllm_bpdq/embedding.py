@@ -23,7 +23,7 @@ class BPDQEmbeddingMethod(BPDQLinearMethod):
     """Embedding or LM head `name` in `scheme`, with N = vocabulary and K = hidden size."""
 
     def create_weights(self, layer: Module, *sizes: Any, **extra_weight_attrs: Any) -> None:
-        """Register `B` int32 and `c` (NaN until loaded) for this rank's part of the vocabulary."""
+        """As for a linear layer, of this rank's part of the vocabulary."""
 
         def load(param: StoredParameter, loaded_weight: Tensor) -> None:
             load_vocabulary(layer, param, loaded_weight)

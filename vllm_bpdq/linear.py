@@ -19,12 +19,12 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.parameter import ModelWeightParameter
 
 from bpdq_kernels import Prepared, linear, prepare, warm_up
-from bpdq_kernels.format import Scheme, check_coefficients, check_finite, check_planes
-from bpdq_kernels.layout import WORD, coefficient_shape, plane_shape, split_groups, trim
+from bpdq_kernels.format import Scheme, check_coefficients, check_finite, check_planes, check_scales
+from bpdq_kernels.layout import WORD, Stored, coefficient_shape, plane_shape, split_groups, trim
 
 
 class StoredParameter(ModelWeightParameter):
-    """`B` or `c` [inputs, rows, outputs] on one rank.
+    """`B` or `c` [inputs, rows, outputs] or `s` [rows, outputs] on one rank.
 
     `parts` maps the first output of each part of a fused layer to the part's name in the checkpoint; `loaded` holds
     the keys of those that have arrived. `fit(name, tensor, out_features)` checks a tensor of the checkpoint and
@@ -39,7 +39,7 @@ class StoredParameter(ModelWeightParameter):
         parts: dict[int, str],
         fit: Callable[[str, Tensor, int], Tensor],
     ) -> None:
-        super().__init__(data=data, input_dim=0, output_dim=2, weight_loader=weight_loader)
+        super().__init__(data=data, input_dim=0, output_dim=data.ndim - 1, weight_loader=weight_loader)
         self.parts = parts
         self.fit = fit
         self.stored_shape = data.shape
@@ -61,16 +61,16 @@ class StoredParameter(ModelWeightParameter):
                     f"{name}.c is {tensor.dtype}, but vLLM fuses the layer with one in {self.dtype}: "
                     f"quantize the model again"
                 )
-            self.data = torch.full_like(self.data, nan, dtype=tensor.dtype)
+            self.data = torch.empty(self.stored_shape, dtype=tensor.dtype, device=self.device)
         if not self.is_meta:  # vLLM's reload first counts elements on meta tensors
             self.loaded |= {start}
         return tensor
 
     def load_column_parallel_weight(self, loaded_weight: Tensor) -> None:
-        super().load_column_parallel_weight(self.receive(loaded_weight, self.stored_shape[2] * self.tp_size))
+        super().load_column_parallel_weight(self.receive(loaded_weight, self.stored_shape[-1] * self.tp_size))
 
     def load_row_parallel_weight(self, loaded_weight: Tensor) -> None:
-        super().load_row_parallel_weight(self.receive(loaded_weight, self.stored_shape[2]))
+        super().load_row_parallel_weight(self.receive(loaded_weight, self.stored_shape[-1]))
 
     def load_merged_column_weight(self, loaded_weight: Tensor, **kwargs: Any) -> None:
         out_features = kwargs["shard_size"] * self.tp_size
@@ -84,7 +84,7 @@ class StoredParameter(ModelWeightParameter):
 
 def load_replicated(param: StoredParameter, loaded_weight: Tensor) -> None:
     """Weight loader of ReplicatedLinear, whose own knows neither padding nor c's dtype."""
-    tensor = param.receive(loaded_weight, param.stored_shape[2])
+    tensor = param.receive(loaded_weight, param.stored_shape[-1])
     param.data.copy_(tensor)
 
 
@@ -107,7 +107,8 @@ class BPDQLinearMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """Register `B` int32 and `c` (NaN until loaded) for this rank.
+        """Register `B` int32 and `c` (NaN until loaded) for this rank, or with coefficients in 8 bits `c` int8 (0) and
+        `s` fp32 (NaN until loaded), which holds what fp16 and bf16 do.
 
         Raises ValueError naming the layer where the ranks' shares of the inputs don't start at a word of B.
         """
@@ -129,16 +130,25 @@ class BPDQLinearMethod(LinearMethodBase):
             check_coefficients(name, c, input_size, out_features, self.scheme)
             return split_groups(c, self.scheme.group_size, self.group_size)
 
+        def fit_scales(name: str, s: Tensor, out_features: int) -> Tensor:
+            check_scales(name, s, out_features, self.scheme)
+            return s.float().repeat(input_size // input_size_per_partition, 1)  # each rank's part is all of s
+
         loader = load_replicated if isinstance(layer, ReplicatedLinear) else extra_weight_attrs["weight_loader"]
         starts = list(accumulate(output_partition_sizes[:-1], initial=0))
         names = self.parts if len(self.parts) == len(starts) else [self.name] * len(starts)  # fused on disk, as Phi-3
         parts = dict(zip(starts, names, strict=True))
         k = self.scheme.bits
-        B = torch.empty(plane_shape(self.in_features, self.out_features, k), dtype=torch.int32)
         shape = coefficient_shape(self.in_features, self.out_features, k, self.group_size)
-        c = torch.full(shape, nan, dtype=params_dtype)
-        layer.register_parameter("B", StoredParameter(data=B, weight_loader=loader, parts=parts, fit=fit_planes))
-        layer.register_parameter("c", StoredParameter(data=c, weight_loader=loader, parts=parts, fit=fit_coefficients))
+        B = torch.empty(plane_shape(self.in_features, self.out_features, k), dtype=torch.int32)
+        tensors = {"B": (B, fit_planes)}
+        if "s" in self.scheme.tensors:
+            tensors["c"] = torch.zeros(shape, dtype=torch.int8), fit_coefficients
+            tensors["s"] = torch.full(shape[1:], nan, dtype=torch.float32), fit_scales
+        else:
+            tensors["c"] = torch.full(shape, nan, dtype=params_dtype), fit_coefficients
+        for name, (data, fit) in tensors.items():
+            layer.register_parameter(name, StoredParameter(data=data, weight_loader=loader, parts=parts, fit=fit))
 
     def process_weights_after_loading(self, layer: Module) -> None:
         """Check that every part arrived, whole and finite, prepare it for the kernels and compile those.
@@ -146,9 +156,9 @@ class BPDQLinearMethod(LinearMethodBase):
         Loaders that fill parameters themselves (`--load-format dummy`) never call a weight loader; for them, only
         coefficients that are still NaN count as missing. Raises ValueError naming the tensor and the remedy.
         """
-        if layer.B.prepared:
+        stored = {name: getattr(layer, name) for name in self.scheme.tensors}
+        if all(param.prepared for param in stored.values()):
             return
-        stored = {"B": layer.B, "c": layer.c}
         if any(param.loaded for param in stored.values()):
             missing = [
                 f"{name}.{tensor}"
@@ -161,14 +171,19 @@ class BPDQLinearMethod(LinearMethodBase):
                     f"{', '.join(missing)} not in the checkpoint, though its config.json says that the layer is "
                     f"quantized: download or quantize it again"
                 )
-        check_finite(self.name, layer.c.data)
-        device = layer.B.device
-        prepared = prepare(layer.B.data, layer.c.data, self.group_size, self.in_features, layer.params_dtype, device)
+        B, c, s = Stored(*(param.data for param in stored.values()))
+        check_finite(self.name, c, s)
+        prepared = prepare(B, c, self.group_size, self.in_features, layer.params_dtype, B.device, s)
         layer.B.data, layer.c.data = prepared.planes, prepared.coefficients
-        if prepared.scales is not None:
-            layer.scales = Parameter(prepared.scales, requires_grad=False)
-        layer.B.prepared = layer.c.prepared = True
-        layer.B.loaded = layer.c.loaded = frozenset()  # a later reload is checked anew
+        if s is not None:
+            layer.s.data = s.new_empty(0)  # it is in these now
+        for name in ("scales", "ratios"):
+            tensor = getattr(prepared, name)
+            if tensor is not None:
+                layer.register_parameter(name, Parameter(tensor, requires_grad=False))
+        for param in stored.values():
+            param.prepared = True
+            param.loaded = frozenset()  # a later reload is checked anew
         warm_up(prepared, getattr(layer, "bias", None))
 
     def apply(self, layer: Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -177,5 +192,5 @@ class BPDQLinearMethod(LinearMethodBase):
 
     def prepared(self, layer: Module) -> Prepared:
         """The layer for the kernels; only after `process_weights_after_loading`."""
-        scales = getattr(layer, "scales", None)
-        return Prepared(layer.B, layer.c, scales, None, self.in_features, self.out_features, self.group_size)
+        scales, ratios = getattr(layer, "scales", None), getattr(layer, "ratios", None)
+        return Prepared(layer.B, layer.c, scales, ratios, self.in_features, self.out_features, self.group_size)

@@ -25,7 +25,7 @@ def open_library(isa: str) -> ctypes.CDLL:
     library = load_library(SOURCE, isa, MACROS)
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
     library.bpdq_linear.restype = None
-    library.bpdq_linear.argtypes = [pointer, pointer, ctypes.c_int, *[integer] * 4]
+    library.bpdq_linear.argtypes = [pointer, pointer, ctypes.c_int, pointer, *[integer] * 4]
     library.bpdq_linear.argtypes += [pointer, ctypes.c_bool, integer, integer, pointer, pointer, ctypes.c_bool]
     library.pairs = isa == "avx512_bf16"
     return library
@@ -38,19 +38,18 @@ def library() -> ctypes.CDLL | None:
 
 
 def prepare(B: Tensor, c: Tensor, group_size: int, s: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """B [ceil(K/32), k, N] and c [ceil(K/G), k+1, N] in the order of `bpdq_kernels.layout.to_cpu_tiles`.
+    """B [ceil(K/32), k, N], c [ceil(K/G), k+1, N] and s [k+1, N] in the order of `bpdq_kernels.layout.to_cpu_tiles`.
 
-    Returns planes int32 and coefficients in c's dtype, with N padded to tiles; their other sizes are kept, but say
-    nothing of the order inside. Without a library, B and c themselves.
+    Returns planes int32, coefficients in c's dtype and scales fp32 or None, with N padded to tiles; the sizes of the
+    first two are kept, but say nothing of the order inside. Without a library, B, c and s themselves.
     """
     if library() is None:
-        return B.contiguous(), c.contiguous(), s
-    if s is not None:
-        raise NotImplementedError  # TODO
+        return B.contiguous(), c.contiguous(), None if s is None else s.contiguous()
     padding = -B.shape[2] % CPU_TILE
     B, c = (torch.nn.functional.pad(tensor, (0, padding)) for tensor in (B, c))
+    s = None if s is None else torch.nn.functional.pad(s, (0, padding))
     planes = huge_pages(B.shape)
-    return planes, to_cpu_tiles(B, c, group_size, planes), None
+    return planes, *to_cpu_tiles(B, c, group_size, planes, s)
 
 
 def huge_pages(shape: torch.Size) -> Tensor:
@@ -65,10 +64,10 @@ def huge_pages(shape: torch.Size) -> Tensor:
 
 
 def stored_rows(planes: Tensor, coefficients: Tensor, scales: Tensor | None, group_size: int, rows: Tensor) -> Stored:
-    """The tensors of the outputs `rows` [R], as they were stored, from what `prepare` returned."""
+    """The tensors of the outputs `rows` [R] from what `prepare` returned, as they were stored, but s in fp32."""
     if library() is None:
         return Stored(planes, coefficients, scales).outputs(rows)
-    return Stored(*rows_of_cpu_tiles(planes, coefficients, group_size, rows))
+    return rows_of_cpu_tiles(planes, coefficients, scales, group_size, rows)
 
 
 def is_few(tokens: int, pairs: bool) -> bool:
@@ -85,7 +84,7 @@ def linear(
     out_features: int,
     bias: Tensor | None,
 ) -> Tensor:
-    """y [..., N] = x [..., K] @ W.T + bias in x.dtype; planes and coefficients from `prepare`.
+    """y [..., N] = x [..., K] @ W.T + bias in x.dtype; planes, coefficients and scales from `prepare`.
 
     Sums are fp32. W is exact, or rounded to bf16 where bf16 x is multiplied in bf16.
     """
@@ -108,6 +107,7 @@ def linear(
         planes.data_ptr(),
         coefficients.data_ptr(),
         DTYPE_CODES[coefficients.dtype],
+        None if scales is None else scales.data_ptr(),
         in_features,
         out_features,
         group_size,

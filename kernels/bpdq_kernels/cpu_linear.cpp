@@ -38,6 +38,7 @@ constexpr int LANES = 4, TABLE_BITS = 1;
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+typedef int8_t Bytes __attribute__((vector_size(LANES)));
 
 constexpr int WORD = BPDQ_WORD, TILE = BPDQ_TILE, MAX_GROUP = BPDQ_MAX_GROUP;
 static_assert(WORD == 8 * sizeof(uint32_t), "a lane holds one word");
@@ -47,7 +48,7 @@ constexpr int TABLES = (WORD + TABLE_BITS - 1) / TABLE_BITS;  // per word
 
 constexpr int AHEAD = 512;  // words of planes between those in use and those fetched from memory
 
-enum Dtype { FLOAT32, FLOAT16, BFLOAT16 };
+enum Dtype { FLOAT32, FLOAT16, BFLOAT16, INT8 };
 
 template <class T>
 inline T load(const void* p) {
@@ -73,10 +74,22 @@ inline Floats widen(const void* p, int64_t i, Dtype dtype) {
 #endif
 }
 
+/* LANES numbers from `p` on, as fp32. */
+inline Floats widen_bytes(const int8_t* p) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load<__m128i>(p)));
+#elif defined(__AVX2__)
+  return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#else
+  return __builtin_convertvector(load<Bytes>(p), Floats);
+#endif
+}
+
 struct Layer {
   const uint32_t* planes;
   const char* coefficients;
-  Dtype dtype;  // of the coefficients
+  Dtype dtype;          // of the coefficients
+  const float* scales;  // of INT8
   int64_t in_features, out_features, group_size;
 
   int64_t tiles() const { return (out_features + TILE - 1) / TILE; }
@@ -109,9 +122,20 @@ struct TileGroup {
     const int64_t next = std::min(group + 1, (layer.words() - 1) / whole);
     ahead = later < end ? start(group, later) : start(next, begin + later - end);
     const int64_t row = (group * layer.tiles() + tile) * (PLANES + 1) * TILE;
+    if (layer.dtype == INT8) {
+      const int8_t* bytes = (const int8_t*)layer.coefficients + row;
+      const float* scales = layer.scales + tile * (PLANES + 1) * TILE;
+      fill([&](int at) { return widen_bytes(bytes + at) * load<Floats>(scales + at); });
+    } else {
+      fill([&](int at) { return widen(layer.coefficients, row + at, layer.dtype); });
+    }
+  }
+
+  /* Sets `c` to what `at(number)` gives, of LANES numbers of the tile. */
+  template <class Numbers>
+  void fill(Numbers at) {
     for (int i = 0; i < TILE / LANES; i++)
-      for (int p = 0; p <= PLANES; p++)
-        c[i].of[p] = widen(layer.coefficients, row + p * TILE + i * LANES, layer.dtype);
+      for (int p = 0; p <= PLANES; p++) c[i].of[p] = at(p * TILE + i * LANES);
   }
 };
 
@@ -417,11 +441,13 @@ void run_planes(const Layer& layer, const void* x, bool bfloat, int64_t stride, 
 
 }  // namespace
 
-/* y fp32 [tokens, N] = x [tokens, K] @ W.T + bias; x is bf16 where `bfloat`, else fp32; bias fp32 [N] or null. */
-extern "C" void bpdq_linear(const uint32_t* planes, const char* coefficients, int dtype, int64_t in_features,
-                            int64_t out_features, int64_t group_size, int64_t plane_count, const void* x, bool bfloat,
-                            int64_t stride, int64_t tokens, const float* bias, float* y, bool few) {
-  const Layer layer{planes, coefficients, (Dtype)dtype, in_features, out_features, group_size};
+/* y fp32 [tokens, N] = x [tokens, K] @ W.T + bias; x is bf16 where `bfloat`, else fp32; bias fp32 [N] or null, and so
+   are the scales but of INT8. */
+extern "C" void bpdq_linear(const uint32_t* planes, const char* coefficients, int dtype, const float* scales,
+                            int64_t in_features, int64_t out_features, int64_t group_size, int64_t plane_count,
+                            const void* x, bool bfloat, int64_t stride, int64_t tokens, const float* bias, float* y,
+                            bool few) {
+  const Layer layer{planes, coefficients, (Dtype)dtype, scales, in_features, out_features, group_size};
   if (plane_count == 1) run_planes<1>(layer, x, bfloat, stride, tokens, bias, y, few);
   if (plane_count == 2) run_planes<2>(layer, x, bfloat, stride, tokens, bias, y, few);
   if (plane_count == 3) run_planes<3>(layer, x, bfloat, stride, tokens, bias, y, few);

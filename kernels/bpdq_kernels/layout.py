@@ -237,12 +237,15 @@ def _interleave_pairs(B: Tensor) -> Tensor:
     return ((B >> 1) & 0x7FFFFFFF) | (B << 31)
 
 
-def to_cpu_tiles(B: Tensor, c: Tensor, group_size: int, planes: Tensor) -> Tensor:
-    """Fill `planes`, int32 of B's size, from B [ceil(K/32), k, N], and return c [ceil(K/G), k+1, N] in the same order,
-    the one that cpu_linear.cpp walks; CPU_TILE divides N:
+def to_cpu_tiles(
+    B: Tensor, c: Tensor, group_size: int, planes: Tensor, s: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Fill `planes`, int32 of B's size, from B [ceil(K/32), k, N], and return c [ceil(K/G), k+1, N] and, in fp32,
+    s [k+1, N] in the same order, the one that cpu_linear.cpp walks; CPU_TILE divides N:
 
     planes        [group][tile of 32 outputs][word of the group][plane][32]  words as stored
-    coefficients  [group][tile of 32 outputs][plane .. , c0][32]
+    coefficients  [group][tile of 32 outputs][plane .. , c0][32]             as stored
+    scales        [tile of 32 outputs][plane .. , c0][32]                    of coefficients in 8 bits
 
                  16 outputs = one AVX-512 register, two to a tile
                .------.------.---   ---.------.
@@ -254,12 +257,15 @@ def to_cpu_tiles(B: Tensor, c: Tensor, group_size: int, planes: Tensor) -> Tenso
         group = group.permute(2, 0, 1, 3)
         planes.view(-1)[start : start + group.numel()].view(group.shape).copy_(group)
         start += group.numel()
-    return c.unflatten(2, (-1, CPU_TILE)).transpose(1, 2).contiguous().view_as(c)
+    coefficients = c.unflatten(2, (-1, CPU_TILE)).transpose(1, 2).contiguous().view_as(c)
+    return coefficients, None if s is None else s.float().unflatten(1, (-1, CPU_TILE)).transpose(0, 1).contiguous()
 
 
-def rows_of_cpu_tiles(planes: Tensor, coefficients: Tensor, group_size: int, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """B [ceil(K/32), k, R] and c [ceil(K/G), k+1, R] of the outputs `rows` [R]: the inverse of `to_cpu_tiles`, whose
-    planes are in a tensor [ceil(K/32), k, N]."""
+def rows_of_cpu_tiles(
+    planes: Tensor, coefficients: Tensor, scales: Tensor | None, group_size: int, rows: Tensor
+) -> Stored:
+    """The tensors of the outputs `rows` [R]: the inverse of `to_cpu_tiles`, whose planes are in a tensor
+    [ceil(K/32), k, N]; s stays fp32."""
     words, k, n = planes.shape
     word, tile, lane = torch.arange(words).view(-1, 1, 1), rows // CPU_TILE, rows % CPU_TILE
     start = word // (group_size // WORD) * (group_size // WORD)  # of the word's group
@@ -267,4 +273,4 @@ def rows_of_cpu_tiles(planes: Tensor, coefficients: Tensor, group_size: int, row
     plane = torch.arange(k).view(-1, 1)
     B = planes.view(-1)[start * k * n + ((tile * length + word - start) * k + plane) * CPU_TILE + lane]
     c = coefficients.view(-1, n // CPU_TILE, k + 1, CPU_TILE)[:, tile, :, lane].permute(1, 2, 0)
-    return B, c
+    return Stored(B, c, None if scales is None else scales[tile, :, lane].T)

@@ -109,7 +109,7 @@ def quantized_layers(model: "PreTrainedModel", fmt: Format, start: str = "") -> 
         if embedding != head:
             raise InputError(
                 f"{' and '.join(embeddings)} are tied, but quantization_config makes them {embedding} and {head}: "
-                "`layers` must name both, with the same bits and group_size"
+                "`layers` must name both, with the same bits, group_size and coefficient_bits"
             )
         found.pop(embeddings[1], None)
     return found

@@ -189,12 +189,12 @@ def _inspect(args: argparse.Namespace) -> dict[str, Any]:
             draw(found).savefig(args.plot, dpi=150)
         except (OSError, ValueError) as e:
             raise InputError(f"--plot {args.plot}: {e}") from None
-    print(f"{'layer':<48}{'N x K':>16}{'bits':>6}{'group':>7}{'bits/weight':>13}{'MB':>10}")
+    print(f"{'layer':<48}{'N x K':>16}{'bits':>6}{'group':>7}{'c bits':>8}{'bits/weight':>13}{'MB':>10}")
     for layer in found["layers"]:
         shape = f"{layer['out_features']} x {layer['in_features']}"
         print(
             f"{layer['name']:<48}{shape:>16}{layer['bits']:>6}{layer['group_size']:>7}"
-            f"{layer['bits_per_weight']:>13.3f}{layer['bytes'] / 1e6:>10.2f}"
+            f"{layer['coefficient_bits']:>8}{layer['bits_per_weight']:>13.3f}{layer['bytes'] / 1e6:>10.2f}"
         )
     print(
         f"{found['architecture']}: {found['quantized_weights'] / 1e6:.1f} M weights at "

@@ -1,5 +1,7 @@
 """Modules that hold their weights as bit-planes and coefficients, in place of a model's own."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -10,7 +12,20 @@ from bpdq_kernels.reference import rows
 from bpdq_kernels.skeleton import embedding_names, is_tied
 
 
-class BPDQLinear(nn.Module):
+class Packed(nn.Module):
+    """Holds a layer as a checkpoint stores it, also where the model is turned into another dtype."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Packed":
+        stored = {id(tensor) for tensor in held(self)}
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return tensor.to(moved.device) if id(tensor) in stored and moved.dtype != tensor.dtype else moved
+
+        return super()._apply(move, recurse)
+
+
+class BPDQLinear(Packed):
     """A Linear [N, K] held as a checkpoint stores it, with an optional bias [N]."""
 
     def __init__(self, stored: Stored, group_size: int, in_features: int, bias: Tensor | None) -> None:
@@ -34,7 +49,7 @@ class BPDQLinear(nn.Module):
         )
 
 
-class BPDQEmbedding(nn.Module):
+class BPDQEmbedding(Packed):
     """An embedding [N, K] of N tokens held as a BPDQLinear is; rows come in `dtype`, times `scale` (Gemma)."""
 
     def __init__(self, stored: Stored, group_size: int, in_features: int, dtype: torch.dtype, scale: float) -> None:
