@@ -23,7 +23,7 @@ from bpdq_quantizer.algorithm.solver import STARTS, quantize_linear
 from bpdq_quantizer.fit.plan import stage_bytes
 from bpdq_quantizer.run.options import SOLVERS
 
-SCHEME = Scheme(2, 128)
+SCHEME = Scheme(2, 128, 8)
 WIDTH = SCHEME.bits + 1
 ITERATIONS = 10  # default of `bpdq quantize`
 SOLVER = SOLVERS["refined"]
@@ -127,7 +127,7 @@ def one_group(device: str) -> tuple[Tensor, Tensor]:
 def launch_group(U: Tensor, n: int, device: str) -> None:
     """The paper's pass over one group of n rows."""
     W = random_weights(n, len(U), device).float().T.contiguous()
-    quantize_group(W, U, SCHEME.bits, ITERATIONS, SOLVER["alpha"], torch.bfloat16, STARTS)
+    quantize_group(W, U, SCHEME.bits, ITERATIONS, SOLVER["alpha"], torch.float32, STARTS)
 
 
 def launch_refinement(H: Tensor, n: int, device: str) -> None:
@@ -137,7 +137,7 @@ def launch_refinement(H: Tensor, n: int, device: str) -> None:
     codes = torch.randint(2**SCHEME.bits, (k, n), dtype=torch.uint8, device=device, generator=generator(device, 2))
     c = torch.zeros(-(-k // SCHEME.group_size), WIDTH, n, device=device)
     loss = torch.full((n,), torch.inf, device=device)
-    refine(codes, c, loss, W, H @ W, H, SCHEME.group_size, SOLVER["refinements"], SOLVER["alpha"], torch.bfloat16)
+    refine(codes, c, loss, W, H @ W, H, SCHEME.group_size, SOLVER["refinements"], SOLVER["alpha"], torch.int8)
 
 
 def measure_stage(n: int, k: int, device: str) -> Row:
@@ -149,7 +149,7 @@ def measure_stage(n: int, k: int, device: str) -> Row:
         torch.cuda.reset_peak_memory_stats()
     solve = {"iterations": ITERATIONS, **SOLVER}
     row: Row = {"shape": (n, k)}
-    row["seconds"] = timed(lambda: quantize_linear(W, H, SCHEME.bits, SCHEME.group_size, **solve))
+    row["seconds"] = timed(lambda: quantize_linear(W, H, *vars(SCHEME).values(), **solve))
     row["planned_bytes"] = stage_bytes(n, k)
     if device == "cuda":
         row["peak_bytes"] = torch.cuda.max_memory_allocated()
@@ -163,7 +163,7 @@ def launches(device: str) -> dict[str, int]:
     H, U = one_group(device)
     W = random_weights(n, g, device).float().T.contiguous()
     c = torch.randn(WIDTH, n, device=device, generator=generator(device, 3))
-    solve = partial(quantize_group, W, U, SCHEME.bits, ITERATIONS, SOLVER["alpha"], torch.bfloat16, STARTS)
+    solve = partial(quantize_group, W, U, SCHEME.bits, ITERATIONS, SOLVER["alpha"], torch.float32, STARTS)
     return {"pass_per_group": kernels(solve), "sweep_per_group": kernels(partial(descend_group, W, W, H, c))}
 
 

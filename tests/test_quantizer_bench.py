@@ -28,7 +28,7 @@ def test_parts_add_up_to_a_report_of_every_method(tmp_path, capsys):
 def test_timing_changes_no_result():
     W = torch.randn(20, 64, generator=torch.Generator().manual_seed(0))
     H, _ = quantizer_bench.hessian(64)
-    loss = quantize_linear(W, H, 2, 32).loss.sum().item()
+    loss = quantize_linear(W, H, 2, 32, 8).loss.sum().item()
     assert quantizer_bench.solve_compiled(W, H, 2, 32)[1] == loss
     assert cpu_solver.library() is None or quantizer_bench.solve_in_torch(W, H, 2, 32)[1] != 0
 

@@ -81,6 +81,39 @@ def test_a_layer_goes_through_tuning_unchanged_if_nothing_is_tuned():
     torch.testing.assert_close(dequantize(again.B, again.c, 64, 64), dequantize(layer.B, c, 64, 64), rtol=0, atol=0.02)
 
 
+def in_8_bits(seed: int = 0) -> BPDQLinear:
+    gen = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 2, (3, 24, 200), generator=gen)
+    c = torch.randint(-127, 128, (4, 4, 24), generator=gen).to(torch.int8)
+    s = (torch.rand(4, 24, generator=gen) / 50 + 1e-3).bfloat16()
+    return BPDQLinear(layout.Stored(layout.pack(codes), c, s), 64, 200, None)
+
+
+def test_a_layer_in_8_bits_goes_through_tuning_unchanged_if_nothing_is_tuned():
+    layer = in_8_bits()
+    model = torch.nn.Sequential(layer)
+    make_packed(model, make_tunable(model))
+    assert all(torch.equal(getattr(model[0], name), getattr(layer, name)) for name in "Bcs")
+
+
+def test_what_is_tuned_in_8_bits_is_what_will_be_stored():
+    """Coefficients move by less than a step and further, and beyond what 8 bits hold; the scales stay."""
+    layer, x = in_8_bits(), torch.randn(5, 200, generator=torch.Generator().manual_seed(1))
+    model = torch.nn.Sequential(layer)
+    layers = make_tunable(model)
+    with torch.no_grad():
+        for parameter in (layers["0"].planes, layers["0"].middle):
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)) / 20)
+    y = model(x)
+    y.sum().backward()
+    assert layers["0"].planes.grad.abs().min() > 0
+    make_packed(model, layers)
+    assert model[0].c.dtype == torch.int8
+    assert not torch.equal(model[0].c, layer.c)
+    assert torch.equal(model[0].s, layer.s)
+    torch.testing.assert_close(model(x), y.detach(), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("reverse", [0.0, 0.3])
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_distillation_loss_is_the_kl_of_the_two_models_logits(softcap, reverse, monkeypatch):

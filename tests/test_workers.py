@@ -45,15 +45,17 @@ def pair():
         yield solve
 
 
-@pytest.mark.parametrize(("rows", "bits", "dtype"), [(2500, 2, torch.float32), (2049, 3, torch.bfloat16)])
-def test_two_workers_give_the_tensors_of_one(pair, rows, bits, dtype):
+@pytest.mark.parametrize(
+    ("rows", "bits", "width", "dtype"), [(2500, 2, 8, torch.float32), (2049, 3, 16, torch.bfloat16)]
+)
+def test_two_workers_give_the_tensors_of_one(pair, rows, bits, width, dtype):
     """The last chunk is of a width that BLAS treats in its own way."""
     W, H = layer(rows)
     options = {"iterations": 3, "dtype": torch.float16}
     with workers.team("cpu") as alone:
-        one = alone(W.to(dtype), H, bits, 32, **options)
-    assert same(pair(W.to(dtype), H, bits, 32, **options), one)
-    whole = quantize_linear(W.to(dtype), H, bits, 32, **options)
+        one = alone(W.to(dtype), H, bits, 32, width, **options)
+    assert same(pair(W.to(dtype), H, bits, 32, width, **options), one)
+    whole = quantize_linear(W.to(dtype), H, bits, 32, width, **options)
     assert one.loss.sum().item() == pytest.approx(whole.loss.sum().item(), rel=1e-3)
 
 
