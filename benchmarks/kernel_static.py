@@ -23,12 +23,18 @@ MAX_IDLE = 0.15
 
 
 class Variant(NamedTuple):
-    """One compilation of a kernel: planes, group size, tile, and the activations' dtype (Triton's name)."""
+    """One compilation of a kernel: planes, group size, tile, the activations' dtype (Triton's name), and the width of
+    the coefficients."""
 
     planes: int
     group: int
     config: Config
     dtype: str = "bf16"
+    coefficient_bits: int = 16
+
+    @property
+    def scheme(self) -> Scheme:
+        return Scheme(self.planes, self.group, self.coefficient_bits)
 
     @property
     def tokens(self) -> int:
@@ -38,9 +44,9 @@ class Variant(NamedTuple):
     @property
     def name(self) -> str:
         if isinstance(self.config, Dense):
-            return f"dense-k{self.planes}-g{self.group}-n{self.config.outputs}"
+            return f"dense-{scheme_name(self.scheme)}-n{self.config.outputs}"
         tile = f"t{self.config.tiles}-w{self.config.warps}-s{self.split}"
-        return f"{'gemv' if self.tokens == 1 else 'gemm'}-k{self.planes}-g{self.group}-m{self.tokens}-{tile}"
+        return f"{'gemv' if self.tokens == 1 else 'gemm'}-{scheme_name(self.scheme)}-m{self.tokens}-{tile}"
 
     @property
     def split(self) -> int:
@@ -60,13 +66,13 @@ class Variant(NamedTuple):
     @property
     def bits(self) -> float:
         """Stored bits per weight."""
-        return Scheme(self.planes, self.group).bits_per_weight
+        return self.scheme.bits_per_weight
 
     @property
     def bytes_ahead(self) -> int:
         """Bytes of planes and coefficients that a warp has requested and not yet received, at most."""
         groups = groups_in_unit(self.group)
-        per_tile = TILE_ROWS * (UNIT // 8 * self.planes + 2 * (self.planes + 1) * groups)
+        per_tile = TILE_ROWS * (UNIT * self.planes + self.coefficient_bits * (self.planes + 1) * groups) // 8
         return self.config.tiles * per_tile
 
 
@@ -78,6 +84,10 @@ class Kernel(NamedTuple):
     code: Code
     shared: int
     ctas: int
+
+
+def scheme_name(scheme: Scheme) -> str:
+    return f"k{scheme.bits}-g{scheme.group_size}" + ("-c8" if scheme.coefficient_bits == 8 else "")
 
 
 def config_for(tokens: int, layer: Layer, planes: int, group: int, multiprocessors: int, arch: int) -> Config:
@@ -93,9 +103,12 @@ def compile_kernel(variant: Variant, arch: str) -> Kernel:
     else:
         kernel, options = triton_gemm.gemm_kernel, triton_gemm.options(variant.config, variant.planes)
     activations = f"*{variant.dtype}"
-    types = {"x_ptr": activations, "planes_ptr": "*i32", "coefficients_ptr": "*i32", "scales_ptr": "*fp32"}
+    types = {"x_ptr": activations, "planes_ptr": "*i32", "scales_ptr": "*fp32"}
+    eight = variant.coefficient_bits == 8
+    types |= {"coefficients_ptr": "*i16", "ratios_ptr": "*i32"} if eight else {"coefficients_ptr": "*i32"}
     types |= {"y_ptr": activations, "M": "i32", "N": "i32", "K": "i32", "stride_x": "i32"}
     constants: dict[str, Any] = {"PLANES": variant.planes, "GROUP": variant.group, "WHOLE": True, "bias_ptr": None}
+    constants |= {} if eight else {"ratios_ptr": None}
     constants |= {"TILES": variant.config.tiles, "WARPS": variant.config.warps, "SPLIT": variant.split}
     constants |= {"TOKENS": variant.tokens, "BF16": variant.dtype == "bf16"}
     names = kernel.arg_names

@@ -36,6 +36,7 @@ from bpdq_kernels.layout import Tiles, cdiv
 from bpdq_kernels.triton_layout import (
     TILE_ROWS,
     UNIT,
+    coefficient_of,
     group_pairs,
     groups_in_unit,
     input_of_bit,
@@ -44,6 +45,7 @@ from bpdq_kernels.triton_layout import (
     load_coefficients,
     load_planes,
     row_pairs,
+    row_words,
     unit_words,
     words_beside,
 )
@@ -68,6 +70,7 @@ def gemv_kernel(
     planes_ptr: tl.tensor,
     coefficients_ptr: tl.tensor,
     scales_ptr: tl.tensor,
+    ratios_ptr: tl.tensor,  # None: coefficients in 16 bits
     bias_ptr: tl.tensor,
     y_ptr: tl.tensor,
     N: tl.tensor,
@@ -85,6 +88,9 @@ def gemv_kernel(
     q = lane % 4
     units = tl.cdiv(K, UNIT)
     PARTS: tl.constexpr = groups_in_unit(GROUP)
+    BYTES: tl.constexpr = ratios_ptr is not None
+    SUMS: tl.constexpr = 2 * (PLANES + 1) if BYTES else 2  # of a tile; of bytes for each plane
+    CS: tl.constexpr = PARTS * (row_words(PLANES) if BYTES else PLANES + 1)
     planes_stride = units * unit_words(PLANES)
     c_stride = tl.cdiv(units * UNIT, GROUP) * group_pairs(PLANES)
     tile = (tl.program_id(0) * TILES).to(tl.int64)
@@ -98,10 +104,12 @@ def gemv_kernel(
     # misses at the end would be waited for
     first_row = tile * TILE_ROWS
     prefetch(scales_ptr + first_row + thread, (thread < TILES * TILE_ROWS) & (first_row + thread < N))
+    if BYTES:
+        prefetch(ratios_ptr + tile * group_pairs(PLANES) + 8 * thread, thread < TILES * (PLANES + 1))
     sign = tl.where(q == 3, -2, 2)  # bit 15 counts negative
-    acc = (tl.zeros([32 * WARPS], tl.float32),) * (2 * TILES)
+    acc = (tl.zeros([32 * WARPS], tl.float32),) * (SUMS * TILES)
     next_words = load_planes(planes_ptr, planes_stride, inputs_left > 0, PLANES, TILES)
-    next_c = load_coefficients(coefficients_ptr, c_stride, inputs_left > 0, PARTS, PLANES, TILES)
+    next_c = load_coefficients(coefficients_ptr, c_stride, inputs_left > 0, PARTS, PLANES, TILES, BYTES)
     next_x = load_inputs(x_ptr, inputs_left - own, BESIDE, WHOLE)
     for _ in range(0, units, WARPS):
         words = next_words
@@ -112,25 +120,23 @@ def gemv_kernel(
         x_ptr += WARPS * UNIT
         inputs_left -= WARPS * UNIT
         next_words = load_planes(planes_ptr, planes_stride, inputs_left > 0, PLANES, TILES)
-        next_c = load_coefficients(coefficients_ptr, c_stride, inputs_left > 0, PARTS, PLANES, TILES)
+        next_c = load_coefficients(coefficients_ptr, c_stride, inputs_left > 0, PARTS, PLANES, TILES, BYTES)
         next_x = load_inputs(x_ptr, inputs_left - own, BESIDE, WHOLE)
         low, high, sums, scale = slice_bits(x, lane, q, GROUP)
         sums_of_products = ()
         for t in tl.static_range(TILES):
-            z, z8 = dot_unit(
-                words[2 * PLANES * t : 2 * PLANES * (t + 1)],
-                c[PARTS * (PLANES + 1) * t : PARTS * (PLANES + 1) * (t + 1)],
-                low,
-                high,
-                sums,
-                q,
-                sign,
-                PLANES,
-                GROUP,
-                BF16,
-            )
-            sums_of_products = sums_of_products + (acc[2 * t] + scale * z, acc[2 * t + 1] + scale * z8)
+            t_words = words[2 * PLANES * t : 2 * PLANES * (t + 1)]
+            t_c = c[CS * t : CS * (t + 1)]
+            if BYTES:
+                z = dot_unit_of_bytes(t_words, t_c, low, high, sums, q, sign, PLANES, GROUP)
+            else:
+                z = dot_unit(t_words, t_c, low, high, sums, q, sign, PLANES, GROUP, BF16)
+            for i in tl.static_range(SUMS):
+                sums_of_products = sums_of_products + (acc[SUMS * t + i] + scale * z[i],)
         acc = sums_of_products
+    if BYTES:
+        ratios_ptr += tile * group_pairs(PLANES) + lane // 4 * row_pairs(PLANES)
+        acc = sums_over_planes(acc, ratios_ptr, PLANES, TILES, BF16)
     y = tl.reshape(stack(acc), [WARPS, 8, 4, 2 * TILES])
     four_to_the_q = (1 << (2 * tl.arange(0, 4))).to(tl.float32)
     y = tl.permute(y * four_to_the_q[None, None, :, None], 1, 3, 0, 2)
@@ -257,6 +263,61 @@ def dot_unit(
     return z, z8
 
 
+@triton.jit
+def dot_unit_of_bytes(
+    words: tl.tuple,
+    c: tl.tuple,
+    low: tl.tensor,
+    high: tl.tensor,
+    sums: tl.tuple,
+    q: tl.tensor,
+    sign: tl.tensor,
+    PLANES: tl.constexpr,
+    GROUP: tl.constexpr,
+) -> tl.tuple:
+    """As `dot_unit`, each plane's part by itself, rows r and r + 8 in turn, c0's last; c: of 8 bits. Products of
+    counts and coefficients fit 25 bits with their sign, so they are summed in integers."""
+    PARTS: tl.constexpr = groups_in_unit(GROUP)
+    WORDS: tl.constexpr = row_words(PLANES)
+    z = ()
+    for p in tl.static_range(PLANES):
+        z_p = tl.zeros_like(low)
+        z_p8 = z_p
+        for part in tl.static_range(PARTS):
+            low_part = low if PARTS == 1 else tl.where(q // (4 // PARTS) == part, low, 0)
+            high_part = high if PARTS == 1 else tl.where(q // (4 // PARTS) == part, high, 0)
+            d0, d1, d2, d3 = mma_bits(words[2 * p], words[2 * p + 1], low_part)
+            e0, e1, e2, e3 = mma_bits(words[2 * p], words[2 * p + 1], high_part)
+            row = c[WORDS * part : WORDS * (part + 1)]
+            z_p += coefficient_of(row, p, 0, PLANES) * (d0 + 2 * d1 + 256 * (e0 + sign * e1))
+            z_p8 += coefficient_of(row, p, 1, PLANES) * (d2 + 2 * d3 + 256 * (e2 + sign * e3))
+        z = z + (z_p.to(tl.float32), z_p8.to(tl.float32))
+    z_0 = tl.zeros_like(sums[0])
+    z_08 = z_0
+    for part in tl.static_range(PARTS):
+        row = c[WORDS * part : WORDS * (part + 1)]
+        z_0 += coefficient_of(row, PLANES, 0, PLANES).to(tl.float32) * sums[part]
+        z_08 += coefficient_of(row, PLANES, 1, PLANES).to(tl.float32) * sums[part]
+    return z + (z_0, z_08)
+
+
+@triton.jit
+def sums_over_planes(
+    acc: tl.tuple, ratios_ptr: tl.tensor, PLANES: tl.constexpr, TILES: tl.constexpr, BF16: tl.constexpr
+) -> tl.tuple:
+    """Sums of rows r and r + 8 of each tile, of those of each plane."""
+    y = ()
+    for t in tl.static_range(TILES):
+        y_t = tl.zeros_like(acc[0])
+        y_t8 = y_t
+        for p in tl.static_range(PLANES + 1):
+            ratio, ratio8 = unpack_pair(tl.load(ratios_ptr + (t * group_pairs(PLANES) + p)), BF16)
+            y_t += ratio * acc[2 * ((PLANES + 1) * t + p)]
+            y_t8 += ratio8 * acc[2 * ((PLANES + 1) * t + p) + 1]
+        y = y + (y_t, y_t8)
+    return y
+
+
 def options(config: Gemv) -> dict[str, int]:
     """Compiler options: registers for two blocks of eight warps or three of four on a multiprocessor. Left to itself,
     ptxas would rather spill one than take more than 80 (one tile of k = 3 at G = 64)."""
@@ -278,15 +339,16 @@ def launch(
     gemv_kernel.run(
         x,
         tiles.planes,
-        tiles.coefficients.view(torch.int32),
+        tiles.pairs,
         tiles.scales,
+        tiles.ratio_pairs,
         bias,
         y,
         out_features,
         in_features,
-        PLANES=tiles.coefficients.shape[3] - 1,
+        PLANES=tiles.bits,
         GROUP=group_size,
-        BF16=tiles.coefficients.dtype == torch.bfloat16,
+        BF16=tiles.dtype == torch.bfloat16,
         TILES=config.tiles,
         WARPS=config.warps,
         WHOLE=in_features % layout.UNIT == 0,

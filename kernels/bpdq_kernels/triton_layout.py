@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from bpdq_kernels import layout
-from bpdq_kernels.warp import load2, load4
+from bpdq_kernels.warp import load2, load4, select_bytes, signed_byte
 
 TILE_ROWS, UNIT, RUN = tl.constexpr(layout.TILE_ROWS), tl.constexpr(layout.UNIT), tl.constexpr(layout.RUN)
 words_beside = triton.constexpr_function(layout.words_beside)
@@ -45,6 +45,18 @@ def row_pairs(planes: int) -> int:
 def group_pairs(planes: int) -> int:
     """Pairs of coefficients of a tile in a group."""
     return layout.TILE_ROWS // 2 * (planes + 1)
+
+
+@triton.constexpr_function
+def pairs_in_word(planes: int) -> int:
+    """Pairs of 8-bit coefficients that `load_coefficients` brings in a word: two where a row has an even number of them."""
+    return 1 + planes % 2
+
+
+@triton.constexpr_function
+def row_words(planes: int) -> int:
+    """Words in which `load_coefficients` brings a row's pairs."""
+    return (planes + 1) // pairs_in_word(planes)
 
 
 @triton.constexpr_function
@@ -111,13 +123,36 @@ def load_coefficients(
     GROUPS: tl.constexpr,
     PLANES: tl.constexpr,
     TILES: tl.constexpr,
+    BYTES: tl.constexpr = False,
 ) -> tl.tuple:
     """A row's pairs of coefficients for each tile, of GROUPS groups one after the other; zeros where not `live`. Tiles
-    are `stride` pairs apart."""
+    are `stride` pairs apart. BYTES: coefficients of 8 bits, `row_words` of them for a row."""
     c = ()
     for _ in tl.static_range(TILES):
         for group in tl.static_range(GROUPS):
-            for p in tl.static_range(PLANES + 1):
-                c = c + (tl.load(ptr + (group * group_pairs(PLANES) + p), live, 0),)
+            if BYTES and PLANES == 3:
+                c = c + load2(ptr, live, 2 * group * group_pairs(PLANES))
+            elif BYTES and PLANES == 1:
+                c = c + (tl.load((ptr + group * group_pairs(PLANES)).to(tl.pointer_type(tl.int32)), live, 0),)
+            else:
+                for p in tl.static_range(PLANES + 1):
+                    c = c + (tl.load(ptr + (group * group_pairs(PLANES) + p), live, 0).to(tl.int32),)
         ptr += stride
     return c
+
+
+@triton.jit
+def coefficient_of(words: tl.tuple, P: tl.constexpr, HALF: tl.constexpr, PLANES: tl.constexpr) -> tl.tensor:
+    """Coefficient P of row r + 8 HALF as an integer; words: a row's from `load_coefficients`."""
+    EACH: tl.constexpr = pairs_in_word(PLANES)
+    return signed_byte(words[P // EACH], 2 * (P % EACH) + HALF)
+
+
+@triton.jit
+def coefficient_pair(words: tl.tuple, P: tl.constexpr, PLANES: tl.constexpr) -> tl.tensor:
+    """Bytes of coefficient P of rows r and r + 8 in the halves of a register; words: a row's from `load_coefficients`."""
+    EACH: tl.constexpr = pairs_in_word(PLANES)
+    selector: tl.constexpr = 0x4342 if P % EACH else 0x4140
+    word = words[P // EACH]
+    return select_bytes(word, tl.zeros_like(word), tl.full([], selector, tl.int32))
+

@@ -112,6 +112,21 @@ def select_bytes(x: tl.tensor, y: tl.tensor, selector: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def signed_byte(x: tl.tensor, BYTE: tl.constexpr) -> tl.tensor:
+    """Byte BYTE of x (0 is the lowest) as a signed integer; x int32."""
+    if INTERPRETED:
+        return (x << (24 - 8 * BYTE)) >> 24
+    return tl.inline_asm_elementwise(
+        "prmt.b32 $0, $1, 0, $2;",
+        "=r,r,n",
+        [x, tl.full([], 0x8880 + 0x1111 * BYTE, tl.int32)],
+        dtype=tl.int32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
 def exchange(x: tl.tensor, LANE_BIT: tl.constexpr) -> tl.tensor:
     """The value of the lane whose number differs in bit LANE_BIT; x int32."""
     if INTERPRETED:
