@@ -101,7 +101,10 @@ def compile_kernel(variant: Variant, arch: str) -> Kernel:
     if variant.tokens == 1:
         kernel, options = triton_gemv.gemv_kernel, triton_gemv.options(variant.config)
     else:
-        kernel, options = triton_gemm.gemm_kernel, triton_gemm.options(variant.config, variant.planes)
+        kernel, options = (
+            triton_gemm.gemm_kernel,
+            triton_gemm.options(variant.config, variant.planes, variant.coefficient_bits),
+        )
     activations = f"*{variant.dtype}"
     types = {"x_ptr": activations, "planes_ptr": "*i32", "scales_ptr": "*fp32"}
     eight = variant.coefficient_bits == 8

@@ -29,9 +29,7 @@ def tiled_linear(x: Tensor, tiles: Tiles, out_features: int, group_size: int, bi
     layer was prepared for another dtype.
     """
     if x.dtype != tiles.dtype:
-        raise ValueError(
-            f"the layer was prepared for {tiles.dtype} activations, not {x.dtype}: pass dtype to prepare"
-        )
+        raise ValueError(f"the layer was prepared for {tiles.dtype} activations, not {x.dtype}: pass dtype to prepare")
     y = x.new_empty((*x.shape[:-1], out_features))
     rows = x.reshape(-1, x.shape[-1])
     tokens, in_features = rows.shape

@@ -37,7 +37,9 @@ from bpdq_kernels.layout import Tiles, cdiv
 from bpdq_kernels.triton_layout import (
     TILE_ROWS,
     UNIT,
+    align_bytes,
     coefficient_pair,
+    first_pair,
     group_pairs,
     input_of_word,
     lane_words,
@@ -63,6 +65,9 @@ REGISTERS = {
     (Gemm(32, 2, 4, 4), 3): 192,
     (Gemm(32, 2, 4, 4), 4): 232,
     (Gemm(32, 2, 8, 8), 1): 128,
+}
+REGISTERS_8_BITS = {
+    (Gemm(16, 2, 4, 4), 3): 144,
 }
 
 
@@ -93,6 +98,7 @@ def gemm_kernel(
     lane = thread % 32
     r = lane // 4
     TEAMS: tl.constexpr = WARPS // SPLIT  # of SPLIT warps, which share the inputs of the same tiles
+    BYTES: tl.constexpr = ratios_ptr is not None
     units = tl.cdiv(K, UNIT)
     u = warp // TEAMS
     first_tile = tl.program_id(1) * (TEAMS * TILES)
@@ -104,20 +110,19 @@ def gemm_kernel(
     planes_stride = units * unit_words(PLANES)
     c_stride = tl.cdiv(units * UNIT, GROUP) * group_pairs(PLANES)
     planes_ptr += tile.to(tl.int64) * planes_stride + u * unit_words(PLANES) + lane * lane_words(PLANES)
-    coefficients_ptr += tile.to(tl.int64) * c_stride + r * row_pairs(PLANES)
+    coefficients_ptr += tile.to(tl.int64) * c_stride + first_pair(r, PLANES, BYTES)
     BESIDE: tl.constexpr = words_beside(GROUP)
     i = input_of_word(u * UNIT, lane % 4, BESIDE)
     x_rows = ()
     for n in tl.static_range(TOKENS // 8):
         token = tl.minimum(tl.program_id(0) * TOKENS + n * 8 + r, M - 1)  # rows past M: computed, never stored
         x_rows = x_rows + (x_ptr + token.to(tl.int64) * stride_x + i,)
-    BYTES: tl.constexpr = ratios_ptr is not None
     CS: tl.constexpr = row_words(PLANES) if BYTES else PLANES + 1
+    KEPT: tl.constexpr = TOKENS < 64 or PLANES < 4  # factors; or registers are short, and they are made for each unit
     if BYTES:
         ratios_ptr += tile.to(tl.int64) * group_pairs(PLANES) + r * row_pairs(PLANES)
-        factors = byte_factors(
-            load_coefficients(ratios_ptr, group_pairs(PLANES), inside & (r >= 0), 1, PLANES, TILES), PLANES, TILES, BF16
-        )
+        if KEPT:
+            factors = byte_factors(ratios_ptr, inside, PLANES, TILES, BF16)
     acc = (tl.zeros([32 * WARPS], tl.float32),) * (TILES * TOKENS // 2)
     # with many tokens, other warps' multiplications hide the latency, and registers are short
     AHEAD: tl.constexpr = TOKENS < 64
@@ -155,8 +160,11 @@ def gemm_kernel(
         for t in tl.static_range(TILES):
             t_c = c[CS * t : CS * (t + 1)]
             if BYTES:
-                t_factors = factors[2 * (PLANES + 1) * t : 2 * (PLANES + 1) * (t + 1)]
-                steps = steps + (byte_steps(t_c, t_factors, PLANES, BF16),)
+                if KEPT:
+                    t_factors = factors[2 * (PLANES + 1) * t : 2 * (PLANES + 1) * (t + 1)]
+                else:
+                    t_factors = byte_factors(ratios_ptr + t * group_pairs(PLANES), inside, PLANES, 1, BF16)
+                steps = steps + (byte_steps(align_bytes(t_c, r, PLANES), t_factors, PLANES, BF16),)
             else:
                 steps = steps + (coefficient_steps(t_c, PLANES, BF16),)
         for j in tl.static_range(4):
@@ -237,9 +245,12 @@ def coefficient_steps(c: tl.tuple, PLANES: tl.constexpr, BF16: tl.constexpr) -> 
 
 
 @triton.jit
-def byte_factors(ratios: tl.tuple, PLANES: tl.constexpr, TILES: tl.constexpr, BF16: tl.constexpr) -> tl.tuple:
-    """For `byte_steps`, of each pair of ratios: what a byte, read as a number, is multiplied with, and what is added,
-    for byte - 128 times the ratio over 2^10 (planes) or 2^9 (c_0)."""
+def byte_factors(
+    ptr: tl.tensor, live: tl.tensor, PLANES: tl.constexpr, TILES: tl.constexpr, BF16: tl.constexpr
+) -> tl.tuple:
+    """For `byte_steps`, of each pair of ratios at ptr: what a byte, read as a number, is multiplied with, and what is
+    added, for byte - 128 times the ratio over 2^10 (planes) or 2^9 (c_0)."""
+    ratios = load_coefficients(ptr, group_pairs(PLANES), live, 1, PLANES, TILES)
     minus_zero = tl.full([], -0x7FFF8000, tl.int32)
     # 2^123, -2^-3 in bf16, 2^14, -2^-3 in fp16; of c_0 twice that
     ONE: tl.constexpr = 0x00800080 if BF16 else 0x04000400
@@ -267,7 +278,7 @@ def byte_steps(c: tl.tuple, factors: tl.tuple, PLANES: tl.constexpr, BF16: tl.co
     minus_zero = tl.full([], -0x7FFF8000, tl.int32)
     steps = ()
     for p in tl.static_range(PLANES + 1):
-        last = fma_pair(coefficient_pair(positive, p, PLANES), factors[2 * p], factors[2 * p + 1], 2, 2, BF16)
+        last = fma_pair(coefficient_pair(positive, p), factors[2 * p], factors[2 * p + 1], 2, 2, BF16)
         if p < PLANES:
             for i in tl.static_range(3):
                 # over that of i = 3: 2^(128 - 2^(i+4)) in bf16, 2^(16 - 2^(i+1)) in fp16
@@ -315,10 +326,10 @@ def weights(
     return w
 
 
-def options(config: Gemm, planes: int) -> dict[str, Any]:
+def options(config: Gemm, planes: int, coefficient_bits: int) -> dict[str, Any]:
     """Compiler options."""
     found: dict[str, Any] = {"num_warps": config.warps, "enable_fp_fusion": True}
-    limit = REGISTERS.get((config, planes))
+    limit = (REGISTERS if coefficient_bits == 16 else REGISTERS_8_BITS).get((config, planes))
     return found | {"maxnreg": limit} if limit else found
 
 
@@ -357,5 +368,5 @@ def launch(
         WHOLE=in_features % layout.UNIT == 0,
         grid=(cdiv(tokens, config.tokens), cdiv(out_features, layout.TILE_ROWS * tiles_per_block)),
         warmup=compile_only,
-        **options(config, tiles.bits),
+        **options(config, tiles.bits, 16 if tiles.ratios is None else 8),
     )

@@ -36,7 +36,9 @@ from bpdq_kernels.layout import Tiles, cdiv
 from bpdq_kernels.triton_layout import (
     TILE_ROWS,
     UNIT,
+    align_bytes,
     coefficient_of,
+    first_pair,
     group_pairs,
     groups_in_unit,
     input_of_bit,
@@ -95,7 +97,8 @@ def gemv_kernel(
     c_stride = tl.cdiv(units * UNIT, GROUP) * group_pairs(PLANES)
     tile = (tl.program_id(0) * TILES).to(tl.int64)
     planes_ptr += tile * planes_stride + warp * unit_words(PLANES) + lane * lane_words(PLANES)
-    coefficients_ptr += tile * c_stride + warp * UNIT // GROUP * group_pairs(PLANES) + lane // 4 * row_pairs(PLANES)
+    coefficients_ptr += tile * c_stride + warp * UNIT // GROUP * group_pairs(PLANES)
+    coefficients_ptr += first_pair(lane // 4, PLANES, BYTES)
     BESIDE: tl.constexpr = words_beside(GROUP)
     x_ptr += warp * UNIT + input_of_lane(lane, BESIDE)
     inputs_left = K - warp * UNIT
@@ -128,11 +131,12 @@ def gemv_kernel(
             t_words = words[2 * PLANES * t : 2 * PLANES * (t + 1)]
             t_c = c[CS * t : CS * (t + 1)]
             if BYTES:
-                z = dot_unit_of_bytes(t_words, t_c, low, high, sums, q, sign, PLANES, GROUP)
+                part = acc[SUMS * t : SUMS * (t + 1)]
+                part = add_unit_of_bytes(part, t_words, t_c, low, high, sums, scale, lane, sign, PLANES, GROUP)
+                sums_of_products = sums_of_products + part
             else:
-                z = dot_unit(t_words, t_c, low, high, sums, q, sign, PLANES, GROUP, BF16)
-            for i in tl.static_range(SUMS):
-                sums_of_products = sums_of_products + (acc[SUMS * t + i] + scale * z[i],)
+                z, z8 = dot_unit(t_words, t_c, low, high, sums, q, sign, PLANES, GROUP, BF16)
+                sums_of_products = sums_of_products + (acc[2 * t] + scale * z, acc[2 * t + 1] + scale * z8)
         acc = sums_of_products
     if BYTES:
         ratios_ptr += tile * group_pairs(PLANES) + lane // 4 * row_pairs(PLANES)
@@ -264,41 +268,46 @@ def dot_unit(
 
 
 @triton.jit
-def dot_unit_of_bytes(
+def add_unit_of_bytes(
+    acc: tl.tuple,
     words: tl.tuple,
     c: tl.tuple,
     low: tl.tensor,
     high: tl.tensor,
     sums: tl.tuple,
-    q: tl.tensor,
+    scale: tl.tensor,
+    lane: tl.tensor,
     sign: tl.tensor,
     PLANES: tl.constexpr,
     GROUP: tl.constexpr,
 ) -> tl.tuple:
-    """As `dot_unit`, each plane's part by itself, rows r and r + 8 in turn, c0's last; c: of 8 bits. Products of
-    counts and coefficients fit 25 bits with their sign, so they are summed in integers."""
+    """Add what `dot_unit` returns times `scale` to acc, each plane's part by itself: rows r and r + 8 in turn, c0's
+    last. Products of counts and coefficients of 8 bits fit 25 bits with their sign, so they are summed in integers."""
     PARTS: tl.constexpr = groups_in_unit(GROUP)
-    WORDS: tl.constexpr = row_words(PLANES)
-    z = ()
+    q = lane % 4
+    rows = ()
+    for part in tl.static_range(PARTS):
+        row = c[row_words(PLANES) * part : row_words(PLANES) * (part + 1)]
+        rows = rows + (align_bytes(row, lane // 4, PLANES),)
+    added = ()
     for p in tl.static_range(PLANES):
-        z_p = tl.zeros_like(low)
-        z_p8 = z_p
+        z = tl.zeros_like(low)
+        z8 = z
         for part in tl.static_range(PARTS):
             low_part = low if PARTS == 1 else tl.where(q // (4 // PARTS) == part, low, 0)
             high_part = high if PARTS == 1 else tl.where(q // (4 // PARTS) == part, high, 0)
             d0, d1, d2, d3 = mma_bits(words[2 * p], words[2 * p + 1], low_part)
             e0, e1, e2, e3 = mma_bits(words[2 * p], words[2 * p + 1], high_part)
-            row = c[WORDS * part : WORDS * (part + 1)]
-            z_p += coefficient_of(row, p, 0, PLANES) * (d0 + 2 * d1 + 256 * (e0 + sign * e1))
-            z_p8 += coefficient_of(row, p, 1, PLANES) * (d2 + 2 * d3 + 256 * (e2 + sign * e3))
-        z = z + (z_p.to(tl.float32), z_p8.to(tl.float32))
-    z_0 = tl.zeros_like(sums[0])
-    z_08 = z_0
+            z += coefficient_of(rows[part], p, 0) * (d0 + 2 * d1 + 256 * (e0 + sign * e1))
+            z8 += coefficient_of(rows[part], p, 1) * (d2 + 2 * d3 + 256 * (e2 + sign * e3))
+        added = added + (acc[2 * p] + scale * z.to(tl.float32), acc[2 * p + 1] + scale * z8.to(tl.float32))
+    z = acc[2 * PLANES]
+    z8 = acc[2 * PLANES + 1]
     for part in tl.static_range(PARTS):
-        row = c[WORDS * part : WORDS * (part + 1)]
-        z_0 += coefficient_of(row, PLANES, 0, PLANES).to(tl.float32) * sums[part]
-        z_08 += coefficient_of(row, PLANES, 1, PLANES).to(tl.float32) * sums[part]
-    return z + (z_0, z_08)
+        scaled = scale * sums[part]
+        z += coefficient_of(rows[part], PLANES, 0).to(tl.float32) * scaled
+        z8 += coefficient_of(rows[part], PLANES, 1).to(tl.float32) * scaled
+    return added + (z, z8)
 
 
 @triton.jit

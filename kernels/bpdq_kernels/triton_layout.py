@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from bpdq_kernels import layout
-from bpdq_kernels.warp import load2, load4, select_bytes, signed_byte
+from bpdq_kernels.warp import load2, load4, select_bytes, shift_right, signed_byte
 
 TILE_ROWS, UNIT, RUN = tl.constexpr(layout.TILE_ROWS), tl.constexpr(layout.UNIT), tl.constexpr(layout.RUN)
 words_beside = triton.constexpr_function(layout.words_beside)
@@ -48,15 +48,16 @@ def group_pairs(planes: int) -> int:
 
 
 @triton.constexpr_function
-def pairs_in_word(planes: int) -> int:
-    """Pairs of 8-bit coefficients that `load_coefficients` brings in a word: two where a row has an even number of them."""
-    return 1 + planes % 2
-
-
-@triton.constexpr_function
 def row_words(planes: int) -> int:
-    """Words in which `load_coefficients` brings a row's pairs."""
-    return (planes + 1) // pairs_in_word(planes)
+    """Words that hold a row's pairs of 8-bit coefficients."""
+    return planes // 2 + 1
+
+
+@triton.jit
+def first_pair(r: tl.tensor, PLANES: tl.constexpr, BYTES: tl.constexpr) -> tl.tensor:
+    """Where `load_coefficients` starts to read row r of a group: at its first pair, or before it at a whole word."""
+    first = r * row_pairs(PLANES)
+    return first - r % 2 if BYTES and PLANES % 2 == 0 else first
 
 
 @triton.constexpr_function
@@ -126,33 +127,43 @@ def load_coefficients(
     BYTES: tl.constexpr = False,
 ) -> tl.tuple:
     """A row's pairs of coefficients for each tile, of GROUPS groups one after the other; zeros where not `live`. Tiles
-    are `stride` pairs apart. BYTES: coefficients of 8 bits, `row_words` of them for a row."""
+    are `stride` pairs apart, ptr points at `first_pair`. BYTES: words for `align_bytes`, `row_words` of each group."""
     c = ()
     for _ in tl.static_range(TILES):
         for group in tl.static_range(GROUPS):
             if BYTES and PLANES == 3:
                 c = c + load2(ptr, live, 2 * group * group_pairs(PLANES))
-            elif BYTES and PLANES == 1:
-                c = c + (tl.load((ptr + group * group_pairs(PLANES)).to(tl.pointer_type(tl.int32)), live, 0),)
+            elif BYTES:
+                for word in tl.static_range(row_words(PLANES)):
+                    words_ptr = (ptr + group * group_pairs(PLANES)).to(tl.pointer_type(tl.int32))
+                    c = c + (tl.load(words_ptr + word, live, 0),)
             else:
                 for p in tl.static_range(PLANES + 1):
-                    c = c + (tl.load(ptr + (group * group_pairs(PLANES) + p), live, 0).to(tl.int32),)
+                    c = c + (tl.load(ptr + (group * group_pairs(PLANES) + p), live, 0),)
         ptr += stride
     return c
 
 
 @triton.jit
-def coefficient_of(words: tl.tuple, P: tl.constexpr, HALF: tl.constexpr, PLANES: tl.constexpr) -> tl.tensor:
-    """Coefficient P of row r + 8 HALF as an integer; words: a row's from `load_coefficients`."""
-    EACH: tl.constexpr = pairs_in_word(PLANES)
-    return signed_byte(words[P // EACH], 2 * (P % EACH) + HALF)
+def align_bytes(words: tl.tuple, r: tl.tensor, PLANES: tl.constexpr) -> tl.tuple:
+    """Words of a row's pairs of 8-bit coefficients, two in each, from what `load_coefficients` read of row r."""
+    if PLANES % 2 == 1:
+        return words
+    aligned = ()
+    for i in tl.static_range(len(words)):
+        following = words[i + 1] if i + 1 < len(words) else words[i]
+        aligned = aligned + (shift_right(words[i], following, r % 2 * 16),)
+    return aligned
 
 
 @triton.jit
-def coefficient_pair(words: tl.tuple, P: tl.constexpr, PLANES: tl.constexpr) -> tl.tensor:
-    """Bytes of coefficient P of rows r and r + 8 in the halves of a register; words: a row's from `load_coefficients`."""
-    EACH: tl.constexpr = pairs_in_word(PLANES)
-    selector: tl.constexpr = 0x4342 if P % EACH else 0x4140
-    word = words[P // EACH]
-    return select_bytes(word, tl.zeros_like(word), tl.full([], selector, tl.int32))
+def coefficient_of(words: tl.tuple, P: tl.constexpr, HALF: tl.constexpr) -> tl.tensor:
+    """Coefficient P of row r + 8 HALF as an integer; words: from `align_bytes`."""
+    return signed_byte(words[P // 2], P % 2 * 2 + HALF)
 
+
+@triton.jit
+def coefficient_pair(words: tl.tuple, P: tl.constexpr) -> tl.tensor:
+    """Bytes of coefficient P of rows r and r + 8 in the halves of a register; words: from `align_bytes`."""
+    word = words[P // 2]
+    return select_bytes(word, tl.zeros_like(word), tl.full([], 0x4342 if P % 2 else 0x4140, tl.int32))

@@ -87,6 +87,17 @@ def rotate_left(x: tl.tensor, bits: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def shift_right(low: tl.tensor, high: tl.tensor, bits: tl.tensor) -> tl.tensor:
+    """The lower word of the 64 bits `high`, `low` shifted right by `bits` in 0..31 (one per lane); all int32."""
+    if INTERPRETED:
+        shifted = (low.to(tl.uint32, bitcast=True) >> bits) | (high.to(tl.uint32, bitcast=True) << 1 << (31 - bits))
+        return shifted.to(tl.int32, bitcast=True)
+    return tl.inline_asm_elementwise(
+        "shf.r.wrap.b32 $0, $1, $2, $3;", "=r,r,r,r", [low, high, bits], dtype=tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
 def select_bits(mask: tl.tensor, x: tl.tensor, y: tl.tensor) -> tl.tensor:
     """x where mask has a 1, y where it has a 0; all int32. (Left to LLVM, masks are folded into more instructions.)"""
     if INTERPRETED:
