@@ -129,14 +129,24 @@ def compile_kernel(variant: Variant, arch: str) -> Kernel:
     return Kernel(variant, cubin, code, shared, ctas)
 
 
-def variants(models: Sequence[str], tokens: Sequence[int], planes: int, group: int, machine: Machine) -> list[Variant]:
+def variants(
+    models: Sequence[str],
+    tokens: Sequence[int],
+    planes: int,
+    group: int,
+    machine: Machine,
+    dtype: str = "bf16",
+    coefficient_bits: int = 16,
+) -> list[Variant]:
     """The layers' kernels at `planes` and `group`; then k = 1..4 and G = 32..256 with the tile of a gate_up layer."""
     layers = [layer for name in models for layer in (*MODELS[name].layers, MODELS[name].head)]
     widest = max((layer for name in models for layer in MODELS[name].layers), key=lambda layer: layer.out_features)
     wanted = [(planes, group, m, layer) for m in tokens for layer in layers]
     wanted += [(k, g, m, widest) for k in range(1, MAX_PLANES + 1) for g in GROUP_SIZES for m in SWEEP_TOKENS]
     sms, arch = machine.multiprocessors, machine.capability
-    chosen = [Variant(k, g, config_for(m, layer, k, g, sms, arch)) for k, g, m, layer in wanted]
+    chosen = [
+        Variant(k, g, config_for(m, layer, k, g, sms, arch), dtype, coefficient_bits) for k, g, m, layer in wanted
+    ]
     return [variant for variant in dict.fromkeys(chosen) if not isinstance(variant.config, Dense)]
 
 
@@ -163,11 +173,15 @@ def dequantization_share(kernel: Kernel, machine: Machine) -> float:
 def bars(variant: Variant) -> tuple[float, float] | None:
     """Upper bounds of HMMA and of every other pipe over DRAM time on an RTX 3090, where there are any."""
     k, group, m = variant.planes, variant.group, variant.tokens
+    eight = variant.coefficient_bits == 8  # fewer bytes, so that DRAM takes less time
     if m <= 8 and k in (3, 4) and group == 128:
         return 0.70, 0.70
     if m <= 8 and k == 2 and group in (64, 256):
-        return 0.80, 0.65
-    return {1: (0.50, 0.50), 8: (0.72, 0.60), 16: (1.43, 0.70)}.get(m) if (k, group) == (2, 128) else None
+        return 0.81 if eight else 0.80, 0.65
+    if (k, group) != (2, 128):
+        return None
+    wide = {1: (0.50, 0.50), 8: (0.72, 0.60), 16: (1.43, 0.70)}
+    return ({1: (0.50, 0.45), 8: (0.78, 0.63), 16: (1.55, 0.70)} if eight else wide).get(m)
 
 
 def missed(kernel: Kernel, machine: Machine) -> list[str]:
@@ -205,13 +219,16 @@ def kernel_row(kernel: Kernel, machine: Machine) -> dict[str, Any]:
     }
 
 
-def layer_row(layer: Layer, tokens: int, planes: int, group: int, machine: Machine, dtype: str) -> dict[str, Any]:
+def layer_row(
+    layer: Layer, tokens: int, planes: int, group: int, machine: Machine, dtype: str, coefficient_bits: int = 16
+) -> dict[str, Any]:
     """How a layer's kernel fills the machine, and its predicted time: the larger of DRAM's and the busiest pipe's.
 
     Pipes: the SM with most blocks, all their instructions, those around the loop too. Bytes: the packed weights, once.
     """
     sms = machine.multiprocessors
-    variant = Variant(planes, group, config_for(tokens, layer, planes, group, sms, machine.capability), dtype)
+    config = config_for(tokens, layer, planes, group, sms, machine.capability)
+    variant = Variant(planes, group, config, dtype, coefficient_bits)
     kernel = compile_kernel(variant, machine.arch)
     token_blocks = cdiv(tokens, variant.tokens)
     ctas = token_blocks * cdiv(layer.out_features, variant.outputs)
@@ -219,7 +236,7 @@ def layer_row(layer: Layer, tokens: int, planes: int, group: int, machine: Machi
     trip, once = (clocks(part, machine.rates) for part in (kernel.code.trip, kernel.code.once))
     busy = {p: cdiv(ctas, sms) * variant.config.warps * (trips * trip[p] + once[p]) for p in machine.rates}
     pipe = max(busy, key=lambda p: busy[p])
-    size = Scheme(planes, group).tiled_bytes(layer.out_features, layer.in_features)
+    size = variant.scheme.tiled_bytes(layer.out_features, layer.in_features)
     dram_us, pipe_us = size / machine.gbps / 1e3, busy[pipe] / machine.ghz / 1e3
     in_flight = min(kernel.ctas, ctas / sms) * variant.config.warps * variant.bytes_ahead
     idle = 1 - balance(ctas, sms)
@@ -245,10 +262,12 @@ def layer_row(layer: Layer, tokens: int, planes: int, group: int, machine: Machi
     }
 
 
-def model_row(model: str, planes: int, group: int, machine: Machine, dtype: str) -> dict[str, Any]:
+def model_row(
+    model: str, planes: int, group: int, machine: Machine, dtype: str, coefficient_bits: int = 16
+) -> dict[str, Any]:
     """Predicted tokens/s of one-token decoding and its DRAM roofline: all Linears and a 16-bit LM head only."""
     blocks, layers, head = MODELS[model]
-    rows = [layer_row(layer, 1, planes, group, machine, dtype) for layer in layers]
+    rows = [layer_row(layer, 1, planes, group, machine, dtype, coefficient_bits) for layer in layers]
     head_bytes = 2 * head.out_features * head.in_features
     size = blocks * sum(row["packed_bytes"] for row in rows) + head_bytes
     seconds = blocks * sum(row["predicted_us"] for row in rows) / 1e6 + head_bytes / machine.gbps / 1e9

@@ -128,7 +128,8 @@ def stored_linear(
     """y [..., N] = x [..., K] @ W.T + bias [N] in x.dtype (fp32, fp16 or bf16), accumulated in fp32.
 
     B: int32 [ceil(K/32), k, N], any bit pattern; c: [ceil(K/G), k+1, N] floating point, finite, or int8 with s
-    [k+1, N]; all contiguous. Raises ValueError where they are not. Allocates nothing but y where x has unit stride along K.
+    [k+1, N]; all contiguous. Raises ValueError where they are not.
+    Allocates nothing but y where x has unit stride along K.
     """
     if not all(tensor is None or tensor.is_contiguous() for tensor in (B, c, s)):
         raise ValueError("bit-planes B and coefficients c must be contiguous: build them with bpdq_kernels.prepare")
