@@ -134,7 +134,9 @@ def time_layer(model: str, layer: Layer, settings: Settings, timer: Timer) -> It
         planes, group = settings.bits, settings.group_size
         config = config_for(tokens, layer, planes, group, settings.multiprocessors, settings.arch)
         variant = Variant(planes, group, config, coefficient_bits=settings.coefficient_bits)
-        check_outputs(linear(x, prepared), x, stored, settings, f"{model} {layer.name}, {tokens} tokens, {variant.name}")
+        check_outputs(
+            linear(x, prepared), x, stored, settings, f"{model} {layer.name}, {tokens} tokens, {variant.name}"
+        )
         contenders: dict[str, list[Call]] = {
             "bpdq": [partial(linear, x, weight) for weight in clones],
             "matmul": [partial(torch.matmul, x, weight.T) for weight in dense],

@@ -37,7 +37,6 @@ from bpdq_kernels.layout import Tiles, cdiv
 from bpdq_kernels.triton_layout import (
     TILE_ROWS,
     UNIT,
-    align_bytes,
     coefficient_pair,
     first_pair,
     group_pairs,
@@ -164,7 +163,7 @@ def gemm_kernel(
                     t_factors = factors[2 * (PLANES + 1) * t : 2 * (PLANES + 1) * (t + 1)]
                 else:
                     t_factors = byte_factors(ratios_ptr + t * group_pairs(PLANES), inside, PLANES, 1, BF16)
-                steps = steps + (byte_steps(align_bytes(t_c, r, PLANES), t_factors, PLANES, BF16),)
+                steps = steps + (byte_steps(t_c, t_factors, r, PLANES, BF16),)
             else:
                 steps = steps + (coefficient_steps(t_c, PLANES, BF16),)
         for j in tl.static_range(4):
@@ -266,7 +265,7 @@ def byte_factors(
 
 
 @triton.jit
-def byte_steps(c: tl.tuple, factors: tl.tuple, PLANES: tl.constexpr, BF16: tl.constexpr) -> tl.tuple:
+def byte_steps(c: tl.tuple, factors: tl.tuple, r: tl.tensor, PLANES: tl.constexpr, BF16: tl.constexpr) -> tl.tuple:
     """As `coefficient_steps`, over 512, of coefficients of 8 bits; factors: of the tile, by `byte_factors`.
 
     The halves' lowest 8 bits are subnormal numbers (of bf16 the next ones too): the byte times 2^-24, 2^-133 in bf16.
@@ -278,7 +277,7 @@ def byte_steps(c: tl.tuple, factors: tl.tuple, PLANES: tl.constexpr, BF16: tl.co
     minus_zero = tl.full([], -0x7FFF8000, tl.int32)
     steps = ()
     for p in tl.static_range(PLANES + 1):
-        last = fma_pair(coefficient_pair(positive, p), factors[2 * p], factors[2 * p + 1], 2, 2, BF16)
+        last = fma_pair(coefficient_pair(positive, p, r, PLANES), factors[2 * p], factors[2 * p + 1], 2, 2, BF16)
         if p < PLANES:
             for i in tl.static_range(3):
                 # over that of i = 3: 2^(128 - 2^(i+4)) in bf16, 2^(16 - 2^(i+1)) in fp16

@@ -36,7 +36,6 @@ from bpdq_kernels.layout import Tiles, cdiv
 from bpdq_kernels.triton_layout import (
     TILE_ROWS,
     UNIT,
-    align_bytes,
     coefficient_of,
     first_pair,
     group_pairs,
@@ -91,7 +90,7 @@ def gemv_kernel(
     units = tl.cdiv(K, UNIT)
     PARTS: tl.constexpr = groups_in_unit(GROUP)
     BYTES: tl.constexpr = ratios_ptr is not None
-    SUMS: tl.constexpr = 2 * (PLANES + 1) if BYTES else 2  # of a tile; of bytes for each plane
+    SUMS: tl.constexpr = 2 * PLANES + 1 if BYTES else 2  # of a tile
     CS: tl.constexpr = PARTS * (row_words(PLANES) if BYTES else PLANES + 1)
     planes_stride = units * unit_words(PLANES)
     c_stride = tl.cdiv(units * UNIT, GROUP) * group_pairs(PLANES)
@@ -125,7 +124,7 @@ def gemv_kernel(
         next_words = load_planes(planes_ptr, planes_stride, inputs_left > 0, PLANES, TILES)
         next_c = load_coefficients(coefficients_ptr, c_stride, inputs_left > 0, PARTS, PLANES, TILES, BYTES)
         next_x = load_inputs(x_ptr, inputs_left - own, BESIDE, WHOLE)
-        low, high, sums, scale = slice_bits(x, lane, q, GROUP)
+        low, high, sums, scale = slice_bits(x, lane, q, GROUP, BYTES)
         sums_of_products = ()
         for t in tl.static_range(TILES):
             t_words = words[2 * PLANES * t : 2 * PLANES * (t + 1)]
@@ -140,7 +139,7 @@ def gemv_kernel(
         acc = sums_of_products
     if BYTES:
         ratios_ptr += tile * group_pairs(PLANES) + lane // 4 * row_pairs(PLANES)
-        acc = sums_over_planes(acc, ratios_ptr, PLANES, TILES, BF16)
+        acc = sums_over_planes(acc, ratios_ptr, q, PLANES, TILES, BF16)
     y = tl.reshape(stack(acc), [WARPS, 8, 4, 2 * TILES])
     four_to_the_q = (1 << (2 * tl.arange(0, 4))).to(tl.float32)
     y = tl.permute(y * four_to_the_q[None, None, :, None], 1, 3, 0, 2)
@@ -171,9 +170,9 @@ def load_inputs(ptr: tl.tensor, inputs_left: tl.tensor, BESIDE: tl.constexpr, WH
 
 
 @triton.jit
-def slice_bits(x: tl.tuple, lane: tl.tensor, q: tl.tensor, GROUP: tl.constexpr) -> tl.tuple:
+def slice_bits(x: tl.tuple, lane: tl.tensor, q: tl.tensor, GROUP: tl.constexpr, BYTES: tl.constexpr) -> tl.tuple:
     """Bit-planes of a unit's inputs in fixed point: the operands of `mma_bits` for bits 0..7 and 8..15, the sum of
-    the integers of each group (in lanes with q = 0, else 0; fp32), and the unit's power of two."""
+    the integers of each group (fp32; without BYTES in lanes with q = 0, else 0), and the unit's power of two."""
     ALL: tl.constexpr = tl.PropagateNan.ALL
     top01 = tl.maximum(tl.abs(x[0]), tl.abs(x[1]), propagate_nan=ALL)
     top23 = tl.maximum(tl.abs(x[2]), tl.abs(x[3]), propagate_nan=ALL)
@@ -188,15 +187,15 @@ def slice_bits(x: tl.tuple, lane: tl.tensor, q: tl.tensor, GROUP: tl.constexpr) 
     i2 = (x[2] * inverse + 12582912.0).to(tl.int32, bitcast=True)
     i3 = (x[3] * inverse + 12582912.0).to(tl.int32, bitcast=True)
     if GROUP >= 128:
-        sums = (sum_of_integers(i0 + i1 + i2 + i3, 4, q),)
+        sums = (sum_of_integers(i0 + i1 + i2 + i3, 4, q, BYTES),)
     elif GROUP == 64:
-        sums = (sum_of_integers(i0 + i1, 2, q), sum_of_integers(i2 + i3, 2, q))
+        sums = (sum_of_integers(i0 + i1, 2, q, BYTES), sum_of_integers(i2 + i3, 2, q, BYTES))
     else:
         sums = (
-            sum_of_integers(i0, 1, q),
-            sum_of_integers(i1, 1, q),
-            sum_of_integers(i2, 1, q),
-            sum_of_integers(i3, 1, q),
+            sum_of_integers(i0, 1, q, BYTES),
+            sum_of_integers(i1, 1, q, BYTES),
+            sum_of_integers(i2, 1, q, BYTES),
+            sum_of_integers(i3, 1, q, BYTES),
         )
     i01 = select_bytes(i0, i1, tl.full([], 0x5140, tl.int32))
     i23 = select_bytes(i2, i3, tl.full([], 0x5140, tl.int32))
@@ -206,10 +205,11 @@ def slice_bits(x: tl.tuple, lane: tl.tensor, q: tl.tensor, GROUP: tl.constexpr) 
 
 
 @triton.jit
-def sum_of_integers(i: tl.tensor, WORDS: tl.constexpr, q: tl.tensor) -> tl.tensor:
+def sum_of_integers(i: tl.tensor, WORDS: tl.constexpr, q: tl.tensor, BYTES: tl.constexpr) -> tl.tensor:
     # what 1.5 * 2^23 left above the integers, modulo 2^32
     excess: tl.constexpr = ((32 * WORDS * 0x4B400000 + (1 << 31)) & 0xFFFFFFFF) - (1 << 31)
-    return tl.where(q == 0, warp_sum(i) - excess, 0).to(tl.float32)
+    found = warp_sum(i) - excess
+    return (found if BYTES else tl.where(q == 0, found, 0)).to(tl.float32)
 
 
 @triton.jit
@@ -281,14 +281,13 @@ def add_unit_of_bytes(
     PLANES: tl.constexpr,
     GROUP: tl.constexpr,
 ) -> tl.tuple:
-    """Add what `dot_unit` returns times `scale` to acc, each plane's part by itself: rows r and r + 8 in turn, c0's
-    last. Products of counts and coefficients of 8 bits fit 25 bits with their sign, so they are summed in integers."""
+    """Add a unit's dot products to acc, for each plane by itself: rows r and r + 8 over 4^q in turn; last c_0 times the
+    sum of x, of row r in lanes with q = 0 and of row r + 8 in those with q = 1. Products of counts and coefficients of
+    8 bits fit 25 bits with their sign, so they are summed in integers."""
     PARTS: tl.constexpr = groups_in_unit(GROUP)
+    WORDS: tl.constexpr = row_words(PLANES)
+    r = lane // 4
     q = lane % 4
-    rows = ()
-    for part in tl.static_range(PARTS):
-        row = c[row_words(PLANES) * part : row_words(PLANES) * (part + 1)]
-        rows = rows + (align_bytes(row, lane // 4, PLANES),)
     added = ()
     for p in tl.static_range(PLANES):
         z = tl.zeros_like(low)
@@ -298,31 +297,32 @@ def add_unit_of_bytes(
             high_part = high if PARTS == 1 else tl.where(q // (4 // PARTS) == part, high, 0)
             d0, d1, d2, d3 = mma_bits(words[2 * p], words[2 * p + 1], low_part)
             e0, e1, e2, e3 = mma_bits(words[2 * p], words[2 * p + 1], high_part)
-            z += coefficient_of(rows[part], p, 0) * (d0 + 2 * d1 + 256 * (e0 + sign * e1))
-            z8 += coefficient_of(rows[part], p, 1) * (d2 + 2 * d3 + 256 * (e2 + sign * e3))
+            row = c[WORDS * part : WORDS * (part + 1)]
+            z += coefficient_of(row, p, 0, r, PLANES) * (d0 + 2 * d1 + 256 * (e0 + sign * e1))
+            z8 += coefficient_of(row, p, 1, r, PLANES) * (d2 + 2 * d3 + 256 * (e2 + sign * e3))
         added = added + (acc[2 * p] + scale * z.to(tl.float32), acc[2 * p + 1] + scale * z8.to(tl.float32))
     z = acc[2 * PLANES]
-    z8 = acc[2 * PLANES + 1]
     for part in tl.static_range(PARTS):
-        scaled = scale * sums[part]
-        z += coefficient_of(rows[part], PLANES, 0).to(tl.float32) * scaled
-        z8 += coefficient_of(rows[part], PLANES, 1).to(tl.float32) * scaled
-    return added + (z, z8)
+        row = c[WORDS * part : WORDS * (part + 1)]
+        z += coefficient_of(row, PLANES, q % 2, r, PLANES).to(tl.float32) * (scale * sums[part])
+    return added + (z,)
 
 
 @triton.jit
 def sums_over_planes(
-    acc: tl.tuple, ratios_ptr: tl.tensor, PLANES: tl.constexpr, TILES: tl.constexpr, BF16: tl.constexpr
+    acc: tl.tuple, ratios_ptr: tl.tensor, q: tl.tensor, PLANES: tl.constexpr, TILES: tl.constexpr, BF16: tl.constexpr
 ) -> tl.tuple:
-    """Sums of rows r and r + 8 of each tile, of those of each plane."""
+    """This lane's part, over 4^q, of the sums of rows r and r + 8 of each tile, of what `add_unit_of_bytes` summed."""
     y = ()
     for t in tl.static_range(TILES):
-        y_t = tl.zeros_like(acc[0])
-        y_t8 = y_t
-        for p in tl.static_range(PLANES + 1):
+        part = acc[(2 * PLANES + 1) * t : (2 * PLANES + 1) * (t + 1)]
+        c_0, c_08 = unpack_pair(tl.load(ratios_ptr + (t * group_pairs(PLANES) + PLANES)), BF16)
+        y_t = tl.where(q == 0, c_0 * part[2 * PLANES], 0.0)
+        y_t8 = tl.where(q == 1, c_08 * 0.25 * part[2 * PLANES], 0.0)
+        for p in tl.static_range(PLANES):
             ratio, ratio8 = unpack_pair(tl.load(ratios_ptr + (t * group_pairs(PLANES) + p)), BF16)
-            y_t += ratio * acc[2 * ((PLANES + 1) * t + p)]
-            y_t8 += ratio8 * acc[2 * ((PLANES + 1) * t + p) + 1]
+            y_t += ratio * part[2 * p]
+            y_t8 += ratio8 * part[2 * p + 1]
         y = y + (y_t, y_t8)
     return y
 

@@ -127,7 +127,8 @@ def load_coefficients(
     BYTES: tl.constexpr = False,
 ) -> tl.tuple:
     """A row's pairs of coefficients for each tile, of GROUPS groups one after the other; zeros where not `live`. Tiles
-    are `stride` pairs apart, ptr points at `first_pair`. BYTES: words for `align_bytes`, `row_words` of each group."""
+    are `stride` pairs apart, ptr points at `first_pair`. BYTES: `row_words`
+    of each group, whose pairs start with the second where r is odd and k even."""
     c = ()
     for _ in tl.static_range(TILES):
         for group in tl.static_range(GROUPS):
@@ -145,25 +146,24 @@ def load_coefficients(
 
 
 @triton.jit
-def align_bytes(words: tl.tuple, r: tl.tensor, PLANES: tl.constexpr) -> tl.tuple:
-    """Words of a row's pairs of 8-bit coefficients, two in each, from what `load_coefficients` read of row r."""
+def coefficient_of(words: tl.tuple, P: tl.constexpr, half: tl.tensor, r: tl.tensor, PLANES: tl.constexpr) -> tl.tensor:
+    """Coefficient P of row r + 8 half as an integer; words: of row r's coefficients of 8 bits."""
+    byte = P % 2 * 2 + half
     if PLANES % 2 == 1:
-        return words
-    aligned = ()
-    for i in tl.static_range(len(words)):
-        following = words[i + 1] if i + 1 < len(words) else words[i]
-        aligned = aligned + (shift_right(words[i], following, r % 2 * 16),)
-    return aligned
+        value = signed_byte(words[P // 2], words[P // 2], byte)
+    else:
+        value = signed_byte(words[P // 2], words[(P + 1) // 2], byte + r % 2 * 2)
+    return value
 
 
 @triton.jit
-def coefficient_of(words: tl.tuple, P: tl.constexpr, HALF: tl.constexpr) -> tl.tensor:
-    """Coefficient P of row r + 8 HALF as an integer; words: from `align_bytes`."""
-    return signed_byte(words[P // 2], P % 2 * 2 + HALF)
-
-
-@triton.jit
-def coefficient_pair(words: tl.tuple, P: tl.constexpr) -> tl.tensor:
-    """Bytes of coefficient P of rows r and r + 8 in the halves of a register; words: from `align_bytes`."""
+def coefficient_pair(words: tl.tuple, P: tl.constexpr, r: tl.tensor, PLANES: tl.constexpr) -> tl.tensor:
+    """Bytes of coefficient P of rows r and r + 8 in the halves of a register; words: of row r's coefficients of 8 bits."""
     word = words[P // 2]
-    return select_bytes(word, tl.zeros_like(word), tl.full([], 0x4342 if P % 2 else 0x4140, tl.int32))
+    selector = tl.full([], 0x4342 if P % 2 else 0x4140, tl.int32)
+    if PLANES % 2 == 0:
+        if P % 2 == 0:
+            selector = tl.where(r % 2 == 0, 0x4140, 0x4342)
+        else:
+            word = shift_right(word, words[P // 2 + 1], r % 2 * 16)
+    return select_bytes(word, tl.zeros_like(word), selector)

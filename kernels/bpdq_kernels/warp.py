@@ -123,14 +123,14 @@ def select_bytes(x: tl.tensor, y: tl.tensor, selector: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def signed_byte(x: tl.tensor, BYTE: tl.constexpr) -> tl.tensor:
-    """Byte BYTE of x (0 is the lowest) as a signed integer; x int32."""
+def signed_byte(x: tl.tensor, y: tl.tensor, number: tl.tensor) -> tl.tensor:
+    """Byte `number` of the eight of x (0..3) and y (4..7) as a signed integer; all int32."""
     if INTERPRETED:
-        return (x << (24 - 8 * BYTE)) >> 24
+        return (tl.where(number < 4, x, y) << (24 - (number & 3) * 8)) >> 24
     return tl.inline_asm_elementwise(
-        "prmt.b32 $0, $1, 0, $2;",
-        "=r,r,n",
-        [x, tl.full([], 0x8880 + 0x1111 * BYTE, tl.int32)],
+        "prmt.b32 $0, $1, $2, $3;",
+        "=r,r,r,r",
+        [x, y, tl.zeros_like(x) + (number * 0x1111 + 0x8880)],  # the byte, then its sign thrice
         dtype=tl.int32,
         is_pure=True,
         pack=1,
