@@ -158,7 +158,7 @@ def coefficient_of(words: tl.tuple, P: tl.constexpr, half: tl.tensor, r: tl.tens
 
 @triton.jit
 def coefficient_pair(words: tl.tuple, P: tl.constexpr, r: tl.tensor, PLANES: tl.constexpr) -> tl.tensor:
-    """Bytes of coefficient P of rows r and r + 8 in the halves of a register; words: of row r's coefficients of 8 bits."""
+    """Bytes of coefficient P of rows r and r + 8, one in each half; words: of row r's coefficients of 8 bits."""
     word = words[P // 2]
     selector = tl.full([], 0x4342 if P % 2 else 0x4140, tl.int32)
     if PLANES % 2 == 0:
