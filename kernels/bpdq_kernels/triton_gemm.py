@@ -119,11 +119,9 @@ def gemm_kernel(
         token = tl.minimum(tl.program_id(0) * TOKENS + n * 8 + r, M - 1)  # rows past M: computed, never stored
         x_rows = x_rows + (x_ptr + token.to(tl.int64) * stride_x + i,)
     CS: tl.constexpr = row_words(PLANES) if BYTES else PLANES + 1
-    KEPT: tl.constexpr = TOKENS < 64 or PLANES < 4  # factors; or registers are short, and they are made for each unit
     if BYTES:
         ratios_ptr += tile.to(tl.int64) * group_pairs(PLANES) + r * row_pairs(PLANES)
-        if KEPT:
-            factors = byte_factors(ratios_ptr, inside, PLANES, TILES, BF16)
+        factors = byte_factors(ratios_ptr, inside, PLANES, TILES, BF16)
     acc = (tl.zeros([32 * WARPS], tl.float32),) * (TILES * TOKENS // 2)
     # with many tokens, other warps' multiplications hide the latency, and registers are short
     AHEAD: tl.constexpr = TOKENS < 64
@@ -161,10 +159,7 @@ def gemm_kernel(
         for t in tl.static_range(TILES):
             t_c = c[CS * t : CS * (t + 1)]
             if BYTES:
-                if KEPT:
-                    t_factors = factors[2 * (PLANES + 1) * t : 2 * (PLANES + 1) * (t + 1)]
-                else:
-                    t_factors = byte_factors(ratios_ptr + t * group_pairs(PLANES), inside, PLANES, 1, BF16)
+                t_factors = factors[2 * (PLANES + 1) * t : 2 * (PLANES + 1) * (t + 1)]
                 steps = steps + (byte_steps(t_c, t_factors, r, PLANES, BF16),)
             else:
                 steps = steps + (coefficient_steps(t_c, PLANES, BF16),)

@@ -149,10 +149,13 @@ def load_coefficients(
 def coefficient_of(words: tl.tuple, P: tl.constexpr, half: tl.tensor, r: tl.tensor, PLANES: tl.constexpr) -> tl.tensor:
     """Coefficient P of row r + 8 half as an integer; words: of row r's coefficients of 8 bits."""
     byte = P % 2 * 2 + half
-    if PLANES % 2 == 1:
-        value = signed_byte(words[P // 2], words[P // 2], byte)
-    else:
+    if PLANES == 2:
         value = signed_byte(words[P // 2], words[(P + 1) // 2], byte + r % 2 * 2)
+    elif PLANES == 4:  # registers are short, and these shifts need one for all
+        word = shift_right(words[P // 2], words[P // 2 + 1] if P < 4 else words[2], r % 2 * 16)
+        value = signed_byte(word, word, byte)
+    else:
+        value = signed_byte(words[P // 2], words[P // 2], byte)
     return value
 
 
