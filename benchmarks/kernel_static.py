@@ -90,9 +90,12 @@ def scheme_name(scheme: Scheme) -> str:
     return f"k{scheme.bits}-g{scheme.group_size}" + ("-c8" if scheme.coefficient_bits == 8 else "")
 
 
-def config_for(tokens: int, layer: Layer, planes: int, group: int, multiprocessors: int, arch: int) -> Config:
+def config_for(
+    tokens: int, layer: Layer, planes: int, group: int, multiprocessors: int, arch: int, coefficient_bits: int = 16
+) -> Config:
     """What `bpdq_kernels.tiled_linear` dispatches to."""
-    return linear_config(tokens, planes, group, layer.out_features, layer.in_features, multiprocessors, arch)
+    sizes = (layer.out_features, layer.in_features, multiprocessors, arch)
+    return linear_config(tokens, planes, group, *sizes, coefficient_bits)
 
 
 @cache
@@ -145,7 +148,8 @@ def variants(
     wanted += [(k, g, m, widest) for k in range(1, MAX_PLANES + 1) for g in GROUP_SIZES for m in SWEEP_TOKENS]
     sms, arch = machine.multiprocessors, machine.capability
     chosen = [
-        Variant(k, g, config_for(m, layer, k, g, sms, arch), dtype, coefficient_bits) for k, g, m, layer in wanted
+        Variant(k, g, config_for(m, layer, k, g, sms, arch, coefficient_bits), dtype, coefficient_bits)
+        for k, g, m, layer in wanted
     ]
     return [variant for variant in dict.fromkeys(chosen) if not isinstance(variant.config, Dense)]
 
@@ -227,7 +231,7 @@ def layer_row(
     Pipes: the SM with most blocks, all their instructions, those around the loop too. Bytes: the packed weights, once.
     """
     sms = machine.multiprocessors
-    config = config_for(tokens, layer, planes, group, sms, machine.capability)
+    config = config_for(tokens, layer, planes, group, sms, machine.capability, coefficient_bits)
     variant = Variant(planes, group, config, dtype, coefficient_bits)
     kernel = compile_kernel(variant, machine.arch)
     token_blocks = cdiv(tokens, variant.tokens)

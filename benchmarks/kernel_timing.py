@@ -132,7 +132,9 @@ def time_layer(model: str, layer: Layer, settings: Settings, timer: Timer) -> It
     for tokens in settings.tokens:
         x = torch.randn(tokens, k, device=device).to(settings.dtype)
         planes, group = settings.bits, settings.group_size
-        config = config_for(tokens, layer, planes, group, settings.multiprocessors, settings.arch)
+        config = config_for(
+            tokens, layer, planes, group, settings.multiprocessors, settings.arch, settings.coefficient_bits
+        )
         variant = Variant(planes, group, config, coefficient_bits=settings.coefficient_bits)
         check_outputs(
             linear(x, prepared), x, stored, settings, f"{model} {layer.name}, {tokens} tokens, {variant.name}"

@@ -23,6 +23,7 @@ GEMV = [Gemv(tiles, warps) for tiles in (1, 2, 4) for warps in (4, 8)]
 GEMM = [
     Gemm(tokens, *tile) for tokens in (8, 16) for tile in ((1, 8, 8), (2, 8, 8), (2, 4, 4), (1, 16, 16), (2, 16, 16))
 ]
+GEMM_K4_8_BITS = [Gemm(64, 1, 8, 8), Gemm(64, 1, 4, 4), Gemm(64, 1, 4, 2)]  # instead of those with two tiles
 GEMM += [Gemm(32, 2, 8, 8), Gemm(32, 2, 4, 4), Gemm(64, 2, 8, 8), Gemm(64, 2, 4, 4), Gemm(64, 2, 4, 2)]
 
 # of a block at most: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"
@@ -51,8 +52,10 @@ def name(value: object) -> str:
     return "embedding" if value is None else str(value)
 
 
-def fits(config: Gemv | Gemm, planes: int, group: int) -> bool:
+def fits(config: Gemv | Gemm, planes: int, group: int, coefficient_bits: int = 16) -> bool:
     """Whether the dispatch may pick this configuration for such a layer: not if its coefficients fill the registers."""
+    if isinstance(config, Gemm) and config.tokens == 64:
+        return config.tiles == (1 if planes == 4 and coefficient_bits == 8 else 2)
     if isinstance(config, Gemm):
         return planes <= 2 or config.warps < 16 or config.tiles == 1
     coefficients = config.tiles * groups_in_unit(group) * (planes + 1)

@@ -10,7 +10,7 @@ import pytest
 
 from bpdq_kernels.dispatch import Config, Dense, Gemm, Gemv, linear_config
 from bpdq_kernels.triton_linear import TILES_16BIT, TILES_FP32, Tile
-from tests.offline import BF16, FP16, FP32, GEMM, GEMV, Layer, fits, flaws, name
+from tests.offline import BF16, FP16, FP32, GEMM, GEMM_K4_8_BITS, GEMV, Layer, fits, flaws, name
 
 ARCHITECTURES = [80, 86, 89, 90, 100, 120]
 SCHEMES = list(itertools.product((1, 2, 3, 4), (32, 64, 128, 256)))  # planes, group size
@@ -41,7 +41,7 @@ def layers(kernel: Config | Tile | None, coefficient_bits: int) -> list[Layer]:
     if isinstance(kernel, Gemv):
         fitting = [scheme for scheme in SCHEMES if fits(kernel, *scheme)]
         return [Layer(*scheme, 4096, 4096, dtype, coefficient_bits) for scheme in fitting for dtype in (BF16, FP16)]
-    fitting = [scheme for scheme in SCHEMES if not isinstance(kernel, Gemm) or fits(kernel, *scheme)]
+    fitting = [scheme for scheme in SCHEMES if not isinstance(kernel, Gemm) or fits(kernel, *scheme, coefficient_bits)]
     dtypes = [(BF16, FP16)[(i + i // 4) % 2] for i in range(len(fitting))]
     return [Layer(*scheme, 4096, 4096, dtype, coefficient_bits) for scheme, dtype in zip(fitting, dtypes, strict=True)]
 
@@ -49,7 +49,9 @@ def layers(kernel: Config | Tile | None, coefficient_bits: int) -> list[Layer]:
 @pytest.mark.slow
 @pytest.mark.parametrize("coefficient_bits", [16, 8])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("kernel", [*GEMV, *GEMM, Dense(128), *TILES_16BIT, *TILES_FP32, None], ids=name)
+@pytest.mark.parametrize(
+    "kernel", [*GEMV, *GEMM, *GEMM_K4_8_BITS, Dense(128), *TILES_16BIT, *TILES_FP32, None], ids=name
+)
 def test_nothing_that_the_dispatch_picks_spills_or_is_emulated(
     arch: int, kernel: Config | Tile | None, coefficient_bits: int, compilers: ProcessPoolExecutor
 ):

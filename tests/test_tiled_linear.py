@@ -15,7 +15,7 @@ from bpdq_kernels import layout, reference, triton_dequantize, triton_embedding
 from bpdq_kernels.dispatch import Dense, Gemm, Gemv, balance, gemm_config, linear_config
 from bpdq_kernels.layout import cdiv, to_tiles
 from bpdq_kernels.tiled_linear import aligned, machine, tiled_linear
-from tests.offline import BF16, FP16, GEMM, GEMV, Layer, compile_tiled, fits, name
+from tests.offline import BF16, FP16, GEMM, GEMM_K4_8_BITS, GEMV, Layer, compile_tiled, fits, name
 from tests.ptx import launch
 
 
@@ -334,7 +334,7 @@ IN_8_BITS = [
     (Gemv(2, 8), Layer(3, 256, 72, 136, FP16, 8), 1, True),
     (Gemm(8, 2, 8, 8), Layer(2, 64, 72, 384, FP16, 8), 5, True),
     (Gemm(16, 1, 8, 8), Layer(4, 128, 33, 136, BF16, 8), 12, False),
-    (Gemm(64, 2, 4, 4), Layer(3, 32, 40, 136, BF16, 8), 61, True),
+    (Gemm(64, 1, 4, 2), Layer(4, 32, 40, 136, BF16, 8), 61, True),
 ]
 
 
@@ -349,13 +349,13 @@ def test_ptx_for_rtx_3090_agrees_with_the_oracle_and_spills_no_register(
 @pytest.mark.parametrize("coefficient_bits", [16, 8])
 @pytest.mark.parametrize("dtype", [FP16, BF16], ids=str)
 @pytest.mark.parametrize("planes", [1, 2, 3, 4])
-@pytest.mark.parametrize("config", GEMV + GEMM, ids=name)
+@pytest.mark.parametrize("config", GEMV + GEMM + GEMM_K4_8_BITS, ids=name)
 def test_ptx_of_every_group_size_and_dtype_agrees_with_the_oracle(
     config: Gemv | Gemm, planes: int, dtype: torch.dtype, coefficient_bits: int
 ):
     tokens = 1 if isinstance(config, Gemv) else max(2, config.tokens - planes)
     for group, K in itertools.product((32, 64, 128, 256), (136, 512)):
-        if fits(config, planes, group):
+        if fits(config, planes, group, coefficient_bits):
             emulate(config, Layer(planes, group, 72, K, dtype, coefficient_bits), tokens, bias=True)
 
 
@@ -392,6 +392,8 @@ def test_dispatch_picks_only_what_the_tests_run(arch: int):
         one = {linear_config(1, planes, group, n, K, s, arch) for n, K, s in sizes}
         gemm = {linear_config(M, planes, group, n, K, s, arch) for M in several for n, K, s in sizes}
         assert gemm == {config for config in GEMM if fits(config, planes, group)}
+        eight_bits = {linear_config(M, planes, group, n, K, s, arch, 8) for M in several for n, K, s in sizes}
+        assert eight_bits == {config for config in GEMM + GEMM_K4_8_BITS if fits(config, planes, group, 8)}
         eight = {config for config in gemm if config.tokens == 8}
         assert one == (eight if arch >= 100 else {config for config in GEMV if fits(config, planes, group)})
         assert {type(linear_config(M, planes, group, 4096, 4096, 82, arch)) for M in (1024, 5000)} == {Dense}

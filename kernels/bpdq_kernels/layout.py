@@ -187,6 +187,10 @@ class Tiles(NamedTuple):
         return self.coefficients.shape[3] - 1
 
     @property
+    def coefficient_bits(self) -> int:
+        return 16 if self.ratios is None else 8
+
+    @property
     def pairs(self) -> Tensor:
         """The coefficients with those of rows r and r + 8 in one integer."""
         return self.coefficients.view(torch.int32 if self.ratios is None else torch.int16)

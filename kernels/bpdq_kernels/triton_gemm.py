@@ -364,5 +364,5 @@ def launch(
         WHOLE=in_features % layout.UNIT == 0,
         grid=(cdiv(tokens, config.tokens), cdiv(out_features, layout.TILE_ROWS * tiles_per_block)),
         warmup=compile_only,
-        **options(config, tiles.bits, 16 if tiles.ratios is None else 8),
+        **options(config, tiles.bits, tiles.coefficient_bits),
     )
