@@ -59,6 +59,8 @@ def fits(config: Gemv | Gemm, planes: int, group: int, coefficient_bits: int = 1
     if isinstance(config, Gemm):
         return planes <= 2 or config.warps < 16 or config.tiles == 1
     coefficients = config.tiles * groups_in_unit(group) * (planes + 1)
+    if config == Gemv(2, 8) and planes == 4 and coefficient_bits == 8:
+        return False
     if config.warps == 8:
         return coefficients < MAX_COEFFICIENTS
     return config.tiles == 1 or coefficients <= MAX_COEFFICIENTS

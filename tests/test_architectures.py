@@ -39,7 +39,7 @@ def layers(kernel: Config | Tile | None, coefficient_bits: int) -> list[Layer]:
     if kernel in TILES_FP32:
         return [Layer(*scheme, 4096, 4096, FP32, coefficient_bits) for scheme in SCHEMES]
     if isinstance(kernel, Gemv):
-        fitting = [scheme for scheme in SCHEMES if fits(kernel, *scheme)]
+        fitting = [scheme for scheme in SCHEMES if fits(kernel, *scheme, coefficient_bits)]
         return [Layer(*scheme, 4096, 4096, dtype, coefficient_bits) for scheme in fitting for dtype in (BF16, FP16)]
     fitting = [scheme for scheme in SCHEMES if not isinstance(kernel, Gemm) or fits(kernel, *scheme, coefficient_bits)]
     dtypes = [(BF16, FP16)[(i + i // 4) % 2] for i in range(len(fitting))]

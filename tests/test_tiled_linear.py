@@ -392,6 +392,8 @@ def test_dispatch_picks_only_what_the_tests_run(arch: int):
         one = {linear_config(1, planes, group, n, K, s, arch) for n, K, s in sizes}
         gemm = {linear_config(M, planes, group, n, K, s, arch) for M in several for n, K, s in sizes}
         assert gemm == {config for config in GEMM if fits(config, planes, group)}
+        one_8 = {linear_config(1, planes, group, n, K, s, arch, 8) for n, K, s in sizes}
+        assert arch >= 100 or one_8 == {config for config in GEMV if fits(config, planes, group, 8)}
         eight_bits = {linear_config(M, planes, group, n, K, s, arch, 8) for M in several for n, K, s in sizes}
         assert eight_bits == {config for config in GEMM + GEMM_K4_8_BITS if fits(config, planes, group, 8)}
         eight = {config for config in gemm if config.tokens == 8}

@@ -73,11 +73,13 @@ def linear_config(
 ) -> Config:
     """The kernel for `tokens` (at least 1) and a layer; arch: compute capability, 86 for 8.6.
 
-    With 64 tokens, two tiles of four planes with coefficients of 8 bits need more than the 255 registers of a thread.
+    Two tiles of four planes with coefficients of 8 bits need more registers: with one token fewer warps have them, with
+    64 tokens no thread.
     Binary tensor cores end with sm_90: from sm_100 on, ptxas emulates each of their MMAs in some fifty instructions.
     """
     if tokens == 1 and arch < 100:
-        return gemv_config(planes, group_size, out_features, in_features, multiprocessors)
+        one = gemv_config(planes, group_size, out_features, in_features, multiprocessors)
+        return one._replace(warps=4) if one.tiles == 2 and planes == 4 and coefficient_bits == 8 else one
     if tokens >= DENSE_TOKENS.get(arch, DENSE_TOKENS_ELSEWHERE):
         return dense_config(in_features)
     config = gemm_config(tokens, planes, out_features, multiprocessors)
