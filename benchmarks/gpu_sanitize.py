@@ -11,7 +11,7 @@ import sys
 import torch
 
 from benchmarks.gpu_part import Parser, finish, new_report, save
-from benchmarks.random_planes import random_planes
+from benchmarks.random_planes import random_layer
 from bpdq_kernels import embedding, linear, prepare, stored_linear
 from bpdq_kernels.dispatch import DENSE_TOKENS, DENSE_TOKENS_ELSEWHERE
 from bpdq_kernels.format import Scheme
@@ -25,13 +25,14 @@ def run_cases() -> None:
     """Each kernel once, on sizes that leave ragged ends, each result in memory of its own."""
     N, K, group = 200, 328, 64
     arch = machine(torch.device("cuda"))[1]
-    B, c = random_planes(N, K, Scheme(2, group), torch.Generator("cuda"))
     bias = torch.randn(N, device="cuda").bfloat16()
-    prepared = prepare(B, c, group, K, torch.bfloat16, "cuda")
-    for tokens in (1, 3, 16, 20, 64, 70, DENSE_TOKENS.get(arch, DENSE_TOKENS_ELSEWHERE)):
-        linear(torch.randn(tokens, K, device="cuda").bfloat16(), prepared, bias)
-    stored_linear(torch.randn(3, K, device="cuda").bfloat16(), B, c, group, bias)
-    embedding(torch.tensor([0, N - 1, 7], device="cuda"), prepared, torch.bfloat16)
+    for coefficient_bits in (16, 8):
+        B, c, s = random_layer(N, K, Scheme(2, group, coefficient_bits), torch.Generator("cuda"))
+        prepared = prepare(B, c, group, K, torch.bfloat16, "cuda", s)
+        for tokens in (1, 3, 16, 20, 64, 70, DENSE_TOKENS.get(arch, DENSE_TOKENS_ELSEWHERE)):
+            linear(torch.randn(tokens, K, device="cuda").bfloat16(), prepared, bias)
+        stored_linear(torch.randn(3, K, device="cuda").bfloat16(), B, c, group, bias, s)
+        embedding(torch.tensor([0, N - 1, 7], device="cuda"), prepared, torch.bfloat16)
     torch.cuda.synchronize()
 
 

@@ -71,6 +71,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", default=",".join(MODELS), metavar="LIST", help="(%(default)s)")
     parser.add_argument("--bits", type=int, default=2, metavar="K", help=f"bit-planes, 1 to {MAX_PLANES} (%(default)s)")
     parser.add_argument("--group-size", type=int, default=128, metavar="G", help=f"of {GROUP_SIZES} (%(default)s)")
+    parser.add_argument(
+        "--coefficient-bits", type=int, default=16, metavar="BITS", help="width of coefficients, 8 or 16 (%(default)s)"
+    )
     parser.add_argument("--tokens", metavar="LIST", help=f"batch sizes ({GPU_TOKENS}; static: {STATIC_TOKENS})")
     parser.add_argument("--dtype", default="bfloat16", help="of activations: bfloat16 or float16 (%(default)s)")
     parser.add_argument("--static", metavar="ARCH", help=f"compile and count, no GPU: {', '.join(MACHINES)}")
@@ -91,6 +94,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         f"--static: unknown {args.static!r}, choose from {', '.join(MACHINES)}": args.static not in (None, *MACHINES),
         f"--bits must be 1 to {MAX_PLANES}": not 1 <= args.bits <= MAX_PLANES,
         f"--group-size must be one of {GROUP_SIZES}": args.group_size not in GROUP_SIZES,
+        "--coefficient-bits must be 8 or 16": args.coefficient_bits not in (8, 16),
         "--dtype must be bfloat16 or float16": args.dtype not in ("bfloat16", "float16"),
         "--tokens must be numbers of at least 1, with commas between them": min(args.tokens) < 1,
         "--plot needs matplotlib: pip install 'vllm-bpdq[bench]'": bool(args.plot) and not find_spec("matplotlib"),
@@ -111,10 +115,12 @@ def static(args: argparse.Namespace) -> Row:
     """Compile, print the tables and return the figures; writes the cubins where --emit says."""
     machine, dtype = MACHINES[args.static], {"bfloat16": "bf16", "float16": "fp16"}[args.dtype]
     kernels = []
-    variants = kernel_static.variants(args.model, args.tokens, args.bits, args.group_size, machine)
+    variants = kernel_static.variants(
+        args.model, args.tokens, args.bits, args.group_size, machine, dtype, args.coefficient_bits
+    )
     for i, variant in enumerate(variants):
         print(f"\rcompiling {i + 1} of {len(variants)} kernels", end="", file=sys.stderr, flush=True)
-        kernels.append(kernel_static.compile_kernel(variant._replace(dtype=dtype), machine.arch))
+        kernels.append(kernel_static.compile_kernel(variant, machine.arch))
     print(file=sys.stderr)
     if args.emit:
         kernel_static.emit(kernels, args.emit)
@@ -123,14 +129,15 @@ def static(args: argparse.Namespace) -> Row:
         "machine": machine._asdict(),
         "kernels": [kernel_static.kernel_row(kernel, machine) for kernel in kernels],
         "layers": [
-            kernel_static.layer_row(layer, m, args.bits, args.group_size, machine, dtype) | {"model": model}
+            kernel_static.layer_row(layer, m, args.bits, args.group_size, machine, dtype, args.coefficient_bits)
+            | {"model": model}
             for model in args.model
             for layer in (*MODELS[model].layers, MODELS[model].head)
             for m in args.tokens
             if modelled(args, m, layer, machine)
         ],
         "models": [
-            kernel_static.model_row(model, k, args.group_size, machine, dtype)
+            kernel_static.model_row(model, k, args.group_size, machine, dtype, args.coefficient_bits)
             for model in args.model
             for k in PLOTTED_PLANES
         ],
@@ -158,6 +165,7 @@ def timed(args: argparse.Namespace) -> Row:
         "cuda",
         *machine(torch.device("cuda")),
         device.L2_cache_size,
+        args.coefficient_bits,
     )
     arch = f"sm_{settings.arch}"
     predicted = predictions(args, MACHINES[arch]) if args.predict and arch in MACHINES else {}
@@ -194,6 +202,7 @@ def predictions(args: argparse.Namespace, machine: Machine) -> dict[tuple[str, s
         itertools.repeat(args.group_size),
         itertools.repeat(machine),
         itertools.repeat(dtype),
+        itertools.repeat(args.coefficient_bits),
     )
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
         rows = pool.map(kernel_static.layer_row, [w[1] for w in wanted], [w[2] for w in wanted], *rest)

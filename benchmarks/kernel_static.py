@@ -23,12 +23,18 @@ MAX_IDLE = 0.15
 
 
 class Variant(NamedTuple):
-    """One compilation of a kernel: planes, group size, tile, and the activations' dtype (Triton's name)."""
+    """One compilation of a kernel: planes, group size, tile, the activations' dtype (Triton's name), and the width of
+    the coefficients."""
 
     planes: int
     group: int
     config: Config
     dtype: str = "bf16"
+    coefficient_bits: int = 16
+
+    @property
+    def scheme(self) -> Scheme:
+        return Scheme(self.planes, self.group, self.coefficient_bits)
 
     @property
     def tokens(self) -> int:
@@ -38,9 +44,9 @@ class Variant(NamedTuple):
     @property
     def name(self) -> str:
         if isinstance(self.config, Dense):
-            return f"dense-k{self.planes}-g{self.group}-n{self.config.outputs}"
+            return f"dense-{scheme_name(self.scheme)}-n{self.config.outputs}"
         tile = f"t{self.config.tiles}-w{self.config.warps}-s{self.split}"
-        return f"{'gemv' if self.tokens == 1 else 'gemm'}-k{self.planes}-g{self.group}-m{self.tokens}-{tile}"
+        return f"{'gemv' if self.tokens == 1 else 'gemm'}-{scheme_name(self.scheme)}-m{self.tokens}-{tile}"
 
     @property
     def split(self) -> int:
@@ -60,13 +66,13 @@ class Variant(NamedTuple):
     @property
     def bits(self) -> float:
         """Stored bits per weight."""
-        return Scheme(self.planes, self.group).bits_per_weight
+        return self.scheme.bits_per_weight
 
     @property
     def bytes_ahead(self) -> int:
         """Bytes of planes and coefficients that a warp has requested and not yet received, at most."""
         groups = groups_in_unit(self.group)
-        per_tile = TILE_ROWS * (UNIT // 8 * self.planes + 2 * (self.planes + 1) * groups)
+        per_tile = TILE_ROWS * (UNIT * self.planes + self.coefficient_bits * (self.planes + 1) * groups) // 8
         return self.config.tiles * per_tile
 
 
@@ -80,9 +86,16 @@ class Kernel(NamedTuple):
     ctas: int
 
 
-def config_for(tokens: int, layer: Layer, planes: int, group: int, multiprocessors: int, arch: int) -> Config:
+def scheme_name(scheme: Scheme) -> str:
+    return f"k{scheme.bits}-g{scheme.group_size}" + ("-c8" if scheme.coefficient_bits == 8 else "")
+
+
+def config_for(
+    tokens: int, layer: Layer, planes: int, group: int, multiprocessors: int, arch: int, coefficient_bits: int = 16
+) -> Config:
     """What `bpdq_kernels.tiled_linear` dispatches to."""
-    return linear_config(tokens, planes, group, layer.out_features, layer.in_features, multiprocessors, arch)
+    sizes = (layer.out_features, layer.in_features, multiprocessors, arch)
+    return linear_config(tokens, planes, group, *sizes, coefficient_bits)
 
 
 @cache
@@ -91,11 +104,17 @@ def compile_kernel(variant: Variant, arch: str) -> Kernel:
     if variant.tokens == 1:
         kernel, options = triton_gemv.gemv_kernel, triton_gemv.options(variant.config)
     else:
-        kernel, options = triton_gemm.gemm_kernel, triton_gemm.options(variant.config, variant.planes)
+        kernel, options = (
+            triton_gemm.gemm_kernel,
+            triton_gemm.options(variant.config, variant.planes, variant.coefficient_bits),
+        )
     activations = f"*{variant.dtype}"
-    types = {"x_ptr": activations, "planes_ptr": "*i32", "coefficients_ptr": "*i32", "scales_ptr": "*fp32"}
+    types = {"x_ptr": activations, "planes_ptr": "*i32", "scales_ptr": "*fp32"}
+    eight = variant.coefficient_bits == 8
+    types |= {"coefficients_ptr": "*i16", "ratios_ptr": "*i32"} if eight else {"coefficients_ptr": "*i32"}
     types |= {"y_ptr": activations, "M": "i32", "N": "i32", "K": "i32", "stride_x": "i32"}
     constants: dict[str, Any] = {"PLANES": variant.planes, "GROUP": variant.group, "WHOLE": True, "bias_ptr": None}
+    constants |= {} if eight else {"ratios_ptr": None}
     constants |= {"TILES": variant.config.tiles, "WARPS": variant.config.warps, "SPLIT": variant.split}
     constants |= {"TOKENS": variant.tokens, "BF16": variant.dtype == "bf16"}
     names = kernel.arg_names
@@ -113,14 +132,25 @@ def compile_kernel(variant: Variant, arch: str) -> Kernel:
     return Kernel(variant, cubin, code, shared, ctas)
 
 
-def variants(models: Sequence[str], tokens: Sequence[int], planes: int, group: int, machine: Machine) -> list[Variant]:
+def variants(
+    models: Sequence[str],
+    tokens: Sequence[int],
+    planes: int,
+    group: int,
+    machine: Machine,
+    dtype: str = "bf16",
+    coefficient_bits: int = 16,
+) -> list[Variant]:
     """The layers' kernels at `planes` and `group`; then k = 1..4 and G = 32..256 with the tile of a gate_up layer."""
     layers = [layer for name in models for layer in (*MODELS[name].layers, MODELS[name].head)]
     widest = max((layer for name in models for layer in MODELS[name].layers), key=lambda layer: layer.out_features)
     wanted = [(planes, group, m, layer) for m in tokens for layer in layers]
     wanted += [(k, g, m, widest) for k in range(1, MAX_PLANES + 1) for g in GROUP_SIZES for m in SWEEP_TOKENS]
     sms, arch = machine.multiprocessors, machine.capability
-    chosen = [Variant(k, g, config_for(m, layer, k, g, sms, arch)) for k, g, m, layer in wanted]
+    chosen = [
+        Variant(k, g, config_for(m, layer, k, g, sms, arch, coefficient_bits), dtype, coefficient_bits)
+        for k, g, m, layer in wanted
+    ]
     return [variant for variant in dict.fromkeys(chosen) if not isinstance(variant.config, Dense)]
 
 
@@ -147,11 +177,15 @@ def dequantization_share(kernel: Kernel, machine: Machine) -> float:
 def bars(variant: Variant) -> tuple[float, float] | None:
     """Upper bounds of HMMA and of every other pipe over DRAM time on an RTX 3090, where there are any."""
     k, group, m = variant.planes, variant.group, variant.tokens
+    eight = variant.coefficient_bits == 8  # fewer bytes, so that DRAM takes less time
     if m <= 8 and k in (3, 4) and group == 128:
         return 0.70, 0.70
     if m <= 8 and k == 2 and group in (64, 256):
-        return 0.80, 0.65
-    return {1: (0.50, 0.50), 8: (0.72, 0.60), 16: (1.43, 0.70)}.get(m) if (k, group) == (2, 128) else None
+        return 0.81 if eight else 0.80, 0.65
+    if (k, group) != (2, 128):
+        return None
+    wide = {1: (0.50, 0.50), 8: (0.72, 0.60), 16: (1.43, 0.70)}
+    return ({1: (0.50, 0.45), 8: (0.78, 0.63), 16: (1.55, 0.70)} if eight else wide).get(m)
 
 
 def missed(kernel: Kernel, machine: Machine) -> list[str]:
@@ -189,13 +223,16 @@ def kernel_row(kernel: Kernel, machine: Machine) -> dict[str, Any]:
     }
 
 
-def layer_row(layer: Layer, tokens: int, planes: int, group: int, machine: Machine, dtype: str) -> dict[str, Any]:
+def layer_row(
+    layer: Layer, tokens: int, planes: int, group: int, machine: Machine, dtype: str, coefficient_bits: int = 16
+) -> dict[str, Any]:
     """How a layer's kernel fills the machine, and its predicted time: the larger of DRAM's and the busiest pipe's.
 
     Pipes: the SM with most blocks, all their instructions, those around the loop too. Bytes: the packed weights, once.
     """
     sms = machine.multiprocessors
-    variant = Variant(planes, group, config_for(tokens, layer, planes, group, sms, machine.capability), dtype)
+    config = config_for(tokens, layer, planes, group, sms, machine.capability, coefficient_bits)
+    variant = Variant(planes, group, config, dtype, coefficient_bits)
     kernel = compile_kernel(variant, machine.arch)
     token_blocks = cdiv(tokens, variant.tokens)
     ctas = token_blocks * cdiv(layer.out_features, variant.outputs)
@@ -203,7 +240,7 @@ def layer_row(layer: Layer, tokens: int, planes: int, group: int, machine: Machi
     trip, once = (clocks(part, machine.rates) for part in (kernel.code.trip, kernel.code.once))
     busy = {p: cdiv(ctas, sms) * variant.config.warps * (trips * trip[p] + once[p]) for p in machine.rates}
     pipe = max(busy, key=lambda p: busy[p])
-    size = Scheme(planes, group).tiled_bytes(layer.out_features, layer.in_features)
+    size = variant.scheme.tiled_bytes(layer.out_features, layer.in_features)
     dram_us, pipe_us = size / machine.gbps / 1e3, busy[pipe] / machine.ghz / 1e3
     in_flight = min(kernel.ctas, ctas / sms) * variant.config.warps * variant.bytes_ahead
     idle = 1 - balance(ctas, sms)
@@ -229,10 +266,12 @@ def layer_row(layer: Layer, tokens: int, planes: int, group: int, machine: Machi
     }
 
 
-def model_row(model: str, planes: int, group: int, machine: Machine, dtype: str) -> dict[str, Any]:
+def model_row(
+    model: str, planes: int, group: int, machine: Machine, dtype: str, coefficient_bits: int = 16
+) -> dict[str, Any]:
     """Predicted tokens/s of one-token decoding and its DRAM roofline: all Linears and a 16-bit LM head only."""
     blocks, layers, head = MODELS[model]
-    rows = [layer_row(layer, 1, planes, group, machine, dtype) for layer in layers]
+    rows = [layer_row(layer, 1, planes, group, machine, dtype, coefficient_bits) for layer in layers]
     head_bytes = 2 * head.out_features * head.in_features
     size = blocks * sum(row["packed_bytes"] for row in rows) + head_bytes
     seconds = blocks * sum(row["predicted_us"] for row in rows) / 1e6 + head_bytes / machine.gbps / 1e9

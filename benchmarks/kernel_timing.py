@@ -10,12 +10,12 @@ from torch import Tensor
 
 from benchmarks.cuda_core import cuda_core_linear
 from benchmarks.kernel_static import Variant, config_for
-from benchmarks.random_planes import random_planes
+from benchmarks.random_planes import random_layer
 from benchmarks.shapes import MODELS, Layer
 from bpdq_kernels import Prepared, dequantize, linear, prepare, tiled_linear
 from bpdq_kernels.dispatch import gemm_config
 from bpdq_kernels.format import Scheme
-from bpdq_kernels.layout import cdiv
+from bpdq_kernels.layout import Stored, Tiles, cdiv
 from bpdq_kernels.warm import warm_up
 
 Call = Callable[[], object]
@@ -44,6 +44,11 @@ class Settings(NamedTuple):
     multiprocessors: int
     arch: int  # compute capability, 86 for 8.6
     l2_bytes: int
+    coefficient_bits: int = 16
+
+    @property
+    def scheme(self) -> Scheme:
+        return Scheme(self.bits, self.group_size, self.coefficient_bits)
 
 
 def graph_timer(contenders: dict[str, list[Call]]) -> dict[str, float]:
@@ -99,11 +104,12 @@ def matmul_rate(dtype: torch.dtype, device: str, timer: Timer, size: int = MATMU
     return 2 * size**3 / timer({"matmul": [partial(torch.matmul, a, b)]})["matmul"]
 
 
-def check_outputs(y: Tensor, x: Tensor, B: Tensor, c: Tensor, settings: Settings, name: str) -> None:
+def check_outputs(y: Tensor, x: Tensor, layer: Stored, settings: Settings, name: str) -> None:
     """Raise WrongResultError unless y's first and last outputs are x times the weights."""
-    n, in_features = B.shape[2], x.shape[1]
+    n, in_features = y.shape[1], x.shape[1]
     some = torch.cat([torch.arange(min(64, n)), torch.arange(max(0, n - 64), n)]).to(x.device)
-    weight = dequantize(B[..., some].contiguous(), c[..., some].contiguous(), settings.group_size, in_features)
+    part = layer.outputs(some)
+    weight = dequantize(part.B, part.c, settings.group_size, in_features, part.s)
     expected = x.double() @ weight.double().T
     error = float((y[:, some].double() - expected).norm() / expected.norm())
     if not error < TOLERANCE:
@@ -113,9 +119,10 @@ def check_outputs(y: Tensor, x: Tensor, B: Tensor, c: Tensor, settings: Settings
 def time_layer(model: str, layer: Layer, settings: Settings, timer: Timer) -> Iterator[dict[str, Any]]:
     """Time a layer for every number of tokens; raises WrongResultError."""
     n, k, device = layer.out_features, layer.in_features, settings.device
-    B, c = random_planes(n, k, Scheme(settings.bits, settings.group_size), torch.Generator(device))
-    c = c.to(settings.dtype)
-    prepared = prepare(B, c, settings.group_size, k, settings.dtype, device)
+    stored = random_layer(n, k, settings.scheme, torch.Generator(device))
+    if stored.s is None:
+        stored = stored._replace(c=stored.c.to(settings.dtype))
+    prepared = prepare(stored.B, stored.c, settings.group_size, k, settings.dtype, device, stored.s)
     size = size_of(prepared)
     warm_up(prepared)
     clones = [clone(prepared) for _ in range(copies(size, settings.l2_bytes))]
@@ -125,15 +132,19 @@ def time_layer(model: str, layer: Layer, settings: Settings, timer: Timer) -> It
     for tokens in settings.tokens:
         x = torch.randn(tokens, k, device=device).to(settings.dtype)
         planes, group = settings.bits, settings.group_size
-        config = config_for(tokens, layer, planes, group, settings.multiprocessors, settings.arch)
-        variant = Variant(planes, group, config)
-        check_outputs(linear(x, prepared), x, B, c, settings, f"{model} {layer.name}, {tokens} tokens, {variant.name}")
+        config = config_for(
+            tokens, layer, planes, group, settings.multiprocessors, settings.arch, settings.coefficient_bits
+        )
+        variant = Variant(planes, group, config, coefficient_bits=settings.coefficient_bits)
+        check_outputs(
+            linear(x, prepared), x, stored, settings, f"{model} {layer.name}, {tokens} tokens, {variant.name}"
+        )
         contenders: dict[str, list[Call]] = {
             "bpdq": [partial(linear, x, weight) for weight in clones],
             "matmul": [partial(torch.matmul, x, weight.T) for weight in dense],
         }
         if tokens == 1 and device != "cpu":
-            contenders |= one_token_alternatives(x, clones, B, c, settings)
+            contenders |= one_token_alternatives(x, clones, stored, settings)
         seconds = timer(contenders)
         yield {
             "model": model,
@@ -151,15 +162,16 @@ def time_layer(model: str, layer: Layer, settings: Settings, timer: Timer) -> It
 
 
 def one_token_alternatives(
-    x: Tensor, clones: Sequence[Prepared], B: Tensor, c: Tensor, settings: Settings
+    x: Tensor, clones: Sequence[Prepared], layer: Stored, settings: Settings
 ) -> dict[str, list[Call]]:
     """What else could multiply one token: the GEMM of 8 tokens, and FFMA instead of tensor cores."""
-    y = x.new_empty(1, B.shape[2])
-    config = gemm_config(1, settings.bits, B.shape[2], settings.multiprocessors)
-    stored = [(B, c), (B.clone(), c.clone())]
+    n, group = layer.B.shape[2], settings.group_size
+    y = x.new_empty(1, n)
+    config = gemm_config(1, settings.bits, n, settings.multiprocessors)
+    stored = [layer, Stored(*(None if tensor is None else tensor.clone() for tensor in layer))]
     return {
-        "gemm": [partial(tiled_linear.launch, x, *p[:3], settings.group_size, None, y, config) for p in clones],
-        "cuda cores": [partial(cuda_core_linear, x, *planes, settings.group_size) for planes in stored],
+        "gemm": [partial(tiled_linear.launch, x, Tiles(*p[:4]), group, None, y, config) for p in clones],
+        "cuda cores": [partial(cuda_core_linear, x, B, c, group, s) for B, c, s in stored],
     }
 
 

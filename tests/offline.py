@@ -23,6 +23,7 @@ GEMV = [Gemv(tiles, warps) for tiles in (1, 2, 4) for warps in (4, 8)]
 GEMM = [
     Gemm(tokens, *tile) for tokens in (8, 16) for tile in ((1, 8, 8), (2, 8, 8), (2, 4, 4), (1, 16, 16), (2, 16, 16))
 ]
+GEMM_K4_8_BITS = [Gemm(64, 1, 8, 8), Gemm(64, 1, 4, 4), Gemm(64, 1, 4, 2)]  # instead of those with two tiles
 GEMM += [Gemm(32, 2, 8, 8), Gemm(32, 2, 4, 4), Gemm(64, 2, 8, 8), Gemm(64, 2, 4, 4), Gemm(64, 2, 4, 2)]
 
 # of a block at most: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"
@@ -37,9 +38,11 @@ class Layer(NamedTuple):
     N: int
     K: int
     dtype: torch.dtype
+    coefficient_bits: int = 16
 
     def __str__(self) -> str:
-        return f"k{self.planes}-G{self.group}-N{self.N}-K{self.K}-{str(self.dtype)[6:]}"
+        width = "-c8" if self.coefficient_bits == 8 else ""
+        return f"k{self.planes}-G{self.group}-N{self.N}-K{self.K}-{str(self.dtype)[6:]}{width}"
 
 
 def name(value: object) -> str:
@@ -49,11 +52,15 @@ def name(value: object) -> str:
     return "embedding" if value is None else str(value)
 
 
-def fits(config: Gemv | Gemm, planes: int, group: int) -> bool:
+def fits(config: Gemv | Gemm, planes: int, group: int, coefficient_bits: int = 16) -> bool:
     """Whether the dispatch may pick this configuration for such a layer: not if its coefficients fill the registers."""
+    if isinstance(config, Gemm) and config.tokens == 64:
+        return config.tiles == (1 if planes == 4 and coefficient_bits == 8 else 2)
     if isinstance(config, Gemm):
         return planes <= 2 or config.warps < 16 or config.tiles == 1
     coefficients = config.tiles * groups_in_unit(group) * (planes + 1)
+    if config == Gemv(2, 8) and planes == 4 and coefficient_bits == 8:
+        return False
     if config.warps == 8:
         return coefficients < MAX_COEFFICIENTS
     return config.tiles == 1 or coefficients <= MAX_COEFFICIENTS
@@ -85,9 +92,10 @@ def compile_tiled(
     if isinstance(config, Gemv):
         kernel, options = triton_gemv.gemv_kernel, triton_gemv.options(config)
     else:
-        kernel, options = triton_gemm.gemm_kernel, triton_gemm.options(config, layer.planes)
+        kernel, options = triton_gemm.gemm_kernel, triton_gemm.options(config, layer.planes, layer.coefficient_bits)
     x = POINTERS[layer.dtype]
-    types = {"x_ptr": x, "planes_ptr": "*i32", "coefficients_ptr": "*i32", "scales_ptr": "*fp32", "bias_ptr": x}
+    types = {"x_ptr": x, "planes_ptr": "*i32", "scales_ptr": "*fp32", "ratios_ptr": "*i32", "bias_ptr": x}
+    types |= {"coefficients_ptr": "*i16" if layer.coefficient_bits == 8 else "*i32"}
     types |= {"y_ptr": POINTERS[result or layer.dtype], "M": "i32", "N": "i32", "K": "i32", "stride_x": "i32"}
     constants = {"PLANES": layer.planes, "GROUP": layer.group, "WHOLE": layer.K % 128 == 0, "TILES": config.tiles}
     constants |= {"WARPS": config.warps, "BF16": layer.dtype == BF16}
@@ -95,6 +103,8 @@ def compile_tiled(
         constants |= {"TOKENS": config.tokens, "SPLIT": config.split}
     if not bias:
         constants["bias_ptr"] = None
+    if layer.coefficient_bits == 16:
+        constants["ratios_ptr"] = None
     divisible = {name for name in types if name.endswith("_ptr")}
     divisible |= {"N"} if layer.N % 16 == 0 else set()
     divisible |= {"K", "stride_x"} & set(kernel.arg_names) if layer.K % 16 == 0 else set()
@@ -102,25 +112,33 @@ def compile_tiled(
 
 
 def compile_stored(
-    arch: int, tile: Tile, dtype: torch.dtype, planes: int, group: int, aligned: bool = True
+    arch: int, tile: Tile, dtype: torch.dtype, planes: int, group: int, aligned: bool = True, coefficient_bits: int = 16
 ) -> CompiledKernel:
     """The kernel as `stored_linear` would launch it, with pointers and sizes divisible by 16 or not."""
     x = POINTERS[dtype]
-    types = {"x_ptr": x, "B_ptr": "*i32", "c_ptr": "*bf16", "bias_ptr": x, "y_ptr": x}
+    types = {"x_ptr": x, "B_ptr": "*i32", "c_ptr": "*bf16", "s_ptr": "*bf16", "bias_ptr": x, "y_ptr": x}
+    types |= {"c_ptr": "*i8"} if coefficient_bits == 8 else {}
     divisible = {*types, "N", "K", "stride_x"} if aligned else set()
     types |= {"M": "i32", "N": "i32", "K": "i32", "stride_x": "i32"}
     constants = {"PLANES": planes, "GROUP": group, "TILE_M": tile.m, "TILE_N": tile.n, "TILE_K": min(tile.k, group)}
     constants["INTERPRETED"] = False
+    constants |= {} if coefficient_bits == 8 else {"s_ptr": None}
     return compile_kernel(linear_kernel, types, constants, divisible, arch, triton_linear.options(tile))
+
+
+def coefficient_types(layer: Layer) -> dict[str, str]:
+    """Of the pointers to coefficients, scales and ratios, for the kernels that read single coefficients."""
+    width = "*i8" if layer.coefficient_bits == 8 else POINTERS[layer.dtype]
+    return {"coefficients_ptr": width, "scales_ptr": "*fp32", "ratios_ptr": POINTERS[layer.dtype]}
 
 
 def compile_embedding(arch: int, layer: Layer) -> CompiledKernel:
     """The kernel as `triton_embedding.launch` would start it for int64 numbers and rows in the layer's dtype."""
-    types = {"ids_ptr": "*i64", "planes_ptr": "*i32", "coefficients_ptr": POINTERS[layer.dtype]}
-    types |= {"scales_ptr": "*fp32", "y_ptr": POINTERS[layer.dtype]}
+    types = {"ids_ptr": "*i64", "planes_ptr": "*i32", "y_ptr": POINTERS[layer.dtype]} | coefficient_types(layer)
     divisible = {*types, "N", "K"}
     types |= {"N": "i32", "K": "i32"}
     constants = {"PLANES": layer.planes, "GROUP": layer.group, "UNITS": 8}
+    constants |= {} if layer.coefficient_bits == 8 else {"ratios_ptr": None}
     return compile_kernel(
         embedding_kernel, types, constants, divisible, arch, {"num_warps": 4, "enable_fp_fusion": True}
     )
@@ -128,11 +146,11 @@ def compile_embedding(arch: int, layer: Layer) -> CompiledKernel:
 
 def compile_dequantize(arch: int, layer: Layer) -> CompiledKernel:
     """The kernel as `triton_dequantize.dequantize` would start it for weights in the layer's dtype."""
-    types = {"planes_ptr": "*i32", "coefficients_ptr": POINTERS[layer.dtype], "scales_ptr": "*fp32"}
-    types |= {"w_ptr": POINTERS[layer.dtype]}
+    types = {"planes_ptr": "*i32", "w_ptr": POINTERS[layer.dtype]} | coefficient_types(layer)
     divisible = {*types, "K"}
     types |= {"first_tile": "i32", "N": "i32", "K": "i32"}
     constants = {"PLANES": layer.planes, "GROUP": layer.group, "UNITS": UNITS}
+    constants |= {} if layer.coefficient_bits == 8 else {"ratios_ptr": None}
     return compile_kernel(dequantize_kernel, types, constants, divisible, arch, dequantize_options())
 
 
@@ -144,7 +162,7 @@ def flaws(arch: int, kernel: Gemv | Gemm | Dense | Tile | None, layer: Layer) ->
     elif kernel is None:
         compiled, multiplies = compile_embedding(arch, layer), ""
     elif isinstance(kernel, Tile):
-        compiled = compile_stored(arch, kernel, layer.dtype, layer.planes, layer.group)
+        compiled = compile_stored(arch, kernel, layer.dtype, layer.planes, layer.group, True, layer.coefficient_bits)
         multiplies = "FFMA" if layer.dtype == FP32 else r"(HMMA|HGMMA|UTCHMMA)"
     else:
         compiled = compile_tiled(kernel, layer, bias=True, arch=arch)

@@ -10,7 +10,7 @@ import pytest
 
 from bpdq_kernels.dispatch import Config, Dense, Gemm, Gemv, linear_config
 from bpdq_kernels.triton_linear import TILES_16BIT, TILES_FP32, Tile
-from tests.offline import BF16, FP16, FP32, GEMM, GEMV, Layer, fits, flaws, name
+from tests.offline import BF16, FP16, FP32, GEMM, GEMM_K4_8_BITS, GEMV, Layer, fits, flaws, name
 
 ARCHITECTURES = [80, 86, 89, 90, 100, 120]
 SCHEMES = list(itertools.product((1, 2, 3, 4), (32, 64, 128, 256)))  # planes, group size
@@ -27,30 +27,35 @@ def test_kernels_of_a_common_layer_spill_and_emulate_nothing(arch: int, compiler
     layer = Layer(2, 128, 37888, 3584, BF16)
     tokens = (1, 8, 64)
     kernels = {linear_config(m, layer.planes, layer.group, layer.N, layer.K, 82, arch) for m in tokens}
-    jobs = [*kernels, Dense(128), TILES_16BIT[0], TILES_16BIT[-1], None]
-    found = compilers.map(flaws, itertools.repeat(arch), jobs, itertools.repeat(layer))
+    jobs = [(kernel, layer) for kernel in (*kernels, Dense(128), TILES_16BIT[0], TILES_16BIT[-1], None)]
+    jobs += [(kernel, layer._replace(coefficient_bits=8)) for kernel in (*kernels, Dense(128), TILES_16BIT[0], None)]
+    found = compilers.map(flaws, itertools.repeat(arch), *zip(*jobs, strict=True))
     assert not [*itertools.chain.from_iterable(found)]
 
 
-def layers(kernel: Config | Tile | None) -> list[Layer]:
+def layers(kernel: Config | Tile | None, coefficient_bits: int) -> list[Layer]:
     """One for each scheme that this kernel is for. 16-bit dtypes take turns, but for one token, where registers are
     scarcest, each scheme comes with both."""
     if kernel in TILES_FP32:
-        return [Layer(*scheme, 4096, 4096, FP32) for scheme in SCHEMES]
+        return [Layer(*scheme, 4096, 4096, FP32, coefficient_bits) for scheme in SCHEMES]
     if isinstance(kernel, Gemv):
-        fitting = [scheme for scheme in SCHEMES if fits(kernel, *scheme)]
-        return [Layer(*scheme, 4096, 4096, dtype) for scheme in fitting for dtype in (BF16, FP16)]
-    fitting = [scheme for scheme in SCHEMES if not isinstance(kernel, Gemm) or fits(kernel, *scheme)]
-    return [Layer(*scheme, 4096, 4096, (BF16, FP16)[(i + i // 4) % 2]) for i, scheme in enumerate(fitting)]
+        fitting = [scheme for scheme in SCHEMES if fits(kernel, *scheme, coefficient_bits)]
+        return [Layer(*scheme, 4096, 4096, dtype, coefficient_bits) for scheme in fitting for dtype in (BF16, FP16)]
+    fitting = [scheme for scheme in SCHEMES if not isinstance(kernel, Gemm) or fits(kernel, *scheme, coefficient_bits)]
+    dtypes = [(BF16, FP16)[(i + i // 4) % 2] for i in range(len(fitting))]
+    return [Layer(*scheme, 4096, 4096, dtype, coefficient_bits) for scheme, dtype in zip(fitting, dtypes, strict=True)]
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("coefficient_bits", [16, 8])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("kernel", [*GEMV, *GEMM, Dense(128), *TILES_16BIT, *TILES_FP32, None], ids=name)
+@pytest.mark.parametrize(
+    "kernel", [*GEMV, *GEMM, *GEMM_K4_8_BITS, Dense(128), *TILES_16BIT, *TILES_FP32, None], ids=name
+)
 def test_nothing_that_the_dispatch_picks_spills_or_is_emulated(
-    arch: int, kernel: Config | Tile | None, compilers: ProcessPoolExecutor
+    arch: int, kernel: Config | Tile | None, coefficient_bits: int, compilers: ProcessPoolExecutor
 ):
     if isinstance(kernel, Gemv) and arch >= 100:
         pytest.skip("one token gets a Gemm")
-    found = compilers.map(flaws, itertools.repeat(arch), itertools.repeat(kernel), layers(kernel))
+    found = compilers.map(flaws, itertools.repeat(arch), itertools.repeat(kernel), layers(kernel, coefficient_bits))
     assert not [*itertools.chain.from_iterable(found)]

@@ -73,6 +73,9 @@ def test_tiled_bytes_are_those_of_the_tiles(planes, group, n, k):
     c = torch.empty(layout.coefficient_shape(k, n, planes, group), device="meta")
     tiles = layout.to_tiles(B, c, group, torch.float16)
     assert Scheme(planes, group).tiled_bytes(n, k) == sum(t.nbytes for t in tiles if t is not None)
+    s = torch.empty(planes + 1, n, dtype=torch.float16, device="meta")
+    tiles = layout.to_tiles(B, c.to(torch.int8), group, torch.float16, s)
+    assert Scheme(planes, group, 8).tiled_bytes(n, k) == sum(t.nbytes for t in tiles)
 
 
 def test_bits_per_weight_count_the_coefficients():

@@ -9,7 +9,9 @@ import torch
 
 from benchmarks import kernel_bench, kernel_static, kernel_timing, sass
 from benchmarks.kernel_static import Variant, compile_kernel
+from benchmarks.random_planes import random_layer
 from benchmarks.shapes import MODELS, Layer, Model
+from bpdq_kernels import reference
 from bpdq_kernels.dispatch import Gemm, Gemv
 
 RTX_3090 = sass.MACHINES["sm_86"]
@@ -37,8 +39,8 @@ LISTING = """
 """
 
 
-def kernel(planes: int, group: int, config: Gemv | Gemm) -> kernel_static.Kernel:
-    return compile_kernel(Variant(planes, group, config), "sm_86")
+def kernel(planes: int, group: int, config: Gemv | Gemm, coefficient_bits: int = 16) -> kernel_static.Kernel:
+    return compile_kernel(Variant(planes, group, config, coefficient_bits=coefficient_bits), "sm_86")
 
 
 def test_longest_backward_branch_is_the_main_loop_and_every_instruction_has_its_pipe():
@@ -130,8 +132,9 @@ def test_one_token_keeps_all_multiprocessors_of_an_rtx_3090_busy(model):
     ],
     ids=str,
 )
-def test_kernel_stays_within_its_budget_on_an_rtx_3090(planes, group, config):
-    compiled = kernel(planes, group, config)
+@pytest.mark.parametrize("coefficient_bits", [16, 8])
+def test_kernel_stays_within_its_budget_on_an_rtx_3090(planes, group, config, coefficient_bits):
+    compiled = kernel(planes, group, config, coefficient_bits)
     assert kernel_static.missed(compiled, RTX_3090) == []
     assert compiled.ctas >= 1
     tensor_cores = "bmma" if compiled.variant.tokens == 1 else "hmma32"
@@ -157,6 +160,10 @@ def test_a_kernel_over_its_budget_is_flagged():
 
 def test_static_run_covers_the_dispatch_table_and_every_plane_count_and_group_size():
     variants = kernel_static.variants(list(MODELS), [1, 2, 8, 16, 32, 64, 512], 2, 128, RTX_3090)
+    eight = kernel_static.variants(list(MODELS), [1, 2, 8, 16, 32, 64, 512], 2, 128, RTX_3090, coefficient_bits=8)
+    assert {variant._replace(coefficient_bits=16) for variant in eight if variant.planes < 4} <= {*variants}
+    assert len(eight) == len(variants)
+    assert not {variant.name for variant in variants} & {variant.name for variant in eight}
     assert len(variants) == len(set(variants)) == len({variant.name for variant in variants})
     assert {(v.planes, v.group, v.tokens) for v in variants} >= {
         (k, g, m) for k in (1, 2, 3, 4) for g in (32, 64, 128, 256) for m in (1, 8, 16, 64)
@@ -191,6 +198,7 @@ def test_emitted_cubins_are_described_well_enough_to_count_them_again(tmp_path):
         (["--static", "sm_86", "--bits", "5"], "--bits must be 1 to 4"),
         (["--static", "sm_86", "--bits", "two"], "--bits: invalid int value: 'two'"),
         (["--static", "sm_86", "--group-size", "100"], "--group-size must be one of"),
+        (["--static", "sm_86", "--coefficient-bits", "4"], "--coefficient-bits must be 8 or 16"),
         (["--static", "sm_86", "--tokens", "1,,8"], "--tokens must be numbers of at least 1"),
         (["--static", "sm_86", "--dtype", "float32"], "--dtype must be bfloat16 or float16"),
         (["--static", "sm_86", "--json", "/no/such/folder/k.json"], "--json and --plot: no such folder"),
@@ -278,6 +286,16 @@ def test_every_layer_and_batch_is_timed_against_matmul_with_weights_too_many_for
     figure = kernel_bench.plot_timed(report | {"rows": rows, "device": "X"})
     assert [line.get_label() for line in figure.axes[0].lines] == ["bit-planes", "torch.matmul, 16 bits"]
     assert list(figure.axes[0].lines[0].get_xdata()) == [1, 5]
+
+
+def test_outputs_of_8_bit_coefficients_are_checked_against_their_scales():
+    settings = SETTINGS._replace(coefficient_bits=8)
+    layer = random_layer(96, 256, settings.scheme, torch.Generator())
+    x = torch.randn(5, 256)
+    y = x @ reference.dequantize(layer.B, layer.c, 64, 256, layer.s).T
+    kernel_timing.check_outputs(y, x, layer, settings, "right")
+    with pytest.raises(kernel_timing.WrongResultError, match="wrong: the outputs are off"):
+        kernel_timing.check_outputs(2 * y, x, layer, settings, "wrong")
 
 
 def test_time_of_a_kernel_with_wrong_outputs_is_refused(monkeypatch):

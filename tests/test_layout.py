@@ -121,6 +121,39 @@ def test_cpu_tiles_hold_words_and_coefficients_as_drawn(k: int, group: int, word
     assert all(torch.equal(tensor, other) for tensor, other in zip(found, expected, strict=True))
 
 
+scales = st.fixed_dictionaries({"group": st.sampled_from(layout.GROUP_SIZES), "powers_of_two": st.booleans()})
+
+
+@given(sizes, scales, st.sampled_from([torch.float16, torch.bfloat16]))
+@settings(deadline=None, max_examples=60)
+def test_tiles_of_8_bit_coefficients_hold_the_numbers_of_the_oracle(
+    size: dict[str, int], scale: dict, dtype: torch.dtype
+):
+    """Exactly, where an output's scales are powers of two apart, else to the rounding of their ratios."""
+    k, n, in_features, seed = (size[name] for name in ("k", "n", "in_features", "seed"))
+    generator = torch.Generator().manual_seed(seed)
+    shape = layout.coefficient_shape(in_features, n, k, scale["group"])
+    c = torch.randint(-128, 128, shape, dtype=torch.int8, generator=generator)
+    s = torch.randn(k + 1, n, generator=generator)
+    if scale["powers_of_two"]:
+        s = s[:1].bfloat16() * 2.0 ** -torch.randint(0, 8, (k + 1, n), generator=generator)
+    s[:, seed % n] = 0
+    s = s.bfloat16()
+    tiles = layout.to_tiles(layout.pack(random_bits(**size)), c, scale["group"], dtype, s)
+    assert (tiles.dtype, tiles.bits) == (dtype, k)
+    assert tiles.ratios.abs().max() <= 1
+    stored = tiles.coefficients.float() * tiles.ratios.float().unsqueeze(1)  # [T, Gn, 8, k+1, 2]
+    stored = stored.permute(1, 3, 0, 4, 2).flatten(2)
+    assert not stored[..., n:].any()
+    assert not stored[shape[0] :].any()
+    expected = layout.coefficients(c, s)
+    error = (stored[: shape[0], :, :n] * tiles.scales - expected).abs()
+    if scale["powers_of_two"]:
+        assert not error.any()
+    rounding = (torch.finfo(dtype).eps / 2 + 1e-6) * expected.abs() + 2.0**-25 * 128 * tiles.scales
+    assert (error <= rounding).all()
+
+
 @pytest.mark.parametrize("planes", [1, 2, 3, 4])
 def test_triton_counts_words_and_coefficients_as_the_tiles_have_them(planes: int):
     shapes = layout.plane_shape(256, 64, planes), layout.coefficient_shape(256, 64, planes, 64)
@@ -133,6 +166,14 @@ def test_triton_counts_words_and_coefficients_as_the_tiles_have_them(planes: int
     assert [triton_layout.plane_start(p, planes) for p in range(planes)] == starts
     pairs = [triton_layout.group_pairs(planes), triton_layout.row_pairs(planes)]
     assert [2 * count for count in pairs] == list(tiles.coefficients.stride()[1:3])
+    tiles = layout.to_tiles(
+        torch.zeros(shapes[0], dtype=torch.int32),
+        torch.zeros(shapes[1], dtype=torch.int8),
+        64,
+        torch.float16,
+        torch.zeros(planes + 1, 64),
+    )
+    assert [2 * count for count in pairs] == list(tiles.coefficients.stride()[1:3]) == list(tiles.ratios.stride()[:2])
 
 
 @pytest.mark.parametrize("group", layout.GROUP_SIZES)

@@ -15,7 +15,7 @@ from bpdq_kernels import layout, reference, triton_dequantize, triton_embedding
 from bpdq_kernels.dispatch import Dense, Gemm, Gemv, balance, gemm_config, linear_config
 from bpdq_kernels.layout import cdiv, to_tiles
 from bpdq_kernels.tiled_linear import aligned, machine, tiled_linear
-from tests.offline import BF16, FP16, GEMM, GEMV, Layer, compile_tiled, fits, name
+from tests.offline import BF16, FP16, GEMM, GEMM_K4_8_BITS, GEMV, Layer, compile_tiled, fits, name
 from tests.ptx import launch
 
 
@@ -24,24 +24,41 @@ class Problem(NamedTuple):
     B: torch.Tensor
     c: torch.Tensor
     bias: torch.Tensor | None
+    s: torch.Tensor | None = None
+
+    def tiles(self, layer: Layer) -> layout.Tiles:
+        return to_tiles(self.B, self.c, layer.group, layer.dtype, self.s)
+
+    def weight(self, layer: Layer) -> torch.Tensor:
+        """[N, K] fp32, the oracle's."""
+        return reference.dequantize(self.B, self.c, layer.group, layer.K, self.s)
 
 
 def problem(layer: Layer, tokens: int, bias: bool, device: str = "cpu") -> Problem:
-    """Random bits past K too; activations and coefficients of several magnitudes, as some layers have them."""
+    """Random bits past K too; activations and coefficients of several magnitudes, as some layers have them. The scales
+    of coefficients in 8 bits are powers of two apart, with which all is exact, and 0 for one output."""
     generator = torch.Generator().manual_seed(tokens + layer.planes)
     shape = layout.plane_shape(layer.K, layer.N, layer.planes)
     B = torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, generator=generator)
     shape = layout.coefficient_shape(layer.K, layer.N, layer.planes, layer.group)
-    c = torch.randn(shape, generator=generator) * torch.logspace(-4, 1, layer.N)
+    magnitudes, s = torch.logspace(-4, 1, layer.N), None
+    if layer.coefficient_bits == 8:
+        c = torch.randint(-128, 128, shape, dtype=torch.int8, generator=generator)
+        exponents = torch.randint(0, 8, shape[1:], generator=generator)
+        s = ((magnitudes / 64).bfloat16() * 2.0**-exponents).to(device, torch.bfloat16)
+        s[:, layer.N // 2] = 0
+    else:
+        c = (torch.randn(shape, generator=generator) * magnitudes).to(layer.dtype)
     x = torch.randn(tokens, layer.K, generator=generator) * torch.logspace(-2, 0.5, tokens).unsqueeze(1)
     b = torch.randn(layer.N, generator=generator).to(device, layer.dtype) if bias else None
-    return Problem(x.to(device, layer.dtype), B.to(device), c.to(device, layer.dtype), b)
+    return Problem(x.to(device, layer.dtype), B.to(device), c.to(device), b, s)
 
 
 def tolerance(layer: Layer, p: Problem, y: torch.Tensor, arch: int) -> torch.Tensor:
     """What each output may be off by: rounding of y, fp32 sums, and the rounding of x (one token, up to sm_90) or of
     the weights."""
-    magnitudes = reference.dequantize(torch.full_like(p.B, -1), p.c.abs(), layer.group, layer.K).double()  # sum |c|
+    numbers = layout.coefficients(p.c, p.s).abs()
+    magnitudes = reference.dequantize(torch.full_like(p.B, -1), numbers, layer.group, layer.K).double()  # sum |c|
     x = p.x.double().abs()
     if len(x) == 1 and arch < 100:
         units = torch.nn.functional.pad(x[0], (0, -layer.K % 128)).view(-1, 128)
@@ -50,12 +67,12 @@ def tolerance(layer: Layer, p: Problem, y: torch.Tensor, arch: int) -> torch.Ten
     else:
         rounding = (layer.planes + 2) * torch.finfo(layer.dtype).eps / 2 * x @ magnitudes.T
     result = torch.finfo(y.dtype)
-    own = 0 if y.dtype == torch.float32 else result.eps * y.double().abs().clamp(min=result.tiny)
+    own = result.eps * y.double().abs().clamp(min=result.tiny)
     return rounding + 2e-6 * x @ magnitudes.T + own + 1e-30
 
 
 def compare(layer: Layer, p: Problem, y: torch.Tensor, arch: int = 86) -> None:
-    expected = p.x.double() @ reference.dequantize(p.B, p.c, layer.group, layer.K).double().T
+    expected = p.x.double() @ p.weight(layer).double().T
     if p.bias is not None:
         expected += p.bias.double()
     assert expected.to(layer.dtype).isfinite().all(), "a product that the dtype can't hold shows no error"
@@ -134,12 +151,22 @@ INTERPRETED = [
     (Layer(4, 64, 33, 72, BF16), 16),
     (Layer(3, 32, 20, 40, FP16), 19),
     (Layer(3, 64, 36, 136, BF16), 70),
+    (Layer(2, 128, 40, 200, BF16, 8), 1),
+    (Layer(3, 64, 33, 333, FP16, 8), 1),
+    (Layer(1, 32, 17, 100, BF16, 8), 1),
+    (Layer(4, 256, 33, 520, FP16, 8), 1),
+    (Layer(2, 64, 70, 136, FP16, 8), 2),
+    (Layer(2, 128, 17, 136, BF16, 8), 8),
+    (Layer(1, 32, 40, 100, FP16, 8), 9),
+    (Layer(4, 128, 33, 72, BF16, 8), 17),
+    (Layer(3, 256, 20, 40, FP16, 8), 64),
+    (Layer(2, 128, 36, 72, FP16, 8), 65),
 ]
 
 
 def interpret(layer: Layer, tokens: int) -> None:
     p = problem(layer, tokens, bias=tokens % 2 == 1)
-    y = tiled_linear(p.x, to_tiles(p.B, p.c, layer.group, layer.dtype), layer.N, layer.group, p.bias)
+    y = tiled_linear(p.x, p.tiles(layer), layer.N, layer.group, p.bias)
     assert y.dtype == layer.dtype
     compare(layer, p, y)
 
@@ -148,7 +175,7 @@ def interpret_views() -> None:
     """Any view of x gives the same rows, and other leading dimensions their shape."""
     layer = Layer(2, 64, 20, 64, FP16)
     p = problem(layer, 6, bias=True)
-    tiles = to_tiles(p.B, p.c, layer.group, layer.dtype)
+    tiles = p.tiles(layer)
 
     def linear(x: torch.Tensor) -> torch.Tensor:
         return tiled_linear(x, tiles, layer.N, layer.group, p.bias)
@@ -168,7 +195,7 @@ def interpret_one_token_without_binary_tensor_cores() -> None:
         p = problem(layer, 1, bias=True)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("bpdq_kernels.tiled_linear.machine", lambda _: (1, 120))
-            y = tiled_linear(p.x, to_tiles(p.B, p.c, layer.group, layer.dtype), layer.N, layer.group, p.bias)
+            y = tiled_linear(p.x, p.tiles(layer), layer.N, layer.group, p.bias)
         compare(layer, p, y, arch=120)
 
 
@@ -177,35 +204,50 @@ def interpret_infinity() -> None:
     p = problem(layer, 1, bias=False)
     for bad in (float("inf"), float("-inf"), float("nan")):
         p.x[0, 130] = bad
-        y = tiled_linear(p.x, to_tiles(p.B, p.c, layer.group, layer.dtype), layer.N, layer.group, None)
+        y = tiled_linear(p.x, p.tiles(layer), layer.N, layer.group, None)
         assert y.isnan().all(), f"{bad} in x became {y}"
     p.x[0] = 0
-    assert not tiled_linear(p.x, to_tiles(p.B, p.c, layer.group, layer.dtype), layer.N, layer.group, None).any()
+    assert not tiled_linear(p.x, p.tiles(layer), layer.N, layer.group, None).any()
 
 
 def interpret_embedding() -> None:
-    for layer in (Layer(4, 64, 40, 200, BF16), Layer(3, 256, 33, 640, FP16), Layer(1, 32, 17, 40, BF16)):
+    for layer in (
+        Layer(4, 64, 40, 200, BF16),
+        Layer(3, 256, 33, 640, FP16),
+        Layer(1, 32, 17, 40, BF16),
+        Layer(2, 64, 40, 200, BF16, 8),
+        Layer(3, 32, 17, 72, FP16, 8),
+    ):
         p = problem(layer, 1, bias=False)
         ids = torch.tensor([0, layer.N - 1, 7, 8, 7, -1, layer.N])
         y = torch.full((7, layer.K), float("nan"))
-        triton_embedding.launch(ids, to_tiles(p.B, p.c, layer.group, layer.dtype), layer.group, y)
-        W = reference.dequantize(p.B, p.c, layer.group, layer.K)
+        triton_embedding.launch(ids, p.tiles(layer), layer.group, y)
+        W = p.weight(layer)
         torch.testing.assert_close(y[:5], W[ids[:5]], rtol=2e-6, atol=1e-6 * W.abs().max().item())
         assert not y[5:].any(), "rows that the weight does not have"
 
 
 def interpret_dense() -> None:
-    for layer in (Layer(2, 128, 70, 256, BF16), Layer(3, 32, 33, 136, FP16), Layer(1, 64, 50, 100, FP16)):
+    for layer in (
+        Layer(2, 128, 70, 256, BF16),
+        Layer(3, 32, 33, 136, FP16),
+        Layer(1, 64, 50, 100, FP16),
+        Layer(2, 64, 50, 136, BF16, 8),
+        Layer(4, 32, 33, 136, FP16, 8),
+    ):
         p = problem(layer, 5, bias=True)
-        tiles = to_tiles(p.B, p.c, layer.group, layer.dtype)
+        tiles = p.tiles(layer)
         y = torch.full((5, layer.N), float("nan"), dtype=layer.dtype)
         triton_dequantize.launch(p.x, tiles, layer.group, p.bias, y, Dense(32))
         compare(layer, p, y)
         if layer.dtype == FP16:  # to bf16 the interpreter truncates
             weight = torch.full((16, layer.K), float("nan"), dtype=FP16)
             triton_dequantize.dequantize(tiles, layer.group, 16, weight)
-            W = reference.dequantize(p.B, p.c, layer.group, layer.K)[16:32]
-            assert torch.equal(weight, W.half()), "not rounded once"
+            W = p.weight(layer)[16:32]
+            if layer.coefficient_bits == 8:  # products with scales are rounded to fp32 before
+                torch.testing.assert_close(weight.float(), W, rtol=2.0**-11 * 1.1, atol=2.0**-24)
+            else:
+                assert torch.equal(weight, W.half()), "not rounded once"
 
 
 def interpret_embedding_of_strided_ids() -> None:
@@ -213,8 +255,8 @@ def interpret_embedding_of_strided_ids() -> None:
     p = problem(layer, 1, bias=False)
     ids = torch.randint(0, layer.N, (5, 3), generator=torch.Generator().manual_seed(0))
     y = torch.full((5, layer.K), float("nan"))
-    triton_embedding.launch(ids[:, 1], to_tiles(p.B, p.c, layer.group, layer.dtype), layer.group, y)
-    W = reference.dequantize(p.B, p.c, layer.group, layer.K)
+    triton_embedding.launch(ids[:, 1], p.tiles(layer), layer.group, y)
+    W = p.weight(layer)
     torch.testing.assert_close(y, W[ids[:, 1]], rtol=2e-6, atol=1e-6 * W.abs().max().item())
 
 
@@ -258,9 +300,10 @@ def emulate(config: Gemv | Gemm, layer: Layer, tokens: int, bias: bool) -> None:
     assert kernel.metadata.shared <= 99 * 1024
     p = problem(layer, tokens, bias)
     x = aligned(p.x) if isinstance(config, Gemm) else p.x
-    tiles = to_tiles(p.B, p.c, layer.group, layer.dtype)
+    tiles = p.tiles(layer)
     y = torch.full((tokens, layer.N), float("nan"))
-    pointers = [x, tiles.planes, tiles.coefficients.view(torch.int32), tiles.scales, *([p.bias] if bias else []), y]
+    optional = [tensor for tensor in (tiles.ratio_pairs, p.bias) if tensor is not None]
+    pointers = [x, tiles.planes, tiles.pairs, tiles.scales, *optional, y]
     if isinstance(config, Gemv):
         grid, sizes = (cdiv(layer.N, 16 * config.tiles),), [layer.N, layer.K]
     else:
@@ -285,7 +328,17 @@ def combinations() -> Iterator[tuple[Gemv | Gemm, Layer, int, bool]]:
         yield config, Layer(planes, group, K=K, N=N, dtype=dtype), tokens, bias
 
 
-@pytest.mark.parametrize(("config", "layer", "tokens", "bias"), list(combinations()), ids=name)
+IN_8_BITS = [
+    (Gemv(4, 4), Layer(2, 128, 72, 384, BF16, 8), 1, True),
+    (Gemv(1, 8), Layer(1, 32, 33, 333, FP16, 8), 1, False),
+    (Gemv(2, 8), Layer(3, 256, 72, 136, FP16, 8), 1, True),
+    (Gemm(8, 2, 8, 8), Layer(2, 64, 72, 384, FP16, 8), 5, True),
+    (Gemm(16, 1, 8, 8), Layer(4, 128, 33, 136, BF16, 8), 12, False),
+    (Gemm(64, 1, 4, 2), Layer(4, 32, 40, 136, BF16, 8), 61, True),
+]
+
+
+@pytest.mark.parametrize(("config", "layer", "tokens", "bias"), [*combinations(), *IN_8_BITS], ids=name)
 def test_ptx_for_rtx_3090_agrees_with_the_oracle_and_spills_no_register(
     config: Gemv | Gemm, layer: Layer, tokens: int, bias: bool
 ):
@@ -293,14 +346,17 @@ def test_ptx_for_rtx_3090_agrees_with_the_oracle_and_spills_no_register(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("coefficient_bits", [16, 8])
 @pytest.mark.parametrize("dtype", [FP16, BF16], ids=str)
 @pytest.mark.parametrize("planes", [1, 2, 3, 4])
-@pytest.mark.parametrize("config", GEMV + GEMM, ids=name)
-def test_ptx_of_every_group_size_and_dtype_agrees_with_the_oracle(config: Gemv | Gemm, planes: int, dtype: torch.dtype):
+@pytest.mark.parametrize("config", GEMV + GEMM + GEMM_K4_8_BITS, ids=name)
+def test_ptx_of_every_group_size_and_dtype_agrees_with_the_oracle(
+    config: Gemv | Gemm, planes: int, dtype: torch.dtype, coefficient_bits: int
+):
     tokens = 1 if isinstance(config, Gemv) else max(2, config.tokens - planes)
     for group, K in itertools.product((32, 64, 128, 256), (136, 512)):
-        if fits(config, planes, group):
-            emulate(config, Layer(planes, group, 72, K, dtype), tokens, bias=True)
+        if fits(config, planes, group, coefficient_bits):
+            emulate(config, Layer(planes, group, 72, K, dtype, coefficient_bits), tokens, bias=True)
 
 
 # --- dispatch -------------------------------------------------------------------------------------------------------
@@ -336,6 +392,10 @@ def test_dispatch_picks_only_what_the_tests_run(arch: int):
         one = {linear_config(1, planes, group, n, K, s, arch) for n, K, s in sizes}
         gemm = {linear_config(M, planes, group, n, K, s, arch) for M in several for n, K, s in sizes}
         assert gemm == {config for config in GEMM if fits(config, planes, group)}
+        one_8 = {linear_config(1, planes, group, n, K, s, arch, 8) for n, K, s in sizes}
+        assert arch >= 100 or one_8 == {config for config in GEMV if fits(config, planes, group, 8)}
+        eight_bits = {linear_config(M, planes, group, n, K, s, arch, 8) for M in several for n, K, s in sizes}
+        assert eight_bits == {config for config in GEMM + GEMM_K4_8_BITS if fits(config, planes, group, 8)}
         eight = {config for config in gemm if config.tokens == 8}
         assert one == (eight if arch >= 100 else {config for config in GEMV if fits(config, planes, group)})
         assert {type(linear_config(M, planes, group, 4096, 4096, 82, arch)) for M in (1024, 5000)} == {Dense}
@@ -364,6 +424,8 @@ ON_A_GPU = [
     for planes in (1, 2, 3, 4)
     for i, group in enumerate((32, 64, 128, 256))
 ]
+ON_A_GPU += [Layer(k, group, 8448, 2048, dtype, 8) for k in (1, 2, 3, 4) for group, dtype in ((32, FP16), (128, BF16))]
+ON_A_GPU += [Layer(k, (64, 256)[k % 2], 1000, 1100, (FP16, BF16)[k // 2 % 2], 8) for k in (1, 2, 3, 4)]
 
 
 @pytest.mark.gpu
@@ -371,7 +433,7 @@ ON_A_GPU = [
 def test_kernels_on_a_gpu_agree_with_the_oracle(layer: Layer):
     """Every kernel with a bias for one of the layers: tokens of a bucket share it, so each compiles once."""
     p = problem(layer, 1024, bias=True, device="cuda")
-    prepared = bpdq_kernels.prepare(p.B, p.c, layer.group, layer.K, layer.dtype, "cuda")
+    prepared = bpdq_kernels.prepare(p.B, p.c, layer.group, layer.K, layer.dtype, "cuda", p.s)
     _, arch = machine(p.x.device)
     for i, bucket in enumerate([(1,), (2, 8), (9, 16), (17, 32), (64, 65, 512, 1024)]):
         bias = p.bias if (i + layer.planes + layer.N // 8) % 2 else None
@@ -385,7 +447,7 @@ def test_kernels_on_a_gpu_agree_with_the_oracle(layer: Layer):
 def test_kernels_replay_from_a_cuda_graph_with_new_inputs(tokens: int):
     layer = Layer(2, 128, 512, 1024, BF16)
     p = problem(layer, tokens, bias=True, device="cuda")
-    prepared = bpdq_kernels.prepare(p.B, p.c, layer.group, layer.K, layer.dtype, "cuda")
+    prepared = bpdq_kernels.prepare(p.B, p.c, layer.group, layer.K, layer.dtype, "cuda", p.s)
     bpdq_kernels.linear(p.x, prepared, p.bias)  # compiles outside the capture
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -399,8 +461,8 @@ def test_kernels_replay_from_a_cuda_graph_with_new_inputs(tokens: int):
 def test_embedding_on_a_gpu_gives_the_oracles_rows():
     layer = Layer(4, 64, 1000, 1100, BF16)
     p = problem(layer, 1, bias=False, device="cuda")
-    prepared = bpdq_kernels.prepare(p.B, p.c, layer.group, layer.K, layer.dtype, "cuda")
+    prepared = bpdq_kernels.prepare(p.B, p.c, layer.group, layer.K, layer.dtype, "cuda", p.s)
     ids = torch.randint(0, layer.N, (3, 7), device="cuda")
-    y = torch.ops.bpdq.embedding(ids, *prepared[:3], layer.K, layer.group, torch.float32)
-    W = reference.dequantize(p.B, p.c, layer.group, layer.K)
+    y = torch.ops.bpdq.embedding(ids, *prepared[:4], layer.K, layer.group, torch.float32)
+    W = p.weight(layer)
     torch.testing.assert_close(y, W[ids], rtol=2e-6, atol=1e-6 * W.abs().max().item())

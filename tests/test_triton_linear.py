@@ -25,7 +25,7 @@ class Case(NamedTuple):
     N: int
     K: int
     dtype: torch.dtype
-    c_dtype: torch.dtype
+    c_dtype: torch.dtype  # int8: with scales
     bias: bool
 
     def __str__(self) -> str:
@@ -50,7 +50,19 @@ CASES = [
     Case(4, 256, 3, 95, 200, BF16, FP16, False),
     Case(4, 128, 70, 17, 384, BF16, BF16, True),
     Case(4, 64, 33, 66, 352, FP16, FP16, True),
+    Case(2, 64, 2, 65, 200, BF16, torch.int8, True),
+    Case(3, 128, 17, 70, 352, FP16, torch.int8, False),
+    Case(1, 32, 9, 33, 100, FP32, torch.int8, True),
+    Case(4, 256, 65, 40, 300, FP16, torch.int8, True),
 ]
+
+
+def scales(case: Case, device: str) -> torch.Tensor | None:
+    """s of coefficients in 8 bits: few powers of two, so that sums of them are exact in bf16."""
+    if case.c_dtype != torch.int8:
+        return None
+    exponents = torch.randint(4, 6, (case.planes + 1, case.N), generator=torch.Generator().manual_seed(2))
+    return (2.0**-exponents).to(device, BF16)
 
 
 def random_layer(case: Case, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -64,6 +76,8 @@ def random_layer(case: Case, device: str) -> tuple[torch.Tensor, torch.Tensor, t
         c = torch.randint(-16, 17, shape, generator=generator) / 16
     else:
         c = torch.randn(shape, generator=generator)
+    if case.c_dtype == torch.int8:
+        c = torch.randint(-16, 17, shape, generator=generator)
     bias = torch.randn(case.N, generator=generator).to(device, case.dtype) if case.bias else None
     return B.to(device), c.to(device, case.c_dtype), bias
 
@@ -72,8 +86,9 @@ def compare(case: Case, device: str) -> None:
     """Assert that the kernel's outputs are those of the oracle's weights, within fp32 accumulation and one rounding."""
     B, c, bias = random_layer(case, device)
     x = torch.randn(case.M, case.K, generator=torch.Generator().manual_seed(1)).to(device, case.dtype)
-    y = stored_linear(x, B, c, case.group, bias)
-    W = reference.dequantize_t(B, c, case.group, case.K, case.dtype).double()
+    s = scales(case, device)
+    y = stored_linear(x, B, c, case.group, bias, s)
+    W = reference.dequantize_t(B, c, case.group, case.K, case.dtype, s).double()
     expected = x.double() @ W + (0 if bias is None else bias.double())
     magnitude = x.double().abs() @ W.abs() + (0 if bias is None else bias.double().abs())
     error = (y.double() - expected).abs()
@@ -130,6 +145,9 @@ def test_sliced_weights_are_refused_instead_of_read_wrongly():
     B, c, _ = random_layer(Case(2, 64, 1, 64, 64, FP16, FP16, False), "cpu")
     with pytest.raises(ValueError, match=r"contiguous: build them with bpdq_kernels\.prepare"):
         stored_linear(torch.zeros(1, 64, dtype=FP16), B[:, :, :32], c[:, :, :32], 64, None)
+    s = torch.ones(3, 128)[:, :64]
+    with pytest.raises(ValueError, match=r"contiguous: build them with bpdq_kernels\.prepare"):
+        stored_linear(torch.zeros(1, 64, dtype=FP16), B, c.to(torch.int8), 64, None, s)
 
 
 def test_every_token_count_gets_the_smallest_tile_that_holds_it():
@@ -190,6 +208,7 @@ def test_one_compilation_serves_every_token_count_of_a_tile():
     bind = create_function_from_signature(linear_kernel.signature, linear_kernel.params, backend)
     tensors = [torch.zeros(1, dtype=dtype) for dtype in (BF16, torch.int32, BF16, BF16, BF16)]
     constants = {"PLANES": 2, "GROUP": 128, "TILE_M": 8, "TILE_N": 64, "TILE_K": 128, "INTERPRETED": False}
+    tensors.insert(3, None)
     keys = {str(bind(*tensors, M, 4096, 4096, 4096, **constants)[1]) for M in (1, 2, 7, 8, 16, 64, 4097)}
     assert len(keys) == 1
     assert {str(bind(*tensors, 8, N, 4096, 4096, **constants)[1]) for N in (4096, 8192, 151936)} == keys

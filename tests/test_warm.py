@@ -26,6 +26,7 @@ LAYERS = [
     Layer(4, 256, 2048, 1856, FP16),  # 128 does not divide K
     Layer(3, 64, 1000, 1100, FP16),  # 16 divides neither
     Layer(1, 32, 70, 333, BF16),  # rows that are copied to be read in vectors
+    Layer(2, 64, 1000, 1100, FP16, 8),
 ]
 
 
@@ -78,17 +79,22 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
-def random_layer(layer: Layer) -> tuple[torch.Tensor, torch.Tensor]:
+def random_layer(layer: Layer) -> layout.Stored:
     generator = torch.Generator().manual_seed(0)
     shape = layout.plane_shape(layer.K, layer.N, layer.planes)
     B = torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, generator=generator)
-    return B, torch.randn(layout.coefficient_shape(layer.K, layer.N, layer.planes, layer.group), generator=generator)
+    shape = layout.coefficient_shape(layer.K, layer.N, layer.planes, layer.group)
+    if layer.coefficient_bits == 8:
+        c = torch.randint(-128, 128, shape, dtype=torch.int8, generator=generator)
+        return layout.Stored(B, c, torch.rand(shape[1:], generator=generator).bfloat16())
+    return layout.Stored(B, torch.randn(shape, generator=generator))
 
 
 @functools.cache
 def tiled(layer: Layer) -> bpdq_kernels.Prepared:
     """As `prepare` would pack it on a GPU, in CPU memory."""
-    tiles = layout.to_tiles(*random_layer(layer), layer.group, layer.dtype)
+    B, c, s = random_layer(layer)
+    tiles = layout.to_tiles(B, c, layer.group, layer.dtype, s)
     return bpdq_kernels.Prepared(*tiles, layer.K, layer.N, layer.group)
 
 
@@ -101,7 +107,7 @@ def zeros(layer: Layer, bias: torch.dtype | None) -> torch.Tensor | None:
 
 
 @pytest.mark.parametrize("machine", [(46, 86), (82, 86), (132, 90)], ids=str)
-@pytest.mark.parametrize(("layer", "bias"), [*zip(LAYERS, (BF16, None, FP16, FP32), strict=True)], ids=str)
+@pytest.mark.parametrize(("layer", "bias"), [*zip(LAYERS, (BF16, None, FP16, FP32, FP16), strict=True)], ids=str)
 def test_no_batch_needs_a_kernel_that_loading_does_not_compile(
     layer: Layer,
     bias: torch.dtype | None,
@@ -139,22 +145,20 @@ def test_no_view_of_the_activations_needs_a_kernel_of_its_own(layer: Layer, requ
 def test_no_batch_of_an_fp32_model_needs_a_kernel_that_loading_does_not_compile(
     layer: Layer, bias: torch.dtype | None, requested: set[tuple[str, str]]
 ):
-    prepared, b = (
-        bpdq_kernels.Prepared(*random_layer(layer), None, None, layer.K, layer.N, layer.group),
-        zeros(layer, bias),
-    )
+    stored, b = random_layer(layer), zeros(layer, bias)
+    prepared = bpdq_kernels.Prepared(*stored, None, layer.K, layer.N, layer.group)
     compile_ahead(prepared, b)
     ahead = requested.copy()
     x = torch.zeros(130, layer.K)
     for tokens in (*range(1, 12), 63, 64, 65, 130):
-        stored_linear(x[:tokens], *prepared[:2], layer.group, b)
+        stored_linear(x[:tokens], stored.B, stored.c, layer.group, b, stored.s)
     assert {kernel for kernel, _ in requested} == {"linear_kernel"}
     assert requested == ahead
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
 def test_one_look_up_compiles_the_embedding_for_all(layer: Layer, requested: set[tuple[str, str]]):
-    tiles = layout.Tiles(*tiled(layer)[:3])
+    tiles = layout.Tiles(*tiled(layer)[:4])
     ids = torch.zeros(100, dtype=torch.int64)
     for part in (ids[:1], ids, ids[3:], ids[1:6], ids[::2]):
         triton_embedding.launch(part, tiles, layer.group, torch.empty(len(part), layer.K, dtype=layer.dtype))
@@ -178,7 +182,7 @@ def test_threads_parse_kernels_while_no_finalizer_runs():
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_nothing_is_compiled_for_other_devices(device: str, requested: set[tuple[str, str]]):
-    B, c = random_layer(LAYERS[2])
+    B, c, _ = random_layer(LAYERS[2])
     prepared = bpdq_kernels.prepare(B, c, LAYERS[2].group, LAYERS[2].K, FP16, device)
     bpdq_kernels.warm_up(prepared)
     bpdq_kernels.warm_up_embedding(prepared, FP16)
@@ -190,7 +194,8 @@ def test_nothing_is_compiled_for_other_devices(device: str, requested: set[tuple
 def test_no_request_on_a_gpu_compiles_anything(layer: Layer, compiled: list[str]):
     for kernel in KERNELS:
         kernel.device_caches.clear()  # of other tests
-    prepared = bpdq_kernels.prepare(*random_layer(layer), layer.group, layer.K, layer.dtype, "cuda")
+    B, c, s = random_layer(layer)
+    prepared = bpdq_kernels.prepare(B, c, layer.group, layer.K, layer.dtype, "cuda", s)
     bias = torch.zeros(layer.N, dtype=layer.dtype, device="cuda")
     bpdq_kernels.warm_up(prepared, bias)
     bpdq_kernels.warm_up_embedding(prepared, layer.dtype)

@@ -69,16 +69,22 @@ def linear_config(
     in_features: int,
     multiprocessors: int,
     arch: int,
+    coefficient_bits: int = 16,
 ) -> Config:
     """The kernel for `tokens` (at least 1) and a layer; arch: compute capability, 86 for 8.6.
 
+    Two tiles of four planes with coefficients of 8 bits need more registers: with one token fewer warps have them, with
+    64 tokens no thread.
     Binary tensor cores end with sm_90: from sm_100 on, ptxas emulates each of their MMAs in some fifty instructions.
     """
     if tokens == 1 and arch < 100:
-        return gemv_config(planes, group_size, out_features, in_features, multiprocessors)
+        one = gemv_config(planes, group_size, out_features, in_features, multiprocessors)
+        return one._replace(warps=4) if one.tiles == 2 and planes == 4 and coefficient_bits == 8 else one
     if tokens >= DENSE_TOKENS.get(arch, DENSE_TOKENS_ELSEWHERE):
         return dense_config(in_features)
-    return gemm_config(tokens, planes, out_features, multiprocessors)
+    config = gemm_config(tokens, planes, out_features, multiprocessors)
+    too_large = config.tokens == 64 and planes == 4 and coefficient_bits == 8
+    return config._replace(tiles=1) if too_large else config
 
 
 def gemv_config(planes: int, group_size: int, out_features: int, in_features: int, multiprocessors: int) -> Gemv:
@@ -120,9 +126,15 @@ def dense_config(in_features: int) -> Dense:
 
 @cache
 def linear_configs(
-    planes: int, group_size: int, out_features: int, in_features: int, multiprocessors: int, arch: int
+    planes: int,
+    group_size: int,
+    out_features: int,
+    in_features: int,
+    multiprocessors: int,
+    arch: int,
+    coefficient_bits: int = 16,
 ) -> tuple[Config, ...]:
     """All that `linear_config` gives a layer for 1 to MAX_TOKENS tokens: past 64 it counts them in 64s."""
     first = (*range(1, 65), *range(65, MAX_TOKENS, 64))
-    layer = (planes, group_size, out_features, in_features, multiprocessors, arch)
+    layer = (planes, group_size, out_features, in_features, multiprocessors, arch, coefficient_bits)
     return tuple(dict.fromkeys(linear_config(tokens, *layer) for tokens in first))

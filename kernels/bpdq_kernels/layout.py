@@ -162,7 +162,13 @@ class Tiles(NamedTuple):
     coefficients  [T, Gn, 8, k+1, 2]       c of outputs 16t + 8h + r over 2^s, in the activations' dtype, fp16 or bf16;
                                            Gn groups, whole units of them
     scales        fp32 [N]                 2^s, a power of two per output that keeps its coefficients within 1
-    ratios        None                     with coefficients in 8 bits: the three of them as `to_tiles` says
+    ratios        None
+
+    With coefficients in 8 bits W[n, i] = scales[n] * (ratio_k c_k + sum_p ratio_p c_p bit_p):
+
+    coefficients  int8 [T, Gn, 8, k+1, 2]  c as stored
+    scales        fp32 [N]                 the largest |s| of the output, 1 where that is 0
+    ratios        [T, 8, k+1, 2]           s of outputs 16t + 8h + r over their scale, in the activations' dtype
     """
 
     planes: Tensor
@@ -170,11 +176,37 @@ class Tiles(NamedTuple):
     scales: Tensor
     ratios: Tensor | None = None
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the activations."""
+        return self.coefficients.dtype if self.ratios is None else self.ratios.dtype
+
+    @property
+    def bits(self) -> int:
+        """Bit-planes: k."""
+        return self.coefficients.shape[3] - 1
+
+    @property
+    def coefficient_bits(self) -> int:
+        return 16 if self.ratios is None else 8
+
+    @property
+    def pairs(self) -> Tensor:
+        """The coefficients with those of rows r and r + 8 in one integer."""
+        return self.coefficients.view(torch.int32 if self.ratios is None else torch.int16)
+
+    @property
+    def ratio_pairs(self) -> Tensor | None:
+        """The ratios likewise, in int32."""
+        return None if self.ratios is None else self.ratios.view(torch.int32)
+
 
 def to_tiles(B: Tensor, c: Tensor, group_size: int, dtype: torch.dtype, s: Tensor | None = None) -> Tiles:
-    """Rearrange B [ceil(K/32), k, N] and c [ceil(K/G), k+1, N] (finite) for activations of `dtype`, fp16 or bf16.
+    """Rearrange B [ceil(K/32), k, N], c [ceil(K/G), k+1, N] and s [k+1, N] (finite; s where c is int8) for activations
+    of `dtype`, fp16 or bf16.
 
-    Exact for c in `dtype`, but for coefficients below 2^-14 of their output's largest, which fp16 holds with an error
+    Exact for int8 c where an output's s are powers of two apart; other ratios of s are rounded to `dtype`. Else exact
+    for c in `dtype`, but for coefficients below 2^-14 of their output's largest, which fp16 holds with an error
     of 2^-25 of it. fp16 coefficients are rounded for bf16 activations, as their products would be.
     Needs a few times `_TILED_AT_ONCE` words beside the result.
     """
@@ -192,15 +224,21 @@ def to_tiles(B: Tensor, c: Tensor, group_size: int, dtype: torch.dtype, s: Tenso
         rows = rows.view(units, 4, k // v, v, len(part), 2, 8).permute(4, 0, 2, 6, 1, 3, 5)  # [T, U, k/v, r, q, v, h]
         part.copy_(rows.reshape(part.shape))
 
+    groups = cdiv(units * UNIT, group_size)
     if s is not None:
-        raise NotImplementedError  # TODO
+        scales = s.float().abs().amax(0)
+        scales[scales == 0] = 1
+        ratios = _pairs_of_rows((s.float() / scales).to(dtype).unsqueeze(0), tiles, 1).squeeze(1)
+        return Tiles(planes, _pairs_of_rows(c, tiles, groups), scales, ratios)
     _, exponents = torch.frexp(c.float().abs().amax((0, 1)))
     scales = torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents)
-    groups = cdiv(units * UNIT, group_size)
-    missing = tiles * TILE_ROWS - n
-    coefficients = torch.nn.functional.pad((c / scales).to(dtype), (0, missing, 0, 0, 0, groups - c.shape[0]))
-    coefficients = coefficients.view(groups, k + 1, tiles, 2, 8).permute(2, 0, 4, 1, 3).contiguous()
-    return Tiles(planes, coefficients, scales)
+    return Tiles(planes, _pairs_of_rows((c / scales).to(dtype), tiles, groups), scales)
+
+
+def _pairs_of_rows(c: Tensor, tiles: int, groups: int) -> Tensor:
+    """c [.., k+1, N] in the order of `Tiles`, [T, Gn, 8, k+1, 2], padded with zeros."""
+    c = torch.nn.functional.pad(c, (0, tiles * TILE_ROWS - c.shape[2], 0, 0, 0, groups - c.shape[0]))
+    return c.view(groups, -1, tiles, 2, 8).permute(2, 0, 4, 1, 3).contiguous()
 
 
 def words_beside(group_size: int) -> int:

@@ -28,18 +28,16 @@ def tiled_linear(x: Tensor, tiles: Tiles, out_features: int, group_size: int, bi
     one token may be); and from some hundred tokens on DENSE_BYTES of weights. Raises ValueError if the
     layer was prepared for another dtype.
     """
-    if x.dtype != tiles.coefficients.dtype:
-        raise ValueError(
-            f"the layer was prepared for {tiles.coefficients.dtype} activations, not {x.dtype}: pass dtype to prepare"
-        )
+    if x.dtype != tiles.dtype:
+        raise ValueError(f"the layer was prepared for {tiles.dtype} activations, not {x.dtype}: pass dtype to prepare")
     y = x.new_empty((*x.shape[:-1], out_features))
     rows = x.reshape(-1, x.shape[-1])
     tokens, in_features = rows.shape
     if not tokens:
         return y
     with torch.cuda.device_of(x):
-        layer = (tiles.coefficients.shape[3] - 1, group_size, out_features, in_features)
-        config = linear_config(tokens, *layer, *machine(x.device))
+        layer = (tiles.bits, group_size, out_features, in_features)
+        config = linear_config(tokens, *layer, *machine(x.device), tiles.coefficient_bits)
         launch(rows, tiles, group_size, bias, y.view(-1, out_features), config)
     return y
 

@@ -41,6 +41,7 @@ def dequantize_kernel(
     planes_ptr: tl.tensor,
     coefficients_ptr: tl.tensor,
     scales_ptr: tl.tensor,
+    ratios_ptr: tl.tensor,
     w_ptr: tl.tensor,
     first_tile: tl.tensor,
     N: tl.tensor,
@@ -67,14 +68,24 @@ def dequantize_kernel(
     c_ptr += row % 8 * (2 * row_pairs(PLANES)) + row // 8
     n = (first_tile + tile) * TILE_ROWS + row
     scale = tl.load(scales_ptr + n, n < N, 0)
+    ratio = ()
+    for p in tl.static_range(PLANES + 1):
+        if ratios_ptr is not None:
+            ratio_ptr = ratios_ptr + (first_tile + tile).to(tl.int64) * (2 * group_pairs(PLANES))
+            ratio_ptr += row % 8 * (2 * row_pairs(PLANES)) + row // 8
+            ratio = ratio + (tl.load(ratio_ptr + 2 * p, n < N, 0).to(tl.float32),)
     for i in tl.static_range(UNITS):
         unit = tl.program_id(1) * UNITS + i
         here = n < tl.where(unit < units, N, 0)
         group_ptr = c_ptr + (unit * UNIT + other * (32 * BESIDE)) // GROUP * (2 * group_pairs(PLANES))
         w = tl.load(group_ptr + 2 * PLANES, here, 0).to(tl.float32)
+        if ratios_ptr is not None:
+            w *= ratio[PLANES]
         for p in tl.static_range(PLANES):
             words = tl.load(words_ptr + unit * unit_words(PLANES) + plane_start(p, PLANES), here, 0)
             c_p = tl.load(group_ptr + 2 * p, here, 0).to(tl.float32)
+            if ratios_ptr is not None:
+                c_p *= ratio[p]
             w = tl.where((words >> bit) & 1 != 0, w + c_p, w)
         inputs = input_of_word(unit * UNIT, other * BESIDE, BESIDE) + run * run_step(BESIDE)
         inputs = input_of_word(inputs, beside, BESIDE) + number
@@ -98,12 +109,12 @@ def dequantize(
     bf16. compile_only: compile the kernel, write nothing."""
     outputs, in_features = weight.shape
     dequantize_kernel.run(
-        *tiles[:3],
+        *tiles,
         weight,
         first_output // layout.TILE_ROWS,
         min(first_output + outputs, tiles.scales.numel()),
         in_features,
-        PLANES=tiles.coefficients.shape[3] - 1,
+        PLANES=tiles.bits,
         GROUP=group_size,
         UNITS=UNITS,
         grid=(cdiv(outputs, layout.TILE_ROWS), cdiv(in_features, UNITS * layout.UNIT)),

@@ -31,6 +31,7 @@ def embedding_kernel(
     planes_ptr: tl.tensor,
     coefficients_ptr: tl.tensor,
     scales_ptr: tl.tensor,
+    ratios_ptr: tl.tensor,
     y_ptr: tl.tensor,
     N: tl.tensor,
     K: tl.tensor,
@@ -51,14 +52,23 @@ def embedding_kernel(
     tile_ptr = planes_ptr + tile * units * unit_words(PLANES) + (row % 8 * 4 + word % 4) * lane_words(PLANES) + half
     c_ptr = coefficients_ptr + (tile * groups * 8 + row % 8) * (2 * row_pairs(PLANES)) + half
     scale = tl.where(number == row, tl.load(scales_ptr + row), 0)
+    ratio = ()
+    for p in tl.static_range(PLANES + 1):
+        if ratios_ptr is not None:
+            ratio_ptr = ratios_ptr + (tile * 8 + row % 8) * (2 * row_pairs(PLANES)) + half
+            ratio = ratio + (tl.load(ratio_ptr + 2 * p).to(tl.float32),)
     for first in range(0, units, UNITS):
         unit = first + word // 4
         here = unit < units
         group_ptr = c_ptr + (unit * UNIT + word % 4 * 32) // GROUP * (2 * group_pairs(PLANES))
         w = tl.load(group_ptr + 2 * PLANES, here, 0).to(tl.float32)
+        if ratios_ptr is not None:
+            w *= ratio[PLANES]
         for p in tl.static_range(PLANES):
             words = tl.load(tile_ptr + unit * unit_words(PLANES) + plane_start(p, PLANES), here, 0)
             c_p = tl.load(group_ptr + 2 * p, here, 0).to(tl.float32)
+            if ratios_ptr is not None:
+                c_p *= ratio[p]
             w = tl.where((words >> bit) & 1 != 0, w + c_p, w)
         i = unit * UNIT + inputs
         tl.store(y_ptr + tl.program_id(0).to(tl.int64) * K + i, (w * scale).to(y_ptr.dtype.element_ty), i < K)
@@ -68,11 +78,11 @@ def launch(ids: Tensor, tiles: Tiles, group_size: int, y: Tensor) -> None:
     """Write rows `ids` [M] (int32 or int64; zeros for those not in 0..N-1) of the weight into y [M, K]."""
     embedding_kernel[(ids.numel(),)](
         ids.contiguous(),
-        *tiles[:3],
+        *tiles,
         y,
         tiles.scales.numel(),
         y.shape[1],
-        PLANES=tiles.coefficients.shape[3] - 1,
+        PLANES=tiles.bits,
         GROUP=group_size,
         UNITS=8,
         num_warps=4,

@@ -17,11 +17,13 @@ Weights: turned to a run, a word has the bits of its eight inputs where `and pai
 that are 0 or 2^(2^(i+1) - 15) (bits 11..14 belong to the exponent). With each c_p divided by that power once
 a unit, a pair of weights is one AND and one FMA per plane, w = (bits * c_p') + w, rounded to 16 bits in each. bf16
 activations get bf16 weights by the same instructions, so they can't overflow; coefficients are stored within 1, so
-that c_p' stays in range. `scales` multiplies the sums in fp32.
+that c_p' stays in range. `scales` multiplies the sums in fp32. Coefficients of 8 bits become such numbers by one FMA
+more (`byte_steps`), exactly where their ratios are powers of two.
 
 Budget, RTX 3090, k = 2, G = 128 (sm_86 SASS): 3.0 thread instructions a weight up to 8 tokens, where 5.6 fit into
 the time DRAM needs for it; tensor cores, at the rate of fp32 accumulation, take 0.71 of DRAM time, the schedulers
-0.52. Above 16 tokens the tensor cores are the bound; at 64, no other pipe has a sixth of their work.
+0.52; with coefficients of 8 bits 3.1 instructions, 0.77 and 0.60. Above 16 tokens the tensor cores are the bound; at
+64, no other pipe has a sixth of their work.
 """
 
 from typing import Any
@@ -37,6 +39,8 @@ from bpdq_kernels.layout import Tiles, cdiv
 from bpdq_kernels.triton_layout import (
     TILE_ROWS,
     UNIT,
+    coefficient_pair,
+    first_pair,
     group_pairs,
     input_of_word,
     lane_words,
@@ -44,6 +48,7 @@ from bpdq_kernels.triton_layout import (
     load_planes,
     pair_mask,
     row_pairs,
+    row_words,
     run_step,
     turn,
     unit_words,
@@ -62,6 +67,9 @@ REGISTERS = {
     (Gemm(32, 2, 4, 4), 4): 232,
     (Gemm(32, 2, 8, 8), 1): 128,
 }
+REGISTERS_8_BITS = {
+    (Gemm(16, 2, 4, 4), 3): 144,
+}
 
 
 @triton.jit(do_not_specialize=["M", "stride_x"])
@@ -70,6 +78,7 @@ def gemm_kernel(
     planes_ptr: tl.tensor,
     coefficients_ptr: tl.tensor,
     scales_ptr: tl.tensor,
+    ratios_ptr: tl.tensor,  # None: coefficients in 16 bits
     bias_ptr: tl.tensor,
     y_ptr: tl.tensor,
     M: tl.tensor,
@@ -90,6 +99,7 @@ def gemm_kernel(
     lane = thread % 32
     r = lane // 4
     TEAMS: tl.constexpr = WARPS // SPLIT  # of SPLIT warps, which share the inputs of the same tiles
+    BYTES: tl.constexpr = ratios_ptr is not None
     units = tl.cdiv(K, UNIT)
     u = warp // TEAMS
     first_tile = tl.program_id(1) * (TEAMS * TILES)
@@ -101,13 +111,17 @@ def gemm_kernel(
     planes_stride = units * unit_words(PLANES)
     c_stride = tl.cdiv(units * UNIT, GROUP) * group_pairs(PLANES)
     planes_ptr += tile.to(tl.int64) * planes_stride + u * unit_words(PLANES) + lane * lane_words(PLANES)
-    coefficients_ptr += tile.to(tl.int64) * c_stride + r * row_pairs(PLANES)
+    coefficients_ptr += tile.to(tl.int64) * c_stride + first_pair(r, PLANES, BYTES)
     BESIDE: tl.constexpr = words_beside(GROUP)
     i = input_of_word(u * UNIT, lane % 4, BESIDE)
     x_rows = ()
     for n in tl.static_range(TOKENS // 8):
         token = tl.minimum(tl.program_id(0) * TOKENS + n * 8 + r, M - 1)  # rows past M: computed, never stored
         x_rows = x_rows + (x_ptr + token.to(tl.int64) * stride_x + i,)
+    CS: tl.constexpr = row_words(PLANES) if BYTES else PLANES + 1
+    if BYTES:
+        ratios_ptr += tile.to(tl.int64) * group_pairs(PLANES) + r * row_pairs(PLANES)
+        factors = byte_factors(ratios_ptr, inside, PLANES, TILES, BF16)
     acc = (tl.zeros([32 * WARPS], tl.float32),) * (TILES * TOKENS // 2)
     # with many tokens, other warps' multiplications hide the latency, and registers are short
     AHEAD: tl.constexpr = TOKENS < 64
@@ -120,7 +134,7 @@ def gemm_kernel(
         live = inside & (u < units)
         next_words = load_planes(planes_ptr, planes_stride, live, PLANES, TILES)
         c_ptr = coefficients_ptr + i // GROUP * group_pairs(PLANES)
-        next_c = load_coefficients(c_ptr, c_stride, live, 1, PLANES, TILES)
+        next_c = load_coefficients(c_ptr, c_stride, live, 1, PLANES, TILES, BYTES)
     for _ in range(0, units, SPLIT):
         if AHEAD:
             words = next_words
@@ -129,12 +143,12 @@ def gemm_kernel(
             live = inside & (u + SPLIT < units)
             next_words = load_planes(planes_ptr, planes_stride, live, PLANES, TILES)
             c_ptr = coefficients_ptr + (i + SPLIT * UNIT) // GROUP * group_pairs(PLANES)
-            next_c = load_coefficients(c_ptr, c_stride, live, 1, PLANES, TILES)
+            next_c = load_coefficients(c_ptr, c_stride, live, 1, PLANES, TILES, BYTES)
         else:
             live = inside & (u < units)
             words = load_planes(planes_ptr, planes_stride, live, PLANES, TILES)
             c_ptr = coefficients_ptr + i // GROUP * group_pairs(PLANES)
-            c = load_coefficients(c_ptr, c_stride, live, 1, PLANES, TILES)
+            c = load_coefficients(c_ptr, c_stride, live, 1, PLANES, TILES, BYTES)
             planes_ptr += SPLIT * unit_words(PLANES)
         if X_AHEAD:
             x_runs = next_x
@@ -143,7 +157,12 @@ def gemm_kernel(
                 next_x = next_x + (load_run(x_rows, u, units, i, K, SPLIT, j, BESIDE, TOKENS, WHOLE),)
         steps = ()
         for t in tl.static_range(TILES):
-            steps = steps + (coefficient_steps(c[(PLANES + 1) * t : (PLANES + 1) * (t + 1)], PLANES, BF16),)
+            t_c = c[CS * t : CS * (t + 1)]
+            if BYTES:
+                t_factors = factors[2 * (PLANES + 1) * t : 2 * (PLANES + 1) * (t + 1)]
+                steps = steps + (byte_steps(t_c, t_factors, r, PLANES, BF16),)
+            else:
+                steps = steps + (coefficient_steps(t_c, PLANES, BF16),)
         for j in tl.static_range(4):
             x = x_runs[j] if X_AHEAD else load_run(x_rows, u, units, i, K, 0, j, BESIDE, TOKENS, WHOLE)
             sums = ()
@@ -171,6 +190,8 @@ def gemm_kernel(
     row = (first_tile + thread // 32 * TILES + s // (TOKENS // 2)) * TILE_ROWS + s // 2 % 2 * 8 + thread % 32 // 4
     token = s % (TOKENS // 2) // 4 * 8 + thread % 4 * 2 + s % 2
     y *= tl.load(scales_ptr + row, row < N, 0)
+    if BYTES:
+        y *= 512.0
     if bias_ptr is not None:
         y += tl.load(bias_ptr + row, row < N, 0).to(tl.float32)
     first_token = tl.program_id(0) * TOKENS
@@ -220,6 +241,52 @@ def coefficient_steps(c: tl.tuple, PLANES: tl.constexpr, BF16: tl.constexpr) -> 
 
 
 @triton.jit
+def byte_factors(
+    ptr: tl.tensor, live: tl.tensor, PLANES: tl.constexpr, TILES: tl.constexpr, BF16: tl.constexpr
+) -> tl.tuple:
+    """For `byte_steps`, of each pair of ratios at ptr: what a byte, read as a number, is multiplied with, and what is
+    added, for byte - 128 times the ratio over 2^10 (planes) or 2^9 (c_0)."""
+    ratios = load_coefficients(ptr, group_pairs(PLANES), live, 1, PLANES, TILES)
+    minus_zero = tl.full([], -0x7FFF8000, tl.int32)
+    # 2^123, -2^-3 in bf16, 2^14, -2^-3 in fp16; of c_0 twice that
+    ONE: tl.constexpr = 0x00800080 if BF16 else 0x04000400
+    TIMES: tl.constexpr = (250 if BF16 else 29) * ONE
+    PLUS: tl.constexpr = (124 if BF16 else 12) * ONE - 0x7FFF8000
+    found = ()
+    for i in tl.static_range(TILES * (PLANES + 1)):
+        times = tl.full([], TIMES + ONE if i % (PLANES + 1) == PLANES else TIMES, tl.int32)
+        plus = tl.full([], PLUS + ONE if i % (PLANES + 1) == PLANES else PLUS, tl.int32)
+        found = found + (fma_pair(ratios[i], times, minus_zero, 2, 2, BF16),)
+        found = found + (fma_pair(ratios[i], plus, minus_zero, 2, 2, BF16),)
+    return found
+
+
+@triton.jit
+def byte_steps(c: tl.tuple, factors: tl.tuple, r: tl.tensor, PLANES: tl.constexpr, BF16: tl.constexpr) -> tl.tuple:
+    """As `coefficient_steps`, over 512, of coefficients of 8 bits; factors: of the tile, by `byte_factors`.
+
+    The halves' lowest 8 bits are subnormal numbers (of bf16 the next ones too): the byte times 2^-24, 2^-133 in bf16.
+    One FMA takes 128 off, which the sign bit turned over added, and multiplies by the ratio and by what the last of a
+    plane's four numbers needs; the others are powers of two of that."""
+    positive = ()
+    for w in tl.static_range(len(c)):
+        positive = positive + (c[w] ^ -0x7F7F7F80,)
+    minus_zero = tl.full([], -0x7FFF8000, tl.int32)
+    steps = ()
+    for p in tl.static_range(PLANES + 1):
+        last = fma_pair(coefficient_pair(positive, p, r, PLANES), factors[2 * p], factors[2 * p + 1], 2, 2, BF16)
+        if p < PLANES:
+            for i in tl.static_range(3):
+                # over that of i = 3: 2^(128 - 2^(i+4)) in bf16, 2^(16 - 2^(i+1)) in fp16
+                factor = tl.full(
+                    [], (((255 - (16 << i)) << 7) if BF16 else ((31 - (2 << i)) << 10)) * 0x10001, tl.int32
+                )
+                steps = steps + (fma_pair(last, factor, minus_zero, 2, 2, BF16),)
+        steps = steps + (last,)
+    return steps
+
+
+@triton.jit
 def multiply(
     words: tl.tuple,
     steps: tl.tuple,
@@ -255,10 +322,10 @@ def weights(
     return w
 
 
-def options(config: Gemm, planes: int) -> dict[str, Any]:
+def options(config: Gemm, planes: int, coefficient_bits: int) -> dict[str, Any]:
     """Compiler options."""
     found: dict[str, Any] = {"num_warps": config.warps, "enable_fp_fusion": True}
-    limit = REGISTERS.get((config, planes))
+    limit = (REGISTERS if coefficient_bits == 16 else REGISTERS_8_BITS).get((config, planes))
     return found | {"maxnreg": limit} if limit else found
 
 
@@ -278,15 +345,16 @@ def launch(
     gemm_kernel.run(
         x,
         tiles.planes,
-        tiles.coefficients.view(torch.int32),
+        tiles.pairs,
         tiles.scales,
+        tiles.ratio_pairs,
         bias,
         y,
         tokens,
         out_features,
         in_features,
         x.stride(0),
-        PLANES=tiles.coefficients.shape[3] - 1,
+        PLANES=tiles.bits,
         GROUP=group_size,
         BF16=x.dtype == torch.bfloat16,
         TOKENS=config.tokens,
@@ -296,5 +364,5 @@ def launch(
         WHOLE=in_features % layout.UNIT == 0,
         grid=(cdiv(tokens, config.tokens), cdiv(out_features, layout.TILE_ROWS * tiles_per_block)),
         warmup=compile_only,
-        **options(config, tiles.coefficients.shape[3] - 1),
+        **options(config, tiles.bits, tiles.coefficient_bits),
     )

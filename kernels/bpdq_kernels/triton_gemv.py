@@ -21,8 +21,12 @@ Fixed point: per unit, 16 bits relative to the power of two above its largest |x
 most 2^-15 of that largest, where a weight rounded to fp16 is off by up to 2^-11 of itself. bf16 can't overflow.
 Infinity and NaN in x give NaN.
 
+Coefficients of 8 bits multiply the counts as integers, and each plane is summed by itself: its ratio comes once at the
+end.
+
 Budget, RTX 3090, k = 2, G = 128 (sm_86 SASS): 1.2 thread instructions a weight with 64 outputs per block, 2.1 with
-16, where 5.6 fit into the time DRAM needs for it: the schedulers take 0.21 to 0.37 of it, every pipe less.
+16, where 5.6 fit into the time DRAM needs for it: the schedulers take 0.21 to 0.37 of it, every pipe less. With
+coefficients of 8 bits there are as many instructions, and DRAM needs less time: 0.22 to 0.39.
 """
 
 import torch
@@ -36,6 +40,8 @@ from bpdq_kernels.layout import Tiles, cdiv
 from bpdq_kernels.triton_layout import (
     TILE_ROWS,
     UNIT,
+    coefficient_of,
+    first_pair,
     group_pairs,
     groups_in_unit,
     input_of_bit,
@@ -44,6 +50,7 @@ from bpdq_kernels.triton_layout import (
     load_coefficients,
     load_planes,
     row_pairs,
+    row_words,
     unit_words,
     words_beside,
 )
@@ -68,6 +75,7 @@ def gemv_kernel(
     planes_ptr: tl.tensor,
     coefficients_ptr: tl.tensor,
     scales_ptr: tl.tensor,
+    ratios_ptr: tl.tensor,  # None: coefficients in 16 bits
     bias_ptr: tl.tensor,
     y_ptr: tl.tensor,
     N: tl.tensor,
@@ -85,11 +93,15 @@ def gemv_kernel(
     q = lane % 4
     units = tl.cdiv(K, UNIT)
     PARTS: tl.constexpr = groups_in_unit(GROUP)
+    BYTES: tl.constexpr = ratios_ptr is not None
+    SUMS: tl.constexpr = 2 * PLANES + 1 if BYTES else 2  # of a tile
+    CS: tl.constexpr = PARTS * (row_words(PLANES) if BYTES else PLANES + 1)
     planes_stride = units * unit_words(PLANES)
     c_stride = tl.cdiv(units * UNIT, GROUP) * group_pairs(PLANES)
     tile = (tl.program_id(0) * TILES).to(tl.int64)
     planes_ptr += tile * planes_stride + warp * unit_words(PLANES) + lane * lane_words(PLANES)
-    coefficients_ptr += tile * c_stride + warp * UNIT // GROUP * group_pairs(PLANES) + lane // 4 * row_pairs(PLANES)
+    coefficients_ptr += tile * c_stride + warp * UNIT // GROUP * group_pairs(PLANES)
+    coefficients_ptr += first_pair(lane // 4, PLANES, BYTES)
     BESIDE: tl.constexpr = words_beside(GROUP)
     x_ptr += warp * UNIT + input_of_lane(lane, BESIDE)
     inputs_left = K - warp * UNIT
@@ -98,10 +110,12 @@ def gemv_kernel(
     # misses at the end would be waited for
     first_row = tile * TILE_ROWS
     prefetch(scales_ptr + first_row + thread, (thread < TILES * TILE_ROWS) & (first_row + thread < N))
+    if BYTES:
+        prefetch(ratios_ptr + tile * group_pairs(PLANES) + 8 * thread, thread < TILES * (PLANES + 1))
     sign = tl.where(q == 3, -2, 2)  # bit 15 counts negative
-    acc = (tl.zeros([32 * WARPS], tl.float32),) * (2 * TILES)
+    acc = (tl.zeros([32 * WARPS], tl.float32),) * (SUMS * TILES)
     next_words = load_planes(planes_ptr, planes_stride, inputs_left > 0, PLANES, TILES)
-    next_c = load_coefficients(coefficients_ptr, c_stride, inputs_left > 0, PARTS, PLANES, TILES)
+    next_c = load_coefficients(coefficients_ptr, c_stride, inputs_left > 0, PARTS, PLANES, TILES, BYTES)
     next_x = load_inputs(x_ptr, inputs_left - own, BESIDE, WHOLE)
     for _ in range(0, units, WARPS):
         words = next_words
@@ -112,25 +126,24 @@ def gemv_kernel(
         x_ptr += WARPS * UNIT
         inputs_left -= WARPS * UNIT
         next_words = load_planes(planes_ptr, planes_stride, inputs_left > 0, PLANES, TILES)
-        next_c = load_coefficients(coefficients_ptr, c_stride, inputs_left > 0, PARTS, PLANES, TILES)
+        next_c = load_coefficients(coefficients_ptr, c_stride, inputs_left > 0, PARTS, PLANES, TILES, BYTES)
         next_x = load_inputs(x_ptr, inputs_left - own, BESIDE, WHOLE)
-        low, high, sums, scale = slice_bits(x, lane, q, GROUP)
+        low, high, sums, scale = slice_bits(x, lane, q, GROUP, BYTES)
         sums_of_products = ()
         for t in tl.static_range(TILES):
-            z, z8 = dot_unit(
-                words[2 * PLANES * t : 2 * PLANES * (t + 1)],
-                c[PARTS * (PLANES + 1) * t : PARTS * (PLANES + 1) * (t + 1)],
-                low,
-                high,
-                sums,
-                q,
-                sign,
-                PLANES,
-                GROUP,
-                BF16,
-            )
-            sums_of_products = sums_of_products + (acc[2 * t] + scale * z, acc[2 * t + 1] + scale * z8)
+            t_words = words[2 * PLANES * t : 2 * PLANES * (t + 1)]
+            t_c = c[CS * t : CS * (t + 1)]
+            if BYTES:
+                part = acc[SUMS * t : SUMS * (t + 1)]
+                part = add_unit_of_bytes(part, t_words, t_c, low, high, sums, scale, lane, sign, PLANES, GROUP)
+                sums_of_products = sums_of_products + part
+            else:
+                z, z8 = dot_unit(t_words, t_c, low, high, sums, q, sign, PLANES, GROUP, BF16)
+                sums_of_products = sums_of_products + (acc[2 * t] + scale * z, acc[2 * t + 1] + scale * z8)
         acc = sums_of_products
+    if BYTES:
+        ratios_ptr += tile * group_pairs(PLANES) + lane // 4 * row_pairs(PLANES)
+        acc = sums_over_planes(acc, ratios_ptr, q, PLANES, TILES, BF16)
     y = tl.reshape(stack(acc), [WARPS, 8, 4, 2 * TILES])
     four_to_the_q = (1 << (2 * tl.arange(0, 4))).to(tl.float32)
     y = tl.permute(y * four_to_the_q[None, None, :, None], 1, 3, 0, 2)
@@ -161,9 +174,9 @@ def load_inputs(ptr: tl.tensor, inputs_left: tl.tensor, BESIDE: tl.constexpr, WH
 
 
 @triton.jit
-def slice_bits(x: tl.tuple, lane: tl.tensor, q: tl.tensor, GROUP: tl.constexpr) -> tl.tuple:
+def slice_bits(x: tl.tuple, lane: tl.tensor, q: tl.tensor, GROUP: tl.constexpr, BYTES: tl.constexpr) -> tl.tuple:
     """Bit-planes of a unit's inputs in fixed point: the operands of `mma_bits` for bits 0..7 and 8..15, the sum of
-    the integers of each group (in lanes with q = 0, else 0; fp32), and the unit's power of two."""
+    the integers of each group (fp32; without BYTES in lanes with q = 0, else 0), and the unit's power of two."""
     ALL: tl.constexpr = tl.PropagateNan.ALL
     top01 = tl.maximum(tl.abs(x[0]), tl.abs(x[1]), propagate_nan=ALL)
     top23 = tl.maximum(tl.abs(x[2]), tl.abs(x[3]), propagate_nan=ALL)
@@ -178,15 +191,15 @@ def slice_bits(x: tl.tuple, lane: tl.tensor, q: tl.tensor, GROUP: tl.constexpr) 
     i2 = (x[2] * inverse + 12582912.0).to(tl.int32, bitcast=True)
     i3 = (x[3] * inverse + 12582912.0).to(tl.int32, bitcast=True)
     if GROUP >= 128:
-        sums = (sum_of_integers(i0 + i1 + i2 + i3, 4, q),)
+        sums = (sum_of_integers(i0 + i1 + i2 + i3, 4, q, BYTES),)
     elif GROUP == 64:
-        sums = (sum_of_integers(i0 + i1, 2, q), sum_of_integers(i2 + i3, 2, q))
+        sums = (sum_of_integers(i0 + i1, 2, q, BYTES), sum_of_integers(i2 + i3, 2, q, BYTES))
     else:
         sums = (
-            sum_of_integers(i0, 1, q),
-            sum_of_integers(i1, 1, q),
-            sum_of_integers(i2, 1, q),
-            sum_of_integers(i3, 1, q),
+            sum_of_integers(i0, 1, q, BYTES),
+            sum_of_integers(i1, 1, q, BYTES),
+            sum_of_integers(i2, 1, q, BYTES),
+            sum_of_integers(i3, 1, q, BYTES),
         )
     i01 = select_bytes(i0, i1, tl.full([], 0x5140, tl.int32))
     i23 = select_bytes(i2, i3, tl.full([], 0x5140, tl.int32))
@@ -196,10 +209,11 @@ def slice_bits(x: tl.tuple, lane: tl.tensor, q: tl.tensor, GROUP: tl.constexpr) 
 
 
 @triton.jit
-def sum_of_integers(i: tl.tensor, WORDS: tl.constexpr, q: tl.tensor) -> tl.tensor:
+def sum_of_integers(i: tl.tensor, WORDS: tl.constexpr, q: tl.tensor, BYTES: tl.constexpr) -> tl.tensor:
     # what 1.5 * 2^23 left above the integers, modulo 2^32
     excess: tl.constexpr = ((32 * WORDS * 0x4B400000 + (1 << 31)) & 0xFFFFFFFF) - (1 << 31)
-    return tl.where(q == 0, warp_sum(i) - excess, 0).to(tl.float32)
+    found = warp_sum(i) - excess
+    return (found if BYTES else tl.where(q == 0, found, 0)).to(tl.float32)
 
 
 @triton.jit
@@ -257,6 +271,66 @@ def dot_unit(
     return z, z8
 
 
+@triton.jit
+def add_unit_of_bytes(
+    acc: tl.tuple,
+    words: tl.tuple,
+    c: tl.tuple,
+    low: tl.tensor,
+    high: tl.tensor,
+    sums: tl.tuple,
+    scale: tl.tensor,
+    lane: tl.tensor,
+    sign: tl.tensor,
+    PLANES: tl.constexpr,
+    GROUP: tl.constexpr,
+) -> tl.tuple:
+    """Add a unit's dot products to acc, for each plane by itself: rows r and r + 8 over 4^q in turn; last c_0 times the
+    sum of x, of row r in lanes with q = 0 and of row r + 8 in those with q = 1. Products of counts and coefficients of
+    8 bits fit 25 bits with their sign, so they are summed in integers."""
+    PARTS: tl.constexpr = groups_in_unit(GROUP)
+    WORDS: tl.constexpr = row_words(PLANES)
+    r = lane // 4
+    q = lane % 4
+    added = ()
+    for p in tl.static_range(PLANES):
+        z = tl.zeros_like(low)
+        z8 = z
+        for part in tl.static_range(PARTS):
+            low_part = low if PARTS == 1 else tl.where(q // (4 // PARTS) == part, low, 0)
+            high_part = high if PARTS == 1 else tl.where(q // (4 // PARTS) == part, high, 0)
+            d0, d1, d2, d3 = mma_bits(words[2 * p], words[2 * p + 1], low_part)
+            e0, e1, e2, e3 = mma_bits(words[2 * p], words[2 * p + 1], high_part)
+            row = c[WORDS * part : WORDS * (part + 1)]
+            z += coefficient_of(row, p, 0, r, PLANES) * (d0 + 2 * d1 + 256 * (e0 + sign * e1))
+            z8 += coefficient_of(row, p, 1, r, PLANES) * (d2 + 2 * d3 + 256 * (e2 + sign * e3))
+        added = added + (acc[2 * p] + scale * z.to(tl.float32), acc[2 * p + 1] + scale * z8.to(tl.float32))
+    z = acc[2 * PLANES]
+    for part in tl.static_range(PARTS):
+        row = c[WORDS * part : WORDS * (part + 1)]
+        z += coefficient_of(row, PLANES, q % 2, r, PLANES).to(tl.float32) * (scale * sums[part])
+    return added + (z,)
+
+
+@triton.jit
+def sums_over_planes(
+    acc: tl.tuple, ratios_ptr: tl.tensor, q: tl.tensor, PLANES: tl.constexpr, TILES: tl.constexpr, BF16: tl.constexpr
+) -> tl.tuple:
+    """This lane's part, over 4^q, of the sums of rows r and r + 8 of each tile, of what `add_unit_of_bytes` summed."""
+    y = ()
+    for t in tl.static_range(TILES):
+        part = acc[(2 * PLANES + 1) * t : (2 * PLANES + 1) * (t + 1)]
+        c_0, c_08 = unpack_pair(tl.load(ratios_ptr + (t * group_pairs(PLANES) + PLANES)), BF16)
+        y_t = tl.where(q == 0, c_0 * part[2 * PLANES], 0.0)
+        y_t8 = tl.where(q == 1, c_08 * 0.25 * part[2 * PLANES], 0.0)
+        for p in tl.static_range(PLANES):
+            ratio, ratio8 = unpack_pair(tl.load(ratios_ptr + (t * group_pairs(PLANES) + p)), BF16)
+            y_t += ratio * part[2 * p]
+            y_t8 += ratio8 * part[2 * p + 1]
+        y = y + (y_t, y_t8)
+    return y
+
+
 def options(config: Gemv) -> dict[str, int]:
     """Compiler options: registers for two blocks of eight warps or three of four on a multiprocessor. Left to itself,
     ptxas would rather spill one than take more than 80 (one tile of k = 3 at G = 64)."""
@@ -278,15 +352,16 @@ def launch(
     gemv_kernel.run(
         x,
         tiles.planes,
-        tiles.coefficients.view(torch.int32),
+        tiles.pairs,
         tiles.scales,
+        tiles.ratio_pairs,
         bias,
         y,
         out_features,
         in_features,
-        PLANES=tiles.coefficients.shape[3] - 1,
+        PLANES=tiles.bits,
         GROUP=group_size,
-        BF16=tiles.coefficients.dtype == torch.bfloat16,
+        BF16=tiles.dtype == torch.bfloat16,
         TILES=config.tiles,
         WARPS=config.warps,
         WHOLE=in_features % layout.UNIT == 0,

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from bpdq_kernels import layout
-from bpdq_kernels.warp import load2, load4
+from bpdq_kernels.warp import load2, load4, select_bytes, shift_right, signed_byte
 
 TILE_ROWS, UNIT, RUN = tl.constexpr(layout.TILE_ROWS), tl.constexpr(layout.UNIT), tl.constexpr(layout.RUN)
 words_beside = triton.constexpr_function(layout.words_beside)
@@ -45,6 +45,19 @@ def row_pairs(planes: int) -> int:
 def group_pairs(planes: int) -> int:
     """Pairs of coefficients of a tile in a group."""
     return layout.TILE_ROWS // 2 * (planes + 1)
+
+
+@triton.constexpr_function
+def row_words(planes: int) -> int:
+    """Words that hold a row's pairs of 8-bit coefficients."""
+    return planes // 2 + 1
+
+
+@triton.jit
+def first_pair(r: tl.tensor, PLANES: tl.constexpr, BYTES: tl.constexpr) -> tl.tensor:
+    """Where `load_coefficients` starts to read row r of a group: at its first pair, or before it at a whole word."""
+    first = r * row_pairs(PLANES)
+    return first - r % 2 if BYTES and PLANES % 2 == 0 else first
 
 
 @triton.constexpr_function
@@ -111,13 +124,49 @@ def load_coefficients(
     GROUPS: tl.constexpr,
     PLANES: tl.constexpr,
     TILES: tl.constexpr,
+    BYTES: tl.constexpr = False,
 ) -> tl.tuple:
     """A row's pairs of coefficients for each tile, of GROUPS groups one after the other; zeros where not `live`. Tiles
-    are `stride` pairs apart."""
+    are `stride` pairs apart, ptr points at `first_pair`. BYTES: `row_words`
+    of each group, whose pairs start with the second where r is odd and k even."""
     c = ()
     for _ in tl.static_range(TILES):
         for group in tl.static_range(GROUPS):
-            for p in tl.static_range(PLANES + 1):
-                c = c + (tl.load(ptr + (group * group_pairs(PLANES) + p), live, 0),)
+            if BYTES and PLANES == 3:
+                c = c + load2(ptr, live, 2 * group * group_pairs(PLANES))
+            elif BYTES:
+                for word in tl.static_range(row_words(PLANES)):
+                    words_ptr = (ptr + group * group_pairs(PLANES)).to(tl.pointer_type(tl.int32))
+                    c = c + (tl.load(words_ptr + word, live, 0),)
+            else:
+                for p in tl.static_range(PLANES + 1):
+                    c = c + (tl.load(ptr + (group * group_pairs(PLANES) + p), live, 0),)
         ptr += stride
     return c
+
+
+@triton.jit
+def coefficient_of(words: tl.tuple, P: tl.constexpr, half: tl.tensor, r: tl.tensor, PLANES: tl.constexpr) -> tl.tensor:
+    """Coefficient P of row r + 8 half as an integer; words: of row r's coefficients of 8 bits."""
+    byte = P % 2 * 2 + half
+    if PLANES == 2:
+        value = signed_byte(words[P // 2], words[(P + 1) // 2], byte + r % 2 * 2)
+    elif PLANES == 4:  # registers are short, and these shifts need one for all
+        word = shift_right(words[P // 2], words[P // 2 + 1] if P < 4 else words[2], r % 2 * 16)
+        value = signed_byte(word, word, byte)
+    else:
+        value = signed_byte(words[P // 2], words[P // 2], byte)
+    return value
+
+
+@triton.jit
+def coefficient_pair(words: tl.tuple, P: tl.constexpr, r: tl.tensor, PLANES: tl.constexpr) -> tl.tensor:
+    """Bytes of coefficient P of rows r and r + 8, one in each half; words: of row r's coefficients of 8 bits."""
+    word = words[P // 2]
+    selector = tl.full([], 0x4342 if P % 2 else 0x4140, tl.int32)
+    if PLANES % 2 == 0:
+        if P % 2 == 0:
+            selector = tl.where(r % 2 == 0, 0x4140, 0x4342)
+        else:
+            word = shift_right(word, words[P // 2 + 1], r % 2 * 16)
+    return select_bytes(word, tl.zeros_like(word), selector)

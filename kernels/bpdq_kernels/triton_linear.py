@@ -1,4 +1,4 @@
-"""y = x @ W.T + bias on CUDA from B and c as stored: a tile is dequantized and multiplied at once, in plain Triton.
+"""y = x @ W.T + bias on CUDA from B, c and s as stored: a tile is dequantized and multiplied at once, in plain Triton.
 
 Used where no rearranged copy is at hand (transformers, whose models can be saved again) and for fp32 activations;
 vLLM's 16-bit path is `tiled_linear`.
@@ -51,6 +51,7 @@ def linear_kernel(
     x_ptr: tl.tensor,
     B_ptr: tl.tensor,
     c_ptr: tl.tensor,
+    s_ptr: tl.tensor,
     bias_ptr: tl.tensor,
     y_ptr: tl.tensor,
     M: tl.tensor,
@@ -74,14 +75,23 @@ def linear_kernel(
     x_tile = x_ptr + m[None, :] * stride_x + i[:, None]
     B_tile = B_ptr + word[:, None] * PLANES * N + n[None, :]
     acc = tl.zeros((TILE_N, TILE_M), tl.float32)
+    s = ()
+    for p in tl.static_range(PLANES + 1):
+        if s_ptr is not None:
+            s = s + (tl.load(s_ptr + p * N + n, mask=n < N, other=0).to(tl.float32),)
     for start in range(0, K, TILE_K):
         c_row = c_ptr + start // GROUP * (PLANES + 1) * N + n
-        c0 = tl.load(c_row + PLANES * N, mask=n < N, other=0).to(tl.float32)[None, None, :]
-        w_even = c0
-        w_odd = c0
+        c0 = tl.load(c_row + PLANES * N, mask=n < N, other=0).to(tl.float32)
+        if s_ptr is not None:
+            c0 *= s[PLANES]
+        w_even = c0[None, None, :]
+        w_odd = w_even
         live = (n < N)[None, :] & (start + word * 32 < K)[:, None]
         for p in tl.static_range(PLANES):
-            c_p = tl.load(c_row + p * N, mask=n < N, other=0).to(tl.float32)[None, None, :]
+            c_p = tl.load(c_row + p * N, mask=n < N, other=0).to(tl.float32)
+            if s_ptr is not None:
+                c_p *= s[p]
+            c_p = c_p[None, None, :]
             bits = tl.load(B_tile + p * N, mask=live, other=0)[:, None, :]
             w_even = tl.where((bits & even) != 0, w_even + c_p, w_even)
             w_odd = tl.where((bits & odd) != 0, w_odd + c_p, w_odd)
@@ -117,12 +127,11 @@ def stored_linear(
 ) -> Tensor:
     """y [..., N] = x [..., K] @ W.T + bias [N] in x.dtype (fp32, fp16 or bf16), accumulated in fp32.
 
-    B: int32 [ceil(K/32), k, N], any bit pattern; c: [ceil(K/G), k+1, N] floating point, finite; both contiguous.
-    Raises ValueError where B or c is not. Allocates nothing but y where x has unit stride along K.
+    B: int32 [ceil(K/32), k, N], any bit pattern; c: [ceil(K/G), k+1, N] floating point, finite, or int8 with s
+    [k+1, N]; all contiguous. Raises ValueError where they are not.
+    Allocates nothing but y where x has unit stride along K.
     """
-    if s is not None:
-        raise NotImplementedError  # TODO
-    if not (B.is_contiguous() and c.is_contiguous()):
+    if not all(tensor is None or tensor.is_contiguous() for tensor in (B, c, s)):
         raise ValueError("bit-planes B and coefficients c must be contiguous: build them with bpdq_kernels.prepare")
     in_features, out_features = x.shape[-1], B.shape[2]
     rows = x.reshape(-1, in_features)
@@ -133,7 +142,7 @@ def stored_linear(
     if tokens == 0:
         return y
     with torch.cuda.device_of(x):
-        launch(rows, B, c, group_size, bias, y.view(-1, out_features), tile_for(tokens, x.dtype))
+        launch(rows, B, c, s, group_size, bias, y.view(-1, out_features), tile_for(tokens, x.dtype))
     return y
 
 
@@ -141,19 +150,21 @@ def launch(
     x: Tensor,
     B: Tensor,
     c: Tensor,
+    s: Tensor | None,
     group_size: int,
     bias: Tensor | None,
     y: Tensor,
     tile: Tile,
     compile_only: bool = False,
 ) -> None:
-    """Write x [M, K] W^T + bias into y [M, N]: x with unit stride along K, y, B and c contiguous.
+    """Write x [M, K] W^T + bias into y [M, N]: x with unit stride along K, all else contiguous.
     `compile_only`: make the kernel and don't run it."""
     (tokens, in_features), out_features = x.shape, y.shape[1]
     linear_kernel.run(
         x,
         B,
         c,
+        s,
         bias,
         y,
         tokens,

@@ -42,16 +42,17 @@ def launches(prepared: Prepared, bias: Tensor | None) -> Iterator[Callable[..., 
     from bpdq_kernels.dispatch import linear_configs
 
     planes, coefficients, scales, ratios, in_features, out_features, group_size = prepared
-    dtype = torch.float32 if is_stored(planes) else coefficients.dtype
+    tiles = Tiles(planes, coefficients, scales, ratios)
+    dtype = torch.float32 if is_stored(planes) else tiles.dtype
     x = torch.zeros(1, in_features, dtype=dtype, device=planes.device)
     y = x.new_empty(1, out_features)
     if is_stored(planes):
         for tile in triton_linear.TILES_FP32:
-            yield partial(triton_linear.launch, x, planes, coefficients, group_size, bias, y, tile)
+            yield partial(triton_linear.launch, x, planes, coefficients, scales, group_size, bias, y, tile)
         return
     machine = tiled_linear.machine(planes.device)
-    for config in linear_configs(coefficients.shape[3] - 1, group_size, out_features, in_features, *machine):
-        yield partial(tiled_linear.launch, x, Tiles(planes, coefficients, scales, ratios), group_size, bias, y, config)
+    for config in linear_configs(tiles.bits, group_size, out_features, in_features, *machine, tiles.coefficient_bits):
+        yield partial(tiled_linear.launch, x, tiles, group_size, bias, y, config)
 
 
 def compile_all(launches: Iterable[Callable[..., None]]) -> None:

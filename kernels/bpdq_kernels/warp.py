@@ -87,6 +87,17 @@ def rotate_left(x: tl.tensor, bits: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def shift_right(low: tl.tensor, high: tl.tensor, bits: tl.tensor) -> tl.tensor:
+    """The lower word of the 64 bits `high`, `low` shifted right by `bits` in 0..31 (one per lane); all int32."""
+    if INTERPRETED:
+        shifted = (low.to(tl.uint32, bitcast=True) >> bits) | (high.to(tl.uint32, bitcast=True) << 1 << (31 - bits))
+        return shifted.to(tl.int32, bitcast=True)
+    return tl.inline_asm_elementwise(
+        "shf.r.wrap.b32 $0, $1, $2, $3;", "=r,r,r,r", [low, high, bits], dtype=tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
 def select_bits(mask: tl.tensor, x: tl.tensor, y: tl.tensor) -> tl.tensor:
     """x where mask has a 1, y where it has a 0; all int32. (Left to LLVM, masks are folded into more instructions.)"""
     if INTERPRETED:
@@ -108,6 +119,21 @@ def select_bytes(x: tl.tensor, y: tl.tensor, selector: tl.tensor) -> tl.tensor:
         return result
     return tl.inline_asm_elementwise(
         "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [x, y, selector], dtype=tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def signed_byte(x: tl.tensor, y: tl.tensor, number: tl.tensor) -> tl.tensor:
+    """Byte `number` of the eight of x (0..3) and y (4..7) as a signed integer; all int32."""
+    if INTERPRETED:
+        return (tl.where(number < 4, x, y) << (24 - (number & 3) * 8)) >> 24
+    return tl.inline_asm_elementwise(
+        "prmt.b32 $0, $1, $2, $3;",
+        "=r,r,r,r",
+        [x, y, tl.zeros_like(x) + (number * 0x1111 + 0x8880)],  # the byte, then its sign thrice
+        dtype=tl.int32,
+        is_pure=True,
+        pack=1,
     )
 
 
