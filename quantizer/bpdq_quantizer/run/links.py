@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.uint8)}
+DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.uint8, torch.int8)}
 NONCE = 32
 
 
