@@ -82,8 +82,8 @@ def test_tables_appear_in_the_summary_and_in_inspect(folder, tmp_path, capsys):
     assert (lines["embed_tokens"][2], lines["lm_head"][2]) == ("5.250", "4.000")
     assert main(["inspect", str(tmp_path / "out")]) == 0
     lines = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()}
-    assert lines["model.embed_tokens"][1:8] == ["384", "x", "128", "4", "64", "16", "5.250"]
-    assert lines["lm_head"][1:8] == ["384", "x", "128", "3", "64", "16", "4.000"]
+    assert lines["model.embed_tokens"][1:8] == ["384", "x", "128", "4", "64", "8", "5.250"]
+    assert lines["lm_head"][1:8] == ["384", "x", "128", "3", "64", "8", "4.000"]
 
 
 def test_inspect_tells_the_width_of_coefficients(folder, tmp_path, capsys):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import bpdq_kernels
-from products import assert_product, random_layer
+from products import assert_product, random_layer, random_stored
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -132,30 +132,31 @@ def test_inference_outside_no_grad_keeps_no_graph():
     assert not bpdq_kernels.linear(x, prepared).requires_grad
 
 
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.int8], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
-def test_op_is_registered_as_pytorch_asks(dtype: torch.dtype, bias: bool):
-    planes, coefficients, scales, _, n, group_size = bpdq_kernels.prepare(*random_layer(2, 64, 8, 96), 64, 96, dtype)
-    B, c = random_layer(2, 64, 8, 96)
+def test_op_is_registered_as_pytorch_asks(dtype: torch.dtype, bias: bool, stored: torch.dtype):
+    B, c, s = random_stored(2, 64, 8, 96, stored)
+    *tensors, _, n, group_size = bpdq_kernels.prepare(B, c, 64, 96, dtype, s=s)
     for shape in ((3, 96), (2, 3, 96)):
         x = torch.randn(shape).to(dtype)
         b = torch.randn(8).to(dtype) if bias else None
-        layer = (planes, coefficients, scales, n, group_size)
-        results = torch.library.opcheck(torch.ops.bpdq.linear.default, (x, *layer, b))
+        results = torch.library.opcheck(torch.ops.bpdq.linear.default, (x, *tensors, n, group_size, b))
         assert set(results.values()) == {"SUCCESS"}
-        results = torch.library.opcheck(torch.ops.bpdq.stored_linear.default, (x, B, c, group_size, b))
+        results = torch.library.opcheck(torch.ops.bpdq.stored_linear.default, (x, B, c, group_size, b, s))
         assert set(results.values()) == {"SUCCESS"}
 
 
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.int8], ids=str)
 @pytest.mark.parametrize("shape", [(), (5,), (2, 3), (0,)], ids=str)
-def test_embedding_gives_contiguous_rows_of_the_weight(shape: tuple[int, ...]):
-    B, c = random_layer(4, 64, 40, 96)
-    prepared = bpdq_kernels.prepare(B, c, 64, 96)
+def test_embedding_gives_contiguous_rows_of_the_weight(shape: tuple[int, ...], stored: torch.dtype):
+    B, c, s = random_stored(4, 64, 40, 96, stored)
+    prepared = bpdq_kernels.prepare(B, c, 64, 96, s=s)
     ids = torch.randint(0, 40, shape)
     rows = bpdq_kernels.embedding(ids, prepared, torch.bfloat16)
-    assert torch.equal(rows, bpdq_kernels.dequantize(B, c, 64, 96).bfloat16()[ids])
+    assert torch.equal(rows, bpdq_kernels.dequantize(B, c, 64, 96, s).bfloat16()[ids])
     assert rows.is_contiguous(), "vLLM's all-reduce takes no other"
-    arguments = (ids, prepared.planes, prepared.coefficients, None, 96, 64, torch.bfloat16)
+    arguments = (ids, *prepared[:4], 96, 64, torch.bfloat16)
     assert set(torch.library.opcheck(torch.ops.bpdq.embedding.default, arguments).values()) == {"SUCCESS"}
 
 

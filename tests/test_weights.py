@@ -156,7 +156,7 @@ def test_transformers_computes_what_the_checkpoint_says(model, quantized, left_a
     after = load_tensors(out)
     for layer in report["layers"]:
         name, width = layer["name"], layer["in_features"]
-        W = dequantize(after[f"{name}.B"], after[f"{name}.c"], layer["group_size"], width)
+        W = dequantize(after[f"{name}.B"], after[f"{name}.c"], layer["group_size"], width, after.get(f"{name}.s"))
         weights_in(expected)[name].assign(W)
     with torch.no_grad():
         found, logits = (m(IDS).logits for m in (AutoModelForCausalLM.from_pretrained(out), expected))
