@@ -26,7 +26,8 @@ from bpdq_quantizer.algorithm.solver import quantize_linear
 from bpdq_quantizer.checkpoint import manifest, writer
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model import activations
-from bpdq_quantizer.model.activations import Original, block_inputs, capture, find_stages, input_statistics, run_block
+from bpdq_quantizer.model.activations import Original, capture, find_stages, input_statistics
+from bpdq_quantizer.model.calls import block_inputs, block_runs
 from bpdq_quantizer.model.modules import BPDQLinear
 from bpdq_quantizer.model.stream import decoder_blocks, from_memory
 from bpdq_quantizer.model.weights import weights_in
@@ -126,7 +127,7 @@ def test_linears_that_share_an_input_are_one_stage():
     model = AutoModelForCausalLM.from_config(config)
     prefix, decoder = decoder_blocks(model)
     hidden, calls = block_inputs(model, decoder, torch.arange(20).view(2, 10))
-    run = partial(run_block, decoder[1], calls[1], torch.device("cpu"))
+    run = block_runs(decoder[1], calls[1], torch.device("cpu"), 1)[0]
     stages = find_stages(weights_in(decoder[1]).values(), run, hidden[0])
     assert prefix == "model.layers"
     assert [[weight.name for weight in stage] for stage in stages] == [
@@ -143,7 +144,7 @@ def test_the_16_bit_block_runs_to_its_end_once_for_each_batch(quantized):
     model = AutoModelForCausalLM.from_pretrained(quantized[0])
     _, decoder = decoder_blocks(model)
     hidden, calls = block_inputs(model, decoder, torch.arange(30).view(3, 10))
-    run = partial(run_block, decoder[0], calls[0], torch.device("cpu"))
+    run = block_runs(decoder[0], calls[0], torch.device("cpu"), 1)[0]
     firsts = [stage[0] for stage in find_stages(weights_in(decoder[0]).values(), run, hidden[0])]
     expected = [capture(firsts, run, batch) for batch in hidden]
     original = Original(decoder[0], "", firsts, calls[0], torch.device("cpu"), list(hidden))

@@ -88,8 +88,8 @@ def test_hooks_are_removed_when_a_pass_fails(call):
 
 def test_batches_become_what_a_pass_makes_of_them():
     batches = [torch.ones(1, 2), torch.zeros(2, 2)]
-    run_batches(lambda batch: batch + 1, batches)
-    assert [batch.tolist() for batch in batches] == [[[2, 2]], [[1, 1], [1, 1]]]
+    run_batches([lambda batch: batch + 1, lambda batch: batch - 1], batches)
+    assert [batch.tolist() for batch in batches] == [[[2, 2]], [[-1, -1], [-1, -1]]]
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.modules import replace_linear
 from bpdq_quantizer.model.opening import load_pretrained, misfit, plain_skeleton
 from bpdq_quantizer.model.sources import is_gguf, weight_files
-from bpdq_quantizer.model.weights import Weight, weights_in
+from bpdq_quantizer.model.weights import Weight, kept, weights_in
 
 Stamps = dict[str, list[int]]  # size and time of change (ns) of files, by name
 
@@ -45,20 +45,24 @@ class WatchedWeights(Mapping[str, Tensor]):
 
 class Streamed(NamedTuple):
     """A 16-bit causal LM whose blocks are on the meta device. prefix: their name; weights: their tensors by name, read
-    from the files on access; left_alone: names, or `re:` patterns, of the blocks' weights that stay in 16 bits."""
+    from the files on access; left_alone: names, or `re:` patterns, of the blocks' weights that stay in 16 bits;
+    by_window: whether a block's arguments are of one window, even if they depend on nothing else (Bloom, XGLM)."""
 
     model: PreTrainedModel
     prefix: str
     blocks: nn.ModuleList
     weights: Mapping[str, Tensor]
     left_alone: tuple[str, ...] = ()
+    by_window: bool = False
 
 
 def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Name and list of the model's decoder blocks: the first ModuleList as long as config.num_hidden_layers."""
+    """Name and list of the model's decoder blocks: the decoder's first ModuleList of num_hidden_layers modules."""
     depth = model.config.get_text_config(decoder=True).num_hidden_layers
+    decoder = model.get_decoder() or model
+    inside = {id(module) for module in decoder.modules()}
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth and weights_in(module):
+        if id(module) in inside and isinstance(module, nn.ModuleList) and len(module) == depth and weights_in(module):
             return name, module
     raise InputError(f"{type(model).__name__}: no list of {depth} decoder blocks with Linear layers found")
 
@@ -67,7 +71,12 @@ def solved(source: Streamed, index: int | None = None) -> dict[str, Weight]:
     """The weights that get a scheme, by name: of block `index`, or of all blocks."""
     name = source.prefix if index is None else f"{source.prefix}.{index}"
     weights = weights_in(source.model.get_submodule(name), name)
-    return {n: w for n, w in weights.items() if not any(patterns.matches(n, target) for target in source.left_alone)}
+    alone = kept(weights)
+    return {
+        n: w
+        for n, w in weights.items()
+        if n not in alone and not any(patterns.matches(n, target) for target in source.left_alone)
+    }
 
 
 def leave_alone(source: Streamed, targets: Iterable[str]) -> Streamed:

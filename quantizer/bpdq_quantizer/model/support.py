@@ -1,61 +1,90 @@
 """Whether a model can be quantized, seen before any work is done."""
 
 from functools import partial
+from math import prod
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bpdq_quantizer.errors import InputError
-from bpdq_quantizer.model.activations import block_inputs, find_stages, run_block
+from bpdq_quantizer.model.activations import find_stages
+from bpdq_quantizer.model.calls import Call, block_inputs, carries, run_block
 from bpdq_quantizer.model.modules import BPDQEmbedding
 from bpdq_quantizer.model.stream import Streamed, drop_block, load_block, solved
+from bpdq_quantizer.model.weights import weights_in
+
+LARGEST_SHARE = 1 / 8  # of a block's weights that may be in other parameters than Linears: convolutions, gates by head
 
 
 def check_dense(prefix: str, blocks: nn.ModuleList) -> None:
-    """Raise InputError for blocks that hold weights other than in Linears: fused experts would stay in 16 bits."""
-    for name, parameter in blocks.named_parameters():
-        if parameter.ndim > 2:
-            raise InputError(
-                f"{prefix}.{name} has shape {tuple(parameter.shape)}: mixture-of-experts and convolution blocks are "
-                "not supported, choose a dense model"
-            )
+    """Raise InputError for blocks that hold much of their weights other than in Linears: fused experts would stay in 16
+    bits."""
+    for index, block in enumerate(blocks):
+        linear = sum(prod(weight.shape) for weight in weights_in(block).values())
+        for name, parameter in block.named_parameters():
+            is_large = parameter.ndim > 2 and parameter.numel() > LARGEST_SHARE * linear
+            if is_large or (parameter.ndim > 2 and "experts" in name):
+                raise InputError(
+                    f"{prefix}.{index}.{name} has shape {tuple(parameter.shape)}: mixture-of-experts blocks are not "
+                    "supported, choose a dense model"
+                )
 
 
 @torch.no_grad()
-def check_blocks(source: Streamed, tokens: Tensor) -> None:
+def check_blocks(source: Streamed, tokens: Tensor) -> Streamed:
     """Try, on the CPU, one block of each kind with two windows of two tokens, in the way in which calibration runs it,
     and what is in front of the blocks with the first of the windows `tokens` [W, L].
 
-    Raises InputError, which names the architecture and the block, where it does not run by itself, depends on the
-    number of windows (Bloom), or does not reach each weight that is to be solved once, or where a window is too long;
-    see also `check_dense`.
+    Returns the source with `by_window` as it must be. Raises InputError, which names the architecture and the block,
+    where it does not run by itself or does not reach each weight that is to be solved once, or where a window is too
+    long; see also `check_dense`.
     """
     check_dense(source.prefix, source.blocks)
     architecture = type(source.model).__name__
-    tried = set()
+    pair = torch.tensor([[0, 1], [1, 0]])
     try:
-        hidden, calls = block_inputs(source.model, source.blocks, torch.tensor([[0, 1], [1, 0]]))
+        hidden, calls = block_inputs(source.model, source.blocks, pair, source.by_window)
     except InputError:
         raise
     except Exception as e:
         raise InputError(f"{architecture} can't be run without its blocks ({e}): not supported") from e
-    for index, block in enumerate(source.blocks):
-        kind = repr(block)
-        if kind in tried:
-            continue
-        tried.add(kind)
-        load_block(source, index, torch.device("cpu"))
-        run = partial(run_block, block, calls[index], torch.device("cpu"))
+    attempts = [(torch.cat(hidden), False), (hidden[0], True)]
+    faults = []
+    for states, by_window in attempts if len(calls[0]) == 1 else attempts[1:]:
         try:
-            find_stages(solved(source, index).values(), run, torch.cat(hidden))
-        except Exception as e:
-            raise InputError(f"{architecture}: {source.prefix}.{index} can't be quantized ({e}): not supported") from e
-        drop_block(block)
+            _try_blocks(source, states, calls)
+            source = source._replace(by_window=by_window)
+            break
+        except InputError as e:
+            faults.append(e)
+    else:
+        raise faults[0]
     try:
         block_inputs(source.model, source.blocks, tokens[:1])
     except Exception as e:  # CTRL, of a position beyond its last
         raise InputError(f"--seq-len {tokens.shape[1]}: {architecture} can't take it ({e}): lower it") from e
+    return source
+
+
+def _try_blocks(source: Streamed, states: Tensor, calls: list[list[Call]]) -> None:
+    """Run one block of each kind on states [n, L, D]; all, where some read what others leave."""
+    tried = set()
+    for index, (block, (call, *_)) in enumerate(zip(source.blocks, calls, strict=True)):
+        kind = index if carries(call) else repr(block)
+        if kind in tried:
+            continue
+        tried.add(kind)
+        device = torch.device("cpu")
+        load_block(source, index, device)
+        try:
+            find_stages(solved(source, index).values(), partial(run_block, block, call, device), states)
+        except Exception as e:
+            raise InputError(
+                f"{type(source.model).__name__}: {source.prefix}.{index} can't be quantized ({e}): not supported"
+            ) from e
+        finally:
+            drop_block(block)
 
 
 def tied_bits(embed_bits: int | None, head_bits: int | None) -> int | None:

@@ -5,7 +5,8 @@ share a Hessian, so that their rows are solved together. A weight that no scheme
 stage, and `ignore` of the checkpoint's config names it.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -73,6 +74,28 @@ def weights_in(module: nn.Module, name: str = "") -> dict[str, Weight]:
         if isinstance(child, nn.Linear):
             parent, _, key = path.removeprefix(f"{name}.").rpartition(".")
             found[path] = Weight(path, module.get_submodule(parent), key)
+    return found
+
+
+SMALLEST = 32  # outputs, or inputs: less are no group's worth of weights, nor of time
+# What decides which expert or how much of a state, at less than a percent of a block's weights; and what vLLM absorbs
+# into the attention (multi-head latent attention) through its 16-bit weight.
+KEPT = {
+    r"(router|gate|shared_expert_gate)(\.(proj|linear|layer|wg))?": "routing",
+    r"(in_proj_ba|in_proj_a|in_proj_b|dt_proj|x_proj|f_[ab]_proj|b_proj)": "gates of a state",
+    r"kv_b_proj": "absorbed by latent attention",
+}
+
+
+def kept(weights: Mapping[str, Weight]) -> dict[str, str]:
+    """Those of some weights of blocks that stay in 16 bits by default, by name, and why."""
+    found = {}
+    for name, weight in weights.items():
+        if min(weight.shape) < SMALLEST:
+            found[name] = f"narrower than {SMALLEST}"
+        for pattern, reason in KEPT.items():
+            if re.search(rf"\.{pattern}$", name):
+                found[name] = reason
     return found
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -23,15 +22,14 @@ from bpdq_quantizer.algorithm.hessian import corrected
 from bpdq_quantizer.algorithm.solver import Solve
 from bpdq_quantizer.model.activations import (
     Original,
-    block_inputs,
+    block_calls,
     capture_one,
     embed,
     find_stages,
-    head_inputs,
     input_statistics,
     run_batches,
-    run_block,
 )
+from bpdq_quantizer.model.calls import Run, block_runs, head_inputs, twins
 from bpdq_quantizer.model.stream import Streamed, drop_block, load_block, trim_heap
 from bpdq_quantizer.model.weights import Weight, hooked, weights_in
 from bpdq_quantizer.passes.layers import LayerReport, check_finite, layer_report, solve_checked, stored
@@ -69,21 +67,23 @@ def quantize_blocks(
     With `asymmetric` > 0, every weight is first corrected for what quantization has done to its inputs, by that share
     (`hessian.corrected`). The reports are of the corrected weights.
     """
-    calls = block_inputs(source.model, source.blocks, tokens[[0, -1]]).calls
     if start is None:
-        batches = embed(source.model, source.blocks, tokens, device, offload)
+        batches, calls = embed(source, tokens, device, offload)
         start = States(0, batches, batches.copy() if asymmetric else [])
+    else:
+        calls = block_calls(source, tokens)
     first, batches, full = start
     del start
+    original_calls = twins(calls)
     for index in range(first, len(source.blocks)):
         block, name = load_block(source, index, device), f"{source.prefix}.{index}"
-        call = send_to_device(calls[index], device)
-        run = partial(run_block, block, call, device)
+        runs = block_runs(block, calls[index], device, len(batches))
         weights = [weight for weight in weights_in(block, name).values() if weight.name in schemes]
-        stages = find_stages(weights, run, batches[0][:1])
-        original = Original(block, name, [stage[0] for stage in stages], call, device, full) if full else None
+        stages = find_stages(weights, runs[0], batches[0][:1])
+        firsts = [stage[0] for stage in stages]
+        original = Original(block, name, firsts, original_calls[index], device, full) if full else None
         solver = StageSolver(schemes, solve, tokens.numel(), asymmetric, original)
-        quantize_block(stages, run, batches, solver)
+        quantize_block(stages, runs, batches, solver)
         if original is not None:
             full = original.outputs()
             solver.original = original = None
@@ -149,20 +149,19 @@ class StageSolver:
             weight.replace(layer, group_size)
 
 
-def quantize_block(
-    stages: list[list[Weight]], run: Callable[[Tensor], Tensor], batches: Batches, solver: StageSolver
-) -> None:
+def quantize_block(stages: list[list[Weight]], runs: list[Run], batches: Batches, solver: StageSolver) -> None:
     """Quantize one block in place, and turn its inputs `batches` into its outputs.
 
     Of a single batch each stage is solved while the pass waits in front of it.
     """
     if len(batches) == 1:
         with hooked(stage[0].on_input(lambda x, stage=stage: solver.quantize(stage, [x])) for stage in stages):
-            run_batches(run, batches)
+            run_batches(runs, batches)
     else:
         for stage in stages:
-            solver.quantize(stage, (capture_one(stage[0], run, batch) for batch in batches))
-        run_batches(run, batches)
+            inputs = (capture_one(stage[0], run, batches[i]) for i, run in enumerate(runs))
+            solver.quantize(stage, inputs)
+        run_batches(runs, batches)
     solver.finish()
 
 
@@ -180,13 +179,12 @@ def final_batches(
     `load(i)` gives block i with its tensors, which are dropped afterwards; offload: as for `quantize_blocks`; label: of
     the progress bar.
     """
-    calls = block_inputs(source.model, source.blocks, tokens[[0, -1]]).calls
-    hidden = embed(source.model, source.blocks, tokens, device, offload)
-    for index, call in enumerate(tqdm(calls, desc=label, unit="block")):
+    hidden, calls = embed(source, tokens, device, offload)
+    for index, here in enumerate(tqdm(calls, desc=label, unit="block")):
         block = load(index).to(device)
-        run_batches(partial(run_block, block, send_to_device(call, device), device), hidden)
+        run_batches(block_runs(block, here, device, len(hidden)), hidden)
         drop_block(block)
-    return head_inputs(source.model, source.blocks, tokens, hidden)
+    return head_inputs(source.model, source.blocks, hidden)
 
 
 def original_states(source: Streamed, tokens: Tensor, device: torch.device, offload: Path | None) -> Tensor:

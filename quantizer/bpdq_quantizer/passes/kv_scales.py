@@ -5,18 +5,17 @@ forward pass over the calibration windows, in which a cache that keeps nothing c
 """
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import DynamicCache
 
 from bpdq_quantizer.errors import InputError
-from bpdq_quantizer.model.activations import block_inputs, embed, run_batches, run_block
+from bpdq_quantizer.model.activations import embed, run_batches
+from bpdq_quantizer.model.calls import Call, block_inputs, block_runs, run_block
 from bpdq_quantizer.model.stream import Streamed, drop_block, load_block
 
 LARGEST = torch.finfo(torch.float8_e4m3fn).max  # 448
@@ -59,13 +58,11 @@ def calibrate(
     quantized tensors on the CPU, which are dropped afterwards; one block at a time is on `device`. Raises InputError
     for a block whose attention isn't one module that fills transformers' cache, as `check` does beforehand.
     """
-    calls = block_inputs(source.model, source.blocks, tokens[[0, -1]]).calls
-    hidden = embed(source.model, source.blocks, tokens, device, offload)
+    hidden, calls = embed(source, tokens, device, offload)
     scales = {}
-    for index, call in enumerate(tqdm(calls, desc="calibrating the KV cache", unit="block")):
+    for index, here in enumerate(tqdm(calls, desc="calibrating the KV cache", unit="block")):
         block, cache = load(index).to(device), _CountingCache()
-        call = _with_cache(send_to_device(call, device), cache)
-        run_batches(partial(run_block, block, call, device), hidden)
+        run_batches(block_runs(block, [_with_cache(call, cache) for call in here], device, len(hidden)), hidden)
         drop_block(block)
         name = _attention(source, index, cache)
         for kind, counts in zip("kv", cache.counts, strict=True):
@@ -79,15 +76,14 @@ def check(source: Streamed, tokens: Tensor, device: torch.device) -> None:
     first of the windows [W, L]."""
     hidden, calls = block_inputs(source.model, source.blocks, tokens[:1])
     block, cache = load_block(source, 0, device), _CountingCache()
-    run_block(block, _with_cache(send_to_device(calls[0], device), cache), device, hidden[0])
+    run_block(block, _with_cache(calls[0][0], cache), device, hidden[0])
     drop_block(block)
     for index in range(len(source.blocks)):
         _attention(source, index, cache)
 
 
-def _with_cache(call: tuple[tuple, dict[str, Any]], cache: DynamicCache) -> tuple[tuple, dict[str, Any]]:
-    args, kwargs = call
-    return args, {**kwargs, "past_key_values": cache}
+def _with_cache(call: Call, cache: DynamicCache) -> Call:
+    return call._replace(kwargs={**call.kwargs, "past_key_values": cache})
 
 
 def _attention(source: Streamed, index: int, cache: _CountingCache) -> str:

@@ -9,7 +9,7 @@ what its gradient's mean square is, and its error is the loss that the solver mi
 Rows are independent given H, so that SAMPLE_ROWS of each weight, quantized once in every way, speak for all.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import groupby, product
 from operator import attrgetter
@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.nn.functional import nll_loss
 from tqdm import tqdm
@@ -29,7 +28,8 @@ from bpdq_quantizer.algorithm.hessian import accumulate, live_mean, symmetrize, 
 from bpdq_quantizer.algorithm.order import group_aware_order
 from bpdq_quantizer.algorithm.refine import refine
 from bpdq_quantizer.algorithm.solver import one_pass, undamped, used_inputs
-from bpdq_quantizer.model.activations import block_inputs, embed, find_stages, head_inputs, run_batches, run_block
+from bpdq_quantizer.model.activations import embed, find_stages, run_batches
+from bpdq_quantizer.model.calls import Run, block_inputs, block_runs, head_inputs
 from bpdq_quantizer.model.stream import Streamed, drop_block, load_block, solved
 from bpdq_quantizer.model.weights import Weight, hooked
 from bpdq_quantizer.passes.layers import check_finite
@@ -108,14 +108,13 @@ def row_losses(
 ) -> tuple[list[dict[str, Sample]], list[Tensor]]:
     """Samples of every stage's weights, by name, and the 16-bit model's states in front of every block and after the
     last, [keep, L, D] of the first `keep` windows, on the CPU."""
-    calls = block_inputs(source.model, source.blocks, tokens[[0, -1]]).calls
-    batches = embed(source.model, source.blocks, tokens, device, offload)
+    batches, calls = embed(source, tokens, device, offload)
     sampled, states = [], [first_windows(batches, keep)]
-    for index, call in enumerate(tqdm(calls, desc="measuring sensitivities", unit="block")):
+    for index, here in enumerate(tqdm(calls, desc="measuring sensitivities", unit="block")):
         block = load_block(source, index, device)
-        run = partial(run_block, block, send_to_device(call, device), device)
-        stages = find_stages(solved(source, index).values(), run, batches[0][:1])
-        hessians = all_hessians([stage[0] for stage in stages], run, batches, tokens.numel())
+        runs = block_runs(block, here, device, len(batches))
+        stages = find_stages(solved(source, index).values(), runs[0], batches[0][:1])
+        hessians = all_hessians([stage[0] for stage in stages], runs, batches, tokens.numel())
         sampled += [sample_stage(stage, hessians.pop(stage[0].name), schemes, alpha, damping) for stage in stages]
         states.append(first_windows(batches, keep))
         drop_block(block)
@@ -147,9 +146,7 @@ def first_windows(batches: Batches, count: int) -> Tensor:
     return torch.cat(found[:count])
 
 
-def all_hessians(
-    weights: Sequence[Weight], run: Callable[[Tensor], Tensor], batches: Batches, tokens: int
-) -> dict[str, Tensor]:
+def all_hessians(weights: Sequence[Weight], runs: Sequence[Run], batches: Batches, tokens: int) -> dict[str, Tensor]:
     """H of the inputs of weights of a block, by name, which read `tokens` tokens; `batches` become its outputs."""
     hessians = {weight.name: torch.zeros(2 * weight.shape[1:], device=weight.matrix.device) for weight in weights}
 
@@ -157,7 +154,7 @@ def all_hessians(
         accumulate(H, x, tokens)
 
     with hooked(weight.on_input(partial(add, hessians[weight.name])) for weight in weights):
-        run_batches(run, batches)
+        run_batches(runs, batches)
     return {name: symmetrize(H) for name, H in hessians.items()}
 
 
@@ -202,19 +199,19 @@ def gradient_energies(
 
     tokens: [W, L]; states: as returned by `row_losses`. The loss is the sum over tokens of the negative log-likelihood.
     """
-    _, calls = block_inputs(source.model, source.blocks, tokens[:1])
+    calls = block_inputs(source.model, source.blocks, tokens, source.by_window).calls
     gradients = loss_gradients(source, tokens, states[-1])
     energies: dict[str, Tensor] = {}
     for index in reversed(range(len(source.blocks))):
         block = load_block(source, index, device).requires_grad_(False)
         weights = solved(source, index)
         here = {name: torch.zeros(weight.shape[0], device=device) for name, weight in weights.items()}
-        run = partial(run_block, block, send_to_device(calls[index], device), device)
+        runs = block_runs(block, calls[index], device, len(gradients))
         with hooked(weight.on_gradient(partial(add_squares, here[name])) for name, weight in weights.items()):
             for i, gradient in enumerate(gradients):
                 with torch.enable_grad():
                     hidden = states[index][i : i + 1].to(device).requires_grad_()
-                    (gradients[i],) = torch.autograd.grad(run(hidden), hidden, gradient.to(device))
+                    (gradients[i],) = torch.autograd.grad(runs[i](hidden), hidden, gradient.to(device))
         drop_block(block)
         energies |= {name: energy.cpu() / tokens.numel() for name, energy in here.items()}
     return energies
@@ -233,7 +230,7 @@ def loss_gradients(source: Streamed, tokens: Tensor, last: Tensor) -> list[Tenso
     for window, hidden in zip(tokens, last.split(1), strict=True):
         with torch.enable_grad():
             hidden = hidden.detach().requires_grad_()
-            (final,) = head_inputs(source.model, source.blocks, window[None], [hidden])
+            (final,) = head_inputs(source.model, source.blocks, [hidden])
             states = final.detach()[0, :-1].requires_grad_()
             for rows, targets in zip(states.split(step), window[1:].split(step), strict=True):
                 nll_loss(log_probabilities(rows, head, cap), targets, reduction="sum").backward()

@@ -13,7 +13,7 @@ from torch import nn
 from bpdq_quantizer.algorithm.solver import Solve
 from bpdq_quantizer.checkpoint import writer
 from bpdq_quantizer.cost import Clock, peak_memory, total
-from bpdq_quantizer.model.activations import head_inputs
+from bpdq_quantizer.model.calls import head_inputs
 from bpdq_quantizer.model.stream import check_unchanged
 from bpdq_quantizer.model.weights import weights_in
 from bpdq_quantizer.passes import kv_scales
@@ -119,7 +119,7 @@ def head_states(run: Run, read: Callable[[int], nn.Module]) -> Batches:
     if run.options.tuning.tune == "model":
         return final_batches(source, solving, run.device, offload, read, "running the tuned model")
     states = load_progress(run.folder.path, offload).states.quantized
-    return head_inputs(source.model, source.blocks, solving, states)
+    return head_inputs(source.model, source.blocks, states)
 
 
 def mean_bits(layers: list[dict[str, Any]]) -> float:

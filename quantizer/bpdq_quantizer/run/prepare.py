@@ -64,7 +64,7 @@ def prepare(o: Options, folder: RunFolder) -> Run:
     before = stamps(model)
     source = leave_alone(open_model(model), o.schemes.ignore or [])
     check_tokens(source.model, tokens, o.text.calibration)
-    check_blocks(source, tokens)
+    source = check_blocks(source, tokens)
     if o.method.rotate == "hadamard":
         source = rotated(source, o.method.seed)
     embeddings = embedding_schemes(
