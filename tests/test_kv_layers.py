@@ -163,6 +163,7 @@ def test_layers_are_those_that_vllm_builds(tmp_path, one_rank, family):
         ("qwen3", {"use_sliding_window": True, "max_window_layers": 1}, "windows in some layers only, which vLLM does"),
         ("nemotron_h", {"sliding_window": 64}, "sliding windows beside states"),
         ("nemotron_h", {"hybrid_override_pattern": "M-M-"}, "no attention layers"),
+        ("mllama_text_model", {}, "cross attention"),
         ("llama", {"num_kv_shared_layers": 1}, "shared keys and values"),
         ("llama", {"kv_lora_rank": 8}, "latent attention"),
         ("opt", {}, "says nothing of num_key_value_heads, which"),

@@ -29,6 +29,7 @@ NOT_COUNTED = {
     "compress_ratios": "compressed attention",
     "attention_chunk_size": "chunked attention",
     "block_configs": "layers that differ in `block_configs`",
+    "cross_attention_layers": "cross attention",
 }
 NEEDED = ("num_attention_heads", "num_key_value_heads", "max_position_embeddings")
 
@@ -72,8 +73,10 @@ def uncounted(text: PreTrainedConfig) -> list[str]:
     return found
 
 
-def value(config: PreTrainedConfig, key: str) -> Any:
+def value(config: PreTrainedConfig | None, key: str) -> Any:
     """An optional entry of a config, of its first layer where layers differ; None where it has none."""
+    if config is None:
+        return None
     return getattr(config.per_layer_config[0] if config.is_heterogeneous else config, key, None)
 
 

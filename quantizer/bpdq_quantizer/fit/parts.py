@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from bpdq_kernels import patterns
-from bpdq_kernels.skeleton import is_tied
+from bpdq_kernels.skeleton import embedding_names, is_tied
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.fit.kv_bytes import Attention, Layers
 from bpdq_quantizer.fit.kv_layers import kept_layers, value
@@ -95,7 +95,7 @@ def read_model(model: str, ignore: Sequence[str] = ()) -> Model:
     tied = set(skeleton.all_tied_weights_keys)
     head_is_tied = is_tied(skeleton)
     sizes = {name: t.numel() for name, t in skeleton.state_dict().items() if name not in tied}
-    beside = {name: size for name, size in sizes.items() if is_beside(name, prefix, skeleton)}
+    beside = beside_text(sizes, prefix, skeleton)
     embeddings = embedding.numel() + (0 if head_is_tied else head.numel())
     linears = sum(n * k for shapes in quantized for n, k in shapes.values())
     return Model(
@@ -184,21 +184,21 @@ def doubled_keys(text: PreTrainedConfig, quantized: list[dict[str, Shape]]) -> l
     return [shape for name, shape in found if name.replace(".k_proj", ".v_proj") not in values]
 
 
-def is_beside(name: str, prefix: str, skeleton: PreTrainedModel) -> bool:
-    """Whether a tensor is of a tower or projector: neither of the module that holds the blocks, nor of the LM head."""
-    text, head = prefix.rpartition(".")[0], skeleton.get_output_embeddings()
-    heads = [path for path, module in skeleton.named_modules() if module is head]
-    wraps = skeleton.config.get_text_config(decoder=True) is not skeleton.config
-    return wraps and not name.startswith((f"{text}.", *(f"{path}." for path in heads)))
+def beside_text(sizes: dict[str, int], prefix: str, skeleton: PreTrainedModel) -> dict[str, int]:
+    """The tensors of towers and projectors: neither of the module that holds the blocks, nor of the LM head."""
+    if skeleton.config.get_text_config(decoder=True) is skeleton.config:
+        return {}
+    text = (f"{prefix.rpartition('.')[0]}.", f"{embedding_names(skeleton)[1]}.")
+    return {name: size for name, size in sizes.items() if not name.startswith(text)}
 
 
 def tower(skeleton: PreTrainedModel, beside: dict[str, int]) -> Tower:
     """Activations as in `plan.overhead`: three of the widest Linear's inputs for each patch."""
-    vision = value(skeleton.config, "vision_config")
-    if not beside or vision is None:
+    patch = value(value(skeleton.config, "vision_config"), "patch_size")
+    if not beside or patch is None:
         return Tower(sum(beside.values()))
+    patch = patch if isinstance(patch, int) else patch[0]
     shapes = {n: t.shape for n, t in skeleton.state_dict().items() if n in beside and "vis" in n and t.ndim == 2}
-    patch = vision.patch_size if isinstance(vision.patch_size, int) else vision.patch_size[0]
     widest = max((max(shape) for n, shape in shapes.items() if ".layers." in n or ".blocks." in n), default=0)
     others = {"video": "video_token_id", "audio": "audio_config"}
     modalities = [name for name, key in others.items() if value(skeleton.config, key) is not None]
