@@ -31,6 +31,7 @@ MODELS = {
     "Gemma 4 31B": [Attention(50, 16, 256, 1024), Attention(10, 4, 512)],
     "gpt-oss and a draft layer": [Attention(12, 8, 64, 128), Attention(13, 8, 64)],
     "Mistral 7B": [Attention(32, 8, 128, 4096)],
+    "Command R 7B": [Attention(24, 8, 128, 4097), Attention(8, 8, 128)],
     "heads of two sizes": [Attention(5, 4, 128), Attention(3, 2, 64)],
     "two windows": [Attention(4, 2, 64, 32), Attention(6, 2, 64, 512), Attention(2, 2, 64)],
     "Qwen3.5 27B": [Attention(16, 4, 256), State(48, 3207168)],
@@ -204,7 +205,7 @@ def alike(counts, windows):
 
 
 kinds = st.lists(
-    alike(st.integers(1, 40), st.sampled_from([None, 32, 1000])),
+    alike(st.integers(1, 40), st.sampled_from([None, 33, 1000])),
     min_size=1,
     max_size=3,
     unique_by=lambda kind: kind[1:],

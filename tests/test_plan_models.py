@@ -19,6 +19,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from bpdq_quantizer.cli import main
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.fit.kv_bytes import Attention, State
+from bpdq_quantizer.fit.memory import quantize_host_bytes
 from bpdq_quantizer.fit.parts import Block, read_model
 from bpdq_quantizer.fit.plan import budget, card_bytes, plan
 from test_plan import refusal
@@ -244,6 +245,19 @@ def test_blocks_that_differ(tmp_path):
     assert more["quantize_device_bytes"] == once["quantize_device_bytes"]
     for hours in ("quantize_cpu_seconds", "quantize_gpu_seconds"):
         assert once[hours] < more[hours] < 2 * once[hours]
+
+
+def test_memory_of_the_host_is_that_of_the_widest_block():
+    m = read_model(NEMOTRON_8B)
+    _, mlp, attention = m.blocks
+    assert quantize_host_bytes(m) != quantize_host_bytes(m._replace(blocks=[attention]))
+    assert quantize_host_bytes(m) == quantize_host_bytes(m._replace(blocks=[mlp]))
+
+
+def test_rotations_of_windows_have_a_table_of_their_own(tmp_path):
+    m = read_model(tiny(tmp_path, "gemma3_text", num_hidden_layers=6, head_dim=32, max_position_embeddings=1000))
+    assert m.rotations == 2 * 1000 * 32
+    assert read_model(QWEN35).rotations == 262144 * 256
 
 
 def test_ignored_linears_stay_in_16_bits(tmp_path, capsys):

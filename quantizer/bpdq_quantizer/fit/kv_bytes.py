@@ -124,13 +124,12 @@ def pool(kv_type: str, layers: Layers) -> Pool:
     page = max(pages)
     counts = [kind.layers for kind in layers]
     together = max(counts) if max(counts) < 1.5 * min(counts) else min(counts)
-    groups, widest = [], 0
+    groups = []
     for kind, own in zip(layers, pages, strict=True):
         count = ceil(kind.layers / together)
-        widest = max(widest, ceil(kind.layers / count))
         covered = page // own if isinstance(kind, Attention) and page % own == 0 else 1
         groups.append(Group(kind, covered * tokens, count))
-    return Pool(widest * page, groups)
+    return Pool(together * page, groups)
 
 
 def _kept(kv_type: str, layers: Layers) -> int:
