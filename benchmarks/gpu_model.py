@@ -106,7 +106,7 @@ def planned(config: Path) -> Plan:
     stored, tiled = plan.checkpoint_bytes(m, settings), plan.card_bytes(m, settings)
     dense = sum(stored) - stored.linear + sum(n * k for n, k in m.linears) * m.itemsize
     weights = {"stored": sum(stored), "tiled": sum(tiled), "16 bits": dense}
-    return Plan(weights, kv_bytes.bytes_per_token("auto", m.attention), plan.overhead(m, graphs=True))
+    return Plan(weights, kv_bytes.bytes_per_token("auto", m.layers), plan.overhead(m, settings, graphs=True))
 
 
 def build(config: Path, way: str, device: str) -> PreTrainedModel:

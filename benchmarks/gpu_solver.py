@@ -20,7 +20,7 @@ from bpdq_quantizer.algorithm.groups import descend_group, quantize_group
 from bpdq_quantizer.algorithm.hessian import accumulate, accumulate_shift, inverse_factor, symmetrize, upper_factor
 from bpdq_quantizer.algorithm.refine import refine, rows_at_once
 from bpdq_quantizer.algorithm.solver import STARTS, quantize_linear
-from bpdq_quantizer.fit.plan import stage_bytes
+from bpdq_quantizer.fit.memory import stage_bytes
 from bpdq_quantizer.run.options import SOLVERS
 
 SCHEME = Scheme(2, 128, 8)

@@ -22,8 +22,6 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, get_kv_quant_mode
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from bpdq_quantizer.fit.kv_bytes import (
-    FLASHINFER_WORKSPACE,
-    KV_TYPES,
     Attention,
     block_size,
     bytes_for,
@@ -31,6 +29,7 @@ from bpdq_quantizer.fit.kv_bytes import (
     tokens_that_fit,
     workspace,
 )
+from bpdq_quantizer.fit.kv_types import FLASHINFER_WORKSPACE, KV_TYPES
 
 with suppress(ImportError):  # vLLM 0.33
     from vllm.v1.core import kv_cache_planning
@@ -55,7 +54,7 @@ def vllm_specs(kv_type: str, model: Attention) -> dict[str, FullAttentionSpec]:
     for layer in range(model.layers):
         stored = "auto" if str(layer) in skipped else kv_type
         spec = FullAttentionSpec(
-            block_size=block_size(kv_type),
+            block_size=block_size(kv_type, [model]),
             num_kv_heads=model.kv_heads,
             head_size=model.head_size,
             dtype=STR_DTYPE_TO_TORCH_DTYPE.get(stored, torch.bfloat16),
@@ -86,14 +85,14 @@ def test_every_type_that_vllm_knows_is_counted():
 @pytest.mark.parametrize("model", MODELS)
 def test_bytes_per_token_are_vllms(kv_type, model):
     pages = [spec.page_size_bytes for spec in vllm_specs(kv_type, model).values()]
-    assert bytes_per_token(kv_type, model) * block_size(kv_type) == sum(pages)
+    assert bytes_per_token(kv_type, [model]) * block_size(kv_type, [model]) == sum(pages)
 
 
 @pytest.mark.parametrize("kv_type", KV_TYPES)
 @pytest.mark.parametrize("model", MODELS)
 def test_vllm_takes_a_request_of_the_tokens_that_fit_and_no_longer_one(kv_type, model):
     free = 2**30 + 12345
-    tokens = tokens_that_fit(kv_type, model, free)
+    tokens = tokens_that_fit(kv_type, [model], free, 1)
     layout = KVCacheLayout.LBNHC
     config = SimpleNamespace(
         cache_config=SimpleNamespace(get_resolved_kv_cache_layout=lambda: layout, num_gpu_blocks_override=None),
@@ -103,10 +102,10 @@ def test_vllm_takes_a_request_of_the_tokens_that_fit_and_no_longer_one(kv_type, 
         speculative_config=None,
         model_config=SimpleNamespace(max_model_len=tokens),
     )
-    left = free - workspace(kv_type, model, tokens)
+    left = free - workspace(kv_type, [model], tokens)
     kv_cache_planning.check_enough_kv_cache_memory(config, vllm_specs(kv_type, model), left)
     config.model_config.max_model_len += 1
-    left = free - workspace(kv_type, model, tokens + 1)
+    left = free - workspace(kv_type, [model], tokens + 1)
     with pytest.raises(ValueError, match="larger than the available KV cache memory"):
         kv_cache_planning.check_enough_kv_cache_memory(config, vllm_specs(kv_type, model), left)
 
@@ -135,7 +134,7 @@ def test_block_size_is_vllms(kv_type, model):
         get_head_size=lambda: model.head_size,
     )
     Card.update_block_size_for_backend(SimpleNamespace(cache_config=cache, model_config=sizes, parallel_config=None))
-    assert cache.block_size == block_size(kv_type)
+    assert cache.block_size == block_size(kv_type, [model])
 
 
 def test_workspaces_are_vllms(monkeypatch):
@@ -145,7 +144,9 @@ def test_workspaces_are_vllms(monkeypatch):
     monkeypatch.setattr(turboquant_attn, "is_workspace_manager_initialized", lambda: True)
     monkeypatch.setattr(turboquant_attn, "current_workspace_manager", lambda: manager)
     builder = SimpleNamespace(
-        kv_cache_spec=SimpleNamespace(num_kv_heads=8, head_size=128, block_size=block_size("turboquant_k8v4")),
+        kv_cache_spec=SimpleNamespace(
+            num_kv_heads=8, head_size=128, block_size=block_size("turboquant_k8v4", [QWEN_72B])
+        ),
         vllm_config=SimpleNamespace(
             scheduler_config=SimpleNamespace(max_num_seqs=1, enable_chunked_prefill=True, max_num_batched_tokens=512),
             model_config=SimpleNamespace(
@@ -157,17 +158,17 @@ def test_workspaces_are_vllms(monkeypatch):
     )
     turboquant_attn.TurboQuantMetadataBuilder._reserve_workspace(builder)
     sizes = [sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in buffers) for buffers in reserved]
-    assert workspace("turboquant_k8v4", QWEN_72B, 5000) == sizes[1]
+    assert workspace("turboquant_k8v4", [QWEN_72B], 5000) == sizes[1]
     assert sizes[0] < 2**21, "splits of one token's attention, not counted"
 
 
 def test_figures_for_a_70b_model_by_hand():
-    assert bytes_per_token("auto", QWEN_72B) == 320 * 1024
-    assert bytes_per_token("int8_per_token_head", QWEN_72B) == 80 * 8 * 2 * (128 + 4)
-    assert bytes_per_token("turboquant_3bit_nc", QWEN_72B) == 4 * 8 * 512 + 76 * 8 * (48 + 2 + 48 + 4)
-    assert bytes_for("auto", QWEN_72B, 17) == 32 * 320 * 1024
+    assert bytes_per_token("auto", [QWEN_72B]) == 320 * 1024
+    assert bytes_per_token("int8_per_token_head", [QWEN_72B]) == 80 * 8 * 2 * (128 + 4)
+    assert bytes_per_token("turboquant_3bit_nc", [QWEN_72B]) == 4 * 8 * 512 + 76 * 8 * (48 + 2 + 48 + 4)
+    assert bytes_for("auto", [QWEN_72B], 17) == 32 * 320 * 1024
 
 
 def test_nothing_fits_into_nothing():
     for kv_type in KV_TYPES:
-        assert tokens_that_fit(kv_type, QWEN_72B, 0) == tokens_that_fit(kv_type, QWEN_72B, -(2**30)) == 0
+        assert tokens_that_fit(kv_type, [QWEN_72B], 0, 9) == tokens_that_fit(kv_type, [QWEN_72B], -(2**30), 9) == 0

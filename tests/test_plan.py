@@ -16,15 +16,9 @@ import bpdq_quantizer
 from bpdq_kernels.format import Scheme
 from bpdq_kernels.layout import to_tiles
 from bpdq_quantizer.cli import main
-from bpdq_quantizer.fit.plan import (
-    MOST_BITS,
-    Settings,
-    budget,
-    needed,
-    plan,
-    quantize_host_bytes,
-    read_model,
-)
+from bpdq_quantizer.fit.memory import quantize_host_bytes
+from bpdq_quantizer.fit.parts import read_model
+from bpdq_quantizer.fit.plan import MOST_BITS, Settings, budget, needed, plan
 from tiny import TEXT, bpdq_checkpoint, load_tensors, round_to_planes, tiny_model
 
 QWEN = {  # Qwen2.5: hidden, FFN, layers, heads, key/value heads
@@ -243,9 +237,17 @@ def test_options_of_tied_tables_must_agree(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arch", "config", "message"),
     [
-        ("gemma2", {}, "Gemma2ForCausalLM has sliding_attention"),
-        ("mistral", {"sliding_window": 64}, "MistralForCausalLM has sliding_attention"),
-        ("deepseek_v3", {"first_k_dense_replace": 9}, "DeepseekV3ForCausalLM has latent_attention"),
+        (
+            "deepseek_v32",
+            {"first_k_dense_replace": 9},
+            "does not count sparse attention, indexed_attention, latent attention",
+        ),
+        ("bamba", {"attn_layer_indices": [0]}, "does not count the states of bamba"),
+        (
+            "qwen2",
+            {"use_sliding_window": True, "max_window_layers": 1},
+            "windows in some layers only, which vLLM does not",
+        ),
         ("gpt_neox", {}, "says nothing of num_key_value_heads"),
         ("mixtral", {"num_local_experts": 2}, "mixture-of-experts"),
     ],

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from bpdq_quantizer.fit import plan
+from bpdq_quantizer.fit import memory, plan
 from tiny import TEXT, tiny_tokenizer
 
 ACTIVATIONS = 1 << 25  # for less work than activations.ACTIVATION_BYTES asks for
@@ -66,9 +66,9 @@ def baseline(tmp_path_factory):
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape != "nothing"])
 def test_memory_to_quantize_is_what_plan_says(tmp_path, monkeypatch, baseline, shape):
-    monkeypatch.setattr(plan, "ACTIVATION_BYTES", ACTIVATIONS if shape == "states" else 0)  # others fill no batch
+    monkeypatch.setattr(memory, "ACTIVATION_BYTES", ACTIVATIONS if shape == "states" else 0)  # others fill no batch
     peak, model = measured(tmp_path, shape)
-    host = plan.quantize_host_bytes(model, (SHAPES[shape][4], 256), page_locked=False)
-    device = plan.quantize_device_bytes(model, gpu=False)  # the CPU is the device
+    host = memory.quantize_host_bytes(model, (SHAPES[shape][4], 256), page_locked=False)
+    device = memory.quantize_device_bytes(model, gpu=False)  # the CPU is the device
     print(f"{shape}: measured {(peak - baseline) / 1e6:.0f} MB, host {host / 1e6:.0f} + device {device / 1e6:.0f} MB")
     assert peak - baseline == pytest.approx(host + device, rel=0.3, abs=30e6)

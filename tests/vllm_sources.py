@@ -15,6 +15,7 @@ TURBOQUANT = "model_executor/layers/quantization/turboquant/config.py"
 LINEAR = "model_executor/layers/linear.py"
 EMBEDDING = "model_executor/layers/vocab_parallel_embedding.py"
 ATTENTION = "model_executor/layers/attention/attention.py"
+MAMBA = "model_executor/layers/mamba/mamba_utils.py"
 PARAMETER = "model_executor/parameter.py"
 LOADER = "model_executor/model_loader/utils.py"
 DEFAULT_LOADER = "model_executor/model_loader/default_loader.py"
@@ -124,6 +125,12 @@ STATEMENTS = {  # fragments of the code of a function or class, as ast.unparse w
     ("envs.py", ""): ["'VLLM_USE_MODELSCOPE'", "'VLLM_FLASHINFER_WORKSPACE_BUFFER_SIZE', str(394 * 1024 * 1024)"],
     ("v1/core/block_pool.py", "BlockPool.__init__"): ["self.null_block = self.free_block_queue.popleft()"],
     ("engine/arg_utils.py", "EngineArgs"): ["get_boundary_skip_layers("],
+    ("model_executor/models/config.py", "MambaModelConfig"): ["cache_config.mamba_cache_mode = 'align'"],
+    ("platforms/interface.py", "Platform._align_hybrid_block_size"): [
+        "attn_block_size = kernel_block_alignment_size * cdiv(mamba_page_size, kernel_block_alignment_size * "
+        "attn_page_size_1_token)",
+        "cache_config.mamba_page_size_padded = attn_page_size",
+    ],
 }
 LOADERS = {
     "load_column_parallel_weight",
@@ -141,11 +148,24 @@ SAME = [  # code whose results tests compare with ours in the installed vLLM; in
     (WEIGHTS, "filter_duplicate_safetensors_files"),
     ("v1/kv_cache_interface.py", "AttentionSpec.state_content_size_bytes"),
     ("v1/kv_cache_interface.py", "AttentionSpec.page_size_bytes"),
+    ("v1/kv_cache_interface.py", "FullAttentionSpec.max_memory_usage_bytes"),
+    ("v1/kv_cache_interface.py", "SlidingWindowSpec.max_admission_blocks_per_request"),
+    ("v1/kv_cache_interface.py", "SlidingWindowSpec.max_memory_usage_bytes"),
+    ("v1/kv_cache_interface.py", "MambaSpec.page_size_bytes"),
+    ("v1/kv_cache_interface.py", "MambaSpec.max_memory_usage_bytes"),
+    (ATTENTION, "Attention.get_kv_cache_spec"),
+    (MAMBA, "MambaStateShapeCalculator.mamba2_state_shape"),
+    (MAMBA, "MambaStateShapeCalculator.short_conv_state_shape"),
+    (MAMBA, "MambaStateShapeCalculator.gated_delta_net_state_shape"),
+    (MAMBA, "MambaStateDtypeCalculator._mamba_state_dtype"),
+    ("model_executor/layers/mamba/mamba_mixer2.py", "MambaMixer2.get_kv_cache_spec"),
     ("v1/attention/backends/triton_attn.py", "TritonAttentionBackend.customize_spec"),
     ("v1/attention/backends/turboquant_attn.py", "TurboQuantMetadataBuilder._reserve_workspace"),
     ("v1/attention/ops/ultraquant/format.py", "slot_size"),
     ("utils/torch_utils.py", "nvfp4_kv_cache_full_dim"),
     ("platforms/interface.py", "Platform.update_block_size_for_backend"),
+    (CONFIG, "VllmConfig.max_in_flight_tokens"),
+    (CONFIG, "VllmConfig.max_concurrent_batches"),
 ]
 FILES = sorted({file for file, _ in (*SIGNATURES, *STATEMENTS, *SAME)})
 

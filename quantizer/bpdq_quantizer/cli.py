@@ -22,7 +22,6 @@ from bpdq_quantizer.checkpoint.loader import load_model
 from bpdq_quantizer.checkpoint.picture import draw
 from bpdq_quantizer.errors import InputError, WorkerError
 from bpdq_quantizer.evaluate import perplexity
-from bpdq_quantizer.fit.kv_bytes import KV_TYPES
 from bpdq_quantizer.fit.plan import MOST_BITS, plan
 from bpdq_quantizer.model.calibration import file_windows
 from bpdq_quantizer.model.sources import check_source
@@ -117,6 +116,10 @@ def _parser() -> argparse.ArgumentParser:
     add_arguments(p, [FIELDS[name] for name in ("embed_bits", "head_bits")])
     p.add_argument("--gpu-memory", type=float, default=24, metavar="GIB", help="of the card (%(default)s)")
     p.add_argument("--context", type=int, metavar="TOKENS", help="that one request must be able to take (2048)")
+    p.add_argument(
+        "--language-model-only", action="store_true", help="of a model that sees images the text model alone"
+    )
+    add_arguments(p, [FIELDS["ignore"]])
     p.add_argument("--probe", action="store_true", help="time this CPU for the hours that quantizing takes")
     p.set_defaults(run=_plan)
 
@@ -211,8 +214,9 @@ def _inspect(args: argparse.Namespace) -> dict[str, Any]:
 def _plan(args: argparse.Namespace) -> dict[str, Any]:
     found = plan(**{k: v for k, v in vars(args).items() if k not in ("run", "json")})
     print(f"{found['architecture']}: {found['bits_per_weight']:.4g} bits per quantized weight")
-    for label in ("linear", "embedding", "head", "other", "checkpoint"):
-        print(f"  {label:<43}{found[f'{label}_bytes'] / 1e9:>9.3f} GB")
+    for label in ("linear", "embedding", "head", "other", "tower", "mtp", "checkpoint"):
+        if found[f"{label}_bytes"] or label not in ("tower", "mtp"):
+            print(f"  {label:<43}{found[f'{label}_bytes'] / 1e9:>9.3f} GB")
     print(f"card of {args.gpu_memory:g} GiB, one sequence, no CUDA graphs")
     labels = {
         "card_budget_bytes": "what vLLM may use",
@@ -224,10 +228,14 @@ def _plan(args: argparse.Namespace) -> dict[str, Any]:
         print(f"  {label:<43}{found[key] / 2**30:>9.3f} GiB")
     print(f"{'--kv-cache-dtype':<38}{'bytes/token':>12}{'tokens that fit':>17}  needs")
     rows = defaultdict(list)
-    for name, kv_type in KV_TYPES.items():
-        rows[found["kv_bytes_per_token"][name], found["tokens_that_fit"][name], kv_type.needs].append(name)
+    for name, needs in found["kv_cache_needs"].items():
+        rows[found["kv_bytes_per_token"][name], found["tokens_that_fit"][name], needs].append(name)
     for (size, tokens, needs), names in rows.items():
         print(f"  {', '.join(names):<36}{size:>12}{tokens:>17}  {needs}")
+    kept = {kind: found[f"{kind}_bytes_per_sequence"][found["kv_cache_dtype"]] for kind in ("state", "window")}
+    if any(kept.values()):
+        sizes = " and ".join(f"{size / 1e6:.0f} MB of {kind}s" for kind, size in kept.items() if size)
+        print(f"each sequence takes {sizes} besides, with {found['kv_cache_dtype']}")
     host, device = (found[f"quantize_{place}_bytes"] / 1e9 for place in ("host", "device"))
     cpu, gpu = (found[f"quantize_{kind}_seconds"] / 3600 for kind in ("cpu", "gpu"))
     core = "one core of this CPU" if args.probe else "one core of an EPYC"

@@ -1,6 +1,7 @@
 """What a model will weigh in bit-planes, and what then fits on a card under vLLM, from its config.json alone."""
 
-from collections import defaultdict
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import reduce
 from itertools import count
@@ -8,33 +9,26 @@ from math import ceil, floor, inf, prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from torch import nn
-from transformers import PreTrainedModel
-
 from bpdq_kernels.format import Scheme
 from bpdq_kernels.layout import GROUP_SIZES, MAX_PLANES
 from bpdq_quantizer.algorithm.refine import CHUNK_ELEMENTS
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.fit import hours, kv_bytes
-from bpdq_quantizer.fit.kv_bytes import KV_TYPES, Attention
-from bpdq_quantizer.model.activations import ACTIVATION_BYTES, windows_per_batch
-from bpdq_quantizer.model.opening import plain_skeleton
+from bpdq_quantizer.fit.kv_bytes import IN_FLIGHT, MAX_SEQUENCES, STEP_TOKENS, Attention, State
+from bpdq_quantizer.fit.kv_types import FLASHINFER_WORKSPACE, KV_TYPES
+from bpdq_quantizer.fit.memory import CALIBRATION, quantize_device_bytes, quantize_host_bytes
+from bpdq_quantizer.fit.parts import IMAGE_SIDE, Model, Shape, read_model
+from bpdq_quantizer.model.activations import ACTIVATION_BYTES
 from bpdq_quantizer.model.sources import is_gguf
-from bpdq_quantizer.model.stream import decoder_blocks
-from bpdq_quantizer.model.support import check_dense, tied_bits
-from bpdq_quantizer.model.weights import weights_in
+from bpdq_quantizer.model.support import tied_bits
 
 GIB = 2**30
 VISIBLE = 23.69 / 24
 CONTEXT_BYTES = int(0.45 * GIB)
 LOADED_BYTES = int(0.15 * GIB)
 GRAPH_BYTES = int(0.5 * GIB)
-STEP_TOKENS = 512
-MAX_SEQUENCES = 256  # vLLM's default on such cards, engine/arg_utils.py: get_batch_defaults
 VOCABULARY_PADDING = 64  # model_executor/layers/vocab_parallel_embedding.py: DEFAULT_VOCAB_PADDING_SIZE
 DEFAULT_CONTEXT = 2048
-CALIBRATION = 128, 2048  # windows and their tokens, defaults of `bpdq quantize`
 MOST_BITS = Scheme(MAX_PLANES, GROUP_SIZES[0]).bits_per_weight
 
 ASSUMPTIONS = (
@@ -47,7 +41,7 @@ ASSUMPTIONS = (
     "logits of one token per sequence, not of the prompt: (2 + 4) bytes x vocabulary, and 4.125 for penalties",
     f"CUDA graphs {GRAPH_BYTES / GIB:.1f} GiB (assumed; estimates in vLLM's logs: 0.2 to 0.6), --enforce-eager where "
     "they don't fit",
-    f"beside the cache: FlashInfer {kv_bytes.FLASHINFER_WORKSPACE / GIB:.2f} GiB of workspace, TurboQuant one layer's "
+    f"beside the cache: FlashInfer {FLASHINFER_WORKSPACE / GIB:.2f} GiB of workspace, TurboQuant one layer's "
     "16-bit cache",
     "one card, nothing offloaded; activations and unquantized tensors in 16 bits",
     f"time: {CALIBRATION[0]} x {CALIBRATION[1]} calibration tokens, the default solver, {hours.PASSES} forward passes "
@@ -63,30 +57,15 @@ ASSUMPTIONS = (
 )
 
 
-class Model(NamedTuple):
-    """What the arithmetic needs of a model. linears: (outputs, inputs) of those that are quantized; stages: the same of
-    those in a block that are, at most, solved together; embedding and head: (vocabulary, hidden size), head None where
-    it is tied; others: elements of all other tensors."""
-
-    architecture: str
-    linears: list[tuple[int, int]]
-    stages: list[tuple[int, int]]
-    embedding: tuple[int, int]
-    head: tuple[int, int] | None
-    others: int
-    itemsize: int
-    attention: Attention
-    max_positions: int
-
-
 class Settings(NamedTuple):
-    """scheme: of the Linears; embedding and head: None for 16 bits; gpu_memory in GiB."""
+    """scheme: of the Linears; embedding and head: None for 16 bits; gpu_memory in GiB; text_only: no images."""
 
     scheme: Scheme
     embedding: Scheme | None
     head: Scheme | None
     gpu_memory: float
     context: int
+    text_only: bool = False
 
 
 class Weights(NamedTuple):
@@ -96,6 +75,8 @@ class Weights(NamedTuple):
     embedding: int
     head: int
     other: int
+    tower: int
+    mtp: int
 
 
 def plan(
@@ -108,16 +89,22 @@ def plan(
     head_bits: int | None = None,
     gpu_memory: float = 24,
     context: int | None = None,
+    language_model_only: bool = False,
+    ignore: Sequence[str] | None = None,
     probe: bool = False,
 ) -> dict[str, Any]:
     """Bytes of the BPDQ checkpoint of `model` (folder, config.json or hub id), and how vLLM would serve it on a card.
 
     group_size: 128, or 256 with coefficients in 16 bits; embed_bits, head_bits: bit-planes of the embedding and LM
     head, None for 16 bits; tied ones need to name but one. gpu_memory: nominal GiB; context: tokens that a request must
-    be able to take, 2048 by default; probe: measure this CPU for the hours that quantizing takes, some seconds.
+    be able to take, 2048 by default; language_model_only: of a model that sees images serve the text model alone;
+    ignore: names, or `re:` patterns, of Linears that stay in 16 bits; probe: measure this CPU for the hours that
+    quantizing takes, some seconds.
     Raises InputError for a model that can't be planned, and for one that doesn't fit.
     """
-    m = read_model(model)
+    m = read_model(model, ignore or ())
+    if language_model_only and not m.tower.elements:
+        raise InputError(f"--language-model-only: {m.architecture} sees no images, leave the option out")
     if m.head is None:
         embed_bits = head_bits = tied_bits(embed_bits, head_bits)
     context = min(DEFAULT_CONTEXT, m.max_positions) if context is None else context
@@ -133,13 +120,14 @@ def plan(
     except ValueError as e:
         options = "--bits / --group-size / --coefficient-bits / --embed-bits / --head-bits"
         raise InputError(f"{options}: {e}") from None
-    settings = Settings(scheme, embedding, head, gpu_memory, context)
+    settings = Settings(scheme, embedding, head, gpu_memory, context, language_model_only)
     kv_type = best_kv_type(m, settings)
     if kv_type is None:
         raise InputError(f"{model} {_shortage(m, settings)}")
     stored, on_card = checkpoint_bytes(m, settings), card_bytes(m, settings)
     eager = needed(m, settings, kv_type, graphs=True) > budget(settings.gpu_memory)
-    free = budget(gpu_memory) - sum(on_card) - overhead(m, graphs=False)
+    beside = overhead(m, settings, graphs=False)
+    free = budget(gpu_memory) - sum(on_card) - beside
     return {
         "model": model,
         "architecture": m.architecture,
@@ -148,14 +136,15 @@ def plan(
         "embedding_bytes": stored.embedding,
         "head_bytes": stored.head,
         "other_bytes": stored.other,
+        "tower_bytes": stored.tower,
+        "mtp_bytes": stored.mtp,
         "checkpoint_bytes": sum(stored),
         "card_bytes": int(VISIBLE * gpu_memory * GIB),
         "card_budget_bytes": budget(gpu_memory),
         "card_weight_bytes": sum(on_card),
-        "card_overhead_bytes": overhead(m, graphs=False),
+        "card_overhead_bytes": beside,
         "free_bytes": free,
-        "kv_bytes_per_token": {name: kv_bytes.bytes_per_token(name, m.attention) for name in KV_TYPES},
-        "tokens_that_fit": {name: kv_bytes.tokens_that_fit(name, m.attention, free) for name in KV_TYPES},
+        **cache_figures(m, free),
         "context": context,
         "kv_cache_dtype": kv_type,
         "fill_bpw": fill_bpw(m, settings, kv_type),
@@ -163,85 +152,79 @@ def plan(
         **quantize_seconds(m, scheme, hours.probe(bits, group_size) if probe else hours.EPYC),
         "quantize_device_bytes": quantize_device_bytes(m),
         "quantize_host_bytes": quantize_host_bytes(m),
-        "assumptions": list(ASSUMPTIONS),
+        "assumptions": [*ASSUMPTIONS, *assumptions_for(m, settings)],
     }
 
 
-def read_model(model: str) -> Model:
-    """Sizes of a model from its config.json; raises InputError for what `bpdq quantize` or this arithmetic refuses."""
-    skeleton = plain_skeleton(model)
-    config = skeleton.config
-    prefix, blocks = decoder_blocks(skeleton)
-    check_dense(prefix, blocks)
-    linears = [weight.shape for weight in weights_in(blocks).values()]
-    embedding, head = skeleton.get_input_embeddings().weight, skeleton.get_output_embeddings().weight
-    tied = set(skeleton.all_tied_weights_keys)
-    head_is_tied = bool(config.get_text_config(decoder=True).tie_word_embeddings)
-    state = {name: t for name, t in skeleton.state_dict().items() if name not in tied}
-    embeddings = embedding.numel() + (0 if head_is_tied else head.numel())
-    quantized = sum(n * k for n, k in linears)
-    return Model(
-        architecture=type(skeleton).__name__,
-        linears=linears,
-        stages=_stages(blocks[0]),
-        embedding=tuple(embedding.shape),
-        head=None if head_is_tied else tuple(head.shape),
-        others=sum(t.numel() for t in state.values()) - embeddings - quantized,
-        itemsize=(config.dtype or torch.bfloat16).itemsize,  # GGUF files and some old configs don't say
-        attention=_attention(model, skeleton),
-        max_positions=config.get_text_config(decoder=True).max_position_embeddings,
-    )
+def cache_figures(m: Model, free: int) -> dict[str, dict[str, Any]]:
+    """Of each type of KV cache that is counted for the model, in bytes and tokens; `free` is left for it."""
+    names = kv_bytes.types_for(m.layers)
+    fixed = {name: kv_bytes.fixed_bytes(name, m.layers) for name in names}
+    return {
+        "kv_cache_needs": {name: kv_type.needs for name, kv_type in names.items()},
+        "kv_bytes_per_token": {name: kv_bytes.bytes_per_token(name, m.layers) for name in names},
+        "state_bytes_per_sequence": {name: fixed[name]["state"] for name in names},
+        "window_bytes_per_sequence": {name: fixed[name]["window"] for name in names},
+        "kv_block_tokens": {name: kv_bytes.block_size(name, m.layers) for name in names},
+        "tokens_that_fit": {name: kv_bytes.tokens_that_fit(name, m.layers, free, m.max_positions) for name in names},
+    }
 
 
-def _stages(block: nn.Module) -> list[tuple[int, int]]:
-    """Linears of one module with as many inputs, summed: shapes alone don't tell that the output projection of an
-    attention layer reads something else than its queries, which makes this an upper bound."""
-    rows = defaultdict(int)
-    for name, weight in weights_in(block).items():
-        outputs, inputs = weight.shape
-        rows[name.rpartition(".")[0], inputs] += outputs
-    return [(outputs, inputs) for (_, inputs), outputs in rows.items()]
-
-
-def _attention(model: str, skeleton: PreTrainedModel) -> Attention:
-    config = skeleton.config.get_text_config(decoder=True)
-    layers, window = config.num_hidden_layers, getattr(config, "sliding_window", None)
-    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"])
-    if hasattr(config, "kv_lora_rank"):
-        kinds = {"latent_attention"}
-    if kinds != {"full_attention"}:
-        raise InputError(
-            f"{model}: `bpdq plan` counts the KV cache of full attention only, and {type(skeleton).__name__} has "
-            f"{', '.join(sorted(kinds - {'full_attention'}))}; `bpdq quantize` and vLLM may take it all the same"
+def assumptions_for(m: Model, settings: Settings) -> list[str]:
+    """Those that not every model needs."""
+    found = []
+    if any(isinstance(kind, State) for kind in m.layers):
+        found.append(
+            "states: prefix caching is on, vLLM's default, which keeps two states for each sequence, of Mamba-2 three; "
+            "blocks hold so many tokens that a page of keys and values holds a state; no speculative decoding"
         )
-    missing = [key for key in ("num_key_value_heads", "max_position_embeddings") if not getattr(config, key, None)]
-    if missing:
-        raise InputError(f"{model}: its config.json says nothing of {' or '.join(missing)}, which `bpdq plan` needs")
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return Attention(layers, config.num_key_value_heads, head_size)
+    if any(isinstance(kind, Attention) and kind.window for kind in m.layers):
+        found.append(f"windows: a sequence holds a window and {IN_FLIGHT} tokens more, those of two steps under way")
+    if len(kv_bytes.types_for(m.layers)) < len(KV_TYPES):
+        found.append("types of KV cache that are not shown are not counted for such layers, or vLLM refuses them")
+    if m.tower.elements:
+        with_images = (
+            f"images: 16-bit weights of what sees them, {IMAGE_SIDE} x {IMAGE_SIDE} pixels at a time, for each patch 2 "
+            "bytes x 3 x the widest of its layers (assumed)"
+        )
+        found.append("images are refused, what sees them is not loaded" if settings.text_only else with_images)
+    if m.mtp:
+        found.append("the MTP head is kept in 16 bits in the checkpoint, and not loaded without speculative decoding")
+    elif m.unknown_mtp:
+        found.append("the bytes of an MTP head, which config.json names, are not counted")
+    return found
 
 
 def checkpoint_bytes(m: Model, settings: Settings) -> Weights:
     """What `bpdq quantize` writes: planes and coefficients, everything else in the model's dtype."""
-    return _weights(m, settings, Scheme.stored_bytes, m.itemsize, lambda n: n)
+    return _weights(m, settings, Scheme.stored_bytes, m.itemsize, lambda n: n, m.linears)
 
 
 def card_bytes(m: Model, settings: Settings) -> Weights:
     """The same in the arrangement of the CUDA kernels, vocabularies padded, everything else in 16 bits. Layers that
     vLLM fuses are padded one by one here, an upper bound where their outputs are no multiples of 64."""
-    return _weights(m, settings, Scheme.tiled_bytes, 2, lambda n: -(-n // VOCABULARY_PADDING) * VOCABULARY_PADDING)
+
+    def padded(n: int) -> int:
+        return -(-n // VOCABULARY_PADDING) * VOCABULARY_PADDING
+
+    weights = _weights(m, settings, Scheme.tiled_bytes, 2, padded, m.linears + m.doubled)
+    return weights._replace(mtp=0, tower=0 if settings.text_only else weights.tower)
 
 
-def _weights(m: Model, settings: Settings, packed: Any, itemsize: int, padded: Any) -> Weights:
-    def embedding(shape: tuple[int, int], scheme: Scheme | None) -> int:
+def _weights(
+    m: Model, settings: Settings, packed: Any, itemsize: int, padded: Callable[[int], int], linears: list[Shape]
+) -> Weights:
+    def embedding(shape: Shape, scheme: Scheme | None) -> int:
         n, k = padded(shape[0]), shape[1]
         return n * k * itemsize if scheme is None else packed(scheme, n, k)
 
     return Weights(
-        linear=sum(packed(settings.scheme, n, k) for n, k in m.linears),
+        linear=sum(packed(settings.scheme, n, k) for n, k in linears),
         embedding=embedding(m.embedding, settings.embedding),
         head=0 if m.head is None else embedding(m.head, settings.head),
         other=m.others * itemsize,
+        tower=m.tower.elements * itemsize,
+        mtp=m.mtp * itemsize,
     )
 
 
@@ -257,12 +240,13 @@ def budget(gpu_memory: float) -> int:
     return int(utilization(gpu_memory) * VISIBLE * gpu_memory * GIB)
 
 
-def overhead(m: Model, graphs: bool) -> int:
+def overhead(m: Model, settings: Settings, graphs: bool) -> int:
     """Bytes of the budget beside weights and cache, with one sequence: ASSUMPTIONS, and the table of rotations."""
     hidden, widest = m.embedding[1], max(k for _, k in m.linears)
     activations = STEP_TOKENS * 2 * 3 * (widest + hidden)
-    rotations = m.max_positions * m.attention.head_size * 2
-    return LOADED_BYTES + activations + rotations + _sequence_bytes(m) + (GRAPH_BYTES if graphs else 0)
+    image = 0 if settings.text_only else 2 * m.tower.activations
+    rotations = 2 * m.rotations
+    return LOADED_BYTES + activations + image + rotations + _sequence_bytes(m) + (GRAPH_BYTES if graphs else 0)
 
 
 def _sequence_bytes(m: Model) -> int:
@@ -272,16 +256,16 @@ def _sequence_bytes(m: Model) -> int:
 
 def needed(m: Model, settings: Settings, kv_type: str, graphs: bool) -> int:
     """Bytes of the budget with which one request of the wanted context can be served."""
-    null_block = kv_bytes.bytes_for(kv_type, m.attention, 1)
-    blocks = kv_bytes.bytes_for(kv_type, m.attention, settings.context) + null_block
-    workspace = kv_bytes.workspace(kv_type, m.attention, settings.context)
-    return sum(card_bytes(m, settings)) + overhead(m, graphs) + blocks + workspace
+    blocks = kv_bytes.bytes_for(kv_type, m.layers, settings.context) + kv_bytes.null_block(kv_type, m.layers)
+    workspace = kv_bytes.workspace(kv_type, m.layers, settings.context)
+    return sum(card_bytes(m, settings)) + overhead(m, settings, graphs) + blocks + workspace
 
 
 def best_kv_type(m: Model, settings: Settings) -> str | None:
-    """The KV-cache type with most bytes per token, of those that run on any card, with which the context fits."""
-    names = [name for name, kv_type in KV_TYPES.items() if kv_type.recommended]
-    names.sort(key=lambda name: -kv_bytes.bytes_per_token(name, m.attention))
+    """The KV-cache type with most bytes per token, of those that run on any card, with which the context fits; 16 bits
+    if they do: padding may make others' tokens as large."""
+    names = kv_bytes.recommended_types(m.layers)
+    names.sort(key=lambda name: (name != "auto", -kv_bytes.bytes_per_token(name, m.layers)))
     limit = budget(settings.gpu_memory)
     return next((name for name in names if needed(m, settings, name, graphs=False) <= limit), None)
 
@@ -297,7 +281,7 @@ def fill_bpw(m: Model, settings: Settings, kv_type: str) -> float:
 def serve_command(model: str, m: Model, settings: Settings, kv_type: str, eager: bool) -> str:
     """`vllm serve` with as many sequences at once as fit at full length."""
     left = budget(settings.gpu_memory) - needed(m, settings, kv_type, graphs=not eager)
-    more = left // (kv_bytes.bytes_for(kv_type, m.attention, settings.context) + _sequence_bytes(m))
+    more = left // (kv_bytes.bytes_for(kv_type, m.layers, settings.context) + _sequence_bytes(m))
     path = Path(model).absolute()
     name = path.parent.name if path.suffix == ".json" else (path.stem if is_gguf(model) else path.name)
     flags = {
@@ -308,49 +292,24 @@ def serve_command(model: str, m: Model, settings: Settings, kv_type: str, eager:
     }
     if kv_type != "auto":
         flags["--kv-cache-dtype"] = kv_type
+    if m.tower.elements and not settings.text_only:
+        image = {"count": 1, "width": IMAGE_SIDE, "height": IMAGE_SIDE}
+        limits = {"image": image, **dict.fromkeys(m.tower.modalities, 0)}
+        flags["--limit-mm-per-prompt"] = f"'{json.dumps(limits)}'"
     parts = [f"vllm serve ./{name}-bpdq", *(f"{flag} {value}" for flag, value in flags.items())]
-    return " ".join([*parts, *(["--enforce-eager"] if eager else [])])
+    switches = {"--language-model-only": settings.text_only, "--enforce-eager": eager}
+    return " ".join([*parts, *(name for name, on in switches.items() if on)])
 
 
 def quantize_seconds(m: Model, scheme: Scheme, rates: hours.Rates) -> dict[str, float]:
     """What `bpdq quantize` takes by default: `quantize_cpu_seconds` of one core, `quantize_gpu_seconds` of a card."""
-    hidden = m.embedding[1]
-    block = hours.Block(m.stages, [k for _, k in m.stages] + [hidden])  # attention's output has a Hessian of its own
-    tokens, blocks = prod(CALIBRATION), m.attention.layers
-    work = hours.block_work(block, scheme.bits, scheme.group_size, tokens)
-    card = hours.card_seconds(block, scheme.bits, scheme.group_size, tokens, hours.RTX_3090)
-    return {"quantize_cpu_seconds": blocks * hours.seconds(work, rates), "quantize_gpu_seconds": blocks * card}
-
-
-def quantize_device_bytes(m: Model, gpu: bool = True) -> int:
-    """What `bpdq quantize` needs where it solves: a block and its copy, one stage's matrices, a batch's activations."""
-    block = m.linears[: len(m.linears) // m.attention.layers]
-    stage = max(stage_bytes(n, k, gpu) for n, k in m.stages)
-    return 2 * m.itemsize * sum(n * k for n, k in block) + stage + ACTIVATION_BYTES
-
-
-def stage_bytes(n: int, k: int, gpu: bool = True) -> int:
-    """Of that, a stage with weights [n, k]: about four fp32 [k, k] (H, its factors, a solver's copy) and four [n, k]
-    (W, the target, what is left of it), and four of the refinement's temporaries: on a GPU features of its rows, with
-    two planes and a bias, on a CPU the rows themselves."""
-    refined = min(3 * n * k, CHUNK_ELEMENTS) if gpu else min(n * k, CHUNK_ELEMENTS // 3)
-    return 4 * 4 * (k * k + n * k + refined)
-
-
-def quantize_host_bytes(m: Model, calibration: tuple[int, int] = CALIBRATION, page_locked: bool = True) -> int:
-    """What `bpdq quantize` needs of the host beside it: embedding and head, one block, hidden states of both models.
-
-    calibration: windows and their tokens; page_locked: as with a GPU, where each batch takes a power of two bytes.
-    """
-    embeddings = prod(m.embedding) + (0 if m.head is None else prod(m.head))
-    block = m.linears[: len(m.linears) // m.attention.layers]
-    (windows, length), hidden_size = calibration, m.embedding[1]
-    batch = windows_per_batch(length, hidden_size, sum(n for n, _ in block), m.itemsize)
-    batches = [min(batch, windows - first) for first in range(0, windows, batch)]
-    states = [m.itemsize * count * length * hidden_size for count in batches]
-    if page_locked:
-        states = [1 << (size - 1).bit_length() for size in states]
-    return m.itemsize * (embeddings + sum(n * k for n, k in block)) + 2 * sum(states)
+    hidden, tokens, cpu, card = m.embedding[1], prod(CALIBRATION), 0.0, 0.0
+    for kind in m.blocks:
+        block = hours.Block(kind.stages, [k for _, k in kind.stages] + [hidden])  # attention's output has its own
+        work = hours.block_work(block, scheme.bits, scheme.group_size, tokens)
+        cpu += kind.count * hours.seconds(work, rates)
+        card += kind.count * hours.card_seconds(block, scheme.bits, scheme.group_size, tokens, hours.RTX_3090)
+    return {"quantize_cpu_seconds": cpu, "quantize_gpu_seconds": card}
 
 
 def _four_bit_embeddings(settings: Settings) -> Settings:
@@ -368,6 +327,10 @@ def _one_bit_less(settings: Settings) -> Settings:
     return settings._replace(scheme=replace(settings.scheme, bits=settings.scheme.bits - 1))
 
 
+def _text_only(settings: Settings) -> Settings:
+    return settings._replace(text_only=True)
+
+
 def _shortage(m: Model, settings: Settings) -> str:
     """Why nothing fits, and what would: single changes, or else all of them together."""
     changes = {}
@@ -377,13 +340,15 @@ def _shortage(m: Model, settings: Settings) -> str:
         changes[f"--group-size {GROUP_SIZES[-1]}"] = _largest_groups
     if settings.scheme.bits > 2:  # at 1 bit no model is of use
         changes[f"--bits {settings.scheme.bits - 1}"] = _one_bit_less
+    if m.tower.elements and not settings.text_only:
+        changes["--language-model-only"] = _text_only
     fitting = [text for text, change in changes.items() if best_kv_type(m, change(settings))]
     together = reduce(lambda s, change: change(s), changes.values(), settings)
     if not fitting and best_kv_type(m, together):
         fitting.append(" ".join(changes))
-    names = [name for name, kv_type in KV_TYPES.items() if kv_type.recommended]
-    free = budget(settings.gpu_memory) - sum(card_bytes(m, settings)) - overhead(m, graphs=False)
-    longest, name = max((kv_bytes.tokens_that_fit(name, m.attention, free), name) for name in names)
+    names = kv_bytes.recommended_types(m.layers)
+    free = budget(settings.gpu_memory) - sum(card_bytes(m, settings)) - overhead(m, settings, graphs=False)
+    longest, name = max((kv_bytes.tokens_that_fit(name, m.layers, free, m.max_positions), name) for name in names)
     if longest:
         fitting.append(f"--context {longest} ({name})")
     cards = count(floor(settings.gpu_memory) + 1)

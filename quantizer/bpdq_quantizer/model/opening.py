@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, GgufConfig, PreTrainedModel
 
 from bpdq_quantizer.errors import InputError
-from bpdq_quantizer.model.sources import gguf_arguments, read_config
+from bpdq_quantizer.model.sources import gguf_arguments, is_wrapper, read_config
 
 
 def misfit(model: str, name: str, stored: tuple[int, ...], wanted: tuple[int, ...]) -> str:
@@ -45,13 +45,15 @@ def load_pretrained(model: str, dtype: torch.dtype | str = "auto", **options: An
     return lm.eval()
 
 
-def plain_skeleton(model: str) -> PreTrainedModel:
+def plain_skeleton(model: str, wrappers: bool = False) -> PreTrainedModel:
     """A 16-bit model on the meta device, from its config.json alone: in a folder or by its own path, of a hub id or a
-    `.gguf` file. Raises InputError, also for models that are quantized already."""
-    config = read_config(model)
+    `.gguf` file. wrappers: take models that see images too. Raises InputError, also for models that are quantized
+    already."""
+    config = read_config(model, wrappers)
+    auto = AutoModelForImageTextToText if wrappers and is_wrapper(config) else AutoModelForCausalLM
     try:
         with init_empty_weights():
-            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            skeleton = auto.from_config(config, trust_remote_code=False)
     except Exception as e:  # sizes that contradict each other
         raise InputError(f"{model}: can't be built from its config.json: {e}") from e
     if getattr(config, "quantization_config", None):

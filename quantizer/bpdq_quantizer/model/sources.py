@@ -6,7 +6,13 @@ from typing import Any
 
 import transformers
 from safetensors import safe_open
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    PreTrainedConfig,
+)
 
 from bpdq_quantizer.errors import InputError
 
@@ -29,10 +35,11 @@ def is_gguf(model: str) -> bool:
     return model.lower().endswith(".gguf")
 
 
-def read_config(model: str) -> PreTrainedConfig:
+def read_config(model: str, wrappers: bool = False) -> PreTrainedConfig:
     """The config of a causal language model: of a folder, hub id or `.gguf` file, or a config.json by its own path.
 
-    No code that a model brings is run. Raises InputError, also for architectures that are not causal language models.
+    wrappers: take models that see images too. No code that a model brings is run. Raises InputError, also for other
+    architectures that are not causal language models.
     """
     source = {"pretrained_model_name_or_path": model} if model.endswith(".json") else gguf_arguments(model)
     check_content(Path(model) if model.endswith(".json") else Path(model) / "config.json")
@@ -44,7 +51,7 @@ def read_config(model: str) -> PreTrainedConfig:
         raise
     except Exception as e:  # a config's own checks raise all kinds
         raise InputError(f"{model}: can't be loaded as a causal language model, for its config.json: {e}") from e
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not (wrappers and is_wrapper(config)):
         architecture = (config.architectures or [type(config).__name__])[0]
         raise InputError(
             f"{model}: {architecture} is not a causal language model of transformers: choose a dense decoder-only "
@@ -58,6 +65,11 @@ def read_config(model: str) -> PreTrainedConfig:
             "null there, or to a token of the vocabulary"
         )
     return config
+
+
+def is_wrapper(config: PreTrainedConfig) -> bool:
+    """Whether the model sees images beside its text."""
+    return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and config.get_text_config(decoder=True) is not config
 
 
 def check_known(model: str, raw: Any) -> None:

@@ -1,0 +1,39 @@
+"""Memory that `bpdq quantize` needs, on the device where it solves and on the host beside it."""
+
+from math import prod
+
+from bpdq_quantizer.algorithm.refine import CHUNK_ELEMENTS
+from bpdq_quantizer.fit.parts import Model
+from bpdq_quantizer.model.activations import ACTIVATION_BYTES, windows_per_batch
+
+CALIBRATION = 128, 2048  # windows and their tokens, defaults of `bpdq quantize`
+
+
+def quantize_device_bytes(m: Model, gpu: bool = True) -> int:
+    """What `bpdq quantize` needs where it solves: a block and its copy, one stage's matrices, a batch's activations."""
+    stage = max(stage_bytes(n, k, gpu) for n, k in m.stages)
+    return 2 * m.itemsize * sum(n * k for n, k in m.heaviest) + stage + ACTIVATION_BYTES
+
+
+def stage_bytes(n: int, k: int, gpu: bool = True) -> int:
+    """Of that, a stage with weights [n, k]: about four fp32 [k, k] (H, its factors, a solver's copy) and four [n, k]
+    (W, the target, what is left of it), and four of the refinement's temporaries: on a GPU features of its rows, with
+    two planes and a bias, on a CPU the rows themselves."""
+    refined = min(3 * n * k, CHUNK_ELEMENTS) if gpu else min(n * k, CHUNK_ELEMENTS // 3)
+    return 4 * 4 * (k * k + n * k + refined)
+
+
+def quantize_host_bytes(m: Model, calibration: tuple[int, int] = CALIBRATION, page_locked: bool = True) -> int:
+    """What `bpdq quantize` needs of the host beside it: embedding and head, one block, hidden states of both models.
+
+    calibration: windows and their tokens; page_locked: as with a GPU, where each batch takes a power of two bytes.
+    """
+    embeddings = prod(m.embedding) + (0 if m.head is None else prod(m.head))
+    (windows, length), hidden_size = calibration, m.embedding[1]
+    rows = max(sum(n for n, _ in kind.linears) for kind in m.blocks)
+    batch = windows_per_batch(length, hidden_size, rows, m.itemsize)
+    batches = [min(batch, windows - first) for first in range(0, windows, batch)]
+    states = [m.itemsize * count * length * hidden_size for count in batches]
+    if page_locked:
+        states = [1 << (size - 1).bit_length() for size in states]
+    return m.itemsize * (embeddings + sum(n * k for n, k in m.heaviest)) + 2 * sum(states)

@@ -1,0 +1,224 @@
+"""The parts of a 16-bit model that the arithmetic of `plan` needs, from its config.json alone."""
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from bpdq_kernels import patterns
+from bpdq_kernels.skeleton import embedding_names, is_tied
+from bpdq_quantizer.errors import InputError
+from bpdq_quantizer.fit.kv_bytes import Attention, Layers
+from bpdq_quantizer.fit.kv_layers import kept_layers, value
+from bpdq_quantizer.model.opening import plain_skeleton
+from bpdq_quantizer.model.stream import decoder_blocks
+from bpdq_quantizer.model.weights import weights_in
+
+NARROWEST = 32  # outputs of a Linear that is quantized
+STAY = re.compile(r"\.(in_proj_ba|in_proj_a|in_proj_b|dt_proj|x_proj|router|gate|shared_expert_gate)$")
+IMAGE_SIDE = 1024  # pixels of the one image that is planned with
+
+Shape = tuple[int, int]
+
+
+class Block(NamedTuple):
+    """Decoder blocks that are alike. linears: (outputs, inputs) of those that are quantized; stages: the same of those
+    that are, at most, solved together."""
+
+    count: int
+    linears: tuple[Shape, ...]
+    stages: tuple[Shape, ...]
+
+
+class Tower(NamedTuple):
+    """What sees images (and hears) beside the text model, projectors too. elements: of its tensors; activations: of an
+    image of IMAGE_SIDE x IMAGE_SIDE, at most at once; modalities: others than images that it takes."""
+
+    elements: int = 0
+    activations: int = 0
+    modalities: tuple[str, ...] = ()
+
+
+class Model(NamedTuple):
+    """What the arithmetic needs of a model. embedding and head: (vocabulary, hidden size), head None where it is tied;
+    others: elements of all other tensors of the text model; doubled: Linears that vLLM holds twice, as keys and as
+    values; mtp: elements of a head that predicts further tokens, which vLLM loads for speculative decoding only, and
+    whether there is one of unknown size; rotations: elements of vLLM's tables of rotations."""
+
+    architecture: str
+    blocks: list[Block]
+    embedding: Shape
+    head: Shape | None
+    others: int
+    itemsize: int
+    layers: Layers
+    max_positions: int
+    doubled: list[Shape]
+    tower: Tower
+    mtp: int
+    unknown_mtp: bool
+    rotations: int
+
+    @property
+    def linears(self) -> list[Shape]:
+        return [shape for block in self.blocks for shape in block.linears * block.count]
+
+    @property
+    def stages(self) -> list[Shape]:
+        """Of one block of each kind."""
+        return [shape for block in self.blocks for shape in block.stages]
+
+    @property
+    def heaviest(self) -> tuple[Shape, ...]:
+        """The Linears of the block with most weights."""
+        return max((block.linears for block in self.blocks), key=lambda linears: sum(n * k for n, k in linears))
+
+
+def read_model(model: str, ignore: Sequence[str] = ()) -> Model:
+    """Sizes of a model from its config.json; raises InputError for what `bpdq quantize` or this arithmetic refuses.
+
+    ignore: names, or `re:` patterns, of the blocks' Linears that stay in 16 bits.
+    """
+    skeleton = plain_skeleton(model, wrappers=True)
+    config = skeleton.config
+    text = config.get_text_config(decoder=True)
+    prefix, blocks = decoder_blocks(skeleton)
+    check_experts(prefix, blocks)
+    layers = kept_layers(model, config)
+    latent = any(isinstance(kind, Attention) and kind.latent for kind in layers)
+    quantized = quantized_linears(prefix, blocks, latent, ignore)
+    embedding, head = skeleton.get_input_embeddings().weight, skeleton.get_output_embeddings().weight
+    tied = set(skeleton.all_tied_weights_keys)
+    head_is_tied = is_tied(skeleton)
+    sizes = {name: t.numel() for name, t in skeleton.state_dict().items() if name not in tied}
+    beside = beside_text(sizes, prefix, skeleton)
+    embeddings = embedding.numel() + (0 if head_is_tied else head.numel())
+    linears = sum(n * k for shapes in quantized for n, k in shapes.values())
+    return Model(
+        architecture=type(skeleton).__name__,
+        blocks=kinds_of(quantized),
+        embedding=tuple(embedding.shape),
+        head=None if head_is_tied else tuple(head.shape),
+        others=sum(sizes.values()) - sum(beside.values()) - embeddings - linears,
+        itemsize=(config.dtype or text.dtype or torch.bfloat16).itemsize,  # GGUF files and some old configs don't say
+        layers=layers,
+        max_positions=text.max_position_embeddings,
+        doubled=doubled_keys(text, quantized),
+        tower=tower(skeleton, beside),
+        mtp=mtp_elements(text, blocks),
+        unknown_mtp=bool(value(text, "num_nextn_predict_layers")),
+        rotations=rotations(text, layers),
+    )
+
+
+def check_experts(prefix: str, blocks: nn.ModuleList) -> None:
+    """Raise InputError for blocks that hold fused experts, which would stay in 16 bits. Depthwise convolutions do."""
+    for name, parameter in blocks.named_parameters():
+        if parameter.ndim > 2 and not (parameter.ndim == 3 and parameter.shape[1] == 1):
+            raise InputError(
+                f"{prefix}.{name} has shape {tuple(parameter.shape)}: mixture-of-experts blocks are not supported, "
+                "choose a dense model"
+            )
+
+
+def quantized_linears(
+    prefix: str, blocks: nn.ModuleList, latent: bool, ignore: Sequence[str]
+) -> list[dict[str, Shape]]:
+    """The Linears of each block that `bpdq quantize` quantizes, by name; raises InputError for `ignore`.
+
+    latent: whether vLLM absorbs `kv_b_proj`, which then stays in 16 bits.
+    """
+    found = [
+        {
+            name: w.shape
+            for name, w in weights_in(block, f"{prefix}.{index}").items()
+            if not stays(name, w.shape, latent)
+        }
+        for index, block in enumerate(blocks)
+    ]
+    names = [name for block in found for name in block]
+    for target in ignore:
+        try:
+            matched = any(patterns.matches(name, target) for name in names)
+        except InputError as e:
+            raise InputError(f"--ignore: {e}") from None
+        if not matched:
+            raise InputError(f"--ignore {target}: no Linear of the blocks has such a name, they are like {names[0]}")
+    found = [
+        {name: shape for name, shape in block.items() if not any(patterns.matches(name, t) for t in ignore)}
+        for block in found
+    ]
+    if not any(found):
+        raise InputError("--ignore: nothing is left to quantize: leave a pattern out")
+    return found
+
+
+def stays(name: str, shape: Shape, latent: bool) -> bool:
+    """Whether a Linear stays in 16 bits by default."""
+    return shape[0] < NARROWEST or bool(STAY.search(name)) or (latent and name.endswith(".kv_b_proj"))
+
+
+def kinds_of(quantized: list[dict[str, Shape]]) -> list[Block]:
+    """Blocks by what they hold. Stages are Linears of one module with as many inputs, summed: shapes alone don't tell
+    that the output projection of an attention layer reads something else than its queries: an upper bound."""
+    counts, stages = defaultdict(int), {}
+    for block in quantized:
+        linears, rows = tuple(block.values()), defaultdict(int)
+        for name, (outputs, inputs) in block.items():
+            rows[name.rpartition(".")[0], inputs] += outputs
+        counts[linears] += 1
+        stages[linears] = tuple((outputs, inputs) for (_, inputs), outputs in rows.items())
+    return [Block(count, linears, stages[linears]) for linears, count in counts.items()]
+
+
+def doubled_keys(text: PreTrainedConfig, quantized: list[dict[str, Shape]]) -> list[Shape]:
+    """vllm/model_executor/models/gemma4.py: k_eq_v layers load K weights into both K and V."""
+    if not value(text, "attention_k_eq_v"):
+        return []
+    found = [(name, shape) for block in quantized for name, shape in block.items() if name.endswith(".k_proj")]
+    values = {name for block in quantized for name in block if name.endswith(".v_proj")}
+    return [shape for name, shape in found if name.replace(".k_proj", ".v_proj") not in values]
+
+
+def beside_text(sizes: dict[str, int], prefix: str, skeleton: PreTrainedModel) -> dict[str, int]:
+    """The tensors of towers and projectors: neither of the module that holds the blocks, nor of the LM head."""
+    if skeleton.config.get_text_config(decoder=True) is skeleton.config:
+        return {}
+    text = (f"{prefix.rpartition('.')[0]}.", f"{embedding_names(skeleton)[1]}.")
+    return {name: size for name, size in sizes.items() if not name.startswith(text)}
+
+
+def tower(skeleton: PreTrainedModel, beside: dict[str, int]) -> Tower:
+    """Activations as in `plan.overhead`: three of the widest Linear's inputs for each patch."""
+    patch = value(value(skeleton.config, "vision_config"), "patch_size")
+    if not beside or patch is None:
+        return Tower(sum(beside.values()))
+    patch = patch if isinstance(patch, int) else patch[0]
+    shapes = {n: t.shape for n, t in skeleton.state_dict().items() if n in beside and "vis" in n and t.ndim == 2}
+    widest = max((max(shape) for n, shape in shapes.items() if ".layers." in n or ".blocks." in n), default=0)
+    others = {"video": "video_token_id", "audio": "audio_config"}
+    modalities = [name for name, key in others.items() if value(skeleton.config, key) is not None]
+    return Tower(sum(beside.values()), 3 * widest * (IMAGE_SIDE // patch) ** 2, tuple(modalities))
+
+
+def mtp_elements(text: PreTrainedConfig, blocks: nn.ModuleList) -> int:
+    """Of Qwen3.5's: a block with full attention for each layer, the projection of two hidden states, three norms
+    (vllm/model_executor/models/qwen3_5_mtp.py). Its embedding and LM head are the model's."""
+    layers = value(text, "mtp_num_hidden_layers") or 0
+    if not layers or "full_attention" not in (value(text, "layer_types") or ()):
+        return 0
+    block = blocks[text.layer_types.index("full_attention")]
+    return layers * sum(p.numel() for p in block.parameters()) + 2 * text.hidden_size**2 + 3 * text.hidden_size
+
+
+def rotations(text: PreTrainedConfig, layers: Layers) -> int:
+    """A table for each head size; of latent attention for its rotated part, in fp32 (rotary_embedding/
+    deepseek_scaling_rope.py)."""
+    if any(isinstance(kind, Attention) and kind.latent for kind in layers):
+        return 2 * text.max_position_embeddings * text.qk_rope_head_dim
+    sizes = {(kind.head_size, kind.window is None) for kind in layers if isinstance(kind, Attention)}
+    return text.max_position_embeddings * sum(size for size, _ in sizes)
