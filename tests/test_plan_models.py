@@ -1,9 +1,11 @@
 """`bpdq plan` for models with windows, states and eyes: published configs by hand, and what is served with which flags.
 
-tests/configs/ has the sizes of published config.json files. Qwen3.5-27B: as printed in public reports on it and on
-Qwen3.6-27B, which is alike; Gemma 4 31B: as quoted by the tests of public inference engines, its tower by transformers'
-defaults for that width; Qwen2.5-VL-72B: its model card's config; Nemotron-H: arXiv 2504.03624, table 1, in which the
-order of the 56B model's layers is not given (their numbers are).
+tests/configs/ has the sizes of published models, as far as public sources gave them; the files themselves were not at
+hand. Qwen3.5-27B: as printed in public reports on it and on Qwen3.6-27B, which is alike; Gemma 4 31B: as quoted by the
+tests of public inference engines, its tower by transformers' defaults for that width; Nemotron-H: layers and widths as
+NVIDIA's Megatron-Bridge documents them, and 8B's 8,100,852,736 parameters as counted publicly. **Not confirmed**: the
+other sizes of Nemotron-H-56B, the order of its layers, Qwen2.5-VL-72B beyond its text model (Qwen2.5-72B's), and their
+totals in `test_parameters_are_as_many_as_published`.
 """
 
 import json

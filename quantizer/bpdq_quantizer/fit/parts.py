@@ -1,6 +1,5 @@
 """The parts of a 16-bit model that the arithmetic of `plan` needs, from its config.json alone."""
 
-import re
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,17 +8,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from bpdq_kernels import patterns
 from bpdq_kernels.skeleton import embedding_names, is_tied
-from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.fit.kv_bytes import Attention, Layers
 from bpdq_quantizer.fit.kv_layers import kept_layers, value
 from bpdq_quantizer.model.opening import plain_skeleton
-from bpdq_quantizer.model.stream import decoder_blocks
-from bpdq_quantizer.model.weights import weights_in
+from bpdq_quantizer.model.stream import Streamed, decoder_blocks, leave_alone, solved
+from bpdq_quantizer.model.support import check_dense
 
-NARROWEST = 32  # outputs of a Linear that is quantized
-STAY = re.compile(r"\.(in_proj_ba|in_proj_a|in_proj_b|dt_proj|x_proj|router|gate|shared_expert_gate)$")
 IMAGE_SIDE = 1024  # pixels of the one image that is planned with
 
 Shape = tuple[int, int]
@@ -87,10 +82,9 @@ def read_model(model: str, ignore: Sequence[str] = ()) -> Model:
     config = skeleton.config
     text = config.get_text_config(decoder=True)
     prefix, blocks = decoder_blocks(skeleton)
-    check_experts(prefix, blocks)
+    check_dense(prefix, blocks)
     layers = kept_layers(model, config)
-    latent = any(isinstance(kind, Attention) and kind.latent for kind in layers)
-    quantized = quantized_linears(prefix, blocks, latent, ignore)
+    quantized = quantized_linears(Streamed(skeleton, prefix, blocks, {}), ignore)
     embedding, head = skeleton.get_input_embeddings().weight, skeleton.get_output_embeddings().weight
     tied = set(skeleton.all_tied_weights_keys)
     head_is_tied = is_tied(skeleton)
@@ -115,51 +109,12 @@ def read_model(model: str, ignore: Sequence[str] = ()) -> Model:
     )
 
 
-def check_experts(prefix: str, blocks: nn.ModuleList) -> None:
-    """Raise InputError for blocks that hold fused experts, which would stay in 16 bits. Depthwise convolutions do."""
-    for name, parameter in blocks.named_parameters():
-        if parameter.ndim > 2 and not (parameter.ndim == 3 and parameter.shape[1] == 1):
-            raise InputError(
-                f"{prefix}.{name} has shape {tuple(parameter.shape)}: mixture-of-experts blocks are not supported, "
-                "choose a dense model"
-            )
-
-
-def quantized_linears(
-    prefix: str, blocks: nn.ModuleList, latent: bool, ignore: Sequence[str]
-) -> list[dict[str, Shape]]:
-    """The Linears of each block that `bpdq quantize` quantizes, by name; raises InputError for `ignore`.
-
-    latent: whether vLLM absorbs `kv_b_proj`, which then stays in 16 bits.
-    """
-    found = [
-        {
-            name: w.shape
-            for name, w in weights_in(block, f"{prefix}.{index}").items()
-            if not stays(name, w.shape, latent)
-        }
-        for index, block in enumerate(blocks)
+def quantized_linears(source: Streamed, ignore: Sequence[str]) -> list[dict[str, Shape]]:
+    """The Linears of each block that `bpdq quantize` quantizes, by name; raises InputError for `ignore`."""
+    source = leave_alone(source, ignore)
+    return [
+        {name: weight.shape for name, weight in solved(source, index).items()} for index in range(len(source.blocks))
     ]
-    names = [name for block in found for name in block]
-    for target in ignore:
-        try:
-            matched = any(patterns.matches(name, target) for name in names)
-        except InputError as e:
-            raise InputError(f"--ignore: {e}") from None
-        if not matched:
-            raise InputError(f"--ignore {target}: no Linear of the blocks has such a name, they are like {names[0]}")
-    found = [
-        {name: shape for name, shape in block.items() if not any(patterns.matches(name, t) for t in ignore)}
-        for block in found
-    ]
-    if not any(found):
-        raise InputError("--ignore: nothing is left to quantize: leave a pattern out")
-    return found
-
-
-def stays(name: str, shape: Shape, latent: bool) -> bool:
-    """Whether a Linear stays in 16 bits by default."""
-    return shape[0] < NARROWEST or bool(STAY.search(name)) or (latent and name.endswith(".kv_b_proj"))
 
 
 def kinds_of(quantized: list[dict[str, Shape]]) -> list[Block]:
