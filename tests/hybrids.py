@@ -32,19 +32,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "lfm2": TEXT
     | {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False, "conv_dim": 128}
     | {"block_dim": 128, "block_ff_dim": 192, "block_multiple_of": 32, "block_ffn_dim_multiplier": 1.0},
-    "mamba2": {**TEXT, "num_heads": 8, "head_dim": 32, "state_size": 32, "n_groups": 1, "chunk_size": 32},
+    "mamba2": {name: TEXT[name] for name in TEXT if name != "intermediate_size"}  # which transformers derives
+    | {"num_heads": 8, "head_dim": 32, "state_size": 32, "n_groups": 1, "chunk_size": 32},
     "nemotron_h": TEXT
     | {"layers_block_type": ["mamba", "mlp", "attention", "mlp"], "num_hidden_layers": 4, "mamba_num_heads": 8}
     | {"mamba_head_dim": 32, "ssm_state_size": 32, "n_groups": 1, "chunk_size": 32, "conv_kernel": 4},
     "qwen3_5": {"text_config": TEXT | GDN, "vision_config": VISION, "tie_word_embeddings": False}
     | {"image_token_id": 380, "video_token_id": 381, "vision_start_token_id": 382, "vision_end_token_id": 383},
-    "qwen3_next": TEXT
-    | GDN
-    | {"mlp_only_layers": [0], "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
-    | {"shared_expert_intermediate_size": 64},
 }
-# Linears that a quantizer leaves alone: of the vision tower, routers, experts, and a few outputs for each head
-PLAIN = r"visual|lm_head|embed|per_layer|[.]gate$|shared_expert_gate|experts[.]|in_proj_(a|b|ba)$"
+# Linears that a quantizer leaves alone: of the vision tower, and those of a few outputs for each head
+PLAIN = r"visual|lm_head|embed|per_layer|in_proj_(a|b)$"
 
 
 def hybrid_checkpoint(folder: Path, arch: str) -> Path:
@@ -57,7 +54,5 @@ def hybrid_checkpoint(folder: Path, arch: str) -> Path:
     tensors = load_file(folder / arch / "model.safetensors")
     linears = {name.removesuffix(".weight") for name, W in tensors.items() if name.endswith(".weight") and W.ndim == 2}
     plain = {name for name in linears if re.search(PLAIN, name)}
-    ignore = sorted({re.sub(r"experts[.].*", "experts", name) for name in plain - {"lm_head"}})
-    return bpdq_checkpoint(
-        folder / arch, folder / f"{arch}-bpdq", group_size=32, ignore=tuple(ignore), linears=tuple(linears - plain)
-    )
+    kinds = {"ignore": tuple(sorted(plain - {"lm_head"})), "linears": tuple(linears - plain)}
+    return bpdq_checkpoint(folder / arch, folder / f"{arch}-bpdq", group_size=32, **kinds)
