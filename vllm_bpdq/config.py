@@ -12,6 +12,8 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 
 from bpdq_kernels import format
 from bpdq_kernels.ops import ACTIVATION_DTYPES
+from bpdq_kernels.patterns import PREFIX
+from vllm_bpdq.names import origins, renamed
 
 if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper
@@ -23,6 +25,7 @@ class BPDQConfig(QuantizationConfig):
     def __init__(self, parsed: format.Format) -> None:
         super().__init__()
         self.format = self.stored_format = parsed
+        self.mappers: list[WeightsMapper] = []
         self.model: tuple[str, str | None] | None = None  # name or folder, and revision, until its files are checked
 
     def __repr__(self) -> str:
@@ -68,17 +71,18 @@ class BPDQConfig(QuantizationConfig):
         self.model = model_name, revision
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: "WeightsMapper") -> None:
-        """Rename exact module names as the model renames its weights. `re:` patterns and bare names stay."""
+        """Rename exact module names as the model renames its weights. A `re:` pattern stays, as it is for names of the
+        checkpoint: it is matched with those."""
 
-        def renamed(name: str) -> list[str]:
-            is_path = "." in name and not name.startswith("re:")
-            return hf_to_vllm_mapper.apply_list([name]) if is_path else [name]
+        def new(name: str) -> str:
+            return name if name.startswith(PREFIX) else renamed(name, hf_to_vllm_mapper)
 
         self.format = dataclasses.replace(
             self.format,
-            ignore=tuple(new for name in self.format.ignore for new in renamed(name)),
-            layers={new: scheme for name, scheme in self.format.layers.items() for new in renamed(name)},
+            ignore=tuple(new(name) for name in self.format.ignore),
+            layers={new(name): scheme for name, scheme in self.format.layers.items()},
         )
+        self.mappers.append(hf_to_vllm_mapper)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """The method of layer `prefix`; None for an embedding or LM head in 16 bits, and for attention unless the
@@ -111,7 +115,7 @@ class BPDQConfig(QuantizationConfig):
             return UnquantizedLinearMethod() if scheme is None else BPDQLinearMethod(scheme, prefix, parts)
         # by name: the class has moved and changed its name between vLLM releases
         is_moe = any(cls.__name__ in ("RoutedExperts", "FusedMoE") for cls in type(layer).__mro__)
-        if is_moe and self.format.scheme_for(prefix) is not None:
+        if is_moe and self.format.scheme_for(prefix, self._stored_names(prefix)) is not None:
             raise ValueError(
                 f"{prefix}: mixture-of-experts layers are not supported in BPDQ: quantize the model again with "
                 f"'re:.*experts.*' in `ignore`, or serve a dense model"
@@ -128,8 +132,15 @@ class BPDQConfig(QuantizationConfig):
         names = self.packed_modules_mapping.get(name, [name])
         return [f"{parent}.{part}" if parent else part for part in names]
 
+    def _stored_names(self, name: str) -> list[str]:
+        """What vLLM's layer `name` may be called in the checkpoint; `name` where that can't be told."""
+        names = [name]
+        for mapper in reversed(self.mappers):
+            names = [old for new in names for old in origins(new, mapper)] or names
+        return names
+
     def _scheme(self, prefix: str, parts: list[str]) -> format.Scheme | None:
-        schemes = {part: self.format.scheme_for(part) for part in parts}
+        schemes = {part: self.format.scheme_for(part, self._stored_names(part)) for part in parts}
         if len(set(schemes.values())) > 1:
             found = ", ".join(f"{part.rpartition('.')[2]} {scheme or '16-bit'}" for part, scheme in schemes.items())
             raise ValueError(

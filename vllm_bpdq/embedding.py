@@ -35,6 +35,7 @@ class BPDQEmbeddingMethod(BPDQLinearMethod):
         if layer.B.is_meta:
             return
         super().process_weights_after_loading(layer)
+        layer.weight = layer.B.new_empty(0, dtype=layer.params_dtype)  # as LoRA asks for its device and dtype
         warm_up_embedding(self.prepared(layer), layer.params_dtype)
 
     def embedding(self, layer: Module, input_: Tensor) -> Tensor:

@@ -181,6 +181,8 @@ class BPDQLinearMethod(LinearMethodBase):
             tensor = getattr(prepared, name)
             if tensor is not None:
                 layer.register_parameter(name, Parameter(tensor, requires_grad=False))
+        # where vLLM looks for the device of LoRA adapters; a Parameter would be looked for in checkpoints
+        layer.qweight = B.new_empty(0)
         for param in stored.values():
             param.prepared = True
             param.loaded = frozenset()  # a later reload is checked anew

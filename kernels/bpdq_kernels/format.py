@@ -97,12 +97,20 @@ class Format:
     layers: Mapping[str, Scheme] = field(default_factory=dict)
     kv_cache_scales: bool = False
 
-    def scheme_for(self, name: str) -> Scheme | None:
-        """Scheme of the Linear called `name` in the checkpoint, or None if it is left in 16 bits."""
-        if _matches(name, self.ignore):
+    def scheme_for(self, name: str, aliases: Iterable[str] = ()) -> Scheme | None:
+        """Scheme of the Linear called `name` in the checkpoint, or None if it is left in 16 bits.
+
+        aliases: what patterns are matched with instead, where `name` is that of another program's model.
+        """
+        names = [*aliases] or [name]
+
+        def chosen(target: str) -> bool:
+            return any(_matches(n, (target,)) for n in (names if target.startswith(patterns.PREFIX) else [name]))
+
+        if any(map(chosen, self.ignore)):
             return None
         for pattern, scheme in self.layers.items():
-            if _matches(name, (pattern,)):
+            if chosen(pattern):
                 return scheme
         return self.default
 
