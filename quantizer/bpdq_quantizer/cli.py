@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import threading
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -205,6 +205,9 @@ def _inspect(args: argparse.Namespace) -> dict[str, Any]:
         f"other tensors {found['other_bytes'] / 1e6:.1f} MB"
         + (", scales for an fp8 KV cache" if found["kv_cache_scales"] else "")
     )
+    if found["left_in_16_bits"]:
+        counts = Counter(name.rpartition(".")[2] for name in found["left_in_16_bits"])
+        print("Linears in 16 bits: " + ", ".join(f"{count} x {name}" for name, count in counts.items()))
     if verified is not None:
         print(f"{verified['tensors']} tensors and {verified['files']} other files are as they were written")
         found["verified"] = verified

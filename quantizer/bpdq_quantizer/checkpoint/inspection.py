@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from bpdq_kernels.skeleton import quantized_layers, stored_layer
 from bpdq_quantizer.checkpoint.loader import open_checkpoint
 from bpdq_quantizer.checkpoint.writer import stored_bytes
@@ -31,6 +33,8 @@ def inspect(checkpoint: str | Path) -> dict[str, Any]:
                 "bits_per_weight": 8 * size / module.weight.numel(),
             }
         )
+    named = {layer["name"] for layer in layers}
+    linears = [name for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)]
     weights = sum(layer["in_features"] * layer["out_features"] for layer in layers)
     quantized = sum(layer["bytes"] for layer in layers)
     total = stored_bytes(stored)
@@ -38,6 +42,7 @@ def inspect(checkpoint: str | Path) -> dict[str, Any]:
         "checkpoint": str(checkpoint),
         "architecture": type(skeleton).__name__,
         "layers": layers,
+        "left_in_16_bits": [name for name in linears if name not in named],
         "quantized_weights": weights,
         "bits_per_weight": 8 * quantized / weights if weights else 0.0,
         "quantized_bytes": quantized,

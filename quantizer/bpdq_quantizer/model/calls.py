@@ -35,17 +35,13 @@ class BlockInputs(NamedTuple):
     calls: list[list[Call]]
 
 
-class _Recorder(nn.Module):
-    """Stands in for a block while the inputs of all blocks are recorded: passes hidden states through, or zeros.
+class _StandIn(nn.Module):
+    """In a block's place. width: of what it returns (`output_width`); attributes that it lacks are the block's."""
 
-    width: of what it returns (`output_width`).
-    """
-
-    def __init__(self, block: nn.Module, width: int, zeros: bool = False) -> None:
+    def __init__(self, block: nn.Module, width: int) -> None:
         super().__init__()
         self.__dict__["block"] = block  # not a submodule
-        self.width, self.zeros = width, zeros
-        self.seen: tuple[Tensor, Call] | None = None
+        self.width = width
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -53,23 +49,24 @@ class _Recorder(nn.Module):
         except AttributeError:
             return getattr(self.__dict__["block"], name)
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
+
+class _Recorder(_StandIn):
+    """Passes hidden states through, or zeros, while the inputs of all blocks are recorded."""
+
+    def __init__(self, block: nn.Module, width: int, zeros: bool = False) -> None:
+        super().__init__(block, width)
+        self.zeros = zeros
+        self.seen: tuple[Tensor, Call] | None = None
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor | None, ...]:
         self.seen = hidden_states, Call(args, kwargs)
-        out = torch.zeros_like(hidden_states) if self.zeros else hidden_states
-        return _returned(out, self.width)
+        return _returned(torch.zeros_like(hidden_states) if self.zeros else hidden_states, self.width)
 
 
-class _Output(nn.Module):
-    """Stands in for the last block: returns what it is given beforehand, `width` as for `_Recorder`."""
+class _Output(_StandIn):
+    """In the last block's place: returns what it is given beforehand."""
 
-    def __init__(self, block: nn.Module, width: int) -> None:
-        super().__init__()
-        self.__dict__["block"] = block
-        self.width = width
-
-    __getattr__ = _Recorder.__getattr__
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor | None, ...]:
         return _returned(self.output, self.width)
 
 

@@ -27,10 +27,15 @@ Stamps = dict[str, list[int]]  # size and time of change (ns) of files, by name
 
 
 class WatchedWeights(Mapping[str, Tensor]):
-    """`weights` of the files of the folder or file `model`; reading one raises InputError once a file has changed."""
+    """`weights` of the files of the folder or file `model`; reading one raises InputError once a file has changed.
 
-    def __init__(self, weights: Mapping[str, Tensor], model: str, before: Stamps) -> None:
-        self.weights, self.model, self.before = weights, model, before
+    converted: where transformers has put those that are stored otherwise (OLMo hybrid's convolutions); removed with it.
+    """
+
+    def __init__(
+        self, weights: Mapping[str, Tensor], model: str, before: Stamps, converted: TemporaryDirectory
+    ) -> None:
+        self.weights, self.model, self.before, self.converted = weights, model, before, converted
 
     def __getitem__(self, name: str) -> Tensor:
         check_unchanged(self.model, self.before)
@@ -46,7 +51,8 @@ class WatchedWeights(Mapping[str, Tensor]):
 class Streamed(NamedTuple):
     """A 16-bit causal LM whose blocks are on the meta device. prefix: their name; weights: their tensors by name, read
     from the files on access; left_alone: names, or `re:` patterns, of the blocks' weights that stay in 16 bits;
-    by_window: whether a block's arguments are of one window, even if they depend on nothing else (Bloom, XGLM)."""
+    by_window: whether a block's arguments are of one window, even if they depend on nothing else (Bloom, XGLM);
+    carries: whether blocks read what earlier ones left, beside hidden states (`calls.carries`)."""
 
     model: PreTrainedModel
     prefix: str
@@ -54,6 +60,7 @@ class Streamed(NamedTuple):
     weights: Mapping[str, Tensor]
     left_alone: tuple[str, ...] = ()
     by_window: bool = False
+    carries: bool = False
 
 
 def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -113,8 +120,8 @@ def open_model(model: str) -> Streamed:
     around = [".".join(path[:depth]) for depth in range(len(path))]  # the modules that hold the blocks, "" first
     siblings = [n for n, _ in skeleton.named_modules() if n and n.rpartition(".")[0] in around and n not in around]
     device_map = {name: "disk" if name == prefix else "cpu" for name in siblings}
-    with TemporaryDirectory() as unused:  # safetensors files are read where they are
-        lm = load_pretrained(model, "auto", device_map=device_map, offload_folder=unused)
+    converted = TemporaryDirectory()  # other tensors are read where they are
+    lm = load_pretrained(model, "auto", device_map=device_map, offload_folder=converted.name)
     hooks = [getattr(module, "_hf_hook", None) for module in lm.modules()]
     weights = next(hook.weights_map.dataset for hook in hooks if getattr(hook, "weights_map", None))
     remove_hook_from_module(lm, recurse=True)
@@ -123,9 +130,7 @@ def open_model(model: str) -> Streamed:
     lm.requires_grad_(False)
     for parameter in lm.parameters():  # no longer mapped from files, of which all that was looked at would stay
         parameter.data = parameter.data.clone()
-    if before:
-        weights = WatchedWeights(weights, model, before)
-    return Streamed(lm, *decoder_blocks(lm), weights)
+    return Streamed(lm, *decoder_blocks(lm), WatchedWeights(weights, model, before, converted))
 
 
 def check_tensors(model: str, skeleton: PreTrainedModel) -> None:

@@ -36,9 +36,9 @@ def check_blocks(source: Streamed, tokens: Tensor) -> Streamed:
     """Try, on the CPU, one block of each kind with two windows of two tokens, in the way in which calibration runs it,
     and what is in front of the blocks with the first of the windows `tokens` [W, L].
 
-    Returns the source with `by_window` as it must be. Raises InputError, which names the architecture and the block,
-    where it does not run by itself or does not reach each weight that is to be solved once, or where a window is too
-    long; see also `check_dense`.
+    Returns the source with `by_window` and `carries` as they must be. Raises InputError, which names the architecture
+    and the block, where it does not run by itself or does not reach each weight that is to be solved once, or where a
+    window is too long; see also `check_dense`.
     """
     check_dense(source.prefix, source.blocks)
     architecture = type(source.model).__name__
@@ -54,7 +54,7 @@ def check_blocks(source: Streamed, tokens: Tensor) -> Streamed:
     for states, by_window in attempts if len(calls[0]) == 1 else attempts[1:]:
         try:
             _try_blocks(source, states, calls)
-            source = source._replace(by_window=by_window)
+            source = source._replace(by_window=by_window, carries=any(carries(call) for call, *_ in calls))
             break
         except InputError as e:
             faults.append(e)

@@ -72,14 +72,24 @@ def calibrate(
 
 @torch.no_grad()
 def check(source: Streamed, tokens: Tensor, device: torch.device) -> None:
-    """Raise InputError for a model whose keys and values `calibrate` can't see, by what the first block caches of the
-    first of the windows [W, L]."""
+    """Raise InputError for a model whose keys and values `calibrate` can't see, by what the first block of each kind
+    caches of the first of the windows [W, L]."""
     hidden, calls = block_inputs(source.model, source.blocks, tokens[:1])
-    block, cache = load_block(source, 0, device), _CountingCache()
-    run_block(block, _with_cache(calls[0][0], cache), device, hidden[0])
-    drop_block(block)
-    for index in range(len(source.blocks)):
-        _attention(source, index, cache)
+    caches: dict[str, _CountingCache] = {}
+    for index, (block, (call, *_)) in enumerate(zip(source.blocks, calls, strict=True)):
+        kind = repr(block)
+        if kind not in caches:
+            caches[kind] = _CountingCache()
+            load_block(source, index, device)
+            try:
+                run_block(block, _with_cache(call, caches[kind]), device, hidden[0])
+            except Exception as e:  # of states, which such a cache does not hold
+                raise InputError(
+                    f"--kv-cache-scales: what {source.prefix}.{index} caches can't be seen ({e}): leave the option out"
+                ) from e
+            finally:
+                drop_block(block)
+        _attention(source, index, caches[kind])
 
 
 def _with_cache(call: Call, cache: DynamicCache) -> Call:

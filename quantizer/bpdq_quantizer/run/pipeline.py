@@ -15,7 +15,7 @@ from bpdq_quantizer.checkpoint import writer
 from bpdq_quantizer.cost import Clock, peak_memory, total
 from bpdq_quantizer.model.calls import head_inputs
 from bpdq_quantizer.model.stream import check_unchanged
-from bpdq_quantizer.model.weights import weights_in
+from bpdq_quantizer.model.weights import kept, weights_in
 from bpdq_quantizer.passes import kv_scales
 from bpdq_quantizer.passes.blocks import final_batches
 from bpdq_quantizer.passes.embeddings import quantize_embeddings
@@ -107,10 +107,19 @@ def report(
         "special_tokens": run.windows.special_tokens,
         "bits_per_weight": mean_bits(layers),
         **cost,
+        "left_in_16_bits": left_in_16_bits(run, layers),
         "seconds_by_part": parts | {"embedding, LM head, KV scales": cost["seconds"] - sum(parts.values())},
         "peak_host_memory_bytes": peak_memory(),
         "layers": layers,
     }
+
+
+def left_in_16_bits(run: Run, layers: list[dict[str, Any]]) -> dict[str, str]:
+    """The Linears of blocks that are not among `layers`, by name, and why."""
+    blocks = run.source.model.get_submodule(run.source.prefix)
+    weights = weights_in(blocks, run.source.prefix)
+    reasons, done = kept(weights), {layer["name"] for layer in layers}
+    return {name: reasons.get(name, "--ignore") for name in weights if name not in done}
 
 
 def head_states(run: Run, read: Callable[[int], nn.Module]) -> Batches:

@@ -65,6 +65,11 @@ def prepare(o: Options, folder: RunFolder) -> Run:
     source = leave_alone(open_model(model), o.schemes.ignore or [])
     check_tokens(source.model, tokens, o.text.calibration)
     source = check_blocks(source, tokens)
+    if source.carries and (o.schemes.target_bpw or o.schemes.target_size):
+        raise InputError(
+            f"--target-bpw / --target-size: blocks of {type(source.model).__name__} share keys and values, through "
+            "which gradients are not followed: leave it out"
+        )
     if o.method.rotate == "hadamard":
         source = rotated(source, o.method.seed)
     embeddings = embedding_schemes(

@@ -1,0 +1,78 @@
+"""Tiny random text models, one of each architecture of transformers that is known to be quantized, by kind."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from hybrids import CONFIGS, GDN, MAMBA
+from tiny import tiny_tokenizer
+
+SIZES = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES |= {"num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 256}
+GPT = {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 256}
+WINDOWS = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
+LATENT = {"q_lora_rank": 64, "kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 32}
+LATENT |= {"num_key_value_heads": 4, "first_k_dense_replace": 2}  # no experts
+PLAIN = [
+    "apertus", "arcee", "biogpt", "bitnet", "cohere", "diffllama", "ernie4_5", "gemma", "glm", "glm4", "gpt_neox",
+    "gpt_neox_japanese", "granite", "helium", "hunyuan_v1_dense", "jais2", "llama", "ministral", "ministral3",
+    "nanochat", "nemotron", "olmo", "olmo2", "persimmon", "phi", "phi3", "qwen2", "qwen3", "seed_oss", "smollm3",
+    "stablelm", "starcoder2", "vaultgemma",
+]  # fmt: skip
+DENSE = dict.fromkeys(PLAIN, SIZES)
+DENSE |= {
+    "opt": SIZES | {"ffn_dim": 192, "word_embed_proj_dim": 128},
+    "gptj": GPT | {"rotary_dim": 16},
+    "codegen": GPT | {"rotary_dim": 16},
+    "gpt_bigcode": GPT,
+    "ctrl": GPT | {"dff": 192},
+    "gpt_neo": {
+        "hidden_size": 128, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]],
+        "max_position_embeddings": 256,
+    },
+    "falcon": {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "mpt": {"d_model": 128, "n_layers": 2, "n_heads": 4},
+    "bloom": {"hidden_size": 128, "n_layer": 2, "n_head": 4},
+    "xglm": {"d_model": 128, "ffn_dim": 192, "num_layers": 2, "attention_heads": 4},
+}  # fmt: skip
+WINDOWED = dict.fromkeys(("cohere2", "exaone4", "gemma2", "gemma3_text", "mistral", "olmo3"), SIZES | WINDOWS)
+WINDOWED["gemma4_text"] = CONFIGS["gemma4_text"]  # with shared keys and values, and inputs of each layer
+MLA = {
+    "minicpm3": SIZES | LATENT | {"head_dim": 64},
+    "deepseek_v2": SIZES | LATENT | {"head_dim": 64},
+    "deepseek_v3": SIZES | LATENT,
+    "glm4_moe_lite": SIZES | LATENT | {"head_dim": 64, "mlp_layer_types": ["dense", "dense"]},
+    "youtu": SIZES | LATENT,
+}
+SSM = {"hidden_size": 128, "num_hidden_layers": 2, "state_size": 16, "expand": 2, "time_step_rank": 8}
+HYBRID = {
+    name: CONFIGS[name] for name in ("falcon_h1", "granitemoehybrid", "lfm2", "mamba2", "nemotron_h")
+} | {
+    "qwen3_5_text": SIZES | GDN,
+    "qwen3_next": SIZES | GDN | {"mlp_only_layers": [0, 1], "num_experts": 4, "moe_intermediate_size": 64},
+    "olmo_hybrid": SIZES | GDN,
+    "kimi_linear": SIZES | LATENT | {"mlp_layer_types": ["dense", "dense"]} | {"linear_attn_config": {
+        "kda_layers": [1], "full_attn_layers": [2], "num_heads": 4, "head_dim": 32, "short_conv_kernel_size": 4,
+    }},
+    "bamba": SIZES | MAMBA | {"attn_layer_indices": [1]},
+    "jamba": SIZES | {
+        "num_experts": 1, "num_experts_per_tok": 1, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 16,
+        "mamba_dt_rank": 8, "use_mamba_kernels": False,
+    },
+    "mamba": SSM,
+    "falcon_mamba": SSM,
+    "recurrent_gemma": SIZES | {"lru_width": 128, "num_hidden_layers": 3, "attention_window_size": 16},
+}  # fmt: skip
+TEXT: dict[str, dict[str, Any]] = DENSE | WINDOWED | MLA | HYBRID
+
+
+def text_model(folder: Path, arch: str) -> Path:
+    """Write a Hugging Face folder of a random `arch` model, and its tokenizer."""
+    torch.manual_seed(0)
+    shared = {"vocab_size": 384, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0}
+    config = AutoConfig.for_model(arch, **shared | TEXT[arch])
+    AutoModelForCausalLM.from_config(config).float().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder

@@ -1,0 +1,142 @@
+"""Every architecture is quantized, and transformers computes with it what the dequantized weights give."""
+
+import json
+import re
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import bpdq_quantizer
+from architectures import MLA, TEXT, text_model
+from bpdq_kernels import dequantize
+from bpdq_quantizer.checkpoint.inspection import inspect
+from bpdq_quantizer.errors import InputError
+from bpdq_quantizer.model import activations
+from bpdq_quantizer.model.activations import embed, run_batches
+from bpdq_quantizer.model.calls import block_runs, head_inputs
+from bpdq_quantizer.model.stream import load_block, open_model
+from bpdq_quantizer.model.support import check_blocks
+from bpdq_quantizer.model.weights import weights_in
+from bpdq_quantizer.run import steps
+from tiny import load_tensors
+
+QUICK = {"bits": 3, "group_size": 32, "samples": 3, "seq_len": 32, "iterations": 1, "solver": "paper"}
+IDS = torch.arange(30)[None] * 7 % 380
+EACH_KIND = (
+    "qwen3_5_text",
+    "nemotron_h",
+    "lfm2",
+    "gemma4_text",
+    "deepseek_v2",
+    "olmo_hybrid",
+    "recurrent_gemma",
+    "bamba",
+)
+EVERY = [pytest.param(arch, marks=() if arch in EACH_KIND else pytest.mark.slow) for arch in TEXT]
+IN_16_BITS = {  # of the Linears of blocks, by the ends of their names
+    "qwen3_5_text": {"in_proj_a", "in_proj_b"},
+    "qwen3_next": {"in_proj_ba"},
+    "olmo_hybrid": {"a_proj", "b_proj"},
+    "kimi_linear": {"b_proj", "f_a_proj", "f_b_proj", "kv_b_proj"},
+    "mamba": {"dt_proj", "x_proj"},
+    "falcon_mamba": {"dt_proj", "x_proj"},
+    "jamba": {"dt_proj", "x_proj"},
+    **{arch: {"kv_b_proj"} for arch in MLA},
+}
+STREAMED = ("gemma4_text", "bloom", "bamba", "gptj", "qwen3_5_text")
+
+
+def logits(model):
+    with torch.inference_mode():
+        return model.eval()(IDS).logits
+
+
+@pytest.mark.parametrize("arch", EVERY)
+def test_transformers_computes_what_the_planes_say(tmp_path, text, arch):
+    source, out = text_model(tmp_path / "model", arch), tmp_path / "out"
+    report = bpdq_quantizer.quantize(str(source), out, calibration=text, **QUICK)
+    expected, stored = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32), load_tensors(out)
+    weights = weights_in(expected)
+    for layer in report["layers"]:
+        name, width = layer["name"], layer["in_features"]
+        W = dequantize(stored[f"{name}.B"], stored[f"{name}.c"], 32, width, stored.get(f"{name}.s"))
+        weights.pop(name).assign(W)
+    found = logits(AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32))
+    reference = logits(expected)
+    assert (found - reference).std() < 1e-3 * reference.std()
+    kept = {name.rpartition(".")[2] for name in weights if re.search(r"\.\d+\.", name)}
+    assert kept == IN_16_BITS.get(arch, set())
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert sorted(config["ignore"]) == sorted(weights)
+    found = inspect(out)
+    assert len(found["layers"]) == len(report["layers"])
+    assert sorted(found["left_in_16_bits"]) == sorted(weights)
+    assert report["left_in_16_bits"].keys() == {name for name in weights if re.search(r"\.\d+\.", name)}
+
+
+@pytest.mark.parametrize("arch", STREAMED)
+@torch.no_grad()
+def test_block_by_block_a_model_computes_what_it_computes_whole(tmp_path, arch):
+    """What a block is called with is the model's own: inputs of each layer, shared keys and values, windows, alibi."""
+    folder = text_model(tmp_path / "model", arch)
+    tokens = torch.arange(60).view(3, 20) * 7 % 380
+    source = check_blocks(open_model(str(folder)), tokens)
+    hidden, calls = embed(source, tokens, torch.device("cpu"), None)
+    for index in range(len(source.blocks)):
+        block = load_block(source, index, torch.device("cpu"))
+        run_batches(block_runs(block, calls[index], torch.device("cpu"), len(hidden)), hidden)
+    states = torch.cat(list(head_inputs(source.model, source.blocks, hidden)))
+    whole = AutoModelForCausalLM.from_pretrained(folder).eval().base_model(tokens, use_cache=False).last_hidden_state
+    torch.testing.assert_close(states, whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("arch", ["gemma4_text", "bamba"])
+def test_a_stopped_run_goes_on_to_the_same_tensors(tmp_path, text, arch, monkeypatch):
+    source = str(text_model(tmp_path / "model", arch))
+    bpdq_quantizer.quantize(source, tmp_path / "whole", calibration=text, **QUICK)
+    written = []
+
+    def stop(run, *args):
+        written.append(args)
+        if len(written) > 1:
+            raise KeyboardInterrupt
+        return save(run, *args)
+
+    save = steps.save_progress
+    monkeypatch.setattr(steps, "save_progress", stop)
+    with pytest.raises(KeyboardInterrupt):
+        bpdq_quantizer.quantize(source, tmp_path / "out", calibration=text, **QUICK)
+    monkeypatch.setattr(steps, "save_progress", save)
+    bpdq_quantizer.quantize(source, tmp_path / "out", calibration=text, resume=True, **QUICK)
+    expected, found = load_tensors(tmp_path / "whole"), load_tensors(tmp_path / "out")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("arch", "options", "message"),
+    [
+        ("gemma4_text", {"target_bpw": 3.0}, "--target-bpw / --target-size: blocks of Gemma4ForCausalLM share keys"),
+        ("gemma4_text", {"kv_cache_scales": True}, r"--kv-cache-scales: model\.layers\.2 has no attention layer"),
+        ("falcon_h1", {"kv_cache_scales": True}, r"--kv-cache-scales: what model\.layers\.0 caches can't be seen"),
+    ],
+)
+def test_what_an_architecture_cannot_do_is_refused_by_name_before_any_work(tmp_path, text, arch, options, message):
+    source = str(text_model(tmp_path / "model", arch))
+    with pytest.raises(InputError, match=message):
+        bpdq_quantizer.quantize(source, tmp_path / "out", calibration=text, **QUICK, **options)
+    assert {path.name for path in tmp_path.iterdir()} == {"model"}
+
+
+@pytest.mark.parametrize("arch", ["nemotron_h", "qwen3_5_text"])
+def test_bits_are_allocated_and_coefficients_tuned(tmp_path, text, arch, monkeypatch):
+    monkeypatch.setattr("bpdq_quantizer.passes.sensitivity.GROUP_SIZES", (32,))
+    monkeypatch.setattr("bpdq_quantizer.passes.sensitivity.MAX_PLANES", 2)
+    monkeypatch.setattr(activations, "ACTIVATION_BYTES", 1)  # several batches
+    source = str(text_model(tmp_path / "model", arch))
+    options = {"target_bpw": 2.6, "tune": "model", "tune_steps": 2, "head_bits": 4}
+    report = bpdq_quantizer.quantize(source, tmp_path / "out", calibration=text, **QUICK | {"bits": 2}, **options)
+    assert report["tuning"]["steps"] == 2
+    assert len({layer["bits"] for layer in report["layers"] if layer["name"] != "lm_head"}) == 2
+    assert torch.isfinite(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))).all()
