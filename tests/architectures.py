@@ -1,10 +1,10 @@
-"""Tiny random text models, one of each architecture of transformers that is known to be quantized, by kind."""
+"""Tiny random models, one of each architecture of transformers that is known to be quantized, by kind."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from hybrids import CONFIGS, GDN, MAMBA
 from tiny import tiny_tokenizer
@@ -67,12 +67,48 @@ HYBRID = {
 }  # fmt: skip
 TEXT: dict[str, dict[str, Any]] = DENSE | WINDOWED | MLA | HYBRID
 
+TOKENS = {"vocab_size": 384, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0}
+INNER = SIZES | TOKENS | {"tie_word_embeddings": False}
+MROPE = INNER | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}}
+QWEN_TOWER = {"depth": 2, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 128}
+DEEP_TOWER = QWEN_TOWER | {"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16}
+TOWER = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+TOWER |= {"image_size": 28, "patch_size": 14}
+IMAGES = {"image_token_id": 380, "video_token_id": 381, "vision_start_token_id": 382, "vision_end_token_id": 383}
+IMAGE = {"image_token_index": 380}
 
-def text_model(folder: Path, arch: str) -> Path:
+
+def wrapped(model_type: str, tower: str | None = None, **changes: Any) -> dict[str, Any]:
+    """Settings of a text model of a type, and of a tower."""
+    vision = TOWER | changes | ({} if tower is None else {"model_type": tower})
+    return {"text_config": INNER | {"model_type": model_type}, "vision_config": vision}
+
+
+WRAPPERS: dict[str, dict[str, Any]] = {
+    "qwen2_5_vl": {"text_config": MROPE, "vision_config": QWEN_TOWER} | IMAGES,
+    "qwen3_vl": {"text_config": MROPE, "vision_config": DEEP_TOWER} | IMAGES,
+    "qwen3_5": CONFIGS["qwen3_5"],
+    "glm4v": {"text_config": MROPE, "vision_config": QWEN_TOWER} | IMAGES,
+    "gemma3": {"text_config": INNER | WINDOWS, "vision_config": TOWER, "mm_tokens_per_image": 4}
+    | IMAGE
+    | {"boi_token_index": 381, "eoi_token_index": 382},
+    "gemma4": {"text_config": CONFIGS["gemma4_text"], "vision_config": TOWER | {"head_dim": 32}, "image_token_id": 380},
+    "mistral3": wrapped("mistral", "pixtral") | IMAGE,
+    "internvl": wrapped("qwen2", image_size=[28, 28], patch_size=[14, 14]) | {"image_token_id": 380},
+    "llava": wrapped("llama", "clip_vision_model") | IMAGE,
+    "llava_onevision": wrapped("qwen2", "siglip_vision_model") | IMAGE,
+    "smolvlm": wrapped("llama") | {"image_token_id": 380, "scale_factor": 2},
+    "idefics3": wrapped("llama") | {"image_token_id": 380, "scale_factor": 2},
+}
+
+
+def model_folder(folder: Path, arch: str) -> Path:
     """Write a Hugging Face folder of a random `arch` model, and its tokenizer."""
     torch.manual_seed(0)
-    shared = {"vocab_size": 384, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0}
-    config = AutoConfig.for_model(arch, **shared | TEXT[arch])
-    AutoModelForCausalLM.from_config(config).float().save_pretrained(folder)
+    if arch in WRAPPERS:
+        lm = AutoModelForImageTextToText.from_config(AutoConfig.for_model(arch, **WRAPPERS[arch]))
+    else:
+        lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(arch, **TOKENS | TEXT[arch]))
+    lm.float().save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder

@@ -5,10 +5,10 @@ import re
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 import bpdq_quantizer
-from architectures import MLA, TEXT, text_model
+from architectures import MLA, TEXT, WRAPPERS, model_folder
 from bpdq_kernels import dequantize
 from bpdq_quantizer.checkpoint.inspection import inspect
 from bpdq_quantizer.errors import InputError
@@ -22,7 +22,7 @@ from bpdq_quantizer.run import steps
 from tiny import load_tensors
 
 QUICK = {"bits": 3, "group_size": 32, "samples": 3, "seq_len": 32, "iterations": 1, "solver": "paper"}
-IDS = torch.arange(30)[None] * 7 % 380
+IDS = torch.arange(30)[None] * 7 % 379
 EACH_KIND = (
     "qwen3_5_text",
     "nemotron_h",
@@ -32,10 +32,14 @@ EACH_KIND = (
     "olmo_hybrid",
     "recurrent_gemma",
     "bamba",
+    "qwen3_5",
+    "qwen3_vl",
+    "llava_onevision",
 )
-EVERY = [pytest.param(arch, marks=() if arch in EACH_KIND else pytest.mark.slow) for arch in TEXT]
+EVERY = [pytest.param(a, marks=() if a in EACH_KIND else pytest.mark.slow) for a in [*TEXT, *WRAPPERS]]
 IN_16_BITS = {  # of the Linears of blocks, by the ends of their names
     "qwen3_5_text": {"in_proj_a", "in_proj_b"},
+    "qwen3_5": {"in_proj_a", "in_proj_b"},
     "qwen3_next": {"in_proj_ba"},
     "olmo_hybrid": {"a_proj", "b_proj"},
     "kimi_linear": {"b_proj", "f_a_proj", "f_b_proj", "kv_b_proj"},
@@ -44,6 +48,7 @@ IN_16_BITS = {  # of the Linears of blocks, by the ends of their names
     "jamba": {"dt_proj", "x_proj"},
     **{arch: {"kv_b_proj"} for arch in MLA},
 }
+BLOCK = r"(?!.*(vision|visual)).*\.\d+\."  # what the name of a Linear of a decoder block begins with
 STREAMED = ("gemma4_text", "bloom", "bamba", "gptj", "qwen3_5_text")
 
 
@@ -54,32 +59,33 @@ def logits(model):
 
 @pytest.mark.parametrize("arch", EVERY)
 def test_transformers_computes_what_the_planes_say(tmp_path, text, arch):
-    source, out = text_model(tmp_path / "model", arch), tmp_path / "out"
+    source, out = model_folder(tmp_path / "model", arch), tmp_path / "out"
     report = bpdq_quantizer.quantize(str(source), out, calibration=text, **QUICK)
-    expected, stored = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32), load_tensors(out)
+    auto = AutoModelForImageTextToText if arch in WRAPPERS else AutoModelForCausalLM
+    expected, stored = auto.from_pretrained(source, dtype=torch.float32), load_tensors(out)
     weights = weights_in(expected)
     for layer in report["layers"]:
         name, width = layer["name"], layer["in_features"]
         W = dequantize(stored[f"{name}.B"], stored[f"{name}.c"], 32, width, stored.get(f"{name}.s"))
         weights.pop(name).assign(W)
-    found = logits(AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32))
+    found = logits(auto.from_pretrained(out, dtype=torch.float32))
     reference = logits(expected)
     assert (found - reference).std() < 1e-3 * reference.std()
-    kept = {name.rpartition(".")[2] for name in weights if re.search(r"\.\d+\.", name)}
+    kept = {name.rpartition(".")[2] for name in weights if re.match(BLOCK, name)}
     assert kept == IN_16_BITS.get(arch, set())
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     assert sorted(config["ignore"]) == sorted(weights)
     found = inspect(out)
     assert len(found["layers"]) == len(report["layers"])
     assert sorted(found["left_in_16_bits"]) == sorted(weights)
-    assert report["left_in_16_bits"].keys() == {name for name in weights if re.search(r"\.\d+\.", name)}
+    assert report["left_in_16_bits"].keys() == {name for name in weights if re.match(BLOCK, name)}
 
 
 @pytest.mark.parametrize("arch", STREAMED)
 @torch.no_grad()
 def test_block_by_block_a_model_computes_what_it_computes_whole(tmp_path, arch):
     """What a block is called with is the model's own: inputs of each layer, shared keys and values, windows, alibi."""
-    folder = text_model(tmp_path / "model", arch)
+    folder = model_folder(tmp_path / "model", arch)
     tokens = torch.arange(60).view(3, 20) * 7 % 380
     source = check_blocks(open_model(str(folder)), tokens)
     hidden, calls = embed(source, tokens, torch.device("cpu"), None)
@@ -93,7 +99,7 @@ def test_block_by_block_a_model_computes_what_it_computes_whole(tmp_path, arch):
 
 @pytest.mark.parametrize("arch", ["gemma4_text", "bamba"])
 def test_a_stopped_run_goes_on_to_the_same_tensors(tmp_path, text, arch, monkeypatch):
-    source = str(text_model(tmp_path / "model", arch))
+    source = str(model_folder(tmp_path / "model", arch))
     bpdq_quantizer.quantize(source, tmp_path / "whole", calibration=text, **QUICK)
     written = []
 
@@ -123,7 +129,7 @@ def test_a_stopped_run_goes_on_to_the_same_tensors(tmp_path, text, arch, monkeyp
     ],
 )
 def test_what_an_architecture_cannot_do_is_refused_by_name_before_any_work(tmp_path, text, arch, options, message):
-    source = str(text_model(tmp_path / "model", arch))
+    source = str(model_folder(tmp_path / "model", arch))
     with pytest.raises(InputError, match=message):
         bpdq_quantizer.quantize(source, tmp_path / "out", calibration=text, **QUICK, **options)
     assert {path.name for path in tmp_path.iterdir()} == {"model"}
@@ -134,7 +140,7 @@ def test_bits_are_allocated_and_coefficients_tuned(tmp_path, text, arch, monkeyp
     monkeypatch.setattr("bpdq_quantizer.passes.sensitivity.GROUP_SIZES", (32,))
     monkeypatch.setattr("bpdq_quantizer.passes.sensitivity.MAX_PLANES", 2)
     monkeypatch.setattr(activations, "ACTIVATION_BYTES", 1)  # several batches
-    source = str(text_model(tmp_path / "model", arch))
+    source = str(model_folder(tmp_path / "model", arch))
     options = {"target_bpw": 2.6, "tune": "model", "tune_steps": 2, "head_bits": 4}
     report = bpdq_quantizer.quantize(source, tmp_path / "out", calibration=text, **QUICK | {"bits": 2}, **options)
     assert report["tuning"]["steps"] == 2

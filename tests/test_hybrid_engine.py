@@ -4,9 +4,16 @@ dequantized weights."""
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
+import bpdq_quantizer
+from architectures import WRAPPERS, model_folder
+from bpdq_kernels import dequantize
+from bpdq_quantizer.model.weights import weights_in
 from generate import transformers_tokens, vllm_tokens
 from hybrids import hybrid_checkpoint
+from tiny import load_tensors
 
 NO_IMAGES = {"limit_mm_per_prompt": {"image": 0, "video": 0}}
 BF16 = {"dtype": "bfloat16"}  # which vLLM's CPU backend asks for where there is a GatedDeltaNet
@@ -40,5 +47,42 @@ def test_hybrids_give_the_tokens_of_transformers(tmp_path, arch):
 @pytest.mark.parametrize("arch", ["lfm2", "nemotron_h"])
 def test_hybrids_that_transformers_computes_otherwise_give_the_tokens_of_the_dequantized_weights(tmp_path, arch):
     quantized, dequantized = tokens_of(tmp_path, {arch: {}})[arch]
+    assert isinstance(quantized, list), quantized
+    assert quantized == dequantized
+
+
+def quantized_and_dequantized(folder: Path, arch: str, text: str) -> list[Path]:
+    """Checkpoints of a random `arch` model: the quantizer's, and its source with the weights that the planes stand
+    for."""
+    source, out, plain = model_folder(folder / "model", arch), folder / "out", folder / "plain"
+    options = {"bits": 2, "group_size": 32, "samples": 3, "seq_len": 32, "iterations": 1, "solver": "paper"}
+    report = bpdq_quantizer.quantize(str(source), out, calibration=text, **options)
+    auto = AutoModelForImageTextToText if arch in WRAPPERS else AutoModelForCausalLM
+    model, stored = auto.from_pretrained(source, dtype=torch.float32), load_tensors(out)
+    weights = weights_in(model)
+    for layer in report["layers"]:
+        name, width = layer["name"], layer["in_features"]
+        weights[name].assign(dequantize(stored[f"{name}.B"], stored[f"{name}.c"], 32, width, stored.get(f"{name}.s")))
+    model.save_pretrained(plain)
+    AutoTokenizer.from_pretrained(source).save_pretrained(plain)
+    return [out, plain]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arch", "options"),
+    [
+        ("nemotron_h", {}),
+        ("falcon_h1", {}),
+        ("gemma4_text", {}),
+        ("deepseek_v2", {}),
+        ("qwen3_5", NO_IMAGES | BF16),
+        ("qwen2_5_vl", NO_IMAGES),
+        ("qwen3_vl", NO_IMAGES),
+    ],
+)
+def test_what_the_quantizer_writes_is_served(tmp_path, text, arch, options):
+    paths = quantized_and_dequantized(tmp_path, arch, text)
+    quantized, dequantized = vllm_tokens([{"load": {"model": str(path), **options}} for path in paths])
     assert isinstance(quantized, list), quantized
     assert quantized == dequantized

@@ -86,16 +86,15 @@ CONFIGS = {
         "does not know the model_type 'evil' of its config.json; the code that comes with the model is never run: ins",
     ),
     "unknown": (config(model_type="evil"), "does not know the model_type 'evil' of its config.json: install a release"),
-    "wrapper": (
-        other_config({"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"]}),
-        "LlavaForConditionalGeneration is not a causal language model of transformers: choose a dense decoder-only",
+    "no language model": (
+        other_config({"model_type": "clip", "architectures": ["CLIPModel"]}),
+        "CLIPModel is not a causal language model of transformers: choose a dense decoder-only",
     ),
     "no heads": (config(num_attention_heads=0), "integer modulo by zero"),
     "a size that is no number": (config(hidden_size="big"), "'hidden_size' expected int, got str"),
 }
 COMMANDS = [(name, command) for name in FILES for command in ("quantize", "eval")]
 COMMANDS += [(name, command) for name in CONFIGS for command in ("quantize", "eval", "plan")]
-COMMANDS.remove(("wrapper", "plan"))  # which it counts
 
 
 @pytest.mark.parametrize(("name", "command"), COMMANDS)

@@ -59,19 +59,29 @@ def _check_architecture(config: "PreTrainedConfig") -> None:
             )
 
 
+def auto_class(config: "PreTrainedConfig") -> type | None:
+    """The class of transformers that builds a config's language model, whole where it sees images too; None if there is
+    none."""
+    import transformers  # takes seconds
+
+    wraps = config.get_text_config(decoder=True) is not config
+    if wraps and type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return transformers.AutoModelForImageTextToText
+    return transformers.AutoModelForCausalLM if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING else None
+
+
 def build(config: "PreTrainedConfig", stored: Headers) -> "PreTrainedModel":
-    """The 16-bit causal LM of `config` on the meta device, for a checkpoint's tensors `stored`.
+    """The 16-bit model of `config` (`auto_class`) on the meta device, for a checkpoint's tensors `stored`.
 
     Raises InputError, and ImportError for a model that transformers does not have, or not without other packages.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM  # takes seconds
-
     check_config(config, stored)
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    auto = auto_class(config)
+    if auto is None:
         raise ImportError(f"config.json: transformers has no causal language model for model_type {config.model_type}")
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            return auto.from_config(config, trust_remote_code=False)
     except ImportError:
         raise
     except Exception as e:  # whatever a value of config.json makes a model's code raise

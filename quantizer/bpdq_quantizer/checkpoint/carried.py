@@ -1,4 +1,4 @@
-"""What a checkpoint takes over from its source as it is: tokenizer, generation settings, chat templates, licence."""
+"""What a checkpoint takes over from its source as it is: tokenizer, processors, chat templates, settings, licence."""
 
 import shutil
 from pathlib import Path
@@ -11,6 +11,7 @@ from bpdq_quantizer.errors import InputError
 PATTERNS = (
     *("generation_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt", "tekken.json"),
     *("tokenizer*.json", "tokenizer.model*", "*.model", "*.tiktoken", "vocab*.json", "vocab*.txt"),
+    *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
     *("chat_template*.jinja", "chat_template*.json", "additional_chat_templates/*.jinja"),
     *("LICEN[CS]E*", "licen[cs]e*", "NOTICE*", "USE_POLICY*"),
 )

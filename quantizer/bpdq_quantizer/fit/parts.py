@@ -78,7 +78,7 @@ def read_model(model: str, ignore: Sequence[str] = ()) -> Model:
 
     ignore: names, or `re:` patterns, of the blocks' Linears that stay in 16 bits.
     """
-    skeleton = plain_skeleton(model, wrappers=True)
+    skeleton = plain_skeleton(model)
     config = skeleton.config
     text = config.get_text_config(decoder=True)
     prefix, blocks = decoder_blocks(skeleton)

@@ -4,10 +4,11 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, GgufConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTrainedModel
 
+from bpdq_kernels.skeleton import auto_class
 from bpdq_quantizer.errors import InputError
-from bpdq_quantizer.model.sources import gguf_arguments, is_wrapper, read_config
+from bpdq_quantizer.model.sources import gguf_arguments, read_config
 
 
 def misfit(model: str, name: str, stored: tuple[int, ...], wanted: tuple[int, ...]) -> str:
@@ -16,7 +17,7 @@ def misfit(model: str, name: str, stored: tuple[int, ...], wanted: tuple[int, ..
 
 
 def load_pretrained(model: str, dtype: torch.dtype | str = "auto", **options: Any) -> PreTrainedModel:
-    """A causal LM on the CPU from a Hugging Face folder, hub id or `.gguf` file (dequantized).
+    """A causal LM, or one that sees images, on the CPU: of a Hugging Face folder, hub id or `.gguf` file (dequantized).
 
     options: others of `from_pretrained`. Only safetensors (or GGUF) weights are read and no code from the folder runs.
     Raises InputError.
@@ -24,7 +25,9 @@ def load_pretrained(model: str, dtype: torch.dtype | str = "auto", **options: An
     source = gguf_arguments(model)
     quantization = {"quantization_config": GgufConfig(dequantize=True)} if "gguf_file" in source else {}
     try:
-        lm, info = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(trust_remote_code=False, **source)
+        auto = auto_class(config) or AutoModelForCausalLM  # which then names what it can't take
+        lm, info = auto.from_pretrained(
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,
@@ -45,12 +48,11 @@ def load_pretrained(model: str, dtype: torch.dtype | str = "auto", **options: An
     return lm.eval()
 
 
-def plain_skeleton(model: str, wrappers: bool = False) -> PreTrainedModel:
+def plain_skeleton(model: str) -> PreTrainedModel:
     """A 16-bit model on the meta device, from its config.json alone: in a folder or by its own path, of a hub id or a
-    `.gguf` file. wrappers: take models that see images too. Raises InputError, also for models that are quantized
-    already."""
-    config = read_config(model, wrappers)
-    auto = AutoModelForImageTextToText if wrappers and is_wrapper(config) else AutoModelForCausalLM
+    `.gguf` file. Raises InputError, also for models that are quantized already."""
+    config = read_config(model)
+    auto = auto_class(config)
     try:
         with init_empty_weights():
             skeleton = auto.from_config(config, trust_remote_code=False)

@@ -6,14 +6,9 @@ from typing import Any
 
 import transformers
 from safetensors import safe_open
-from transformers import (
-    CONFIG_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    AutoConfig,
-    PreTrainedConfig,
-)
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
+from bpdq_kernels.skeleton import auto_class
 from bpdq_quantizer.errors import InputError
 
 LFS_POINTER = b"version https://git-lfs"
@@ -35,11 +30,11 @@ def is_gguf(model: str) -> bool:
     return model.lower().endswith(".gguf")
 
 
-def read_config(model: str, wrappers: bool = False) -> PreTrainedConfig:
+def read_config(model: str) -> PreTrainedConfig:
     """The config of a causal language model: of a folder, hub id or `.gguf` file, or a config.json by its own path.
 
-    wrappers: take models that see images too. No code that a model brings is run. Raises InputError, also for other
-    architectures that are not causal language models.
+    No code that a model brings is run. Raises InputError, also for architectures that are no causal language models,
+    with or without what sees images.
     """
     source = {"pretrained_model_name_or_path": model} if model.endswith(".json") else gguf_arguments(model)
     check_content(Path(model) if model.endswith(".json") else Path(model) / "config.json")
@@ -51,11 +46,10 @@ def read_config(model: str, wrappers: bool = False) -> PreTrainedConfig:
         raise
     except Exception as e:  # a config's own checks raise all kinds
         raise InputError(f"{model}: can't be loaded as a causal language model, for its config.json: {e}") from e
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not (wrappers and is_wrapper(config)):
+    if auto_class(config) is None:
         architecture = (config.architectures or [type(config).__name__])[0]
         raise InputError(
-            f"{model}: {architecture} is not a causal language model of transformers: choose a dense decoder-only "
-            "model; the language model inside a multimodal one must be saved as a folder of its own first"
+            f"{model}: {architecture} is not a causal language model of transformers: choose a dense decoder-only model"
         )
     text = config.get_text_config(decoder=True)
     padding, rows = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
@@ -65,11 +59,6 @@ def read_config(model: str, wrappers: bool = False) -> PreTrainedConfig:
             "null there, or to a token of the vocabulary"
         )
     return config
-
-
-def is_wrapper(config: PreTrainedConfig) -> bool:
-    """Whether the model sees images beside its text."""
-    return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and config.get_text_config(decoder=True) is not config
 
 
 def check_known(model: str, raw: Any) -> None:

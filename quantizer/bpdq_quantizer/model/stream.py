@@ -119,7 +119,8 @@ def open_model(model: str) -> Streamed:
     path = prefix.split(".")
     around = [".".join(path[:depth]) for depth in range(len(path))]  # the modules that hold the blocks, "" first
     siblings = [n for n, _ in skeleton.named_modules() if n and n.rpartition(".")[0] in around and n not in around]
-    device_map = {name: "disk" if name == prefix else "cpu" for name in siblings}
+    held = [n for n, _ in skeleton.named_parameters() if n.rpartition(".")[0] in around]  # LLaVA-OneVision's newline
+    device_map = {name: "disk" if name == prefix else "cpu" for name in [*siblings, *held]}
     converted = TemporaryDirectory()  # other tensors are read where they are
     lm = load_pretrained(model, "auto", device_map=device_map, offload_folder=converted.name)
     hooks = [getattr(module, "_hf_hook", None) for module in lm.modules()]

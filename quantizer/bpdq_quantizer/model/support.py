@@ -118,6 +118,7 @@ def check_tokens(model: PreTrainedModel, tokens: Tensor, source: str) -> None:
 
 def has_position_table(model: PreTrainedModel) -> bool:
     """Whether positions are looked up in a table: GPT-2 and OPT, GPT-J."""
-    tables = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
-    tables += [name for name, _ in model.named_buffers()]
+    decoder = model.get_decoder() or model
+    tables = [name for name, module in decoder.named_modules() if isinstance(module, nn.Embedding)]
+    tables += [name for name, _ in decoder.named_buffers()]
     return any(name.rpartition(".")[2] in ("wpe", "embed_positions", "position_embeddings") for name in tables)
