@@ -41,7 +41,9 @@ WINDOWED = dict.fromkeys(("cohere2", "exaone4", "gemma2", "gemma3_text", "mistra
 WINDOWED["gemma4_text"] = CONFIGS["gemma4_text"]  # with shared keys and values, and inputs of each layer
 MLA = {
     "minicpm3": SIZES | LATENT | {"head_dim": 64},
-    "deepseek_v2": SIZES | LATENT | {"head_dim": 64},
+    "deepseek_v2": SIZES
+    | LATENT
+    | {"head_dim": 64, "kv_lora_rank": 512, "qk_rope_head_dim": 64},  # which vLLM asks for
     "deepseek_v3": SIZES | LATENT,
     "glm4_moe_lite": SIZES | LATENT | {"head_dim": 64, "mlp_layer_types": ["dense", "dense"]},
     "youtu": SIZES | LATENT,
