@@ -4,10 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
+from bpdq_kernels import dequantize
+from bpdq_quantizer.model.weights import weights_in
 from hybrids import CONFIGS, GDN, MAMBA
-from tiny import tiny_tokenizer
+from tiny import load_tensors, tiny_tokenizer
 
 SIZES = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
 SIZES |= {"num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 256}
@@ -107,10 +109,23 @@ WRAPPERS: dict[str, dict[str, Any]] = {
 def model_folder(folder: Path, arch: str) -> Path:
     """Write a Hugging Face folder of a random `arch` model, and its tokenizer."""
     torch.manual_seed(0)
-    if arch in WRAPPERS:
-        lm = AutoModelForImageTextToText.from_config(AutoConfig.for_model(arch, **WRAPPERS[arch]))
-    else:
-        lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(arch, **TOKENS | TEXT[arch]))
-    lm.float().save_pretrained(folder)
+    settings = WRAPPERS[arch] if arch in WRAPPERS else TOKENS | TEXT[arch]
+    auto_class(arch).from_config(AutoConfig.for_model(arch, **settings)).float().save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+def auto_class(arch: str) -> type:
+    """What transformers loads a model of `model_folder` with."""
+    return AutoModelForImageTextToText if arch in WRAPPERS else AutoModelForCausalLM
+
+
+def dequantized(arch: str, source: Path, out: Path, report: dict[str, Any]) -> PreTrainedModel:
+    """The 16-bit model of `source` in fp32, with the weights that the planes of its checkpoint `out` stand for."""
+    model, stored = auto_class(arch).from_pretrained(source, dtype=torch.float32), load_tensors(out)
+    weights = weights_in(model)
+    for layer in report["layers"]:
+        name, group_size, width = layer["name"], layer["group_size"], layer["in_features"]
+        W = dequantize(stored[f"{name}.B"], stored[f"{name}.c"], group_size, width, stored.get(f"{name}.s"))
+        weights[name].assign(W)
+    return model

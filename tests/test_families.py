@@ -5,11 +5,10 @@ import re
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM
 
 import bpdq_quantizer
-from architectures import MLA, TEXT, WRAPPERS, model_folder
-from bpdq_kernels import dequantize
+from architectures import MLA, TEXT, WRAPPERS, auto_class, dequantized, model_folder
 from bpdq_quantizer.checkpoint.inspection import inspect
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model import activations
@@ -35,6 +34,17 @@ EACH_KIND = (
     "qwen3_5",
     "qwen3_vl",
     "llava_onevision",
+    "opt",
+    "minicpm3",
+    "gptj",
+    "gpt_neo",
+    "falcon",
+    "mpt",
+    "gpt_bigcode",
+    "nanochat",
+    "ctrl",
+    "bloom",
+    "xglm",
 )
 EVERY = [pytest.param(a, marks=() if a in EACH_KIND else pytest.mark.slow) for a in [*TEXT, *WRAPPERS]]
 IN_16_BITS = {  # of the Linears of blocks, by the ends of their names
@@ -61,14 +71,9 @@ def logits(model):
 def test_transformers_computes_what_the_planes_say(tmp_path, text, arch):
     source, out = model_folder(tmp_path / "model", arch), tmp_path / "out"
     report = bpdq_quantizer.quantize(str(source), out, calibration=text, **QUICK)
-    auto = AutoModelForImageTextToText if arch in WRAPPERS else AutoModelForCausalLM
-    expected, stored = auto.from_pretrained(source, dtype=torch.float32), load_tensors(out)
-    weights = weights_in(expected)
-    for layer in report["layers"]:
-        name, width = layer["name"], layer["in_features"]
-        W = dequantize(stored[f"{name}.B"], stored[f"{name}.c"], 32, width, stored.get(f"{name}.s"))
-        weights.pop(name).assign(W)
-    found = logits(auto.from_pretrained(out, dtype=torch.float32))
+    expected = dequantized(arch, source, out, report)
+    weights = weights_in(expected).keys() - {layer["name"] for layer in report["layers"]}
+    found = logits(auto_class(arch).from_pretrained(out, dtype=torch.float32))
     reference = logits(expected)
     assert (found - reference).std() < 1e-3 * reference.std()
     kept = {name.rpartition(".")[2] for name in weights if re.match(BLOCK, name)}

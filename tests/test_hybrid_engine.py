@@ -4,16 +4,12 @@ dequantized weights."""
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoTokenizer
 
 import bpdq_quantizer
-from architectures import WRAPPERS, model_folder
-from bpdq_kernels import dequantize
-from bpdq_quantizer.model.weights import weights_in
+from architectures import dequantized, model_folder
 from generate import transformers_tokens, vllm_tokens
 from hybrids import hybrid_checkpoint
-from tiny import load_tensors
 
 NO_IMAGES = {"limit_mm_per_prompt": {"image": 0, "video": 0}}
 BF16 = {"dtype": "bfloat16"}  # which vLLM's CPU backend asks for where there is a GatedDeltaNet
@@ -57,13 +53,7 @@ def quantized_and_dequantized(folder: Path, arch: str, text: str) -> list[Path]:
     source, out, plain = model_folder(folder / "model", arch), folder / "out", folder / "plain"
     options = {"bits": 2, "group_size": 32, "samples": 3, "seq_len": 32, "iterations": 1, "solver": "paper"}
     report = bpdq_quantizer.quantize(str(source), out, calibration=text, **options)
-    auto = AutoModelForImageTextToText if arch in WRAPPERS else AutoModelForCausalLM
-    model, stored = auto.from_pretrained(source, dtype=torch.float32), load_tensors(out)
-    weights = weights_in(model)
-    for layer in report["layers"]:
-        name, width = layer["name"], layer["in_features"]
-        weights[name].assign(dequantize(stored[f"{name}.B"], stored[f"{name}.c"], 32, width, stored.get(f"{name}.s")))
-    model.save_pretrained(plain)
+    dequantized(arch, source, out, report).save_pretrained(plain)
     AutoTokenizer.from_pretrained(source).save_pretrained(plain)
     return [out, plain]
 
