@@ -76,3 +76,12 @@ def test_what_the_quantizer_writes_is_served(tmp_path, text, arch, options):
     quantized, dequantized = vllm_tokens([{"load": {"model": str(path), **options}} for path in paths])
     assert isinstance(quantized, list), quantized
     assert quantized == dequantized
+
+
+@pytest.mark.slow
+def test_a_wrapper_is_served_by_two_ranks(tmp_path, text):
+    quantized, dequantized = quantized_and_dequantized(tmp_path, "qwen2_5_vl", text)
+    (one,) = vllm_tokens([{"load": {"model": str(dequantized), **NO_IMAGES}}])
+    load = {"model": str(quantized), "tensor_parallel_size": 2, **NO_IMAGES}
+    (two,) = vllm_tokens([{"load": load}], multiprocess=True)
+    assert two == one
