@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import bpdq_quantizer
-from architectures import TEXT, TOKENS, model_folder
+from architectures import SIZES, TEXT, TOKENS, model_folder
 from bpdq_kernels.format import Scheme
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.stream import open_model, solved
@@ -15,7 +15,13 @@ from tiny import tiny_tokenizer
 
 QUICK = {"bits": 4, "group_size": 32, "samples": 3, "seq_len": 32, "iterations": 1, "solver": "paper"}
 IDS = torch.arange(30)[None] * 7 % 380
-REFUSED = {"gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}}
+REFUSED = {
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    "gemma3n_text": SIZES
+    | {"layer_types": ["sliding_attention", "full_attention"], "num_kv_shared_layers": 0, "sliding_window": 16}
+    | {"hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": 384, "laurel_rank": 32}
+    | {"activation_sparsity_pattern": [0.0] * 2, "intermediate_size": [192] * 2},
+}
 
 
 def model(folder, arch):
@@ -61,6 +67,7 @@ def test_its_sensitivities_are_measured(tmp_path, arch, monkeypatch):
 @pytest.mark.parametrize(
     ("arch", "message"),
     [
+        ("gemma3n_text", r"Gemma3nForCausalLM: its blocks read hidden states of shape \(4, 1, 2, 128\)"),
         ("gpt2", "GPT2LMHeadModel: no list of 2 decoder blocks with Linear layers"),
     ],
 )

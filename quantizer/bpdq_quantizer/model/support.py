@@ -49,6 +49,11 @@ def check_blocks(source: Streamed, tokens: Tensor) -> Streamed:
         raise
     except Exception as e:
         raise InputError(f"{architecture} can't be run without its blocks ({e}): not supported") from e
+    if hidden[0].ndim != 3:  # Gemma 3n
+        raise InputError(
+            f"{architecture}: its blocks read hidden states of shape {tuple(hidden[0].shape)}, not one for each token: "
+            "not supported"
+        )
     attempts = [(torch.cat(hidden), False), (hidden[0], True)]
     faults = []
     for states, by_window in attempts if len(calls[0]) == 1 else attempts[1:]:
