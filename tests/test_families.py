@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 import bpdq_quantizer
@@ -138,6 +139,15 @@ def test_what_an_architecture_cannot_do_is_refused_by_name_before_any_work(tmp_p
     with pytest.raises(InputError, match=message):
         bpdq_quantizer.quantize(source, tmp_path / "out", calibration=text, **QUICK, **options)
     assert {path.name for path in tmp_path.iterdir()} == {"model"}
+
+
+def test_a_damaged_embedding_is_not_taken_for_an_architecture_that_is_not_supported(tmp_path, text):
+    source = model_folder(tmp_path / "model", "llama")
+    tensors = load_tensors(source)
+    tensors["model.embed_tokens.weight"][7:] = torch.nan
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"model\.layers\.0\.self_attn\.q_proj: its calibration inputs hold NaN"):
+        bpdq_quantizer.quantize(str(source), tmp_path / "out", calibration=text, **QUICK)
 
 
 @pytest.mark.parametrize("arch", ["nemotron_h", "qwen3_5_text"])

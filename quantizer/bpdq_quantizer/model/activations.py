@@ -77,7 +77,7 @@ def embed(
     (window, _), calls = block_inputs(model, blocks, tokens[[0, -1]], source.by_window)
     if len(calls[0]) > 1:  # to be kept in memory all the same
         hidden, calls = block_inputs(model, blocks, tokens, by_window=True)
-        parts = iter([[states] for states in hidden])
+        parts = ([states] for states in hidden)
     else:
         out_features = max(sum(w.shape[0] for w in weights_in(block).values()) for block in blocks)
         count = windows_per_batch(tokens.shape[1], window.shape[-1], out_features, window.element_size())

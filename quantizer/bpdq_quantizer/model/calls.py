@@ -126,7 +126,7 @@ def block_inputs(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor, 
 def _record(model: PreTrainedModel, blocks: nn.ModuleList, window: Tensor, width: int) -> tuple[Tensor, list[Call]]:
     """The first block's hidden states of a window [L], and each block's call."""
     states, calls = _seen(model, blocks, window, width, zeros=False)
-    if all(torch.equal(x, states[0]) for x in states):
+    if all(x is states[0] or torch.equal(x, states[0]) for x in states):
         return states[0], calls
     _, *added = _seen(model, blocks, window, width, zeros=True)[0]
     for before, after, difference in zip(states, states[1:], added, strict=False):
