@@ -90,7 +90,7 @@ def wrapped(model_type: str, tower: str | None = None, **changes: Any) -> dict[s
 
 WRAPPERS: dict[str, dict[str, Any]] = {
     "qwen2_5_vl": {"text_config": MROPE, "vision_config": QWEN_TOWER} | IMAGES,
-    "qwen3_vl": {"text_config": MROPE, "vision_config": DEEP_TOWER} | IMAGES,
+    "qwen3_vl": {"text_config": MROPE | {"num_hidden_layers": 3}, "vision_config": DEEP_TOWER} | IMAGES,
     "qwen3_5": CONFIGS["qwen3_5"],
     "glm4v": {"text_config": MROPE, "vision_config": QWEN_TOWER} | IMAGES,
     "gemma3": {"text_config": INNER | WINDOWS, "vision_config": TOWER, "mm_tokens_per_image": 4}

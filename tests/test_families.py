@@ -18,6 +18,7 @@ from bpdq_quantizer.model.calls import block_runs, head_inputs
 from bpdq_quantizer.model.stream import load_block, open_model
 from bpdq_quantizer.model.support import check_blocks
 from bpdq_quantizer.model.weights import weights_in
+from bpdq_quantizer.model.windows import text_windows
 from bpdq_quantizer.run import steps
 from tiny import load_tensors
 
@@ -93,8 +94,9 @@ def test_block_by_block_a_model_computes_what_it_computes_whole(tmp_path, arch):
     """What a block is called with is the model's own: inputs of each layer, shared keys and values, windows, alibi."""
     folder = model_folder(tmp_path / "model", arch)
     tokens = torch.arange(60).view(3, 20) * 7 % 380
-    source = check_blocks(open_model(str(folder)), tokens)
-    hidden, calls = embed(source, tokens, torch.device("cpu"), None)
+    windows = text_windows(tokens)
+    source = check_blocks(open_model(str(folder)), windows)
+    hidden, calls = embed(source, windows, torch.device("cpu"), None)
     for index in range(len(source.blocks)):
         block = load_block(source, index, torch.device("cpu"))
         run_batches(block_runs(block, calls[index], torch.device("cpu"), len(hidden)), hidden)

@@ -16,6 +16,7 @@ from bpdq_quantizer.cost import Clock, peak_memory, total
 from bpdq_quantizer.model.calls import head_inputs
 from bpdq_quantizer.model.stream import check_unchanged
 from bpdq_quantizer.model.weights import kept, weights_in
+from bpdq_quantizer.model.windows import token_count
 from bpdq_quantizer.passes import kv_scales
 from bpdq_quantizer.passes.blocks import final_batches
 from bpdq_quantizer.passes.embeddings import quantize_embeddings
@@ -103,7 +104,8 @@ def report(
         "model": run.options.files.model,
         "options": {name: value for name, value in run.options.by_name().items() if name != "model"},
         **({} if tuning is None else {"tuning": tuning}),
-        "calibration_tokens": run.windows.solving.numel(),
+        "calibration_tokens": token_count(run.windows.solving),
+        "calibration_windows_with_images": sum(bool(window.images) for window in run.windows.solving),
         "special_tokens": run.windows.special_tokens,
         "bits_per_weight": mean_bits(layers),
         **cost,
