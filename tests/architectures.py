@@ -100,7 +100,7 @@ WRAPPERS: dict[str, dict[str, Any]] = {
     "mistral3": wrapped("mistral", "pixtral") | IMAGE,
     "internvl": wrapped("qwen2", image_size=[28, 28], patch_size=[14, 14]) | {"image_token_id": 380},
     "llava": wrapped("llama", "clip_vision_model") | IMAGE,
-    "llava_onevision": wrapped("qwen2", "siglip_vision_model") | IMAGE,
+    "llava_onevision": wrapped("qwen2", "siglip_vision_model") | IMAGE | {"image_grid_pinpoints": [[28, 28], [28, 56]]},
     "smolvlm": wrapped("llama") | {"image_token_id": 380, "scale_factor": 2},
     "idefics3": wrapped("llama") | {"image_token_id": 380, "scale_factor": 2},
 }

@@ -23,7 +23,7 @@ from bpdq_quantizer.model.windows import Window, arguments
 from bpdq_quantizer.passes.sensitivity import gradient_energies
 from bpdq_quantizer.run import steps
 from tiny import TEXT, load_tensors, tiny_model, tiny_tokenizer
-from vision import FIRST, SEEING, picture, rows, seeing_model
+from vision import FIRST, MORE, SEEING, picture, rows, seeing_model
 
 QUICK = {"bits": 2, "group_size": 32, "samples": 6, "seq_len": 64, "iterations": 1, "solver": "paper"}
 CPU = torch.device("cpu")
@@ -45,11 +45,11 @@ def write(folder: Path, *found: object) -> Path:
     return file
 
 
-@pytest.mark.parametrize("arch", SEEING)
+@pytest.mark.parametrize("arch", [*SEEING, *(pytest.param(arch, marks=pytest.mark.slow) for arch in MORE)])
 @torch.no_grad()
 def test_block_by_block_an_image_gives_what_it_gives_the_whole_model(tmp_path, arch):
     folder = seeing_model(tmp_path / "model", arch)
-    windows = windows_of(folder, rows(tmp_path, TEXT))
+    windows = windows_of(folder, rows(tmp_path, TEXT), 9, 160 if arch == "gemma4" else 64)
     assert {bool(window.images) for window in windows} == {True, False}
     source = check_blocks(open_model(str(folder)), windows)
     hidden, calls = embed(source, windows, CPU, None)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # Pillow's others may start programs (EPS)
+PLAIN = {"add_special_tokens": False, "padding": False}
 PATHS = ("image", "path", "url", "image_url")  # what a part of a message may call the place of its image
 
 
@@ -39,7 +40,8 @@ class Sight:
                 f"{self.model}: has no preprocessor_config.json that says how it sees images: download the model "
                 "again, or calibrate on text"
             )
-        found.tokenizer = self.tokenizer
+        if type(found.tokenizer) is not type(self.tokenizer):  # which gives other ids than tokenizer.json
+            found.tokenizer = self.tokenizer
         return found
 
     def window(self, row: dict[str, Any], folder: Path, place: str, seq_len: int, lead: Sequence[int]) -> Window:
@@ -52,7 +54,7 @@ class Sight:
         images = [open_image(folder, path, place) for path in paths]
         try:
             text = self.prompt(messages)
-            found = self.processor(text=[text], images=images, return_tensors="pt", add_special_tokens=False)
+            found = self.processor(text=[text], images=images, return_tensors="pt", **PLAIN)
         except InputError:
             raise
         except Exception as e:  # of the template, and of transformers' code for the model
