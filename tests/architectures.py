@@ -96,7 +96,11 @@ WRAPPERS: dict[str, dict[str, Any]] = {
     "gemma3": {"text_config": INNER | WINDOWS, "vision_config": TOWER, "mm_tokens_per_image": 4}
     | IMAGE
     | {"boi_token_index": 381, "eoi_token_index": 382},
-    "gemma4": {"text_config": CONFIGS["gemma4_text"], "vision_config": TOWER | {"head_dim": 32}, "image_token_id": 380},
+    "gemma4": {
+        "text_config": CONFIGS["gemma4_text"],
+        "vision_config": TOWER | {"head_dim": 32, "num_key_value_heads": 2},
+        "image_token_id": 380,
+    },
     "mistral3": wrapped("mistral", "pixtral") | IMAGE,
     "internvl": wrapped("qwen2", image_size=[28, 28], patch_size=[14, 14]) | {"image_token_id": 380},
     "llava": wrapped("llama", "clip_vision_model") | IMAGE,
