@@ -145,28 +145,46 @@ def _stored_tensors(name: str, stored: Headers, in_features: int, out_features: 
     return layer
 
 
-def is_renamed(model: "PreTrainedModel") -> bool:
-    """Whether transformers renames tensors as it loads them, so that a checkpoint may call them otherwise."""
+def named_as_modules(stored: Headers, model: "PreTrainedModel") -> tuple[Headers, set[str]]:
+    """A checkpoint's tensors by the names that transformers gives them in `model`, and the names of those that it makes
+    out of several (OLMo hybrid's convolutions), which are not among the former."""
     from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, rename_source_key
 
-    return bool(get_model_conversion_mapping(model, add_legacy=False))
+    transforms = get_model_conversion_mapping(model, add_legacy=False)
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
+    plain = model.state_dict()
+    found, made = {}, set()
+    for name, entry in stored.items():
+        layer, _, kind = name.rpartition(".")
+        tensor = f"{layer}.weight" if kind in Stored._fields else name  # as which transformers knows the layer
+        new, source = rename_source_key(tensor, renamings, converters, model.base_model_prefix, plain)
+        if source is not None:
+            made.add(new)
+        elif tensor == name:
+            found[new] = entry
+        else:
+            found[f"{new.removesuffix('.weight')}.{kind}"] = entry
+    return found, made
 
 
 def check_stored(stored: Headers, model: "PreTrainedModel | None", fmt: Format) -> None:
     """Raise InputError unless a checkpoint of format `fmt` fills the 16-bit skeleton `model`: every tensor is there, of
     the shape and a dtype that it must have, and no tensor has no place.
 
-    Without a model, and for one whose tensors transformers renames, names are not checked, and a warning says so.
+    Without a model names are not checked, and a warning says so.
     """
-    if model is None or is_renamed(model):
+    if model is None:
         logger.warning("whether all tensors of this architecture are in the checkpoint can't be checked")
         _check_unnamed(stored, fmt)
         return
+    stored, made = named_as_modules(stored, model)
     layers = quantized_layers(model, fmt)
     for name, (module, scheme) in layers.items():
         stored_layer(name, stored, module, scheme)
     plain = model.state_dict()
-    expected = plain.keys() - {f"{name}.weight" for name in layers} - model.all_tied_weights_keys.keys()
+    expected = plain.keys() - {f"{name}.weight" for name in layers} - model.all_tied_weights_keys.keys() - made
     optional = _ignored(model._keys_to_ignore_on_load_missing)
     for name in sorted(expected):
         if name in stored:
