@@ -17,6 +17,7 @@ from bpdq_kernels.errors import InputError
 from bpdq_kernels.folder import FLOATS, REMEDY, Entry, Headers
 from bpdq_kernels.format import KV_SCALES, Format, Scheme
 from bpdq_kernels.layout import WORD, Stored
+from bpdq_kernels.mtp import head_pattern
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -171,7 +172,7 @@ def named_as_modules(stored: Headers, model: "PreTrainedModel") -> tuple[Headers
 
 def check_stored(stored: Headers, model: "PreTrainedModel | None", fmt: Format) -> None:
     """Raise InputError unless a checkpoint of format `fmt` fills the 16-bit skeleton `model`: every tensor is there, of
-    the shape and a dtype that it must have, and no tensor has no place.
+    the shape and a dtype that it must have, and no tensor has no place, except in a head for multi-token prediction.
 
     Without a model names are not checked, and a warning says so.
     """
@@ -200,7 +201,9 @@ def check_stored(stored: Headers, model: "PreTrainedModel | None", fmt: Format) 
                 f"{stored[name].file}: {name} is stored, though config.json ties it to {twin}: remove it, or set "
                 "tie_word_embeddings to false"
             )
-        if not ignored(name):
+        if head_pattern(name, model.config):
+            _check_plain(name, stored[name], stored[name].shape)
+        elif not ignored(name):
             raise InputError(
                 f"{stored[name].file}: {name} has no place in the model of config.json, a {type(model).__name__} with "
                 f"that quantization_config: {REMEDY}"

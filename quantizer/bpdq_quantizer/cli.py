@@ -204,6 +204,7 @@ def _inspect(args: argparse.Namespace) -> dict[str, Any]:
         f"{found['architecture']}: {found['quantized_weights'] / 1e6:.1f} M weights at "
         f"{found['bits_per_weight']:.3f} bits ({found['quantized_bytes'] / 1e6:.1f} MB), "
         f"other tensors {found['other_bytes'] / 1e6:.1f} MB"
+        + (f", {found['mtp_bytes'] / 1e6:.1f} MB of them for multi-token prediction" if found["mtp_bytes"] else "")
         + (", scales for an fp8 KV cache" if found["kv_cache_scales"] else "")
     )
     if found["left_in_16_bits"]:

@@ -5,6 +5,7 @@ Importing this module registers a quantizer under `quant_method: "bpdq"`. The au
 registry gets a class that hands them over and leaves every other GPTQ config as it was.
 """
 
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ from bpdq_kernels import skeleton
 from bpdq_kernels.folder import REMEDY, Headers, check_scale, read_folder, read_json
 from bpdq_kernels.format import KV_SCALES, Format
 from bpdq_kernels.layout import trim
+from bpdq_kernels.mtp import head_pattern
 from bpdq_kernels.skeleton import embedding_names, quantized_layers, stored_layer
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.modules import BPDQEmbedding, held, replace
@@ -89,6 +91,8 @@ class BPDQQuantizer(HfQuantizer):
         start = stored_under(model)
         checked = model if embedding_names(model)[1] and not start else causal_skeleton(model, stored)
         skeleton.check_stored(stored, checked, self.quantization_config.format)
+        heads = {f"^{re.escape(name)}$" for name in stored if head_pattern(name, model.config)}
+        model._keys_to_ignore_on_load_unexpected |= heads  # of which transformers knows by name those of some sizes
         self.schemes = {}
         for name, (module, scheme) in quantized_layers(model, self.quantization_config.format, start).items():
             if start + name + ".B" not in stored and is_new_head(model, name):

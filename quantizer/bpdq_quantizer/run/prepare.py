@@ -9,9 +9,11 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from bpdq_kernels.folder import Headers
 from bpdq_kernels.format import Scheme
 from bpdq_quantizer.checkpoint import writer
 from bpdq_quantizer.checkpoint.carried import carry_over
+from bpdq_quantizer.checkpoint.heads import find_heads
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.calibration import calibration_windows
 from bpdq_quantizer.model.images import sight_of
@@ -43,7 +45,8 @@ class Windows(NamedTuple):
 
 class Run(NamedTuple):
     """What a run works on and with. stamps: of the source's files, before it was opened; embeddings: schemes of the
-    embedding and LM head, if they are quantized; budget: bytes for the blocks' Linears, None for one scheme for all."""
+    embedding and LM head, if they are quantized; budget: bytes for the blocks' Linears, None for one scheme for all;
+    heads: for multi-token prediction, in the source's files."""
 
     options: Options
     source: Streamed
@@ -53,6 +56,7 @@ class Run(NamedTuple):
     budget: int | None
     device: torch.device
     folder: RunFolder
+    heads: Headers
 
 
 def prepare(o: Options, folder: RunFolder) -> Run:
@@ -73,24 +77,28 @@ def prepare(o: Options, folder: RunFolder) -> Run:
             f"--target-bpw / --target-size: blocks of {type(source.model).__name__} share keys and values, through "
             "which gradients are not followed: leave it out"
         )
+    heads = find_heads(model, source.model)
     if o.method.rotate == "hadamard":
         source = rotated(source, o.method.seed)
+        if heads:
+            tqdm.write(f"{model}: its head for multi-token prediction reads what --rotate turns, and is left out")
+            heads = {}
     embeddings = embedding_schemes(
         source.model, o.schemes.embed_bits, o.schemes.head_bits, o.schemes.group_size, o.schemes.coefficient_bits
     )
-    budget = _budget(source, embeddings, o.schemes)
+    budget = _budget(source, embeddings, writer.stored_bytes(heads), o.schemes)
     if o.schemes.kv_cache_scales:
         kv_scales.check(source, found, device)
     carry_over(model, source.model, tokenizer, folder.path / writer.CARRIED)
     trial = checkpoint_config(o, one_scheme(source, o.schemes), embeddings, [])
     writer.write_config(source, trial, folder.resume)
     this = identity(o, found, source.model.dtype, device, before)
-    begin(folder, this, writer.contents(folder.path, len(source.blocks)))
+    begin(folder, this, writer.contents(folder.path, len(source.blocks), heads))
     recover(folder)
     names = tokenizer.convert_ids_to_tokens(lead)
     tuning = all_tokens(found[: o.tuning.tune_samples]) if o.tuning.tune == "model" else None
     windows = Windows(found[: o.text.samples], tuning, names)
-    return Run(o, source, before, windows, embeddings, budget, device, folder)
+    return Run(o, source, before, windows, embeddings, budget, device, folder, heads)
 
 
 def _windows(o: Options, tokenizer: PreTrainedTokenizerBase, lead: list[int]) -> list[Window]:
@@ -111,12 +119,13 @@ def _windows(o: Options, tokenizer: PreTrainedTokenizerBase, lead: list[int]) ->
     return found
 
 
-def _budget(source: Streamed, embeddings: Mapping[str, Scheme], o: Schemes) -> int | None:
-    """Bytes for the blocks' Linears, if a target says so; raises InputError if no scheme is as small."""
+def _budget(source: Streamed, embeddings: Mapping[str, Scheme], copied: int, o: Schemes) -> int | None:
+    """Bytes for the blocks' Linears, if a target says so, beside `copied` ones; raises InputError if no scheme is as
+    small."""
     if o.target_bpw is not None:
         budget = int(o.target_bpw * sum(prod(weight.shape) for weight in solved(source).values()) / 8)
     elif o.target_size is not None:
-        budget = parse_size(o.target_size) - other_bytes(source, embeddings)
+        budget = parse_size(o.target_size) - other_bytes(source, embeddings) - copied
     else:
         return None
     check_budget(source, budget, choices(o.coefficient_bits))
