@@ -5,9 +5,10 @@ vLLM gives its parameters the same names and shapes, in fused layers, and does n
 
 import logging
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from math import inf
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
@@ -101,22 +102,25 @@ def is_tied(model: "PreTrainedModel") -> bool:
     return f"{embedding_names(model)[1]}.weight" in model.all_tied_weights_keys
 
 
-def quantized_layers(model: "PreTrainedModel", fmt: Format, start: str = "") -> dict[str, tuple[nn.Module, Scheme]]:
+def quantized_layers(
+    model: "PreTrainedModel", fmt: Format, names: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, tuple[nn.Module, Scheme]]:
     """The Linears, embedding and LM head of a 16-bit skeleton that a checkpoint of format `fmt` holds as bit-planes, by
     name.
 
-    start: what precedes the names in the checkpoint. Of a tied embedding and LM head only the embedding, by whose name
-    both are stored; raises InputError where `fmt` tells them apart.
+    names: what the checkpoint calls layers, where that differs. Of a tied embedding and LM head only the embedding, by
+    whose name both are stored; raises InputError where `fmt` tells them apart.
     """
     embeddings = embedding_names(model)
     found = {}
     for name, module in model.named_modules():
         if name in embeddings or isinstance(module, nn.Linear):
-            scheme = fmt.embedding_scheme(start + name) if name in embeddings else fmt.scheme_for(start + name)
+            scheme_of = fmt.embedding_scheme if name in embeddings else fmt.scheme_for
+            scheme = scheme_of(names.get(name, name))
             if scheme is not None:
                 found[name] = (module, scheme)
     if is_tied(model):
-        embedding, head = (fmt.embedding_scheme(name) for name in embeddings)
+        embedding, head = (fmt.embedding_scheme(names.get(name, name)) for name in embeddings)
         if embedding != head:
             raise InputError(
                 f"{' and '.join(embeddings)} are tied, but quantization_config makes them {embedding} and {head}: "
@@ -146,9 +150,18 @@ def _stored_tensors(name: str, stored: Headers, in_features: int, out_features: 
     return layer
 
 
-def named_as_modules(stored: Headers, model: "PreTrainedModel") -> tuple[Headers, set[str]]:
-    """A checkpoint's tensors by the names that transformers gives them in `model`, and the names of those that it makes
-    out of several (OLMo hybrid's convolutions), which are not among the former."""
+class Arranged(NamedTuple):
+    """A checkpoint's tensors by the names that transformers gives them in a model. made: names of those that it makes
+    out of several (OLMo hybrid's convolutions), which are not among `tensors`; layers: what the checkpoint calls the
+    layers of `tensors`."""
+
+    tensors: Headers
+    made: set[str]
+    layers: dict[str, str]
+
+
+def arranged(stored: Headers, model: "PreTrainedModel") -> Arranged:
+    """The tensors of a checkpoint as `model`, a skeleton, has them."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, rename_source_key
 
@@ -156,18 +169,20 @@ def named_as_modules(stored: Headers, model: "PreTrainedModel") -> tuple[Headers
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
     plain = model.state_dict()
-    found, made = {}, set()
+    found = Arranged({}, set(), {})
     for name, entry in stored.items():
         layer, _, kind = name.rpartition(".")
         tensor = f"{layer}.weight" if kind in Stored._fields else name  # as which transformers knows the layer
         new, source = rename_source_key(tensor, renamings, converters, model.base_model_prefix, plain)
+        if new not in plain and tensor in plain:
+            new, source = tensor, None
         if source is not None:
-            made.add(new)
-        elif tensor == name:
-            found[new] = entry
-        else:
-            found[f"{new.removesuffix('.weight')}.{kind}"] = entry
-    return found, made
+            found.made.add(new)
+            continue
+        new_layer = new.rpartition(".")[0]
+        found.tensors[new if tensor == name else f"{new_layer}.{kind}"] = entry
+        found.layers[new_layer] = layer
+    return found
 
 
 def check_stored(stored: Headers, model: "PreTrainedModel | None", fmt: Format) -> None:
@@ -180,8 +195,8 @@ def check_stored(stored: Headers, model: "PreTrainedModel | None", fmt: Format) 
         logger.warning("whether all tensors of this architecture are in the checkpoint can't be checked")
         _check_unnamed(stored, fmt)
         return
-    stored, made = named_as_modules(stored, model)
-    layers = quantized_layers(model, fmt)
+    stored, made, names = arranged(stored, model)
+    layers = quantized_layers(model, fmt, names)
     for name, (module, scheme) in layers.items():
         stored_layer(name, stored, module, scheme)
     plain = model.state_dict()
