@@ -53,9 +53,11 @@ def check_config(config: "PreTrainedConfig", stored: Headers) -> None:
 def _check_architecture(config: "PreTrainedConfig") -> None:
     import transformers
 
+    auto = auto_class(config)
+    built = None if auto is None else auto._model_mapping[type(config)]
     for name in config.architectures or ():
         known = getattr(getattr(transformers, str(name), None), "config_class", None)
-        if known is not None and known.model_type != config.model_type:
+        if known is not None and known.model_type != config.model_type and getattr(built, "__name__", name) != name:
             raise InputError(
                 f"config.json: architectures names {name}, which is not of model_type {config.model_type}: {REMEDY}"
             )

@@ -116,7 +116,10 @@ def tied_bits(embed_bits: int | None, head_bits: int | None) -> int | None:
 
 def check_tokens(model: PreTrainedModel, windows: Sequence[Window], source: str) -> None:
     """Raise InputError where windows of the text `source` don't fit the tables of tokens or positions."""
-    table = model.get_input_embeddings()
+    try:
+        table = model.get_input_embeddings()
+    except NotImplementedError as e:
+        raise InputError(f"{type(model).__name__} does not say what its embedding is: not supported") from e
     rows = table.out_features if isinstance(table, BPDQEmbedding) else table.num_embeddings
     largest = max(int(window.tokens.max()) for window in windows)
     if largest >= rows:
