@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from vllm.config import SpeculativeConfig, VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers import vocab_parallel_embedding
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload.layerwise import (
@@ -137,3 +138,17 @@ def test_tying_to_an_embedding_in_16_bits_is_refused(rank):
     head = ParallelLMHead(VOCABULARY, HIDDEN, quant_config=tables("lm_head"), prefix="lm_head")
     with pytest.raises(ValueError, match="lm_head is in bit-planes and tied to an embedding in 16 bits"):
         head.tie_weights(embedding)
+
+
+def test_an_embedding_that_a_draft_model_shares_is_refused(monkeypatch):
+    """An LM head is not: vLLM looks whether it has a weight."""
+    current = VllmConfig()
+    current.speculative_config = SpeculativeConfig(method="ngram", num_speculative_tokens=1)
+    quant = tables("model.embed_tokens", "lm_head")
+    embedding, head = (kind.__new__(kind) for kind in (VocabParallelEmbedding, ParallelLMHead))
+    with set_current_vllm_config(current):
+        assert quant.get_quant_method(embedding, "model.embed_tokens")
+        monkeypatch.setattr(current.speculative_config, "method", "eagle3")
+        assert quant.get_quant_method(head, "lm_head")
+        with pytest.raises(ValueError, match=r"model.embed_tokens: .* can't be shared .* without --embed-bits"):
+            quant.get_quant_method(embedding, "model.embed_tokens")

@@ -89,11 +89,12 @@ class BPDQConfig(QuantizationConfig):
         checkpoint has scales for its KV cache (which fp8_e5m2 has no use for, and vLLM refuses beside them).
 
         Before the first layer the checkpoint's files are checked: this is where vLLM's load format is known. Raises
-        ValueError for what they lack, for mixture-of-experts layers, and for fused layers whose parts differ in scheme.
+        ValueError for what they lack, for mixture-of-experts layers, for fused layers whose parts differ in scheme, and
+        for an embedding in bit-planes where a draft model of EAGLE's kind or MTP is to share it.
         """
         from vllm.model_executor.layers.attention import Attention
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
-        from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
         from vllm_bpdq.checkpoint import check
         from vllm_bpdq.embedding import BPDQEmbeddingMethod
@@ -109,7 +110,11 @@ class BPDQConfig(QuantizationConfig):
             name = prefix or self._embedding_name()
             # a draft model that comes with the target, and with its config, has names of the checkpoint
             scheme = self.format.embedding_scheme(name) or self.stored_format.embedding_scheme(name)
-            return None if scheme is None else BPDQEmbeddingMethod(scheme, name, [name])
+            if scheme is None:
+                return None
+            if not isinstance(layer, ParallelLMHead):
+                _check_unshared(name)
+            return BPDQEmbeddingMethod(scheme, name, [name])
         if isinstance(layer, LinearBase):
             parts = self._parts(prefix)
             scheme = self._scheme(prefix, parts)
@@ -149,3 +154,16 @@ class BPDQConfig(QuantizationConfig):
                 f"give them the same bits, group_size and coefficient_bits, or ignore all of them"
             )
         return schemes[parts[0]]
+
+
+def _check_unshared(name: str) -> None:
+    """Raise ValueError where vLLM would load the embedding `name` into a draft model in 16 bits, or look for its weight
+    to compare it with that model's."""
+    from vllm.config import get_current_vllm_config_or_none
+
+    current = get_current_vllm_config_or_none()
+    if current is not None and current.speculative_config is not None and current.speculative_config.use_eagle():
+        raise ValueError(
+            f"{name}: an embedding in bit-planes can't be shared with a draft model that reads hidden states: serve "
+            "without --speculative-config, or quantize the model again without --embed-bits"
+        )
