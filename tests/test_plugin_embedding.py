@@ -1,7 +1,11 @@
 """Embedding and LM head in bit-planes in vLLM: its layers over simulated tensor-parallel ranks, and an engine."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
+from vllm import distributed
 from vllm.config import SpeculativeConfig, VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers import vocab_parallel_embedding
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
@@ -19,6 +23,7 @@ from vllm_bpdq.config import BPDQConfig
 
 VOCABULARY, HIDDEN = 300, 96  # 300 rows: vLLM pads to 320, 160 on each of two ranks
 TABLE = Scheme(4, 32)
+TABLES = ("model.embed_tokens", "lm_head")
 
 
 def tables(*names: str, ignore: tuple[str, ...] = (), width: int = 16) -> BPDQConfig:
@@ -144,7 +149,7 @@ def test_an_embedding_that_a_draft_model_shares_is_refused(monkeypatch):
     """An LM head is not: vLLM looks whether it has a weight."""
     current = VllmConfig()
     current.speculative_config = SpeculativeConfig(method="ngram", num_speculative_tokens=1)
-    quant = tables("model.embed_tokens", "lm_head")
+    quant = tables(*TABLES)
     embedding, head = (kind.__new__(kind) for kind in (VocabParallelEmbedding, ParallelLMHead))
     with set_current_vllm_config(current):
         assert quant.get_quant_method(embedding, "model.embed_tokens")
@@ -152,3 +157,21 @@ def test_an_embedding_that_a_draft_model_shares_is_refused(monkeypatch):
         assert quant.get_quant_method(head, "lm_head")
         with pytest.raises(ValueError, match=r"model.embed_tokens: .* can't be shared .* without --embed-bits"):
             quant.get_quant_method(embedding, "model.embed_tokens")
+
+
+@pytest.mark.parametrize(
+    ("is_first_rank", "offered", "names", "refused"),
+    [
+        (True, VocabParallelEmbedding, TABLES, False),
+        (True, ParallelLMHead, TABLES, True),
+        (True, ParallelLMHead, TABLES[1:], False),
+        (False, ParallelLMHead, TABLES, False),  # of a pipeline, whose first stage has the embedding
+    ],
+)
+def test_an_embedding_that_vllm_never_offers_is_refused_by_name(monkeypatch, is_first_rank, offered, names, refused):
+    monkeypatch.setattr(distributed, "get_pp_group", lambda: SimpleNamespace(is_first_rank=is_first_rank))
+    quant = tables(*names)
+    quant.get_quant_method(offered.__new__(offered), "lm_head" if offered is ParallelLMHead else "model.embed_tokens")
+    expected = pytest.raises(ValueError, match=r"model.embed_tokens: .* 16 bits only: .* without --embed-bits")
+    with expected if refused else nullcontext():
+        quant.get_checkpoint_weight_mapper()

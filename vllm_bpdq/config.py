@@ -5,6 +5,7 @@ in processes that never build a model.
 """
 
 import dataclasses
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +27,7 @@ class BPDQConfig(QuantizationConfig):
         super().__init__()
         self.format = self.stored_format = parsed
         self.mappers: list[WeightsMapper] = []
+        self.has_embedding = False  # of which vLLM's model has said that it may be quantized
         self.model: tuple[str, str | None] | None = None  # name or folder, and revision, until its files are checked
 
     def __repr__(self) -> str:
@@ -67,8 +69,28 @@ class BPDQConfig(QuantizationConfig):
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None, **kwargs: Any
     ) -> None:
-        """Remember which checkpoint this is the config of."""
+        """Remember which checkpoint this is the config of; raises ValueError for bit-planes where vLLM's model asks for
+        no quantization method."""
         self.model = model_name, revision
+        for name in _mamba_1_linears(hf_config):
+            if self.format.scheme_for(name) is not None:
+                raise ValueError(
+                    f"{name}: vLLM has Linears of Mamba-1 in 16 bits only: use the checkpoint with transformers, or "
+                    "quantize the model again with --ignore 're:.*(mamba|mixer)[.](in|out)_proj'"
+                )
+
+    def get_checkpoint_weight_mapper(self) -> "WeightsMapper":
+        """What vLLM asks for when the model is built, and before its weights are read. Raises ValueError for an
+        embedding in bit-planes for which no method was asked: many of vLLM's models have theirs in 16 bits only."""
+        from vllm.distributed import get_pp_group
+
+        name = self._embedding_name()
+        if name and not self.has_embedding and get_pp_group().is_first_rank:
+            raise ValueError(
+                f"{name}: vLLM's model has its embedding in 16 bits only: quantize the model again without "
+                "--embed-bits, and without --head-bits if the LM head is tied to it"
+            )
+        return super().get_checkpoint_weight_mapper()
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: "WeightsMapper") -> None:
         """Rename exact module names as the model renames its weights. A `re:` pattern stays, as it is for names of the
@@ -114,6 +136,7 @@ class BPDQConfig(QuantizationConfig):
                 return None
             if not isinstance(layer, ParallelLMHead):
                 _check_unshared(name)
+                self.has_embedding = True
             return BPDQEmbeddingMethod(scheme, name, [name])
         if isinstance(layer, LinearBase):
             parts = self._parts(prefix)
@@ -167,3 +190,13 @@ def _check_unshared(name: str) -> None:
             f"{name}: an embedding in bit-planes can't be shared with a draft model that reads hidden states: serve "
             "without --speculative-config, or quantize the model again without --embed-bits"
         )
+
+
+def _mamba_1_linears(config: Any) -> Iterator[str]:
+    """Names of the Linears of Mamba-1 that `bpdq quantize` does not keep, of a model of transformers' config."""
+    mixers = {"falcon_mamba": "backbone.layers.{}.mixer", "mamba": "backbone.layers.{}.mixer"}
+    mixer = {**mixers, "jamba": "model.layers.{}.mamba"}.get(getattr(config, "model_type", None))
+    if mixer is not None:
+        kinds = getattr(config, "layers_block_type", None) or ["mamba"] * config.num_hidden_layers
+        numbers = [number for number, kind in enumerate(kinds) if kind in ("mamba", "linear_attention")]
+        yield from (f"{mixer.format(number)}.{key}" for number in numbers for key in ("in_proj", "out_proj"))
