@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from importlib.metadata import entry_points
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -143,6 +144,23 @@ def test_fused_layers_whose_parts_differ_are_refused(change):
     message = r"model\.layers\.0\.self_attn\.qkv_proj: vLLM fuses .* k_proj .* group_size and coefficient_bits"
     with pytest.raises(ValueError, match=message):
         config(**change).get_quant_method(a(ColumnParallelLinear), "model.layers.0.self_attn.qkv_proj")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "ignored", "remedy"),
+    [
+        ("bloom", "re:.*query_key_value", r"query_key_value: .* with --ignore 're:\.\*query_key_value'"),
+        ("jamba", "re:.*[.]mamba[.]", r"mamba\.in_proj: .* with --ignore 're:\.\*\[\.]mamba\[\.]'"),
+        ("falcon_mamba", "re:.*[.]mixer[.]", r"mixer\.in_proj: .* serve it with transformers"),
+    ],
+)
+def test_what_vllm_takes_in_16_bits_only_is_refused_in_bit_planes(model_type, ignored, remedy):
+    """Which otherwise ends in an AttributeError, or in shuffled weights."""
+    model = SimpleNamespace(model_type=model_type)
+    with pytest.raises(ValueError, match=remedy):
+        config().maybe_update_config("folder", model)
+    config(ignore=[ignored]).maybe_update_config("folder", model)
+    config().maybe_update_config("folder", SimpleNamespace(model_type="falcon"))
 
 
 @pytest.mark.parametrize("kind", [VocabParallelEmbedding, ParallelLMHead, Attention])

@@ -18,6 +18,18 @@ from vllm_bpdq.names import origins, renamed
 if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper
 
+# Layers that vLLM 0.32's models take in 16 bits only, by model_type, and what to do: models/bloom.py reorders outputs
+# before any of our code sees them, layers/mamba/mamba_mixer.py asks no QuantizationConfig
+IN_16_BITS = {
+    "bloom": (
+        "transformer.h.0.self_attention.query_key_value",
+        "quantize the model again with --ignore 're:.*query_key_value'",
+    ),
+    "jamba": ("model.layers.0.mamba.in_proj", "quantize the model again with --ignore 're:.*[.]mamba[.]'"),
+    "mamba": ("backbone.layers.0.mixer.in_proj", "serve it with transformers"),
+    "falcon_mamba": ("backbone.layers.0.mixer.in_proj", "serve it with transformers"),
+}
+
 
 class BPDQConfig(QuantizationConfig):
     """`format` as parsed from `quantization_config`; layer names are turned into vLLM's by `apply_vllm_mapper`."""
@@ -67,8 +79,13 @@ class BPDQConfig(QuantizationConfig):
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None, **kwargs: Any
     ) -> None:
-        """Remember which checkpoint this is the config of."""
+        """Remember which checkpoint this is the config of. Raises ValueError, with a remedy, for what vLLM takes in 16
+        bits only."""
         self.model = model_name, revision
+        model_type = getattr(hf_config, "model_type", None)
+        layer, remedy = IN_16_BITS.get(model_type, (None, None))
+        if layer is not None and self.format.scheme_for(layer) is not None:
+            raise ValueError(f"{layer}: vLLM takes this layer of {model_type} models in 16 bits only: {remedy}")
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: "WeightsMapper") -> None:
         """Rename exact module names as the model renames its weights. A `re:` pattern stays, as it is for names of the
