@@ -38,7 +38,8 @@ class BPDQConfig(QuantizationConfig):
         super().__init__()
         self.format = self.stored_format = parsed
         self.mappers: list[WeightsMapper] = []
-        self.model: tuple[str, str | None] | None = None  # name or folder, and revision, until its files are checked
+        # name or folder, revision, and transformers' config, until its files are checked
+        self.model: tuple[str, str | None, Any] | None = None
 
     def __repr__(self) -> str:
         return f"BPDQConfig({self.format})"
@@ -81,7 +82,7 @@ class BPDQConfig(QuantizationConfig):
     ) -> None:
         """Remember which checkpoint this is the config of. Raises ValueError, with a remedy, for what vLLM takes in 16
         bits only."""
-        self.model = model_name, revision
+        self.model = model_name, revision, hf_config
         model_type = getattr(hf_config, "model_type", None)
         layer, remedy = IN_16_BITS.get(model_type, (None, None))
         if layer is not None and self.format.scheme_for(layer) is not None:
