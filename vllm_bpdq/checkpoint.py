@@ -30,8 +30,8 @@ def check(model: str, revision: str | None, config: Any, fmt: Format) -> None:
     """Check the files of `model` (folder or hub id), which is downloaded first, if vLLM is about to load them.
 
     config: transformers', of all of the model: what vLLM is building just now may be a part, with a config of its own.
-    It is not that of a draft, whose names are not checked. fmt: the checkpoint's, by its own names. Raises InputError; files of other load formats than LOAD_FORMATS are not
-    looked at.
+    It is not looked at for a draft, nor are names then. fmt: the checkpoint's, by its own names. Raises InputError;
+    files of other load formats than LOAD_FORMATS are not looked at.
     """
     current = get_current_vllm_config_or_none()
     if current is None or current.load_config.load_format not in LOAD_FORMATS:
