@@ -4,9 +4,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from bpdq_kernels import dequantize
+from bpdq_quantizer.model.stream import decoder_blocks
 from bpdq_quantizer.model.weights import weights_in
 from hybrids import CONFIGS, GDN, MAMBA
 from tiny import load_tensors, tiny_tokenizer
@@ -15,8 +22,9 @@ SIZES = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "
 SIZES |= {"num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 256}
 GPT = {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 256}
 WINDOWS = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
-LATENT = {"q_lora_rank": 64, "kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 32}
-LATENT |= {"num_key_value_heads": 4, "first_k_dense_replace": 2}  # no experts
+LATENT = {"q_lora_rank": 64, "qk_nope_head_dim": 32, "v_head_dim": 32, "head_dim": 64, "num_key_value_heads": 4}
+LATENT |= {"kv_lora_rank": 512, "qk_rope_head_dim": 64}  # vLLM's CPU backend has no others
+LATENT |= {"first_k_dense_replace": 2}  # no experts
 PLAIN = [
     "apertus", "arcee", "biogpt", "bitnet", "cohere", "diffllama", "ernie4_5", "gemma", "glm", "glm4", "gpt_neox",
     "gpt_neox_japanese", "granite", "helium", "hunyuan_v1_dense", "jais2", "llama", "ministral", "ministral3",
@@ -42,12 +50,9 @@ DENSE |= {
 WINDOWED = dict.fromkeys(("cohere2", "exaone4", "gemma2", "gemma3_text", "mistral", "olmo3"), SIZES | WINDOWS)
 WINDOWED["gemma4_text"] = CONFIGS["gemma4_text"]  # with shared keys and values, and inputs of each layer
 MLA = {
-    "minicpm3": SIZES | LATENT | {"head_dim": 64},
-    "deepseek_v2": SIZES
-    | LATENT
-    | {"head_dim": 64, "kv_lora_rank": 512, "qk_rope_head_dim": 64},  # which vLLM asks for
-    "deepseek_v3": SIZES | LATENT,
-    "glm4_moe_lite": SIZES | LATENT | {"head_dim": 64, "mlp_layer_types": ["dense", "dense"]},
+    "minicpm3": SIZES | LATENT | {"kv_lora_rank": 64, "qk_rope_head_dim": 32},
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3"), SIZES | LATENT),
+    "glm4_moe_lite": SIZES | LATENT | {"mlp_layer_types": ["dense", "dense"]},
     "youtu": SIZES | LATENT,
 }
 SSM = {"hidden_size": 128, "num_hidden_layers": 2, "state_size": 16, "expand": 2, "time_step_rank": 8}
@@ -74,6 +79,7 @@ TEXT: dict[str, dict[str, Any]] = DENSE | WINDOWED | MLA | HYBRID
 TOKENS = {"vocab_size": 384, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0}
 INNER = SIZES | TOKENS | {"tie_word_embeddings": False}
 MROPE = INNER | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}}
+HALF = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "mrope_section": [2, 3, 3]}
 QWEN_TOWER = {"depth": 2, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 128}
 DEEP_TOWER = QWEN_TOWER | {"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16}
 TOWER = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -92,7 +98,7 @@ WRAPPERS: dict[str, dict[str, Any]] = {
     "qwen2_5_vl": {"text_config": MROPE, "vision_config": QWEN_TOWER} | IMAGES,
     "qwen3_vl": {"text_config": MROPE | {"num_hidden_layers": 3}, "vision_config": DEEP_TOWER} | IMAGES,
     "qwen3_5": CONFIGS["qwen3_5"],
-    "glm4v": {"text_config": MROPE, "vision_config": QWEN_TOWER} | IMAGES,
+    "glm4v": {"text_config": INNER | {"rope_parameters": HALF}, "vision_config": QWEN_TOWER} | IMAGES,
     "gemma3": {"text_config": INNER | WINDOWS, "vision_config": TOWER, "mm_tokens_per_image": 4}
     | IMAGE
     | {"boi_token_index": 381, "eoi_token_index": 382},
@@ -110,16 +116,26 @@ WRAPPERS: dict[str, dict[str, Any]] = {
 }
 
 
-def model_folder(folder: Path, arch: str, **changes: Any) -> Path:
-    """Write a Hugging Face folder of a random `arch` model, with `changes` to its text model, and its tokenizer."""
+def model_folder(folder: Path, arch: str, gain: float = 1.0, **changes: Any) -> Path:
+    """Write a Hugging Face folder of a random `arch` model, with `changes` to its text model, and its tokenizer.
+
+    gain: times the weights of the decoder blocks' Linears: with 8 greedy tokens are as good as random, where they
+    otherwise repeat the last one's embedding.
+    """
     torch.manual_seed(0)
-    if arch in WRAPPERS:
-        settings = WRAPPERS[arch] | {"text_config": WRAPPERS[arch]["text_config"] | changes}
-    else:
-        settings = TOKENS | TEXT[arch] | changes
-    auto_class(arch).from_config(AutoConfig.for_model(arch, **settings)).float().save_pretrained(folder)
+    model = auto_class(arch).from_config(config_of(arch, **changes)).float()
+    for weight in weights_in(decoder_blocks(model)[1]).values():
+        weight.matrix.data *= gain
+    model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+def config_of(arch: str, **changes: Any) -> PreTrainedConfig:
+    """Of the tiny model, with `changes` to its text model."""
+    if arch in WRAPPERS:
+        return AutoConfig.for_model(arch, **WRAPPERS[arch] | {"text_config": WRAPPERS[arch]["text_config"] | changes})
+    return AutoConfig.for_model(arch, **TOKENS | TEXT[arch] | changes)
 
 
 def auto_class(arch: str) -> type:

@@ -9,7 +9,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import Cache, PreTrainedModel
 
 PROMPTS = [[5, 17, 200, 33, 9, 121, 64], [301], [*range(40, 90)]]
 TOKENS = 12
@@ -49,13 +54,22 @@ def transformers_tokens(
         return bits.view(torch.float8_e4m3fn).float().copysign(x)
 
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    return greedy_tokens(network, prompts, Rounded if scales else None)
+
+
+def greedy_tokens(
+    network: "PreTrainedModel", prompts: list[list[int]] = PROMPTS, cache: "Callable[[], Cache] | None" = None
+) -> list[list[int]]:
+    """Tokens of every prompt, each from all that are before it, written into a new `cache` if there is one."""
+    import torch
+
     results = []
     with torch.inference_mode():
         for prompt in prompts:
             ids = list(prompt)
             for _ in range(TOKENS):
-                cache = {"past_key_values": Rounded()} if scales else {"use_cache": False}
-                ids.append(int(network(torch.tensor([ids]), **cache).logits[0, -1].argmax()))
+                kept = {"past_key_values": cache()} if cache else {"use_cache": False}
+                ids.append(int(network(torch.tensor([ids]), **kept).logits[0, -1].argmax()))
             results.append(ids[len(prompt) :])
     return results
 

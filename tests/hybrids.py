@@ -1,14 +1,6 @@
-"""Tiny random models that are not only attention and MLPs, or have more than text, and their BPDQ checkpoints."""
+"""Settings of tiny random models that are not only attention and MLPs, or have more than text."""
 
-import re
-from pathlib import Path
 from typing import Any
-
-import torch
-from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
-
-from tiny import bpdq_checkpoint, tiny_tokenizer
 
 TEXT = {"vocab_size": 384, "initializer_range": 0.2, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0}
 TEXT |= {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -31,7 +23,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     | {"layer_types": ["mamba", "attention"], "num_local_experts": 0, "shared_intermediate_size": 192},
     "lfm2": TEXT
     | {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False, "conv_dim": 128}
-    | {"block_dim": 128, "block_ff_dim": 192, "block_multiple_of": 32, "block_ffn_dim_multiplier": 1.0},
+    | {"block_dim": 128, "block_ff_dim": 192, "block_multiple_of": 32, "block_ffn_dim_multiplier": 1.0}
+    | {"tie_word_embeddings": True},  # as vLLM takes them to be
     "mamba2": {name: TEXT[name] for name in TEXT if name != "intermediate_size"}  # which transformers derives
     | {"num_heads": 8, "head_dim": 32, "state_size": 32, "n_groups": 1, "chunk_size": 32},
     "nemotron_h": TEXT
@@ -40,19 +33,3 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3_5": {"text_config": TEXT | GDN, "vision_config": VISION, "tie_word_embeddings": False}
     | {"image_token_id": 380, "video_token_id": 381, "vision_start_token_id": 382, "vision_end_token_id": 383},
 }
-# Linears that a quantizer leaves alone: of the vision tower, and those of a few outputs for each head
-PLAIN = r"visual|lm_head|embed|per_layer|in_proj_(a|b)$"
-
-
-def hybrid_checkpoint(folder: Path, arch: str) -> Path:
-    """Write a BPDQ checkpoint of a random `arch` model, and the same weights dequantized beside it."""
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(arch, **CONFIGS[arch])
-    auto = AutoModelForImageTextToText if "vision_config" in CONFIGS[arch] else AutoModelForCausalLM
-    auto.from_config(config).float().save_pretrained(folder / arch)
-    tiny_tokenizer().save_pretrained(folder / arch)
-    tensors = load_file(folder / arch / "model.safetensors")
-    linears = {name.removesuffix(".weight") for name, W in tensors.items() if name.endswith(".weight") and W.ndim == 2}
-    plain = {name for name in linears if re.search(PLAIN, name)}
-    kinds = {"ignore": tuple(sorted(plain - {"lm_head"})), "linears": tuple(linears - plain)}
-    return bpdq_checkpoint(folder / arch, folder / f"{arch}-bpdq", group_size=32, **kinds)

@@ -156,6 +156,7 @@ def test_layers_are_those_that_vllm_builds(tmp_path, one_rank, family):
         ("llama4_text", {}, "does not count chunked attention, chunked_attention, which Llama4"),
         ("bamba", {}, "the states of bamba"),
         ("jamba", {}, "the states of jamba"),
+        ("recurrent_gemma", {}, "does not count recurrent, which RecurrentGemma"),
         ("zamba2", {}, "the states of zamba2"),
         ("mamba2", {}, "the states of mamba2"),
         ("deepseek_v32", {}, "sparse attention, indexed_attention, latent attention"),

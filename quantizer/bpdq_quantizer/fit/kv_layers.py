@@ -81,8 +81,9 @@ def value(config: PreTrainedConfig | None, key: str) -> Any:
 
 
 def types_of_layers(text: PreTrainedConfig) -> list[str]:
-    """`layer_types`; without them all layers have windows if the config knows one (engine/arg_utils.py)."""
-    types = value(text, "layer_types")
+    """`layer_types`, or `layers_block_type` (RecurrentGemma); without them all layers have windows if the config knows
+    one (engine/arg_utils.py)."""
+    types = value(text, "layer_types") or value(text, "layers_block_type")
     if types is None:
         types = [WINDOW[0] if value(text, "sliding_window") else FULL[0]] * text.num_hidden_layers
     return types

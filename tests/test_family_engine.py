@@ -1,0 +1,83 @@
+"""vLLM serves what the quantizer writes of each family that it runs in 16 bits: eager, with the greedy tokens of the
+dequantized weights."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from transformers import AutoTokenizer, PreTrainedModel
+
+import bpdq_quantizer
+from architectures import TEXT, WRAPPERS, dequantized, model_folder
+from families import FAMILIES
+from generate import PROMPTS, greedy_tokens, vllm_tokens
+
+SERVED = [name for name, family in FAMILIES.items() if not isinstance(family.engine, str)]
+GROUPS = [SERVED[i : i + 6] for i in range(0, len(SERVED), 6)]
+NEAR_TIE = 0.05  # standard deviations of the logits
+QUICK = {"bits": 2, "group_size": 32, "samples": 3, "seq_len": 32, "iterations": 1, "solver": "paper"}
+
+
+class Made(NamedTuple):
+    """Checkpoints of a random model: the quantizer's, and its source with the weights that the planes stand for, which
+    is `model` too."""
+
+    quantized: Path
+    dequantized: Path
+    model: PreTrainedModel
+
+
+def made(folder: Path, arch: str, text: str) -> Made:
+    source, out, plain = model_folder(folder / "model", arch, gain=8), folder / "out", folder / "plain"
+    left = {"ignore": [FAMILIES[arch].ignore]} if FAMILIES[arch].ignore else {}
+    report = bpdq_quantizer.quantize(str(source), out, calibration=text, **QUICK, **left)
+    model = dequantized(arch, source, out, report)
+    model.save_pretrained(plain)
+    AutoTokenizer.from_pretrained(source).save_pretrained(plain)
+    return Made(out, plain, model.eval())
+
+
+def faults(folder: Path, archs: list[str], text: str) -> dict[str, list]:
+    """The tokens, or errors, of the families whose checkpoints do not give the tokens of the dequantized weights: in
+    transformers, or in vLLM where that computes otherwise."""
+    models = {arch: made(folder / arch, arch, text) for arch in archs}
+    engines = [
+        {"load": {"model": str(path), **FAMILIES[arch].engine}}
+        for arch, (*paths, _) in models.items()
+        for path in paths[: 1 if FAMILIES[arch].same else 2]
+    ]
+    tokens, found = iter(vllm_tokens(engines)), {}
+    for arch, (*_, model) in models.items():
+        found[arch] = [next(tokens), greedy_tokens(model) if FAMILIES[arch].same else next(tokens)]
+    return {arch: pair for arch, pair in found.items() if not agree(arch, models[arch].model, *pair)}
+
+
+@torch.inference_mode()
+def agree(arch: str, model: PreTrainedModel, tokens: list[list[int]] | str, expected: list[list[int]] | str) -> bool:
+    """Whether tokens are the same: in bf16 up to the first near tie of logits, which rounding decides."""
+    if isinstance(tokens, str) or "dtype" not in FAMILIES[arch].engine:
+        return tokens == expected
+    for prompt, ours, theirs in zip(PROMPTS, tokens, expected, strict=True):
+        differing = [i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b]
+        if differing:
+            logits = model(torch.tensor([prompt + theirs[: differing[0]]]), use_cache=False).logits[0, -1]
+            a, b = logits[[ours[differing[0]], theirs[differing[0]]]]
+            if abs(a - b) > NEAR_TIE * logits.std():
+                return False
+    return True
+
+
+def test_one_of_each_kind_is_served(tmp_path, text):
+    """Windows and shared keys, latent attention, states beside attention, and one that sees images."""
+    assert faults(tmp_path, ["gemma4_text", "deepseek_v2", "falcon_h1", "qwen3_5"], text) == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("archs", GROUPS, ids=lambda archs: f"{archs[0]}..{archs[-1]}")
+def test_every_family_is_served(tmp_path, text, archs):
+    assert faults(tmp_path, archs, text) == {}
+
+
+def test_each_family_is_known_of():
+    assert list(FAMILIES) == [*TEXT, *WRAPPERS]
