@@ -102,6 +102,7 @@ def report(
     return {
         "model": run.options.files.model,
         "options": {name: value for name, value in run.options.by_name().items() if name != "model"},
+        "source_quantization": run.source.quantization,
         **({} if tuning is None else {"tuning": tuning}),
         "calibration_tokens": run.windows.solving.numel(),
         "special_tokens": run.windows.special_tokens,

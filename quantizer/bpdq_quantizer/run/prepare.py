@@ -13,9 +13,10 @@ from bpdq_quantizer.checkpoint import writer
 from bpdq_quantizer.checkpoint.carried import carry_over
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.calibration import calibration_windows
+from bpdq_quantizer.model.opening import plain_skeleton
 from bpdq_quantizer.model.sources import check_source
-from bpdq_quantizer.model.stream import Stamps, Streamed, leave_alone, open_model, solved, stamps
-from bpdq_quantizer.model.support import check_blocks, check_tokens
+from bpdq_quantizer.model.stream import Stamps, Streamed, decoder_blocks, leave_alone, open_model, solved, stamps
+from bpdq_quantizer.model.support import check_blocks, check_dense, check_tokens
 from bpdq_quantizer.model.tokens import leading_tokens, load_tokenizer
 from bpdq_quantizer.passes import kv_scales
 from bpdq_quantizer.passes.allocate import check_budget, most_common, other_bytes, parse_size, uniform
@@ -58,6 +59,7 @@ def prepare(o: Options, folder: RunFolder) -> Run:
     torch.manual_seed(o.method.seed)
     model = o.files.model
     check_source(model)
+    check_dense(*decoder_blocks(plain_skeleton(model)))
     tokenizer = load_tokenizer(model)
     lead = leading_tokens(tokenizer, o.text.special_tokens)
     tokens = _windows(o, tokenizer, lead)
