@@ -1,22 +1,21 @@
 """Sources that are quantized already: what comes out is, to the bit, what comes out of their weights in 16 bits."""
 
 import json
-import shutil
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig
 
 import bpdq_quantizer
+from architectures import model_folder
 from bpdq_quantizer.checkpoint.loader import load_model
 from bpdq_quantizer.cli import main
-from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.fit.plan import plan
 from bpdq_quantizer.model import stored_weights
 from bpdq_quantizer.model.stream import load_block, open_model
-from bpdq_quantizer.run import prepare, progress
+from bpdq_quantizer.run import progress
 from quantized_sources import (
     FORMATS,
     compressed,
@@ -69,10 +68,140 @@ def same(a, b):
     return a.keys() == b.keys() and all(a[n].dtype == b[n].dtype and torch.equal(a[n], b[n]) for n in a)
 
 
-@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in ("NVFP4", "MXFP4") else ()) for n in SOURCES]
+)
 def test_weights_are_read_as_their_16_bits(model, tmp_path, name):
     quantization, store = SOURCES[name]
     quantized, plain = quantized_pair(model, tmp_path / "source", quantization, store)
     found, expected = tensors(quantized), load_tensors(plain)
     assert same(found, expected)
     assert not same(expected, load_tensors(model))
+
+
+@pytest.fixture(scope="module")
+def pairs(model, tmp_path_factory):
+    """By format: a folder, and one of the same weights in 16 bits; of two also embedding and LM head."""
+    folder = tmp_path_factory.mktemp("pairs")
+    everywhere = (*LINEARS, "embed_tokens", "lm_head")
+    return {
+        "blocks": quantized_pair(
+            model, folder / "blocks", *SOURCES["blocks"], ends=everywhere, ignore=("model.layers.0.mlp.up_proj",)
+        ),
+        "packed": quantized_pair(model, folder / "packed", *SOURCES["W4A16"], ends=everywhere),
+        "W4A16": quantized_pair(model, folder / "W4A16", *SOURCES["W4A16"]),
+        "FP8": quantized_pair(model, folder / "FP8", *SOURCES["FP8"]),
+    }
+
+
+@pytest.mark.parametrize("name", ["blocks", "W4A16", "FP8"])
+def test_what_is_written_is_what_is_written_from_16_bits(pairs, tmp_path, text, name):
+    quantized, plain = pairs[name]
+    reports = [
+        bpdq_quantizer.quantize(str(source), tmp_path / out, **options(text, ignore=["re:.*o_proj"]))
+        for source, out in ((quantized, "out"), (plain, "expected"))
+    ]
+    assert same(load_tensors(tmp_path / "out"), load_tensors(tmp_path / "expected"))
+    files = [sorted(path.name for path in (tmp_path / out).iterdir()) for out in ("out", "expected")]
+    configs = [json.loads((tmp_path / out / "config.json").read_text()) for out in ("out", "expected")]
+    assert files[0] == files[1]
+    assert configs[0] == configs[1]
+    assert configs[0]["dtype"] == "bfloat16"
+    stored = json.loads((quantized / "config.json").read_text())["quantization_config"]
+    assert [report["source_quantization"] for report in reports] == [stored, None]
+
+
+def test_a_stopped_run_goes_on_to_the_same_tensors(pairs, tmp_path, text, monkeypatch):
+    source, whole = pairs["W4A16"][0], tmp_path / "whole"
+    bpdq_quantizer.quantize(str(source), whole, **options(text))
+
+    def stop(folder, states, *args):
+        save(folder, states, *args)
+        raise KeyboardInterrupt
+
+    save = progress.save_progress
+    monkeypatch.setattr(bpdq_quantizer.run.steps, "save_progress", stop)
+    with pytest.raises(KeyboardInterrupt):
+        bpdq_quantizer.quantize(str(source), tmp_path / "out", **options(text))
+    monkeypatch.undo()
+    bpdq_quantizer.quantize(str(source), tmp_path / "out", **options(text), resume=True)
+    assert same(load_tensors(tmp_path / "out"), load_tensors(whole))
+
+
+def test_embedding_and_head_are_dequantized_too(pairs):
+    for quantized, plain in (pairs["blocks"], pairs["packed"]):
+        assert same(tensors(quantized), load_tensors(plain))
+
+
+def test_a_tied_embedding_stays_tied(tmp_path):
+    model = tiny_model(tmp_path / "model", dtype=torch.bfloat16, tie_word_embeddings=True)
+    quantized, plain = quantized_pair(model, tmp_path / "source", *SOURCES["W4A16"], ends=(*LINEARS, "embed_tokens"))
+    lm = open_model(str(quantized)).model
+    assert torch.equal(lm.get_input_embeddings().weight, load_tensors(plain)["model.embed_tokens.weight"])
+    assert lm.get_output_embeddings().weight is lm.get_input_embeddings().weight
+
+
+def test_nothing_is_dequantized_before_its_turn(pairs, monkeypatch):
+    """Neither in memory nor in files."""
+    decoded = []
+
+    def tensors(self):
+        decoded.append(self.name)
+        return read(self)
+
+    read = stored_weights.StoredWeight.tensors
+    monkeypatch.setattr(stored_weights.StoredWeight, "tensors", tensors)
+    source = open_model(str(pairs["blocks"][0]))
+    assert sorted(decoded) == ["lm_head.weight", "model.embed_tokens.weight"]
+    assert all(parameter.is_meta for parameter in source.blocks.parameters())
+    load_block(source, 1, torch.device("cpu"))
+    assert {name.split(".")[2] for name in decoded if "layers" in name} == {"1"}
+    assert not any(Path(source.weights.converted.name).iterdir())
+
+
+def test_groups_of_layers_have_formats_of_their_own(model, tmp_path):
+    groups = {}
+    for name, target in (("FP8", "re:.*self_attn.*"), ("W4A16", "Linear")):
+        (group,) = FORMATS[name]["config_groups"].values()
+        groups[name] = group | {"format": FORMATS[name]["format"], "targets": [target]}
+    config = FORMATS["FP8"] | {"format": "mixed-precision", "config_groups": groups}
+    attention = tuple(f"self_attn.{name}_proj" for name in "qkvo")
+    half = quantized_pair(model, tmp_path / "half", {}, compressed("FP8")[1], ends=attention)
+    rest = quantized_pair(half[1], tmp_path / "rest", config, compressed("W4A16")[1], ends=LINEARS[4:])
+    stored = {n: t for n, t in load_file(rest[0] / "model.safetensors").items() if ".self_attn." not in n}
+    stored |= {n: t for n, t in load_file(half[0] / "model.safetensors").items() if ".self_attn." in n}
+    rewrite(rest[0], stored, config)
+    assert same(tensors(rest[0]), load_tensors(rest[1]))
+
+
+@pytest.mark.parametrize("name", ["blocks", "W4A16"])
+def test_names_that_transformers_changes(tmp_path, name):
+    """A wrapper's language model, and what sees images; stored in fp32, its weights come in 16 bits."""
+    model = model_folder(tmp_path / "model", "llava")
+    ends = (*LINEARS, "fc1", "linear_1")
+    quantized, plain = quantized_pair(model, tmp_path / "source", *SOURCES[name], ends=ends)
+    assert "language_model.model.layers.0.mlp.up_proj.weight" in load_tensors(plain)
+    expected = {n: t.bfloat16() if t.is_floating_point() else t for n, t in tensors(plain).items()}
+    assert same(tensors(quantized), expected)
+
+
+def test_eval_is_of_the_16_bit_weights(pairs, text, capsys):
+    found = []
+    for source in pairs["blocks"]:
+        argv = ["eval", str(source), "--text", text, "--seq-len", "32", "--windows", "2", "--json"]
+        assert main(argv) == 0
+        found.append(json.loads(capsys.readouterr().out.splitlines()[-1])["perplexity"])
+    assert found[0] == found[1]
+    assert load_model(str(pairs["blocks"][0])).dtype == torch.bfloat16
+
+
+def test_plan_counts_what_is_written(pairs, tmp_path):
+    quantized, plain = pairs["blocks"]
+    expected = plan(str(plain))
+    for dtype in ("bfloat16", "float32", None):
+        config = json.loads((quantized / "config.json").read_text()) | {"dtype": dtype}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        found = plan(str(tmp_path))
+        assert {key: value for key, value in found.items() if "bytes" in key} == {
+            key: value for key, value in expected.items() if "bytes" in key
+        }

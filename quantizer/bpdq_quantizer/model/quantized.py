@@ -34,9 +34,9 @@ def open_config(model: str) -> tuple[PreTrainedConfig, dict[str, Any] | None]:
     return config, found
 
 
-def check_method(model: str, quantization: Any) -> None:
+def check_method(model: str, quantization: Mapping[str, Any]) -> None:
     """Raise InputError for a `quantization_config` of which no weights in 16 bits can be made."""
-    if not isinstance(quantization, Mapping) or bpdq_format.claims(quantization):
+    if bpdq_format.claims(quantization):
         raise InputError(f"{model} is quantized already: start from the 16-bit model")
     method = quantization.get("quant_method")
     if {"load_in_4bit", "load_in_8bit"} & quantization.keys():

@@ -54,15 +54,16 @@ class DequantizedWeights(Mapping[str, Tensor]):
 
 
 def stored_weights(
-    skeleton: PreTrainedModel, stored: Headers, quantization: Mapping[str, Any]
+    model: str, skeleton: PreTrainedModel, stored: Headers, quantization: Mapping[str, Any]
 ) -> dict[str, StoredWeight]:
-    """The weights of the 16-bit model `skeleton` that its files `stored` hold quantized, by their names in the model.
+    """The weights of the 16-bit `skeleton` of a model that its files `stored` hold quantized, by their names in it.
 
     Raises InputError for tensors that are missing, have another dtype or shape than the weight's format says, or hold
     scales that are no numbers. Of the others' values nothing is read.
     """
     fmt = FORMATS[quantization["quant_method"]]
-    read = fmt.reader(quantization)
+    with named(model):
+        read = fmt.reader(quantization)
     wanted, model_name = skeleton.state_dict(), renaming(skeleton)
     found = {}
     for name in candidates(stored, fmt):
@@ -70,17 +71,26 @@ def stored_weights(
         if target not in wanted or not wanted[target].is_floating_point():
             continue
         parts = {suffix: stored[name + suffix] for suffix in ("", *fmt.suffixes) if name + suffix in stored}
-        if is_converted:
-            file = next(iter(parts.values())).file
-            raise InputError(
-                f"{file}: {name} is quantized, and {type(skeleton).__name__} joins, splits or reorders it: not "
-                "supported, quantize the 16-bit original instead"
-            )
-        layout = read(name, tuple(wanted[target].shape), parts)
+        with named(next(iter(parts.values())).file):
+            if is_converted:
+                raise InputError(
+                    f"{name} is quantized, and what {type(skeleton).__name__} makes of it is more than a new name: not "
+                    "supported, quantize the 16-bit original instead"
+                )
+            layout = read(name, tuple(wanted[target].shape), parts)
         check_parts(name, parts, layout, quantization["quant_method"])
         found[target] = StoredWeight(name, parts, layout)
     check_values(found, {name: wanted[name].shape for name in found})
     return found
+
+
+@contextmanager
+def named(source: object) -> Iterator[None]:
+    """Put the file or model before what is said of it."""
+    try:
+        yield
+    except InputError as e:
+        raise InputError(f"{source}: {e}") from None
 
 
 def renaming(skeleton: PreTrainedModel) -> Callable[[str], tuple[str, bool]]:

@@ -23,7 +23,7 @@ from bpdq_quantizer.model.modules import replace_linear
 from bpdq_quantizer.model.opening import load_pretrained, misfit, plain_skeleton
 from bpdq_quantizer.model.quantized import open_config
 from bpdq_quantizer.model.sources import is_gguf, local_folder, weight_files
-from bpdq_quantizer.model.stored_weights import DequantizedWeights, packed_names, stored_weights, unreported
+from bpdq_quantizer.model.stored_weights import DequantizedWeights, packed_names, renaming, stored_weights, unreported
 from bpdq_quantizer.model.weights import Weight, kept, weights_in
 
 Stamps = dict[str, list[int]]  # size and time of change (ns) of files, by name
@@ -121,7 +121,7 @@ def open_model(model: str) -> Streamed:
     config, quantization = open_config(model)
     skeleton = plain_skeleton(model)
     stored = read_headers(weight_files(Path(model) if quantization is None else local_folder(model)))
-    quantized = {} if quantization is None else stored_weights(skeleton, stored, quantization)
+    quantized = {} if quantization is None else stored_weights(model, skeleton, stored, quantization)
     check_tensors(model, skeleton, stored, {weight.name for weight in quantized.values()})
     prefix, _ = decoder_blocks(skeleton)
     path = prefix.split(".")
@@ -153,13 +153,18 @@ def open_model(model: str) -> Streamed:
 def check_tensors(model: str, skeleton: PreTrainedModel, stored: Headers, quantized: Collection[str]) -> None:
     """Raise InputError for a tensor of a model's files that is not a float, or not of the skeleton's shape; quantized:
     names of those that need not be."""
-    wanted = skeleton.state_dict()
-    for name in (wanted.keys() & stored.keys()) - quantized:  # some are stored by another name
+    wanted, model_name = skeleton.state_dict(), renaming(skeleton)
+    for name in stored.keys() - quantized:
+        target, _ = model_name(name)
         found = stored[name].meta()
-        if found.shape != wanted[name].shape:
+        if name in wanted and found.shape != wanted[name].shape:  # what has another name may be turned, too
             raise InputError(misfit(model, name, tuple(found.shape), tuple(wanted[name].shape)))
-        if wanted[name].is_floating_point() and not found.is_floating_point():
-            raise InputError(f"{model}: {name} holds integers: start from the 16-bit model")
+        if target in wanted and wanted[target].is_floating_point() and not found.is_floating_point():
+            dtype = stored[name].dtype
+            what = (
+                f"is {dtype}, though its config.json has no quantization_config" if "F" in dtype else "holds integers"
+            )
+            raise InputError(f"{model}: {name} {what}: start from the 16-bit model")
 
 
 def from_memory(lm: PreTrainedModel) -> Streamed:

@@ -28,9 +28,8 @@ ORIGINAL = "quantize the 16-bit original instead"
 
 def reader(quantization: Mapping[str, Any]) -> Read:
     if not is_compressed_tensors_available():
-        raise InputError(
-            "the model is stored by compressed-tensors: reading it needs that package: pip install compressed-tensors"
-        )
+        raise InputError("reading its weights needs the compressed-tensors package: pip install compressed-tensors")
+    from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus
 
     for key in ("transform_config", "sparsity_config"):
@@ -45,8 +44,11 @@ def reader(quantization: Mapping[str, Any]) -> Read:
         status = config.quantization_status.value
         raise InputError(f"quantization_config: quantization_status is {status!r}, not 'compressed': {ORIGINAL}")
     schemes = [scheme for scheme in config.config_groups.values() if scheme.weights is not None]
+    known = BaseCompressor.registered_names()
     for scheme in schemes:
         scheme.format = scheme.format or (None if config.format == "mixed-precision" else config.format)
+        if scheme.format is not None and scheme.format not in known:
+            raise InputError(f"quantization_config: format = {scheme.format!r} is not supported: {ORIGINAL}")
     return partial(layout, schemes=schemes)
 
 

@@ -20,7 +20,10 @@ def reader(quantization: Mapping[str, Any]) -> Read:
 def layout(name: str, shape: Shape, found: Mapping[str, Entry]) -> Layout:
     """Of experts [E, K, N], which are stored with the K inputs last."""
     if len(shape) != 3 or shape[1] % GROUP:
-        raise InputError(f"{name} {shape} is stored as MXFP4, which transformers reads of experts only")
+        raise InputError(
+            f"{name} {shape} is stored as MXFP4, which transformers reads of experts only: quantize the 16-bit "
+            "original instead"
+        )
     experts, inputs, outputs = shape
     groups = (experts, outputs, inputs // GROUP)
     parts = {"_blocks": Part(("U8",), ((*groups, GROUP // 2),)), "_scales": Part(("U8",), (groups,))}
