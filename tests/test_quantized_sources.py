@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import bpdq_quantizer
 from architectures import model_folder
 from bpdq_quantizer.checkpoint.loader import load_model
 from bpdq_quantizer.cli import main
+from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.fit.plan import plan
 from bpdq_quantizer.model import stored_weights
 from bpdq_quantizer.model.stream import load_block, open_model
@@ -203,3 +205,28 @@ def test_plan_counts_what_is_written(pairs, tmp_path):
         assert {key: value for key, value in found.items() if "bytes" in key} == {
             key: value for key, value in expected.items() if "bytes" in key
         }
+
+
+def test_experts_in_mxfp4(tmp_path):
+    """As gpt-oss stores them, which the quantizer refuses for its experts: what is opened is right already."""
+    folder = tmp_path / "model"
+    sizes = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 1, "head_dim": 32, "vocab_size": 384, "num_local_experts": 2}
+    config = AutoConfig.for_model("gpt_oss", **sizes, layer_types=["full_attention"], dtype="bfloat16")
+    AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(folder)
+    stored = load_file(folder / "model.safetensors")
+    expected = dict(stored)
+    for name in [name for name in stored if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, inputs, outputs = stored.pop(name).shape
+        codes = torch.randint(16, (experts, outputs, inputs))
+        exponents = torch.randint(120, 130, (experts, outputs, inputs // 32))
+        stored[f"{name}_blocks"] = (codes[..., ::2] + 16 * codes[..., 1::2]).byte().view(*exponents.shape, 16)
+        stored[f"{name}_scales"] = exponents.byte()
+        values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])[codes % 8] * (1 - 2 * (codes // 8))
+        weight = values * (exponents - 127.0).exp2().repeat_interleave(32, -1)
+        expected[name] = weight.transpose(1, 2).bfloat16()
+    rewrite(folder, stored, {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]})
+    assert same(tensors(folder), expected)
+    rewrite(folder, stored | {f"{name}_scales": torch.full_like(stored[f"{name}_scales"], 255)}, None)
+    with pytest.raises(InputError, match=f"{name}_scales holds NaN or infinity"):
+        open_model(str(folder))
