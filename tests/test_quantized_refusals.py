@@ -178,6 +178,26 @@ def test_floats_of_8_bits_are_not_read_as_weights_where_config_json_says_nothing
     assert "weight is F8_E4M3, though its config.json has no quantization_config: start from the" in refusal(folder)
 
 
+@pytest.mark.parametrize(
+    ("arch", "name", "message"),
+    [
+        ("llama", "model.norm.weight", "is stored quantized, but is no matrix: not supported, quantize the 16-bit"),
+        (
+            "olmo_hybrid",
+            "model.layers.0.linear_attn.q_conv1d.weight",
+            "is stored quantized, and transformers makes some",
+        ),
+    ],
+)
+def test_weights_that_no_format_is_for(tmp_path, arch, name, message):
+    folder = model_folder(tmp_path / "model", arch)
+    stored = load_file(folder / "model.safetensors")
+    stored |= {name: stored[name].to(torch.float8_e4m3fn), f"{name}_scale_inv": torch.ones(1)}
+    line = refusal(rewrite(folder, stored, FP8_CONFIG))
+    assert name in line
+    assert message in line
+
+
 def test_compressed_tensors_is_named_where_it_is_not_installed(sources, monkeypatch):
     monkeypatch.setattr(compressed_tensors, "is_compressed_tensors_available", lambda: False)
     assert "needs the compressed-tensors package: pip install comp" in refusal(sources["FP8"])

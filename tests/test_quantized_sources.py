@@ -1,9 +1,11 @@
 """Sources that are quantized already: what comes out is, to the bit, what comes out of their weights in 16 bits."""
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -183,6 +185,17 @@ def test_names_that_transformers_changes(tmp_path, name):
     assert "language_model.model.layers.0.mlp.up_proj.weight" in load_tensors(plain)
     expected = {n: t.bfloat16() if t.is_floating_point() else t for n, t in tensors(plain).items()}
     assert same(tensors(quantized), expected)
+
+
+def test_a_hub_id(pairs, tmp_path, monkeypatch):
+    quantized, plain = pairs["W4A16"]
+    cached = tmp_path / "models--someone--model"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("a" * 40)
+    shutil.copytree(quantized, cached / "snapshots" / ("a" * 40))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert same(tensors("someone/model"), load_tensors(plain))
 
 
 def test_eval_is_of_the_16_bit_weights(pairs, text, capsys):

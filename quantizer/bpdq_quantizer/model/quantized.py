@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 from bpdq_kernels import format as bpdq_format
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.formats import FORMATS
+from bpdq_quantizer.model.formats.layout import ORIGINAL
 from bpdq_quantizer.model.sources import read_config
 
 KEYS = ("quantization_config", "compression_config")
@@ -44,7 +45,7 @@ def check_method(model: str, quantization: Mapping[str, Any]) -> None:
     if method in FORMATS:
         return
     how = f"by {LABELS.get(method, method)}" if method else "and its config.json names no quant_method"
-    remedy = "quantize the 16-bit original instead"
+    remedy = ORIGINAL
     if method == "bitsandbytes":  # all of the model in memory
         remedy += (
             ", or save this one in 16 bits first (pip install bitsandbytes, then "

@@ -15,7 +15,7 @@ from transformers.utils import logging
 from bpdq_kernels.folder import FLOATS, REMEDY, Entry, Headers
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.formats import FORMATS
-from bpdq_quantizer.model.formats.layout import Format, Layout
+from bpdq_quantizer.model.formats.layout import ORIGINAL, Format, Layout
 
 EXPONENT_NAN = 255  # of scales that are exponents of two
 
@@ -73,10 +73,7 @@ def stored_weights(
         parts = {suffix: stored[name + suffix] for suffix in ("", *fmt.suffixes) if name + suffix in stored}
         with named(next(iter(parts.values())).file):
             if is_converted:
-                raise InputError(
-                    f"{name} is quantized, and what {type(skeleton).__name__} makes of it is more than a new name: not "
-                    "supported, quantize the 16-bit original instead"
-                )
+                raise InputError(f"{name} is stored quantized, and transformers makes others of it: {ORIGINAL}")
             layout = read(name, tuple(wanted[target].shape), parts)
         check_parts(name, parts, layout, quantization["quant_method"])
         found[target] = StoredWeight(name, parts, layout)

@@ -10,7 +10,7 @@ from transformers.utils import is_compressed_tensors_available
 
 from bpdq_kernels.folder import Entry
 from bpdq_quantizer.errors import InputError
-from bpdq_quantizer.model.formats.layout import ANY_FLOAT, Format, Layout, Part, Read, Shape
+from bpdq_quantizer.model.formats.layout import ANY_FLOAT, ORIGINAL, Format, Layout, Part, Read, Shape, matrix
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationScheme
@@ -23,7 +23,6 @@ DTYPES = {
     torch.int64: ("I64", "I32"),
     torch.float8_e4m3fn: ("F8_E4M3",),
 }
-ORIGINAL = "quantize the 16-bit original instead"
 
 
 def reader(quantization: Mapping[str, Any]) -> Read:
@@ -58,7 +57,7 @@ def layout(name: str, shape: Shape, found: Mapping[str, Entry], *, schemes: list
     from compressed_tensors.quantization.lifecycle.initialize import initialize_module_for_quantization
 
     scheme = scheme_of(name.removesuffix(".weight"), schemes)
-    outputs, inputs = shape
+    outputs, inputs = matrix(name, shape)
     linear = nn.Linear(inputs, outputs, bias=False, device="meta", dtype=torch.bfloat16)
     try:
         initialize_module_for_quantization(linear, scheme, force_zero_point=False)

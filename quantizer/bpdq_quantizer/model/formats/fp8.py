@@ -11,7 +11,7 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from bpdq_kernels.folder import Entry
 from bpdq_quantizer.errors import InputError
-from bpdq_quantizer.model.formats.layout import ANY_FLOAT, Format, Layout, Part, Read, Shape
+from bpdq_quantizer.model.formats.layout import ANY_FLOAT, Format, Layout, Part, Read, Shape, matrix
 
 SUFFIXES = ("_scale_inv", "_scale")  # the latter is AutoFP8's name; both are factors of the weight
 DEFAULT_BLOCK = (128, 128)
@@ -31,7 +31,7 @@ def layout(
 ) -> Layout:
     """block: outputs and inputs that share a scale, None for one scale of all, or of each output; is_default: also one
     for each block of 128 x 128, as transformers takes a config that says nothing."""
-    rows, _ = shape
+    rows, _ = matrix(name, shape)
     if block is None:
         shapes = ((), (1,), (1, 1), (rows, 1))
         if is_default:

@@ -6,9 +6,11 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from bpdq_kernels.folder import FLOATS, Entry
+from bpdq_quantizer.errors import InputError
 
 Shape = tuple[int, ...]
 ANY_FLOAT = tuple(FLOATS)
+ORIGINAL = "quantize the 16-bit original instead"
 
 
 class Part(NamedTuple):
@@ -37,3 +39,10 @@ class Format(NamedTuple):
     suffixes: tuple[str, ...]
     packed: str | None
     reader: Callable[[Mapping[str, Any]], Read]
+
+
+def matrix(name: str, shape: Shape) -> tuple[int, int]:
+    """Outputs and inputs of a weight; raises InputError for one of another shape."""
+    if len(shape) != 2:
+        raise InputError(f"{name} {shape} is stored quantized, but is no matrix: not supported, {ORIGINAL}")
+    return shape

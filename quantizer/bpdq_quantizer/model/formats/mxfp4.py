@@ -8,7 +8,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from bpdq_kernels.folder import Entry
 from bpdq_quantizer.errors import InputError
-from bpdq_quantizer.model.formats.layout import Format, Layout, Part, Read, Shape
+from bpdq_quantizer.model.formats.layout import ORIGINAL, Format, Layout, Part, Read, Shape
 
 GROUP = 32
 
@@ -20,10 +20,7 @@ def reader(quantization: Mapping[str, Any]) -> Read:
 def layout(name: str, shape: Shape, found: Mapping[str, Entry]) -> Layout:
     """Of experts [E, K, N], which are stored with the K inputs last."""
     if len(shape) != 3 or shape[1] % GROUP:
-        raise InputError(
-            f"{name} {shape} is stored as MXFP4, which transformers reads of experts only: quantize the 16-bit "
-            "original instead"
-        )
+        raise InputError(f"{name} {shape} is stored as MXFP4, which transformers reads of experts only: {ORIGINAL}")
     experts, inputs, outputs = shape
     groups = (experts, outputs, inputs // GROUP)
     parts = {"_blocks": Part(("U8",), ((*groups, GROUP // 2),)), "_scales": Part(("U8",), (groups,))}
