@@ -185,7 +185,7 @@ def test_floats_of_8_bits_are_not_read_as_weights_where_config_json_says_nothing
         (
             "olmo_hybrid",
             "model.layers.0.linear_attn.q_conv1d.weight",
-            "is stored quantized, and transformers makes some",
+            "is stored quantized, and transformers makes others",
         ),
     ],
 )

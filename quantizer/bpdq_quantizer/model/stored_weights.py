@@ -1,6 +1,7 @@
 """Weights of sources that are quantized already: found in the files, checked, and dequantized when they are read."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from transformers.utils import logging
 from bpdq_kernels.folder import FLOATS, REMEDY, Entry, Headers
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.formats import FORMATS
-from bpdq_quantizer.model.formats.layout import ORIGINAL, Format, Layout
+from bpdq_quantizer.model.formats.layout import ORIGINAL, Format, Layout, decoded
 
 EXPONENT_NAN = 255  # of scales that are exponents of two
 
@@ -44,7 +45,7 @@ class DequantizedWeights(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         weight = self.quantized.get(name)
-        return self.others[name] if weight is None else weight.layout.decode(weight.tensors()).to(self.dtype)
+        return self.others[name] if weight is None else decoded(weight.layout, weight.tensors(), self.dtype)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.others)
@@ -77,7 +78,7 @@ def stored_weights(
             layout = read(name, tuple(wanted[target].shape), parts)
         check_parts(name, parts, layout, quantization["quant_method"])
         found[target] = StoredWeight(name, parts, layout)
-    check_values(found, {name: wanted[name].shape for name in found})
+    check_values(found.values())
     return found
 
 
@@ -132,21 +133,24 @@ def check_parts(name: str, parts: Mapping[str, Entry], layout: Layout, method: s
         )
 
 
-def check_values(weights: Mapping[str, StoredWeight], shapes: Mapping[str, torch.Size]) -> None:
+def check_values(weights: Iterable[StoredWeight]) -> None:
     """Raise InputError for scales that are no numbers, and for shapes that are stored and not the weights' own."""
-    for file in sorted({entry.file for weight in weights.values() for entry in weight.parts.values()}):
+    by_file = defaultdict(list)
+    for weight in weights:
+        for suffix, entry in weight.parts.items():
+            if suffix.endswith(("_scale", "_scale_inv", "_scales", "_shape")):
+                by_file[entry.file].append((weight, suffix))
+    for file, parts in by_file.items():
         with safe_open(file, framework="pt") as tensors:
-            for target, weight in weights.items():
-                for suffix, entry in weight.parts.items():
-                    if entry.file == file and suffix.endswith(("_scale", "_scale_inv", "_scales", "_shape")):
-                        check_value(weight, suffix, tensors.get_tensor(weight.name + suffix), shapes[target])
+            for weight, suffix in parts:
+                value = tensors.get_tensor(weight.name + suffix)
+                check_value(f"{file}: {weight.name}{suffix}", suffix, value, weight.layout.shape)
 
 
-def check_value(weight: StoredWeight, suffix: str, value: Tensor, shape: torch.Size) -> None:
-    name = f"{weight.parts[suffix].file}: {weight.name}{suffix}"
+def check_value(name: str, suffix: str, value: Tensor, shape: tuple[int, ...]) -> None:
     if suffix == "_shape":
-        if tuple(value.tolist()) != tuple(shape):
-            raise InputError(f"{name} is {value.tolist()}, but config.json makes the weight {tuple(shape)}: {REMEDY}")
+        if tuple(value.tolist()) != shape:
+            raise InputError(f"{name} is {value.tolist()}, but config.json makes the weight {shape}: {REMEDY}")
     elif not ((value != EXPONENT_NAN).all() if value.dtype == torch.uint8 else value.float().isfinite().all()):
         raise InputError(f"{name} holds NaN or infinity: {REMEDY}")
 

@@ -30,7 +30,7 @@ from bpdq_quantizer.storage.offload import Batches
 
 
 def quantize(model: str | Path, output: str | Path, **options: Any) -> dict[str, Any]:
-    """Quantize a Hugging Face folder, hub id or `.gguf` file to a BPDQ checkpoint folder `output`.
+    """Quantize a Hugging Face folder, hub id or `.gguf` file, in 16 bits or quantized, to a BPDQ checkpoint `output`.
 
     Returns the report that is also saved as quantization_report.json. Raises InputError for input that can't be used;
     the folder `output` appears only when everything is written. Until then `output`.partial holds the finished blocks,

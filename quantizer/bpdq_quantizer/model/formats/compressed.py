@@ -64,9 +64,14 @@ def layout(name: str, shape: Shape, found: Mapping[str, Entry], *, schemes: list
         compress_module(linear)
     except (ValueError, TypeError, KeyError, NotImplementedError, RuntimeError) as e:
         raise InputError(f"{name} {shape}: not supported as {scheme.format} ({e}): {ORIGINAL}") from None
-    stored = {key.removeprefix("weight"): tensor for key, tensor in linear.state_dict().items() if "input" not in key}
+    stored = {
+        key.removeprefix("weight"): tensor for key, tensor in linear.state_dict().items() if key.startswith("weight")
+    }
     parts = {suffix: part(tensor) for suffix, tensor in stored.items()}
-    return Layout(parts, partial(decode, scheme=scheme))
+    shared = scheme.weights.block_structure[0] if scheme.weights.block_structure else 32 // scheme.weights.num_bits
+    matrices = {suffix: len(tensor) for suffix, tensor in stored.items() if tensor.ndim == 2}
+    rows = {suffix: 1 if length == outputs else shared for suffix, length in matrices.items()}
+    return Layout(shape, parts, rows, partial(decode, scheme=scheme))
 
 
 def scheme_of(layer: str, schemes: list["QuantizationScheme"]) -> "QuantizationScheme":
@@ -93,6 +98,8 @@ def decode(stored: Mapping[str, Tensor], scheme: "QuantizationScheme") -> Tensor
     from compressed_tensors.quantization.lifecycle.forward import dequantize
 
     tensors = {f"weight{suffix}": tensor for suffix, tensor in stored.items()}
+    if "_shape" in stored:  # of what may be some rows only
+        tensors["weight_shape"] = torch.tensor([len(stored["_packed"]), stored["_shape"][1]])
     scale = tensors["weight_scale"]
     if scale.dtype.itemsize > 1:
         tensors["weight_scale"] = scale = scale.float()

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from bpdq_kernels.folder import Entry
 from bpdq_quantizer.errors import InputError
@@ -38,12 +37,15 @@ def layout(
             shapes += (grid(shape, DEFAULT_BLOCK),)
     else:
         shapes = (grid(shape, block),)
+    block = block or DEFAULT_BLOCK
     suffix = next((suffix for suffix in SUFFIXES if suffix in found), SUFFIXES[0])
+    scale = found[suffix].shape if suffix in found else ()
+    each = {grid(shape, block): block[0], (rows, 1): 1}.get(scale)
     parts = {
         "": Part(("F8_E4M3", "F8_E5M2"), (shape,)),
         suffix: Part((*ANY_FLOAT, "F8_E8M0", "U8"), shapes),
     }
-    return Layout(parts, partial(decode, suffix=suffix, block=block or DEFAULT_BLOCK))
+    return Layout(shape, parts, {"": 1} | ({suffix: each} if each else {}), partial(decode, suffix=suffix, block=block))
 
 
 def grid(shape: Shape, block: tuple[int, int]) -> Shape:
@@ -52,6 +54,8 @@ def grid(shape: Shape, block: tuple[int, int]) -> Shape:
 
 def decode(stored: Mapping[str, Tensor], suffix: str, block: tuple[int, int]) -> Tensor:
     """Transformers takes all blocks of a weight for equally large: to have its last ones so too, zeros are added."""
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
     weight, scale = stored[""], stored[suffix]
     rows, columns = weight.shape
     if tuple(scale.shape) == grid(weight.shape, block):

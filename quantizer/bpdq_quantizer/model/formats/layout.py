@@ -1,8 +1,10 @@
 """What a format says of one weight: its tensors, as they must be in the files, and the weight that they stand for."""
 
 from collections.abc import Callable, Mapping
+from math import lcm, prod
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from bpdq_kernels.folder import FLOATS, Entry
@@ -11,6 +13,7 @@ from bpdq_quantizer.errors import InputError
 Shape = tuple[int, ...]
 ANY_FLOAT = tuple(FLOATS)
 ORIGINAL = "quantize the 16-bit original instead"
+ELEMENTS = 1 << 24  # that are decoded at a time: of each there are several copies in fp32
 
 
 class Part(NamedTuple):
@@ -21,10 +24,13 @@ class Part(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """parts: by what follows the weight's name in theirs, `_scale_inv`, or nothing; decode: the weight, in any float
-    dtype, from the tensors by the same."""
+    """shape: the weight's; parts: by what follows its name in theirs, `_scale_inv`, or nothing; rows: by the same, how
+    many of the weight's rows one row of a tensor is for, where not all of it is for all; decode: the weight, or some of
+    its rows, in any float dtype, from the tensors."""
 
+    shape: Shape
     parts: dict[str, Part]
+    rows: dict[str, int]
     decode: Callable[[Mapping[str, Tensor]], Tensor]
 
 
@@ -39,6 +45,19 @@ class Format(NamedTuple):
     suffixes: tuple[str, ...]
     packed: str | None
     reader: Callable[[Mapping[str, Any]], Read]
+
+
+def decoded(layout: Layout, stored: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    """A weight from its tensors, some rows at a time."""
+    unit = lcm(*layout.rows.values())
+    step = unit * max(1, ELEMENTS // (unit * prod(layout.shape[1:])))
+    weight = torch.empty(layout.shape, dtype=dtype)
+    for start in range(0, layout.shape[0], step):
+        part = dict(stored)
+        for suffix, rows in layout.rows.items():
+            part[suffix] = stored[suffix][start // rows : (start + step) // rows]
+        weight[start : start + step] = layout.decode(part)
+    return weight
 
 
 def matrix(name: str, shape: Shape) -> tuple[int, int]:

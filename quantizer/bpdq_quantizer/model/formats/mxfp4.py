@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
-from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from bpdq_kernels.folder import Entry
 from bpdq_quantizer.errors import InputError
@@ -24,10 +23,12 @@ def layout(name: str, shape: Shape, found: Mapping[str, Entry]) -> Layout:
     experts, inputs, outputs = shape
     groups = (experts, outputs, inputs // GROUP)
     parts = {"_blocks": Part(("U8",), ((*groups, GROUP // 2),)), "_scales": Part(("U8",), (groups,))}
-    return Layout(parts, decode)
+    return Layout(shape, parts, dict.fromkeys(parts, 1), decode)
 
 
 def decode(stored: Mapping[str, Tensor]) -> Tensor:
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
     return convert_moe_packed_tensors(stored["_blocks"], stored["_scales"])
 
 
