@@ -90,17 +90,21 @@ def wrapped(model_type: str, tower: str | None = None, **changes: Any) -> dict[s
 
 WRAPPERS: dict[str, dict[str, Any]] = {
     "qwen2_5_vl": {"text_config": MROPE, "vision_config": QWEN_TOWER} | IMAGES,
-    "qwen3_vl": {"text_config": MROPE, "vision_config": DEEP_TOWER} | IMAGES,
+    "qwen3_vl": {"text_config": MROPE | {"num_hidden_layers": 3}, "vision_config": DEEP_TOWER} | IMAGES,
     "qwen3_5": CONFIGS["qwen3_5"],
     "glm4v": {"text_config": MROPE, "vision_config": QWEN_TOWER} | IMAGES,
     "gemma3": {"text_config": INNER | WINDOWS, "vision_config": TOWER, "mm_tokens_per_image": 4}
     | IMAGE
     | {"boi_token_index": 381, "eoi_token_index": 382},
-    "gemma4": {"text_config": CONFIGS["gemma4_text"], "vision_config": TOWER | {"head_dim": 32}, "image_token_id": 380},
+    "gemma4": {
+        "text_config": CONFIGS["gemma4_text"],
+        "vision_config": TOWER | {"head_dim": 32, "num_key_value_heads": 2},
+        "image_token_id": 380,
+    },
     "mistral3": wrapped("mistral", "pixtral") | IMAGE,
     "internvl": wrapped("qwen2", image_size=[28, 28], patch_size=[14, 14]) | {"image_token_id": 380},
     "llava": wrapped("llama", "clip_vision_model") | IMAGE,
-    "llava_onevision": wrapped("qwen2", "siglip_vision_model") | IMAGE,
+    "llava_onevision": wrapped("qwen2", "siglip_vision_model") | IMAGE | {"image_grid_pinpoints": [[28, 28], [28, 56]]},
     "smolvlm": wrapped("llama") | {"image_token_id": 380, "scale_factor": 2},
     "idefics3": wrapped("llama") | {"image_token_id": 380, "scale_factor": 2},
 }

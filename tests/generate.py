@@ -1,8 +1,8 @@
 """Greedy tokens from vLLM engines, each batch of engines in a process of its own, and from transformers.
 
 Run as a script: reads a JSON list of engines on stdin, `{"load": {LLM arguments}, "reload_from": folder, "lora":
-folder}`, and prints one JSON line per engine: its tokens (and then those after the reload, and those with the adapter),
-or the error that stopped it.
+folder, "drafts": true}`, and prints one JSON line per engine: its tokens (and then those after the reload, and those
+with the adapter, and how many tokens were drafted and how many of them accepted), or the error that stopped it.
 """
 
 import json
@@ -60,7 +60,7 @@ def transformers_tokens(
     return results
 
 
-def _run(load: dict, reload_from: str | None = None, lora: str | None = None) -> list[list[int]]:
+def _run(load: dict, reload_from: str | None = None, lora: str | None = None, drafts: bool = False) -> list[list[int]]:
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
     from vllm.lora.request import LoRARequest
@@ -78,7 +78,10 @@ def _run(load: dict, reload_from: str | None = None, lora: str | None = None) ->
         if lora:
             adapter = LoRARequest("adapter", 1, lora)
             outputs += llm.generate(prompts, sampling, use_tqdm=False, lora_request=adapter)
-        return [list(output.outputs[0].token_ids) for output in outputs]
+        names = [f"vllm:spec_decode_num_{what}_tokens" for what in ("draft", "accepted") if drafts]
+        metrics = {metric.name: metric for metric in llm.get_metrics()} if drafts else {}
+        counts = [[metrics[name].value for name in names]] if drafts else []
+        return [list(output.outputs[0].token_ids) for output in outputs] + counts
     finally:
         cleanup_dist_env_and_memory()
 

@@ -20,6 +20,7 @@ from bpdq_quantizer.checkpoint.inspection import inspect
 from bpdq_quantizer.checkpoint.picture import draw
 from bpdq_quantizer.cli import main
 from bpdq_quantizer.model.stream import open_model
+from bpdq_quantizer.model.windows import text_windows
 from bpdq_quantizer.passes import sensitivity
 from bpdq_quantizer.passes.allocate import allocate, hull, parse_size, stage_bytes
 from bpdq_quantizer.passes.sensitivity import Stage, choices, gradient_energies, sensitivities
@@ -125,12 +126,12 @@ def test_gradients_are_those_of_the_whole_model(arch, tokens, tmp_path):
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum").backward()
     source = open_model(str(tmp_path))
     expected = {name: y.grad.square().mean((0, 1)) for name, y in outputs.items()}
-    states = [hidden.detach() for hidden in model(tokens, output_hidden_states=True).hidden_states[:-1]]
+    states = [hidden.split(1) for hidden in model(tokens, output_hidden_states=True).hidden_states[:-1]]
     last = {}
     hook = model.model.layers[-1].register_forward_hook(lambda _, __, y: last.update(y=y))
     model(tokens)
     hook.remove()
-    energies = gradient_energies(source, tokens, [*states, last["y"].detach()], torch.device("cpu"))
+    energies = gradient_energies(source, text_windows(tokens), [*states, last["y"].split(1)], torch.device("cpu"))
     assert energies.keys() == expected.keys()
     for name, energy in energies.items():
         torch.testing.assert_close(energy, expected[name], rtol=1e-3, atol=1e-7)
@@ -159,7 +160,7 @@ def test_what_coefficients_may_be_follows_the_option():
 def test_costs_of_every_scheme_fall_with_bits(folder, tokens):
     solver = {"alpha": 1e-6, "damping": 0.01}
     source = open_model(str(folder / "model"))
-    stages = sensitivities(source, tokens, torch.device("cpu"), schemes=choices(8), **solver)
+    stages = sensitivities(source, text_windows(tokens), torch.device("cpu"), schemes=choices(8), **solver)
     assert [len(stage.names) for stage in stages] == [3, 1, 2, 1] * 3
     assert stages[3].names == ["model.layers.0.mlp.down_proj"]
     assert stages[3].shapes == [(128, 352)]

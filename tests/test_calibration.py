@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model import calibration
 from bpdq_quantizer.model.calibration import calibration_windows, file_windows, first_ids
+from bpdq_quantizer.model.windows import all_tokens
 from tests.tiny import TEXT, tiny_tokenizer
 
 PIECES = [
@@ -95,7 +96,7 @@ def test_no_more_of_a_long_text_is_tokenized_than_the_windows_take(tmp_path, suf
 
     path = tmp_path / f"a.{suffix}"
     path.write_text(text if suffix == "txt" else "\n".join(json.dumps({"text": text}) for _ in range(3)))
-    found = calibration_windows(str(path), watched, limit, 16, 0)
+    found = all_tokens(calibration_windows(str(path), watched, limit, 16, 0))
     assert found.flatten().tolist() == ids_of(text, tokenizer)[: limit * 16]
     assert sum(lengths) < 40_000
 
@@ -112,21 +113,23 @@ def test_rows_are_packed_in_their_order_up_to_the_last_window(tmp_path):
     texts, tokenizer = ["one plane. ", "", "two planes. " * 5, "three " * 50], tiny_tokenizer()
     path = jsonl(tmp_path / "a.jsonl", *[json.dumps({"text": text}) for text in texts])
     whole = [i for text in texts for i in ids_of(text, tokenizer)]
-    assert calibration_windows(path, tokenizer, 4, 8, 0).flatten().tolist() == whole[:32]
+    assert all_tokens(calibration_windows(path, tokenizer, 4, 8, 0)).flatten().tolist() == whole[:32]
 
 
 def test_only_a_newline_ends_a_row(tmp_path):
     text, tokenizer = "one \u2028 plane, \u2029 two \u0085 planes", tiny_tokenizer()
     row = json.dumps({"text": text}, ensure_ascii=False)
     path = jsonl(tmp_path / "a.jsonl", row + "\r", "", row)
-    assert calibration_windows(path, tokenizer, 1, 8, 0).flatten().tolist() == ids_of(text, tokenizer)[:8]
+    assert all_tokens(calibration_windows(path, tokenizer, 1, 8, 0)).flatten().tolist() == ids_of(text, tokenizer)[:8]
 
 
 @pytest.mark.parametrize("suffix", ["txt", "jsonl"])
 def test_a_byte_order_mark_is_no_text(tmp_path, suffix):
     path, tokenizer = tmp_path / f"a.{suffix}", tiny_tokenizer()
     path.write_text(TEXT if suffix == "txt" else json.dumps({"text": TEXT}), encoding="utf-8-sig")
-    assert calibration_windows(str(path), tokenizer, 1, 8, 0).flatten().tolist() == ids_of(TEXT, tokenizer)[:8]
+    assert (
+        all_tokens(calibration_windows(str(path), tokenizer, 1, 8, 0)).flatten().tolist() == ids_of(TEXT, tokenizer)[:8]
+    )
 
 
 @pytest.mark.parametrize(
@@ -136,7 +139,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path, suffix):
         ('{"text": ["a", "b"]}', "expected a `text` field that holds a string"),
         ('{"text": 7}', "expected a `text` field that holds a string"),
         ('{"txt": "no"}', "expected a `text` field that holds a string"),
-        ('["text"]', "expected a `text` field that holds a string"),
+        ('["text"]', "not a JSON object"),
         ("None", "not a JSON object"),
         ('{"text": "ends', "not a JSON object"),
         ("[" * 200_000, "not a JSON object"),
@@ -189,7 +192,7 @@ def test_a_data_set_is_read_up_to_the_last_window_and_its_null_rows_are_refused(
     monkeypatch.setitem(sys.modules, "datasets", module)
     tokenizer = tiny_tokenizer()
     whole = ids_of(TEXT, tokenizer)
-    found = calibration_windows("hf:web", tokenizer, 1, len(whole) + 16, 0)
+    found = all_tokens(calibration_windows("hf:web", tokenizer, 1, len(whole) + 16, 0))
     assert found.flatten().tolist() == whole + whole[:16]
     with pytest.raises(InputError) as error:
         calibration_windows("hf:web", tokenizer, 9999, 16, 0)

@@ -9,6 +9,7 @@ from architectures import SIZES, TEXT, TOKENS, model_folder
 from bpdq_kernels.format import Scheme
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.stream import open_model, solved
+from bpdq_quantizer.model.windows import text_windows
 from bpdq_quantizer.passes import sensitivity
 from bpdq_quantizer.run import prepare
 from tiny import tiny_tokenizer
@@ -57,9 +58,9 @@ def test_its_sensitivities_are_measured(tmp_path, arch, monkeypatch):
     monkeypatch.setattr(sensitivity, "GROUP_SIZES", (32,))
     monkeypatch.setattr(sensitivity, "MAX_PLANES", 1)
     source = open_model(model(tmp_path / "model", arch))
-    tokens = torch.arange(64).view(2, 32) * 5
+    windows = text_windows(torch.arange(64).view(2, 32) * 5)
     solver = {"schemes": sensitivity.choices(16), "alpha": 1e-4, "damping": 0.05}
-    stages = sensitivity.sensitivities(source, tokens, torch.device("cpu"), **solver)
+    stages = sensitivity.sensitivities(source, windows, torch.device("cpu"), **solver)
     assert sorted(name for stage in stages for name in stage.names) == sorted(solved(source))
     assert all(stage.costs[Scheme(1, 32)] > 0 for stage in stages)
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from transformers import AutoModelForCausalLM
 
 import bpdq_quantizer
 from architectures import MLA, TEXT, WRAPPERS, auto_class, dequantized, model_folder
+from bpdq_kernels.skeleton import check_stored
 from bpdq_quantizer.checkpoint.inspection import inspect
+from bpdq_quantizer.checkpoint.loader import open_checkpoint
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model import activations
 from bpdq_quantizer.model.activations import embed, run_batches
@@ -18,6 +21,7 @@ from bpdq_quantizer.model.calls import block_runs, head_inputs
 from bpdq_quantizer.model.stream import load_block, open_model
 from bpdq_quantizer.model.support import check_blocks
 from bpdq_quantizer.model.weights import weights_in
+from bpdq_quantizer.model.windows import text_windows
 from bpdq_quantizer.run import steps
 from tiny import load_tensors
 
@@ -85,6 +89,26 @@ def test_transformers_computes_what_the_planes_say(tmp_path, text, arch):
     assert len(found["layers"]) == len(report["layers"])
     assert sorted(found["left_in_16_bits"]) == sorted(weights)
     assert report["left_in_16_bits"].keys() == {name for name in weights if re.match(BLOCK, name)}
+    check_that_each_kind_of_tensor_is_missed(out)
+
+
+def check_that_each_kind_of_tensor_is_missed(folder: Path) -> None:
+    """Also where transformers renames tensors as it loads them."""
+    _, fmt, stored, model = open_checkpoint(folder)
+    for name in {name.rpartition(".")[2]: name for name in stored}.values():
+        with pytest.raises(InputError, match=r"is not in the checkpoint"):
+            check_stored({key: entry for key, entry in stored.items() if key != name}, model, fmt)
+    name, entry = next(iter(stored.items()))
+    with pytest.raises(InputError, match=r"has no place in the model of config\.json"):
+        check_stored({**stored, f"model.extra.{name}": entry}, model, fmt)
+
+
+def test_the_text_model_of_a_wrapper_is_loaded_from_its_checkpoint(tmp_path, text):
+    """As lm-eval loads it."""
+    source, out = model_folder(tmp_path / "model", "qwen3_5"), tmp_path / "out"
+    bpdq_quantizer.quantize(str(source), out, calibration=text, **QUICK)
+    found = logits(AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32))
+    torch.testing.assert_close(found, logits(auto_class("qwen3_5").from_pretrained(out, dtype=torch.float32)))
 
 
 @pytest.mark.parametrize("arch", STREAMED)
@@ -93,8 +117,9 @@ def test_block_by_block_a_model_computes_what_it_computes_whole(tmp_path, arch):
     """What a block is called with is the model's own: inputs of each layer, shared keys and values, windows, alibi."""
     folder = model_folder(tmp_path / "model", arch)
     tokens = torch.arange(60).view(3, 20) * 7 % 380
-    source = check_blocks(open_model(str(folder)), tokens)
-    hidden, calls = embed(source, tokens, torch.device("cpu"), None)
+    windows = text_windows(tokens)
+    source = check_blocks(open_model(str(folder)), windows)
+    hidden, calls = embed(source, windows, torch.device("cpu"), None)
     for index in range(len(source.blocks)):
         block = load_block(source, index, torch.device("cpu"))
         run_batches(block_runs(block, calls[index], torch.device("cpu"), len(hidden)), hidden)

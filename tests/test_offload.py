@@ -14,6 +14,7 @@ from bpdq_quantizer.algorithm.solver import quantize_linear
 from bpdq_quantizer.model import activations
 from bpdq_quantizer.model.activations import to_host
 from bpdq_quantizer.model.stream import open_model
+from bpdq_quantizer.model.windows import text_windows
 from bpdq_quantizer.passes.blocks import States, quantize_blocks
 from bpdq_quantizer.run import progress
 from bpdq_quantizer.run.progress import load_progress, save_progress
@@ -195,7 +196,7 @@ def test_states_from_a_gpu_go_to_page_locked_memory(monkeypatch):
 def test_states_stay_page_locked(tmp_path):
     source = open_model(str(tiny_model(tmp_path / "model")))
     schemes = defaultdict(lambda: Scheme(2, 64))
-    tokens = torch.randint(0, 384, (3, 32))
-    blocks = quantize_blocks(source, tokens, schemes, torch.device("cuda"), solve=quantize_linear, asymmetric=0.5)
+    windows = text_windows(torch.randint(0, 384, (3, 32)))
+    blocks = quantize_blocks(source, windows, schemes, torch.device("cuda"), solve=quantize_linear, asymmetric=0.5)
     for _, _, states in blocks:
         assert all(batch.is_pinned() for batch in [*states.quantized, *states.original])

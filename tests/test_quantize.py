@@ -31,6 +31,7 @@ from bpdq_quantizer.model.calls import block_inputs, block_runs
 from bpdq_quantizer.model.modules import BPDQLinear
 from bpdq_quantizer.model.stream import decoder_blocks, from_memory
 from bpdq_quantizer.model.weights import weights_in
+from bpdq_quantizer.model.windows import text_windows
 from bpdq_quantizer.passes.allocate import uniform
 from bpdq_quantizer.passes.blocks import quantize_blocks
 from bpdq_quantizer.passes.layers import check_finite
@@ -126,7 +127,7 @@ def test_linears_that_share_an_input_are_one_stage():
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config)
     prefix, decoder = decoder_blocks(model)
-    hidden, calls = block_inputs(model, decoder, torch.arange(20).view(2, 10))
+    hidden, calls = block_inputs(model, decoder, text_windows(torch.arange(20).view(2, 10)))
     run = block_runs(decoder[1], calls[1], torch.device("cpu"), 1)[0]
     stages = find_stages(weights_in(decoder[1]).values(), run, hidden[0])
     assert prefix == "model.layers"
@@ -143,7 +144,7 @@ def test_the_16_bit_block_runs_to_its_end_once_for_each_batch(quantized):
     """And gives what one forward pass without interruptions gives."""
     model = AutoModelForCausalLM.from_pretrained(quantized[0])
     _, decoder = decoder_blocks(model)
-    hidden, calls = block_inputs(model, decoder, torch.arange(30).view(3, 10))
+    hidden, calls = block_inputs(model, decoder, text_windows(torch.arange(30).view(3, 10)))
     run = block_runs(decoder[0], calls[0], torch.device("cpu"), 1)[0]
     firsts = [stage[0] for stage in find_stages(weights_in(decoder[0]).values(), run, hidden[0])]
     expected = [capture(firsts, run, batch) for batch in hidden]
@@ -361,9 +362,8 @@ def test_a_model_in_memory_gives_the_tensors_of_its_files(quantized, text):
     solve = partial(quantize_linear, iterations=3, **SOLVERS["refined"])
     options = {"solve": solve, "asymmetric": ASYMMETRIC["refined"]}
     stored = load_tensors(out)
-    done = quantize_blocks(
-        source, torch.tensor(ids).view(6, 32), uniform(source, Scheme(2, 64, 8)), torch.device("cpu"), **options
-    )
+    windows = text_windows(torch.tensor(ids).view(6, 32))
+    done = quantize_blocks(source, windows, uniform(source, Scheme(2, 64, 8)), torch.device("cpu"), **options)
     for index, (block, _, states) in enumerate(done):
         assert states.block == index + 1
         for name, tensor in block.state_dict().items():

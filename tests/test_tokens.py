@@ -14,6 +14,7 @@ from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model import calibration
 from bpdq_quantizer.model.calibration import calibration_windows, file_windows
 from bpdq_quantizer.model.tokens import PROBES, leading_tokens, load_tokenizer
+from bpdq_quantizer.model.windows import all_tokens
 from tiny import TEXT, tiny_model, tiny_tokenizer
 
 QUICK = ["--samples", "4", "--seq-len", "32", "--iterations", "1", "--group-size", "64", "--solver", "paper"]
@@ -52,7 +53,7 @@ def test_what_a_tokenizer_puts_before_a_text_is_found(count):
 def test_each_window_begins_with_it_and_holds_the_text_in_order(tmp_path, suffix, lead):
     path, tokenizer = tmp_path / f"a.{suffix}", tiny_tokenizer()
     path.write_text(TEXT if suffix == "txt" else json.dumps({"text": TEXT}))
-    found = calibration_windows(str(path), tokenizer, 3, 16, 0, lead)
+    found = all_tokens(calibration_windows(str(path), tokenizer, 3, 16, 0, lead))
     assert found.shape == (3, 16)
     assert found[:, : len(lead)].tolist() == [lead] * 3
     ids = tokenizer(TEXT, add_special_tokens=False)["input_ids"]

@@ -107,7 +107,8 @@ class BPDQConfig(QuantizationConfig):
             return BPDQKVCacheMethod(self)
         if isinstance(layer, VocabParallelEmbedding):
             name = prefix or self._embedding_name()
-            scheme = self.format.embedding_scheme(name)
+            # a draft model that comes with the target, and with its config, has names of the checkpoint
+            scheme = self.format.embedding_scheme(name) or self.stored_format.embedding_scheme(name)
             return None if scheme is None else BPDQEmbeddingMethod(scheme, name, [name])
         if isinstance(layer, LinearBase):
             parts = self._parts(prefix)

@@ -5,9 +5,10 @@ vLLM gives its parameters the same names and shapes, in fused layers, and does n
 
 import logging
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from math import inf
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from bpdq_kernels.errors import InputError
 from bpdq_kernels.folder import FLOATS, REMEDY, Entry, Headers
 from bpdq_kernels.format import KV_SCALES, Format, Scheme
 from bpdq_kernels.layout import WORD, Stored
+from bpdq_kernels.mtp import head_pattern
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -51,9 +53,11 @@ def check_config(config: "PreTrainedConfig", stored: Headers) -> None:
 def _check_architecture(config: "PreTrainedConfig") -> None:
     import transformers
 
+    auto = auto_class(config)
+    built = None if auto is None else auto._model_mapping[type(config)]
     for name in config.architectures or ():
         known = getattr(getattr(transformers, str(name), None), "config_class", None)
-        if known is not None and known.model_type != config.model_type:
+        if known is not None and known.model_type != config.model_type and getattr(built, "__name__", name) != name:
             raise InputError(
                 f"config.json: architectures names {name}, which is not of model_type {config.model_type}: {REMEDY}"
             )
@@ -100,22 +104,25 @@ def is_tied(model: "PreTrainedModel") -> bool:
     return f"{embedding_names(model)[1]}.weight" in model.all_tied_weights_keys
 
 
-def quantized_layers(model: "PreTrainedModel", fmt: Format, start: str = "") -> dict[str, tuple[nn.Module, Scheme]]:
+def quantized_layers(
+    model: "PreTrainedModel", fmt: Format, names: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, tuple[nn.Module, Scheme]]:
     """The Linears, embedding and LM head of a 16-bit skeleton that a checkpoint of format `fmt` holds as bit-planes, by
     name.
 
-    start: what precedes the names in the checkpoint. Of a tied embedding and LM head only the embedding, by whose name
-    both are stored; raises InputError where `fmt` tells them apart.
+    names: what the checkpoint calls layers, where that differs. Of a tied embedding and LM head only the embedding, by
+    whose name both are stored; raises InputError where `fmt` tells them apart.
     """
     embeddings = embedding_names(model)
     found = {}
     for name, module in model.named_modules():
         if name in embeddings or isinstance(module, nn.Linear):
-            scheme = fmt.embedding_scheme(start + name) if name in embeddings else fmt.scheme_for(start + name)
+            scheme_of = fmt.embedding_scheme if name in embeddings else fmt.scheme_for
+            scheme = scheme_of(names.get(name, name))
             if scheme is not None:
                 found[name] = (module, scheme)
     if is_tied(model):
-        embedding, head = (fmt.embedding_scheme(name) for name in embeddings)
+        embedding, head = (fmt.embedding_scheme(names.get(name, name)) for name in embeddings)
         if embedding != head:
             raise InputError(
                 f"{' and '.join(embeddings)} are tied, but quantization_config makes them {embedding} and {head}: "
@@ -145,28 +152,57 @@ def _stored_tensors(name: str, stored: Headers, in_features: int, out_features: 
     return layer
 
 
-def is_renamed(model: "PreTrainedModel") -> bool:
-    """Whether transformers renames tensors as it loads them, so that a checkpoint may call them otherwise."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
+class Arranged(NamedTuple):
+    """A checkpoint's tensors by the names that transformers gives them in a model. made: names of those that it makes
+    out of several (OLMo hybrid's convolutions), which are not among `tensors`; layers: what the checkpoint calls the
+    layers of `tensors`."""
 
-    return bool(get_model_conversion_mapping(model, add_legacy=False))
+    tensors: Headers
+    made: set[str]
+    layers: dict[str, str]
+
+
+def arranged(stored: Headers, model: "PreTrainedModel") -> Arranged:
+    """The tensors of a checkpoint as `model`, a skeleton, has them."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, rename_source_key
+
+    transforms = get_model_conversion_mapping(model, add_legacy=False)
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
+    plain = model.state_dict()
+    found = Arranged({}, set(), {})
+    for name, entry in stored.items():
+        layer, _, kind = name.rpartition(".")
+        tensor = f"{layer}.weight" if kind in Stored._fields else name  # as which transformers knows the layer
+        new, source = rename_source_key(tensor, renamings, converters, model.base_model_prefix, plain)
+        if new not in plain and tensor in plain:
+            new, source = tensor, None
+        if source is not None:
+            found.made.add(new)
+            continue
+        new_layer = new.rpartition(".")[0]
+        found.tensors[new if tensor == name else f"{new_layer}.{kind}"] = entry
+        found.layers[new_layer] = layer
+    return found
 
 
 def check_stored(stored: Headers, model: "PreTrainedModel | None", fmt: Format) -> None:
     """Raise InputError unless a checkpoint of format `fmt` fills the 16-bit skeleton `model`: every tensor is there, of
-    the shape and a dtype that it must have, and no tensor has no place.
+    the shape and a dtype that it must have, and no tensor has no place, except in a head for multi-token prediction.
 
-    Without a model, and for one whose tensors transformers renames, names are not checked, and a warning says so.
+    Without a model names are not checked, and a warning says so.
     """
-    if model is None or is_renamed(model):
+    if model is None:
         logger.warning("whether all tensors of this architecture are in the checkpoint can't be checked")
         _check_unnamed(stored, fmt)
         return
-    layers = quantized_layers(model, fmt)
+    stored, made, names = arranged(stored, model)
+    layers = quantized_layers(model, fmt, names)
     for name, (module, scheme) in layers.items():
         stored_layer(name, stored, module, scheme)
     plain = model.state_dict()
-    expected = plain.keys() - {f"{name}.weight" for name in layers} - model.all_tied_weights_keys.keys()
+    expected = plain.keys() - {f"{name}.weight" for name in layers} - model.all_tied_weights_keys.keys() - made
     optional = _ignored(model._keys_to_ignore_on_load_missing)
     for name in sorted(expected):
         if name in stored:
@@ -182,7 +218,9 @@ def check_stored(stored: Headers, model: "PreTrainedModel | None", fmt: Format) 
                 f"{stored[name].file}: {name} is stored, though config.json ties it to {twin}: remove it, or set "
                 "tie_word_embeddings to false"
             )
-        if not ignored(name):
+        if head_pattern(name, model.config):
+            _check_plain(name, stored[name], stored[name].shape)
+        elif not ignored(name):
             raise InputError(
                 f"{stored[name].file}: {name} has no place in the model of config.json, a {type(model).__name__} with "
                 f"that quantization_config: {REMEDY}"

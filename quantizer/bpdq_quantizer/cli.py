@@ -27,6 +27,7 @@ from bpdq_quantizer.model.calibration import file_windows
 from bpdq_quantizer.model.sources import check_source
 from bpdq_quantizer.model.support import check_tokens
 from bpdq_quantizer.model.tokens import leading_tokens, load_tokenizer
+from bpdq_quantizer.model.windows import text_windows
 from bpdq_quantizer.run import workers
 from bpdq_quantizer.run.fields import add_arguments
 from bpdq_quantizer.run.options import FIELDS, PARTS
@@ -159,7 +160,7 @@ def _eval(args: argparse.Namespace) -> dict[str, Any]:
     tokens = file_windows(args.text, tokenizer, args.seq_len, args.windows, lead)
     cuda = torch.cuda.is_available()
     model = load_model(args.model, "auto" if cuda else torch.float32).to("cuda" if cuda else "cpu")
-    check_tokens(model, tokens, args.text)
+    check_tokens(model, text_windows(tokens), args.text)
     try:
         value = perplexity(model, tokens, len(lead))
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:  # of transformers' code for the model
@@ -203,6 +204,7 @@ def _inspect(args: argparse.Namespace) -> dict[str, Any]:
         f"{found['architecture']}: {found['quantized_weights'] / 1e6:.1f} M weights at "
         f"{found['bits_per_weight']:.3f} bits ({found['quantized_bytes'] / 1e6:.1f} MB), "
         f"other tensors {found['other_bytes'] / 1e6:.1f} MB"
+        + (f", {found['mtp_bytes'] / 1e6:.1f} MB of them for multi-token prediction" if found["mtp_bytes"] else "")
         + (", scales for an fp8 KV cache" if found["kv_cache_scales"] else "")
     )
     if found["left_in_16_bits"]:

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from bpdq_kernels.mtp import head_pattern
 from bpdq_kernels.skeleton import quantized_layers, stored_layer
 from bpdq_quantizer.checkpoint.loader import open_checkpoint
 from bpdq_quantizer.checkpoint.writer import stored_bytes
@@ -38,6 +39,8 @@ def inspect(checkpoint: str | Path) -> dict[str, Any]:
     weights = sum(layer["in_features"] * layer["out_features"] for layer in layers)
     quantized = sum(layer["bytes"] for layer in layers)
     total = stored_bytes(stored)
+    known = skeleton.state_dict().keys()
+    heads = {name: e for name, e in stored.items() if name not in known and head_pattern(name, skeleton.config)}
     return {
         "checkpoint": str(checkpoint),
         "architecture": type(skeleton).__name__,
@@ -47,6 +50,7 @@ def inspect(checkpoint: str | Path) -> dict[str, Any]:
         "bits_per_weight": 8 * quantized / weights if weights else 0.0,
         "quantized_bytes": quantized,
         "other_bytes": total - quantized,
+        "mtp_bytes": stored_bytes(heads),
         "kv_cache_scales": settings.kv_cache_scales,
         "file_bytes": sum(file.stat().st_size for file in {entry.file for entry in stored.values()}),
     }

@@ -5,6 +5,7 @@ Importing this module registers a quantizer under `quant_method: "bpdq"`. The au
 registry gets a class that hands them over and leaves every other GPTQ config as it was.
 """
 
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ from bpdq_kernels import skeleton
 from bpdq_kernels.folder import REMEDY, Headers, check_scale, read_folder, read_json
 from bpdq_kernels.format import KV_SCALES, Format
 from bpdq_kernels.layout import trim
+from bpdq_kernels.mtp import head_pattern
 from bpdq_kernels.skeleton import embedding_names, quantized_layers, stored_layer
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.modules import BPDQEmbedding, held, replace
@@ -90,19 +92,22 @@ class BPDQQuantizer(HfQuantizer):
         stored = read_folder(files[0].parent) if files else {}
         if {file.name for file in files} != {entry.file.name for entry in stored.values()}:
             raise InputError(f"{files[0]}: transformers would read this file, which is not the checkpoint's")
-        start = stored_under(model)
-        checked = model if embedding_names(model)[1] and not start else causal_skeleton(model, stored)
-        skeleton.check_stored(stored, checked, self.quantization_config.format)
+        arranged = skeleton.arranged(stored, model)
+        checked = model if embedding_names(model)[1] else causal_skeleton(model, stored)
+        fmt = self.quantization_config.format
+        skeleton.check_stored(stored, checked, fmt)
+        heads = {f"^{re.escape(name)}$" for name in stored if head_pattern(name, model.config)}
+        model._keys_to_ignore_on_load_unexpected |= heads  # of which transformers knows by name those of some sizes
         self.schemes = {}
-        for name, (module, scheme) in quantized_layers(model, self.quantization_config.format, start).items():
-            if start + name + ".B" not in stored and is_new_head(model, name):
+        for name, (module, scheme) in quantized_layers(model, fmt, arranged.layers).items():
+            if name + ".B" not in arranged.tensors and is_new_head(model, name):
                 continue
-            replace(model, name, stored_layer(start + name, stored, module, scheme), scheme.group_size)
+            replace(model, name, stored_layer(name, arranged.tensors, module, scheme), scheme.group_size)
             self.schemes[name] = scheme
         modules = dict(model.named_modules())
-        for name, entry in stored.items():  # no use to transformers, but kept: for whom the model is saved
-            parent, _, scale = name.removeprefix(start).rpartition(".")
-            if self.quantization_config.format.kv_cache_scales and scale in KV_SCALES and parent in modules:
+        for name, entry in arranged.tensors.items():  # no use to transformers, but kept: for whom the model is saved
+            parent, _, scale = name.rpartition(".")
+            if fmt.kv_cache_scales and scale in KV_SCALES and parent in modules:
                 modules[parent].register_buffer(scale, entry.meta())
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -133,11 +138,6 @@ def causal_skeleton(model: PreTrainedModel, stored: Headers) -> PreTrainedModel 
         return skeleton.build(model.config, stored)
     except ImportError:
         return None
-
-
-def stored_under(model: PreTrainedModel) -> str:
-    """What precedes the names of a model's modules in its checkpoint: AutoModel's lack that of the causal model."""
-    return f"{model.base_model_prefix}." if model.base_model is model and model.base_model_prefix else ""
 
 
 def is_new_head(model: PreTrainedModel, name: str) -> bool:

@@ -15,6 +15,7 @@ from bpdq_kernels.folder import Headers, read_headers
 from bpdq_kernels.format import KV_CACHE_SCHEME, Scheme
 from bpdq_quantizer.checkpoint import manifest
 from bpdq_quantizer.checkpoint.carried import carried
+from bpdq_quantizer.checkpoint.heads import copy_heads, head_files
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.stream import Streamed
 from bpdq_quantizer.storage.files import check_intact, save, write_tensors
@@ -64,9 +65,11 @@ def shard(folder: Path, number: int, of: int) -> Path:
     return folder / f"model-{number:05d}-of-{of:05d}.safetensors"
 
 
-def contents(folder: Path, blocks: int) -> list[str]:
-    """Names of all that the folder of a finished run holds at its top, of a model of so many blocks."""
+def contents(folder: Path, blocks: int, heads: Headers) -> list[str]:
+    """Names of all that the folder of a finished run holds at its top, of a model of so many blocks and with `heads`
+    for multi-token prediction."""
     shards = [shard(folder, number, blocks + 1).name for number in range(1, blocks + 2)]
+    shards += [file.name for file in head_files(folder, heads)]
     taken = {path.parts[0] for path in carried(folder / CARRIED)}
     return [*shards, INDEX, REPORT, manifest.NAME, "config.json", *sorted(taken)]
 
@@ -98,12 +101,14 @@ def finish(
     config: dict[str, Any],
     report: dict[str, Any],
     blocks: Mapping[str, str],
-    scales: Mapping[str, Tensor] | None = None,
+    scales: Mapping[str, Tensor],
+    heads: Headers,
 ) -> None:
     """Write what a folder with the blocks' files lacks; config.json, without which no loader takes it, comes last.
 
-    blocks: the combined digests of the blocks' files, by name; scales: those of the KV cache, by name. Raises
-    InputError for a file that has changed, is missing or of something else.
+    blocks: the combined digests of the blocks' files, by name; scales: those of the KV cache, by name; heads: for
+    multi-token prediction, in the source's files. Raises InputError for a file that has changed, is missing or of
+    something else.
     """
     model, prefix, decoder = source.model, source.prefix, source.blocks
     rest = {
@@ -112,7 +117,7 @@ def finish(
         if not name.startswith(f"{prefix}.") and name not in model.all_tied_weights_keys
     }
     first = shard(folder, 1, len(decoder) + 1)
-    written = {first.name: write_tensors(first, {**rest, **(scales or {})}), **blocks}
+    written = {first.name: write_tensors(first, {**rest, **scales}), **blocks, **copy_heads(folder, heads)}
     tensors = {name: check_intact(folder / name, {digest}) for name, digest in written.items()}
     size = sum(stored_bytes(read_headers([folder / name])) for name in tensors)
     index = {
@@ -129,7 +134,7 @@ def finish(
     settings = folder / CARRIED.parent / "config.json"
     others = {name: folder / name for name in (INDEX, REPORT, *names)}
     manifest.write_manifest(folder, tensors, {**others, "config.json": settings})
-    check_only(folder, contents(folder, len(decoder)))
+    check_only(folder, contents(folder, len(decoder), heads))
     save(folder / "config.json", partial(shutil.copyfile, settings))
 
 

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from bpdq_quantizer.algorithm.hessian import accumulate, accumulate_shift, symmetrize
 from bpdq_quantizer.errors import InputError
-from bpdq_quantizer.model.calls import Call, Run, block_inputs, block_runs
+from bpdq_quantizer.model.calls import BlockInputs, Call, Run, block_inputs, block_runs
 from bpdq_quantizer.model.stream import Streamed
 from bpdq_quantizer.model.weights import Weight, hooked, weights_in
+from bpdq_quantizer.model.windows import Window
 from bpdq_quantizer.storage.offload import Batches, Offloaded
 
 ACTIVATION_BYTES = 1 << 30  # a calibration batch is as many windows as keep a block's activations within this
@@ -66,34 +67,42 @@ def windows_per_batch(length: int, hidden_size: int, out_features: int, itemsize
 
 
 def embed(
-    source: Streamed, tokens: Tensor, device: torch.device, offload: Path | None
+    source: Streamed, windows: Sequence[Window], device: torch.device, offload: Path | None
 ) -> tuple[Batches, list[list[Call]]]:
-    """What the first block, on `device`, reads of windows [W, L], and the calls of all blocks.
+    """What the first block, on `device`, reads of windows, and the calls of all blocks.
 
     The former in batches [n, L, D] of `windows_per_batch`, or of one where each has its own calls; in files of the
     folder `offload`, if there is one.
     """
     model, blocks = source.model, source.blocks
-    (window, _), calls = block_inputs(model, blocks, tokens[[0, -1]], source.by_window)
+    hidden, calls = _recorded(source, windows)
     if len(calls[0]) > 1:  # to be kept in memory all the same
-        hidden, calls = block_inputs(model, blocks, tokens, by_window=True)
         parts = ([states] for states in hidden)
     else:
         out_features = max(sum(w.shape[0] for w in weights_in(block).values()) for block in blocks)
-        count = windows_per_batch(tokens.shape[1], window.shape[-1], out_features, window.element_size())
-        parts = (block_inputs(model, blocks, part).hidden for part in tokens.split(count))
+        _, length, width = hidden[0].shape
+        count = windows_per_batch(length, width, out_features, hidden[0].element_size())
+        shares = (windows[i : i + count] for i in range(0, len(windows), count))
+        parts = (block_inputs(model, blocks, share).hidden for share in shares)
     batches = [] if offload is None else Offloaded(offload)
     for part in parts:
         batches.append(to_host(torch.cat(part).to(device)))
     return batches, calls
 
 
-def block_calls(source: Streamed, tokens: Tensor) -> list[list[Call]]:
+def block_calls(source: Streamed, windows: Sequence[Window]) -> list[list[Call]]:
     """The calls of all blocks alone, as of `embed`."""
-    calls = block_inputs(source.model, source.blocks, tokens[[0, -1]], source.by_window).calls
-    if len(calls[0]) == 1:
-        return calls
-    return block_inputs(source.model, source.blocks, tokens, by_window=True).calls
+    return _recorded(source, windows).calls
+
+
+def _recorded(source: Streamed, windows: Sequence[Window]) -> BlockInputs:
+    """`block_inputs` of the first window and the last, or of all if their calls differ."""
+    model, blocks = source.model, source.blocks
+    if not source.by_window:
+        found = block_inputs(model, blocks, [windows[0], windows[-1]])
+        if len(found.calls[0]) == 1:
+            return found
+    return block_inputs(model, blocks, windows, by_window=True)
 
 
 def capture_one(weight: Weight, run: Run, batch: Tensor) -> Tensor:

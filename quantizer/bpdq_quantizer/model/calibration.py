@@ -1,18 +1,20 @@
-"""Text files to windows of token ids, for calibration and for perplexity."""
+"""Text files, and those with images, to windows of token ids, for calibration and for perplexity."""
 
 import io
 import json
 from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from bpdq_quantizer.errors import InputError
+from bpdq_quantizer.model.images import Sight, has_images
 from bpdq_quantizer.model.tokens import ids_of
+from bpdq_quantizer.model.windows import Window, text_windows
 
 MARGIN = 1024  # tokens at the end of a part of a text: what follows it may change them
 WHOLE = 1 << 24  # characters of a text that is used to its end; tokenizing takes some 140 bytes for each
@@ -87,26 +89,62 @@ def file_windows(
 
 
 def calibration_windows(
-    source: str, tokenizer: PreTrainedTokenizerBase, samples: int, seq_len: int, seed: int, lead: Sequence[int] = ()
-) -> Tensor:
-    """Calibration tokens [<= samples, seq_len] from `source`, each window after the token ids `lead`.
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: int,
+    seq_len: int,
+    seed: int,
+    lead: Sequence[int] = (),
+    sight: Sight | None = None,
+) -> list[Window]:
+    """At most `samples` windows from `source`: text of `seq_len` tokens, or images with at most as many, each after the
+    token ids `lead`.
 
     `default`: the Python reference topics, English prose and code that every CPython carries; `FILE.txt`: as one
-    text; `FILE.jsonl`: its `text` fields one after the other; `hf:NAME`: the train split of a Hugging Face dataset
-    with a `text` column, streamed, documents shuffled by `seed`. No more is read than the windows take.
+    text; `FILE.jsonl`: its rows in order, texts one after the other; `hf:NAME`: the train split of a Hugging Face
+    dataset with a `text` column, streamed, documents shuffled by `seed`. No more is read than the windows take.
+    sight: of a model that sees images; without it rows that have some are refused.
     """
     if source.endswith(".txt") and not source.startswith("hf:"):
-        return file_windows(source, tokenizer, seq_len, samples, lead)
+        return text_windows(file_windows(source, tokenizer, seq_len, samples, lead))
+    if source.endswith(".jsonl") and not source.startswith("hf:"):
+        return jsonl_windows(source, tokenizer, samples, seq_len, lead, sight)
     if source == "default":
         texts: Iterable[str] = python_topics()
     elif source.startswith("hf:") and source != "hf:":
         texts = dataset_texts(source.removeprefix("hf:"), seed)
-    elif source.endswith(".jsonl"):
-        texts = jsonl_texts(source)
     else:
         raise InputError(f"--calibration {source}: expected default, FILE.txt, FILE.jsonl or hf:NAME")
     ids = tokenize(texts, tokenizer, samples * text_length(seq_len, lead))
-    return windows(ids, seq_len, samples, source, lead)
+    return text_windows(windows(ids, seq_len, samples, source, lead))
+
+
+def jsonl_windows(
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: int,
+    seq_len: int,
+    lead: Sequence[int],
+    sight: Sight | None,
+) -> list[Window]:
+    """See `calibration_windows`. A row that has images is a window; the texts between such rows are one text."""
+    length = text_length(seq_len, lead)
+    found: list[Window] = []
+    ids: list[int] = []
+    for place, row in jsonl_rows(path):
+        if has_images(row):
+            if sight is None:
+                raise InputError(f"{place}: has images, which the model does not see: drop the row")
+            found.append(sight.window(row, Path(path).parent, place, seq_len, lead))
+        else:
+            text = io.StringIO(row_text(row, place, tokenizer))
+            ids += first_ids(text, tokenizer, (samples - len(found)) * length - len(ids))
+            if whole := len(ids) // length * length:
+                found += text_windows(windows(ids[:whole], seq_len, None, path, lead))
+                ids = ids[whole:]
+        if len(found) == samples:
+            break
+    return found or text_windows(windows(ids, seq_len, samples, path, lead))
 
 
 def python_topics() -> list[str]:
@@ -116,29 +154,44 @@ def python_topics() -> list[str]:
     return [topics[name] for name in sorted(topics)]
 
 
-def jsonl_texts(path: str) -> Iterator[str]:
-    """The `text` fields of a JSON-lines file; raises InputError with the line for one that can't be used."""
+def jsonl_rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a JSON-lines file, each with the line's name; raises InputError, which names it, for others."""
     try:
         with Path(path).open("rb") as file:  # in text mode other characters than a newline could end a line
             for number, line in enumerate(file, 1):
                 line = line.removeprefix(BOM_UTF8) if number == 1 else line
                 if line.strip():
-                    yield row_text(line, f"{path}, line {number}")
+                    place = f"{path}, line {number}"
+                    yield place, json_object(line, place)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except OSError as e:
         raise InputError(f"{path}: can't be read ({e.strerror})") from None
 
 
-def row_text(line: bytes, place: str) -> str:
-    """The `text` field of a line of JSON; raises InputError, which names `place`."""
+def json_object(line: bytes, place: str) -> dict[str, Any]:
+    """A line of JSON; raises InputError, which names `place`."""
     try:
         row = json.loads(line.decode())
     except UnicodeDecodeError as e:
         raise InputError(f"{place}: not UTF-8 text (byte 0x{line[e.start]:02x}): convert the file to UTF-8") from None
     except (ValueError, RecursionError):
-        raise InputError(f"{place}: not a JSON object: give it a `text` field, or drop the line") from None
-    return checked(row.get("text") if isinstance(row, dict) else None, place)
+        row = None
+    if not isinstance(row, dict):
+        raise InputError(f"{place}: not a JSON object: give it a `text` field, or drop the line")
+    return row
+
+
+def row_text(row: dict[str, Any], place: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The `text` field of a row, or its `messages` as the chat template has them; raises InputError."""
+    if "text" in row or "messages" not in row:
+        return checked(row.get("text"), place)
+    try:
+        return checked(tokenizer.apply_chat_template(row["messages"], tokenize=False), place)
+    except InputError:
+        raise
+    except Exception as e:  # of the template, or there is none
+        raise InputError(f"{place}: the model's chat template can't take its `messages` ({e})") from e
 
 
 def checked(text: object, place: str) -> str:

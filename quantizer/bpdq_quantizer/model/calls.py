@@ -1,7 +1,7 @@
 """What a model calls its blocks with: hidden states, and what else it computes in front of them and between them."""
 
 from collections import UserDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.products import quick_products
+from bpdq_quantizer.model.windows import Window, arguments
 from bpdq_quantizer.storage.offload import Batches
 
 Run = Callable[[Tensor], Tensor]  # a block's outputs for a batch of its inputs
@@ -106,32 +107,36 @@ def _returned(hidden: Tensor, width: int) -> Tensor | tuple[Tensor | None, ...]:
 
 
 @torch.no_grad()
-def block_inputs(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor, by_window: bool = False) -> BlockInputs:
-    """Run the windows [W, L] through all but the blocks, recording what each block would be called with.
+def block_inputs(
+    model: PreTrainedModel, blocks: nn.ModuleList, windows: Iterable[Window], by_window: bool = False
+) -> BlockInputs:
+    """Run windows through all but the blocks, recording what each block would be called with.
 
     The first window's calls serve all, if the last one's are the same and not `by_window`; else each window has its
     own, which share what is equal. Raises InputError for a model that does more than add between its blocks.
     """
     width = output_width(model, blocks)
-    hidden, windows = [], []
-    for window in tokens:
+    hidden, found = [], []
+    for window in windows:
         states, calls = _record(model, blocks, window, width)
         hidden.append(states)
-        windows.append(calls if not windows else [_sharing(*pair) for pair in zip(calls, windows[0], strict=True)])
-    if not by_window and not any(carries(call) for call in windows[0]) and _same(windows[0], windows[-1]):
-        windows = windows[:1]
-    return BlockInputs(hidden, [list(calls) for calls in zip(*windows, strict=True)])
+        found.append(calls if not found else [_sharing(*pair) for pair in zip(calls, found[0], strict=True)])
+    if not by_window and not any(carries(call) for call in found[0]) and _same(found[0], found[-1]):
+        found = found[:1]
+    return BlockInputs(hidden, [list(calls) for calls in zip(*found, strict=True)])
 
 
-def _record(model: PreTrainedModel, blocks: nn.ModuleList, window: Tensor, width: int) -> tuple[Tensor, list[Call]]:
-    """The first block's hidden states of a window [L], and each block's call."""
-    states, calls = _seen(model, blocks, window, width, zeros=False)
+def _record(model: PreTrainedModel, blocks: nn.ModuleList, window: Window, width: int) -> tuple[Tensor, list[Call]]:
+    """The first block's hidden states of a window, and each block's call."""
+    states, calls, final = _seen(model, blocks, window, width, zeros=False)
     if all(x is states[0] or torch.equal(x, states[0]) for x in states):
         return states[0], calls
     _, *added = _seen(model, blocks, window, width, zeros=True)[0]
     for before, after, difference in zip(states, states[1:], added, strict=False):
         if not torch.allclose(before + difference, after, rtol=1e-2, atol=1e-3):
             raise InputError(f"{type(model).__name__} does more than add something between its blocks: not supported")
+    if not torch.allclose(head_inputs(model, blocks, [states[-1]])[0], final, rtol=1e-2, atol=1e-3):
+        raise InputError(f"{type(model).__name__} adds something after its last block: not supported")
     return states[0], [
         call._replace(added=difference if difference.any() else None)
         for call, difference in zip(calls, [torch.zeros(()), *added], strict=True)
@@ -139,13 +144,14 @@ def _record(model: PreTrainedModel, blocks: nn.ModuleList, window: Tensor, width
 
 
 def _seen(
-    model: PreTrainedModel, blocks: nn.ModuleList, window: Tensor, width: int, zeros: bool
-) -> tuple[list[Tensor], list[Call]]:
+    model: PreTrainedModel, blocks: nn.ModuleList, window: Window, width: int, zeros: bool
+) -> tuple[list[Tensor], list[Call], Tensor]:
+    """What each block reads and is called with, and what the LM head would read."""
     recorders = [_Recorder(block, width, zeros) for block in blocks]
     with _standing_in(blocks, recorders):
-        model.base_model(input_ids=window[None], use_cache=False)
+        final = model.base_model(**arguments(model, window)).last_hidden_state
     states, calls = zip(*(recorder.seen for recorder in recorders), strict=True)
-    return list(states), list(calls)
+    return list(states), list(calls), final
 
 
 def head_inputs(model: PreTrainedModel, blocks: nn.ModuleList, hidden: Batches) -> Batches:

@@ -69,13 +69,15 @@ class Streamed(NamedTuple):
 
 
 def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Name and list of the model's decoder blocks: the decoder's first ModuleList of num_hidden_layers modules."""
+    """Name and list of the model's decoder blocks: the first ModuleList of num_hidden_layers modules in what the model
+    calls its decoder, or, as ModernBERT's so calls its LM head, in all of it. Raises InputError."""
     depth = model.config.get_text_config(decoder=True).num_hidden_layers
-    decoder = model.get_decoder() or model
-    inside = {id(module) for module in decoder.modules()}
-    for name, module in model.named_modules():
-        if id(module) in inside and isinstance(module, nn.ModuleList) and len(module) == depth and weights_in(module):
-            return name, module
+    for decoder in (model.get_decoder() or model, model):
+        inside = {id(module) for module in decoder.modules()}
+        for name, module in model.named_modules():
+            is_list = id(module) in inside and isinstance(module, nn.ModuleList) and len(module) == depth
+            if is_list and weights_in(module):
+                return name, module
     raise InputError(f"{type(model).__name__}: no list of {depth} decoder blocks with Linear layers found")
 
 

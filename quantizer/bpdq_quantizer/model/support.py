@@ -1,5 +1,6 @@
 """Whether a model can be quantized, seen before any work is done."""
 
+from collections.abc import Sequence
 from functools import partial
 from math import prod
 
@@ -13,6 +14,7 @@ from bpdq_quantizer.model.calls import Call, block_inputs, carries, run_block
 from bpdq_quantizer.model.modules import BPDQEmbedding
 from bpdq_quantizer.model.stream import Streamed, drop_block, load_block, solved
 from bpdq_quantizer.model.weights import weights_in
+from bpdq_quantizer.model.windows import Window, text_windows
 
 LARGEST_SHARE = 1 / 8  # of a block's weights that may be in other parameters than Linears: convolutions, gates by head
 
@@ -32,9 +34,9 @@ def check_dense(prefix: str, blocks: nn.ModuleList) -> None:
 
 
 @torch.no_grad()
-def check_blocks(source: Streamed, tokens: Tensor) -> Streamed:
+def check_blocks(source: Streamed, windows: Sequence[Window]) -> Streamed:
     """Try, on the CPU, one block of each kind with two windows of two tokens, in the way in which calibration runs it,
-    and what is in front of the blocks with the first of the windows `tokens` [W, L].
+    and what is in front of the blocks with the first of `windows`, and the first that has images.
 
     Returns the source with `by_window` and `carries` as they must be. Raises InputError, which names the architecture
     and the block, where it does not run by itself or does not reach each weight that is to be solved once, or where a
@@ -42,7 +44,7 @@ def check_blocks(source: Streamed, tokens: Tensor) -> Streamed:
     """
     check_dense(source.prefix, source.blocks)
     architecture = type(source.model).__name__
-    pair = torch.tensor([[0, 1], [1, 0]])
+    pair = text_windows(torch.tensor([[0, 1], [1, 0]]))
     try:
         hidden, calls = block_inputs(source.model, source.blocks, pair, source.by_window)
     except InputError:
@@ -65,11 +67,18 @@ def check_blocks(source: Streamed, tokens: Tensor) -> Streamed:
             faults.append(e)
     else:
         raise faults[0]
-    try:
-        block_inputs(source.model, source.blocks, tokens[:1])
-    except Exception as e:  # CTRL, of a position beyond its last
-        raise InputError(f"--seq-len {tokens.shape[1]}: {architecture} can't take it ({e}): lower it") from e
-    return source
+    seeing = [window for window in windows if window.images]
+    texts = [window for window in windows if not window.images]
+    for window in [*texts[:1], *seeing[:1]]:
+        try:
+            block_inputs(source.model, source.blocks, [window])
+        except InputError:
+            raise
+        except Exception as e:  # CTRL, of a position beyond its last
+            if window.images:
+                raise InputError(f"{architecture} can't take an image of its processor ({e}): not supported") from e
+            raise InputError(f"--seq-len {window.tokens.shape[1]}: {architecture} can't take it ({e}): lower it") from e
+    return source._replace(by_window=source.by_window or bool(seeing))
 
 
 def _try_blocks(source: Streamed, states: Tensor, calls: list[list[Call]]) -> None:
@@ -105,20 +114,23 @@ def tied_bits(embed_bits: int | None, head_bits: int | None) -> int | None:
     return head_bits if embed_bits is None else embed_bits
 
 
-def check_tokens(model: PreTrainedModel, tokens: Tensor, source: str) -> None:
-    """Raise InputError where windows [W, L] of the text `source` don't fit the tables of tokens or positions."""
-    table = model.get_input_embeddings()
+def check_tokens(model: PreTrainedModel, windows: Sequence[Window], source: str) -> None:
+    """Raise InputError where windows of the text `source` don't fit the tables of tokens or positions."""
+    try:
+        table = model.get_input_embeddings()
+    except NotImplementedError as e:
+        raise InputError(f"{type(model).__name__} does not say what its embedding is: not supported") from e
     rows = table.out_features if isinstance(table, BPDQEmbedding) else table.num_embeddings
-    if tokens.max() >= rows:
+    largest = max(int(window.tokens.max()) for window in windows)
+    if largest >= rows:
         raise InputError(
-            f"{source}: holds token {tokens.max()}, but the model's embedding has {rows} rows: the tokenizer is "
+            f"{source}: holds token {largest}, but the model's embedding has {rows} rows: the tokenizer is "
             "another model's, or has tokens that were never added to the model"
         )
     positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if positions is not None and tokens.shape[1] > positions and has_position_table(model):
-        raise InputError(
-            f"--seq-len {tokens.shape[1]}: {type(model).__name__} knows {positions} positions: lower --seq-len"
-        )
+    length = max(window.tokens.shape[1] for window in windows)
+    if positions is not None and length > positions and has_position_table(model):
+        raise InputError(f"--seq-len {length}: {type(model).__name__} knows {positions} positions: lower --seq-len")
 
 
 def has_position_table(model: PreTrainedModel) -> bool:

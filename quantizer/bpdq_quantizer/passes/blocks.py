@@ -6,7 +6,7 @@ quantized, and the rows of its weights are solved together, as they share H.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -32,6 +32,7 @@ from bpdq_quantizer.model.activations import (
 from bpdq_quantizer.model.calls import Run, block_runs, head_inputs, twins
 from bpdq_quantizer.model.stream import Streamed, drop_block, load_block, trim_heap
 from bpdq_quantizer.model.weights import Weight, hooked, weights_in
+from bpdq_quantizer.model.windows import Window, text_windows, token_count
 from bpdq_quantizer.passes.layers import LayerReport, check_finite, layer_report, solve_checked, stored
 from bpdq_quantizer.storage.offload import Batches
 
@@ -47,7 +48,7 @@ class States(NamedTuple):
 @torch.no_grad()
 def quantize_blocks(
     source: Streamed,
-    tokens: Tensor,
+    windows: Sequence[Window],
     schemes: Mapping[str, Scheme],
     device: torch.device,
     *,
@@ -60,7 +61,7 @@ def quantize_blocks(
 
     Yields each block with its weights replaced by bit-planes, a report for every one of them, and the states to go on
     from; when the next block is asked for, this one's tensors are dropped.
-    tokens: [W, L]; schemes: of the weights, by name, one for all that read the same input, and those that it lacks stay
+    schemes: of the weights, by name, one for all that read the same input, and those that it lacks stay
     as they are; offload: a folder for the hidden states, which else stay in memory. The model is on the CPU, one block
     at a time on `device`. If all windows fit one batch, a block takes one forward pass, otherwise about two for the
     four usual stages.
@@ -68,10 +69,10 @@ def quantize_blocks(
     (`hessian.corrected`). The reports are of the corrected weights.
     """
     if start is None:
-        batches, calls = embed(source, tokens, device, offload)
+        batches, calls = embed(source, windows, device, offload)
         start = States(0, batches, batches.copy() if asymmetric else [])
     else:
-        calls = block_calls(source, tokens)
+        calls = block_calls(source, windows)
     first, batches, full = start
     del start
     original_calls = twins(calls)
@@ -82,7 +83,7 @@ def quantize_blocks(
         stages = find_stages(weights, runs[0], batches[0][:1])
         firsts = [stage[0] for stage in stages]
         original = Original(block, name, firsts, original_calls[index], device, full) if full else None
-        solver = StageSolver(schemes, solve, tokens.numel(), asymmetric, original)
+        solver = StageSolver(schemes, solve, token_count(windows), asymmetric, original)
         quantize_block(stages, runs, batches, solver)
         if original is not None:
             full = original.outputs()
@@ -168,18 +169,18 @@ def quantize_block(stages: list[list[Weight]], runs: list[Run], batches: Batches
 @torch.no_grad()
 def final_batches(
     source: Streamed,
-    tokens: Tensor,
+    windows: Sequence[Window],
     device: torch.device,
     offload: Path | None,
     load: Callable[[int], nn.Module],
     label: str,
 ) -> Batches:
-    """What the LM head reads for windows [W, L], in batches [n, L, D] on the CPU, block by block.
+    """What the LM head reads for windows, in batches [n, L, D] on the CPU, block by block.
 
     `load(i)` gives block i with its tensors, which are dropped afterwards; offload: as for `quantize_blocks`; label: of
     the progress bar.
     """
-    hidden, calls = embed(source, tokens, device, offload)
+    hidden, calls = embed(source, windows, device, offload)
     for index, here in enumerate(tqdm(calls, desc=label, unit="block")):
         block = load(index).to(device)
         run_batches(block_runs(block, here, device, len(hidden)), hidden)
@@ -190,4 +191,5 @@ def final_batches(
 def original_states(source: Streamed, tokens: Tensor, device: torch.device, offload: Path | None) -> Tensor:
     """What the LM head of the 16-bit model reads for windows [W, L]: [W, L, D] on the CPU (`final_batches`)."""
     load = partial(load_block, source, device=device)
-    return torch.cat(list(final_batches(source, tokens, device, offload, load, "running the 16-bit model")))
+    windows, label = text_windows(tokens), "running the 16-bit model"
+    return torch.cat(list(final_batches(source, windows, device, offload, load, label)))

@@ -4,7 +4,7 @@ They are calibrated last, in the model as it will be served, with tuned coeffici
 forward pass over the calibration windows, in which a cache that keeps nothing counts what it is given.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.activations import embed, run_batches
 from bpdq_quantizer.model.calls import Call, block_inputs, block_runs, run_block
 from bpdq_quantizer.model.stream import Streamed, drop_block, load_block
+from bpdq_quantizer.model.windows import Window
 
 LARGEST = torch.finfo(torch.float8_e4m3fn).max  # 448
 # Of the magnitudes that stay in range; the rest saturate. SmolLM2-135M at 2 bits, keys and values rounded to e4m3, 8 x
@@ -50,15 +51,19 @@ def scale(counts: Tensor) -> float:
 
 @torch.no_grad()
 def calibrate(
-    source: Streamed, tokens: Tensor, device: torch.device, offload: Path | None, load: Callable[[int], nn.Module]
+    source: Streamed,
+    windows: Sequence[Window],
+    device: torch.device,
+    offload: Path | None,
+    load: Callable[[int], nn.Module],
 ) -> dict[str, Tensor]:
     """`k_scale` and `v_scale`, fp32 [1], of every attention layer, by their names in the checkpoint.
 
-    tokens: [W, L]; offload: a folder for the hidden states, which else stay in memory; `load(i)` gives block i with its
-    quantized tensors on the CPU, which are dropped afterwards; one block at a time is on `device`. Raises InputError
-    for a block whose attention isn't one module that fills transformers' cache, as `check` does beforehand.
+    offload: a folder for the hidden states, which else stay in memory; `load(i)` gives block i with its quantized
+    tensors on the CPU, which are dropped afterwards; one block at a time is on `device`. Raises InputError for a block
+    whose attention isn't one module that fills transformers' cache, as `check` does beforehand.
     """
-    hidden, calls = embed(source, tokens, device, offload)
+    hidden, calls = embed(source, windows, device, offload)
     scales = {}
     for index, here in enumerate(tqdm(calls, desc="calibrating the KV cache", unit="block")):
         block, cache = load(index).to(device), _CountingCache()
@@ -71,10 +76,10 @@ def calibrate(
 
 
 @torch.no_grad()
-def check(source: Streamed, tokens: Tensor, device: torch.device) -> None:
+def check(source: Streamed, windows: Sequence[Window], device: torch.device) -> None:
     """Raise InputError for a model whose keys and values `calibrate` can't see, by what the first block of each kind
-    caches of the first of the windows [W, L]."""
-    hidden, calls = block_inputs(source.model, source.blocks, tokens[:1])
+    caches of the first window."""
+    hidden, calls = block_inputs(source.model, source.blocks, windows[:1])
     caches: dict[str, _CountingCache] = {}
     for index, (block, (call, *_)) in enumerate(zip(source.blocks, calls, strict=True)):
         kind = repr(block)

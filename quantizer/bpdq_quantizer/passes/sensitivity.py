@@ -32,6 +32,7 @@ from bpdq_quantizer.model.activations import embed, find_stages, run_batches
 from bpdq_quantizer.model.calls import Run, block_inputs, block_runs, head_inputs
 from bpdq_quantizer.model.stream import Streamed, drop_block, load_block, solved
 from bpdq_quantizer.model.weights import Weight, hooked
+from bpdq_quantizer.model.windows import Window, first_tokens, image_token, token_count
 from bpdq_quantizer.passes.layers import check_finite
 from bpdq_quantizer.passes.tune import LOSS_ELEMENTS, log_probabilities, softcap
 from bpdq_quantizer.storage.offload import Batches
@@ -66,7 +67,7 @@ def choices(coefficient_bits: int) -> tuple[Scheme, ...]:
 
 def sensitivities(
     source: Streamed,
-    tokens: Tensor,
+    windows: Sequence[Window],
     device: torch.device,
     *,
     schemes: Sequence[Scheme],
@@ -74,14 +75,14 @@ def sensitivities(
     damping: float,
     offload: Path | None = None,
 ) -> list[Stage]:
-    """The stages of all decoder blocks in order, from windows [W, L]; reads each block twice, forwards and backwards.
+    """The stages of all decoder blocks in order, from windows; reads each block twice, forwards and backwards.
 
     schemes: `choices`, of which every stage gets the costs. The Hessians are of all windows in the 16-bit model, the
     gradients of the first GRADIENT_TOKENS. alpha, damping: as of `quantize_linear`; offload: a folder for the hidden
     states of all windows, which else stay in memory.
     """
-    few = tokens[: max(1, GRADIENT_TOKENS // tokens.shape[1])]
-    sampled, states = row_losses(source, tokens, len(few), device, schemes, alpha, damping, offload)
+    few = first_tokens(windows, GRADIENT_TOKENS)
+    sampled, states = row_losses(source, windows, len(few), device, schemes, alpha, damping, offload)
     energies = gradient_energies(source, few, states, device)
     return [with_costs(samples, energies) for samples in sampled]
 
@@ -98,23 +99,23 @@ def with_costs(samples: dict[str, Sample], energies: dict[str, Tensor]) -> Stage
 @torch.no_grad()
 def row_losses(
     source: Streamed,
-    tokens: Tensor,
+    windows: Sequence[Window],
     keep: int,
     device: torch.device,
     schemes: Sequence[Scheme],
     alpha: float,
     damping: float,
     offload: Path | None,
-) -> tuple[list[dict[str, Sample]], list[Tensor]]:
+) -> tuple[list[dict[str, Sample]], list[list[Tensor]]]:
     """Samples of every stage's weights, by name, and the 16-bit model's states in front of every block and after the
-    last, [keep, L, D] of the first `keep` windows, on the CPU."""
-    batches, calls = embed(source, tokens, device, offload)
+    last, [1, L, D] of each of the first `keep` windows, on the CPU."""
+    batches, calls = embed(source, windows, device, offload)
     sampled, states = [], [first_windows(batches, keep)]
     for index, here in enumerate(tqdm(calls, desc="measuring sensitivities", unit="block")):
         block = load_block(source, index, device)
         runs = block_runs(block, here, device, len(batches))
         stages = find_stages(solved(source, index).values(), runs[0], batches[0][:1])
-        hessians = all_hessians([stage[0] for stage in stages], runs, batches, tokens.numel())
+        hessians = all_hessians([stage[0] for stage in stages], runs, batches, token_count(windows))
         sampled += [sample_stage(stage, hessians.pop(stage[0].name), schemes, alpha, damping) for stage in stages]
         states.append(first_windows(batches, keep))
         drop_block(block)
@@ -136,14 +137,14 @@ def sample_stage(
     }
 
 
-def first_windows(batches: Batches, count: int) -> Tensor:
-    """The first `count` windows [count, L, D] of batches [n, L, D]."""
+def first_windows(batches: Batches, count: int) -> list[Tensor]:
+    """The first `count` windows [1, L, D] of batches [n, L, D]."""
     found: list[Tensor] = []
     for batch in batches:
-        found += batch.split(1)
-        if len(found) >= count:
+        found += [window.clone() for window in batch[: count - len(found)].split(1)]
+        if len(found) == count:
             break
-    return torch.cat(found[:count])
+    return found
 
 
 def all_hessians(weights: Sequence[Weight], runs: Sequence[Run], batches: Batches, tokens: int) -> dict[str, Tensor]:
@@ -193,14 +194,15 @@ def by_planes(scheme: Scheme) -> tuple[int, int, int]:
 
 
 def gradient_energies(
-    source: Streamed, tokens: Tensor, states: list[Tensor], device: torch.device
+    source: Streamed, windows: Sequence[Window], states: list[list[Tensor]], device: torch.device
 ) -> dict[str, Tensor]:
     """Mean over tokens of the squared gradient of the loss at each weight's outputs: fp32 [N] on the CPU, by name.
 
-    tokens: [W, L]; states: as returned by `row_losses`. The loss is the sum over tokens of the negative log-likelihood.
+    states: as returned by `row_losses`, of these windows. The loss is the sum over tokens of the negative
+    log-likelihood.
     """
-    calls = block_inputs(source.model, source.blocks, tokens, source.by_window).calls
-    gradients = loss_gradients(source, tokens, states[-1])
+    calls = block_inputs(source.model, source.blocks, windows, source.by_window).calls
+    gradients = loss_gradients(source, windows, states[-1])
     energies: dict[str, Tensor] = {}
     for index in reversed(range(len(source.blocks))):
         block = load_block(source, index, device).requires_grad_(False)
@@ -210,10 +212,10 @@ def gradient_energies(
         with hooked(weight.on_gradient(partial(add_squares, here[name])) for name, weight in weights.items()):
             for i, gradient in enumerate(gradients):
                 with torch.enable_grad():
-                    hidden = states[index][i : i + 1].to(device).requires_grad_()
+                    hidden = states[index][i].detach().to(device).requires_grad_()
                     (gradients[i],) = torch.autograd.grad(runs[i](hidden), hidden, gradient.to(device))
         drop_block(block)
-        energies |= {name: energy.cpu() / tokens.numel() for name, energy in here.items()}
+        energies |= {name: energy.cpu() / token_count(windows) for name, energy in here.items()}
     return energies
 
 
@@ -222,18 +224,20 @@ def add_squares(energy: Tensor, gradient: Tensor) -> None:
     energy.add_(gradient.float().square().sum(tuple(range(gradient.ndim - 1))))
 
 
-def loss_gradients(source: Streamed, tokens: Tensor, last: Tensor) -> list[Tensor]:
-    """The gradient of the loss at the last block's output, a tensor [1, L, D] for every window of `last` [W, L, D]."""
+def loss_gradients(source: Streamed, windows: Sequence[Window], last: list[Tensor]) -> list[Tensor]:
+    """The gradient of the loss at the last block's output, a tensor [1, L, D] for every window, as `last` is. No model
+    predicts an image's tokens."""
     head, cap = source.model.get_output_embeddings(), softcap(source.model)
     step = max(1, LOSS_ELEMENTS // head.weight.shape[0])
+    nll = partial(nll_loss, reduction="sum", ignore_index=image_token(source.model))
     gradients = []
-    for window, hidden in zip(tokens, last.split(1), strict=True):
+    for window, hidden in zip(windows, last, strict=True):
         with torch.enable_grad():
             hidden = hidden.detach().requires_grad_()
             (final,) = head_inputs(source.model, source.blocks, [hidden])
             states = final.detach()[0, :-1].requires_grad_()
-            for rows, targets in zip(states.split(step), window[1:].split(step), strict=True):
-                nll_loss(log_probabilities(rows, head, cap), targets, reduction="sum").backward()
+            for rows, targets in zip(states.split(step), window.tokens[0, 1:].split(step), strict=True):
+                nll(log_probabilities(rows, head, cap), targets).backward()
             padded = torch.nn.functional.pad(states.grad[None], (0, 0, 0, 1))
             gradients.append(torch.autograd.grad(final, hidden, padded)[0])
     return gradients

@@ -108,7 +108,8 @@ class Text:
     calibration: PathName = option(
         "default",
         "default, FILE.txt, FILE.jsonl or hf:NAME",
-        "`FILE.txt`, `FILE.jsonl` (rows with a string `text`; no more of a file is read than the windows take), "
+        "`FILE.txt`, `FILE.jsonl` (rows with a string `text`, or `messages` for the chat template; for a model that "
+        "sees images also with paths of an `image` or several; no more of a file is read than the windows take), "
         "`hf:NAME` or `hf:NAME:CONFIG` (a data set's train split, `pip install 'vllm-bpdq[hub]'`). `default` is the "
         "Python language reference, which needs no network and is for trying things out: **bring text like what the "
         "model will serve** (WikiText perplexity at k = 2, 32 x 512 tokens, before row refinement: 183 with `default`, "

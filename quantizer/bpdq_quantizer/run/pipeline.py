@@ -12,10 +12,12 @@ from torch import nn
 
 from bpdq_quantizer.algorithm.solver import Solve
 from bpdq_quantizer.checkpoint import writer
+from bpdq_quantizer.checkpoint.heads import head_patterns
 from bpdq_quantizer.cost import Clock, peak_memory, total
 from bpdq_quantizer.model.calls import head_inputs
 from bpdq_quantizer.model.stream import check_unchanged
 from bpdq_quantizer.model.weights import kept, weights_in
+from bpdq_quantizer.model.windows import token_count
 from bpdq_quantizer.passes import kv_scales
 from bpdq_quantizer.passes.blocks import final_batches
 from bpdq_quantizer.passes.embeddings import quantize_embeddings
@@ -72,9 +74,10 @@ def follow(run: Run, solve: Solve) -> dict[str, Any]:
         scales = kv_scales.calibrate(source, run.windows.solving, run.device, folder.offload, read)
     found = report(run, layers, tuning, parts, clock.read())
     ignore = [name for name in weights_in(source.model) if name not in {layer["name"] for layer in layers}]
+    ignore += head_patterns(run.heads, source.model)
     check_unchanged(o.files.model, run.stamps)
     config = checkpoint_config(o, schemes, run.embeddings, ignore)
-    writer.finish(folder.path, source, config, found, digests, scales)
+    writer.finish(folder.path, source, config, found, digests, scales, run.heads)
     return found
 
 
@@ -104,7 +107,8 @@ def report(
         "options": {name: value for name, value in run.options.by_name().items() if name != "model"},
         "source_quantization": run.source.quantization,
         **({} if tuning is None else {"tuning": tuning}),
-        "calibration_tokens": run.windows.solving.numel(),
+        "calibration_tokens": token_count(run.windows.solving),
+        "calibration_windows_with_images": sum(bool(window.images) for window in run.windows.solving),
         "special_tokens": run.windows.special_tokens,
         "bits_per_weight": mean_bits(layers),
         **cost,
@@ -116,11 +120,15 @@ def report(
 
 
 def left_in_16_bits(run: Run, layers: list[dict[str, Any]]) -> dict[str, str]:
-    """The Linears of blocks that are not among `layers`, by name, and why."""
+    """The Linears of blocks that are not among `layers`, and of heads for multi-token prediction, by name, and why."""
     blocks = run.source.model.get_submodule(run.source.prefix)
     weights = weights_in(blocks, run.source.prefix)
     reasons, done = kept(weights), {layer["name"] for layer in layers}
-    return {name: reasons.get(name, "--ignore") for name in weights if name not in done}
+    matrices = [name for name, entry in run.heads.items() if len(entry.shape) == 2]
+    return {
+        **{name: reasons.get(name, "--ignore") for name in weights if name not in done},
+        **{name.removesuffix(".weight"): "multi-token prediction" for name in matrices},
+    }
 
 
 def head_states(run: Run, read: Callable[[int], nn.Module]) -> Batches:

@@ -1,23 +1,28 @@
 """The first page of the recipe: open the model and the text, and refuse what can't be done before any of it is."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
+from bpdq_kernels.folder import Headers
 from bpdq_kernels.format import Scheme
 from bpdq_quantizer.checkpoint import writer
 from bpdq_quantizer.checkpoint.carried import carry_over
+from bpdq_quantizer.checkpoint.heads import find_heads
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.calibration import calibration_windows
+from bpdq_quantizer.model.images import sight_of
 from bpdq_quantizer.model.opening import plain_skeleton
-from bpdq_quantizer.model.sources import check_source
+from bpdq_quantizer.model.sources import check_source, is_gguf
 from bpdq_quantizer.model.stream import Stamps, Streamed, decoder_blocks, leave_alone, open_model, solved, stamps
 from bpdq_quantizer.model.support import check_blocks, check_dense, check_tokens
 from bpdq_quantizer.model.tokens import leading_tokens, load_tokenizer
+from bpdq_quantizer.model.windows import Window, all_tokens
 from bpdq_quantizer.passes import kv_scales
 from bpdq_quantizer.passes.allocate import check_budget, most_common, other_bytes, parse_size, uniform
 from bpdq_quantizer.passes.embeddings import embedding_schemes
@@ -31,17 +36,18 @@ from bpdq_quantizer.run.workers import own_device
 
 
 class Windows(NamedTuple):
-    """Calibration text, [W, L] tokens. solving, tuning: to solve on, and to tune the model on; special_tokens: the
-    names of those that each begins with."""
+    """What is calibrated on. solving: to solve on; tuning: to tune the model on, tokens [W, L], none with images;
+    special_tokens: the names of those that each begins with."""
 
-    solving: Tensor
-    tuning: Tensor
+    solving: Sequence[Window]
+    tuning: Tensor | None
     special_tokens: list[str]
 
 
 class Run(NamedTuple):
     """What a run works on and with. stamps: of the source's files, before it was opened; embeddings: schemes of the
-    embedding and LM head, if they are quantized; budget: bytes for the blocks' Linears, None for one scheme for all."""
+    embedding and LM head, if they are quantized; budget: bytes for the blocks' Linears, None for one scheme for all;
+    heads: for multi-token prediction, in the source's files."""
 
     options: Options
     source: Streamed
@@ -51,6 +57,7 @@ class Run(NamedTuple):
     budget: int | None
     device: torch.device
     folder: RunFolder
+    heads: Headers
 
 
 def prepare(o: Options, folder: RunFolder) -> Run:
@@ -62,56 +69,65 @@ def prepare(o: Options, folder: RunFolder) -> Run:
     check_dense(*decoder_blocks(plain_skeleton(model)))
     tokenizer = load_tokenizer(model)
     lead = leading_tokens(tokenizer, o.text.special_tokens)
-    tokens = _windows(o, tokenizer, lead)
+    found = _windows(o, tokenizer, lead)
     before = stamps(model)
     source = leave_alone(open_model(model), o.schemes.ignore or [])
-    check_tokens(source.model, tokens, o.text.calibration)
-    source = check_blocks(source, tokens)
+    check_tokens(source.model, found, o.text.calibration)
+    source = check_blocks(source, found)
     if source.carries and (o.schemes.target_bpw or o.schemes.target_size):
         raise InputError(
             f"--target-bpw / --target-size: blocks of {type(source.model).__name__} share keys and values, through "
             "which gradients are not followed: leave it out"
         )
+    heads = find_heads(model, source.model)
     if o.method.rotate == "hadamard":
         source = rotated(source, o.method.seed)
+        if heads:
+            tqdm.write(f"{model}: its head for multi-token prediction reads what --rotate turns, and is left out")
+            heads = {}
     embeddings = embedding_schemes(
         source.model, o.schemes.embed_bits, o.schemes.head_bits, o.schemes.group_size, o.schemes.coefficient_bits
     )
-    budget = _budget(source, embeddings, o.schemes)
+    budget = _budget(source, embeddings, writer.stored_bytes(heads), o.schemes)
     if o.schemes.kv_cache_scales:
-        kv_scales.check(source, tokens, device)
+        kv_scales.check(source, found, device)
     carry_over(model, source.model, tokenizer, folder.path / writer.CARRIED)
     trial = checkpoint_config(o, one_scheme(source, o.schemes), embeddings, [])
     writer.write_config(source, trial, folder.resume)
-    this = identity(o, tokens, source.model.dtype, device, before)
-    begin(folder, this, writer.contents(folder.path, len(source.blocks)))
+    this = identity(o, found, source.model.dtype, device, before)
+    begin(folder, this, writer.contents(folder.path, len(source.blocks), heads))
     recover(folder)
     names = tokenizer.convert_ids_to_tokens(lead)
-    windows = Windows(tokens[: o.text.samples], tokens[: o.tuning.tune_samples], names)
-    return Run(o, source, before, windows, embeddings, budget, device, folder)
+    tuning = all_tokens(found[: o.tuning.tune_samples]) if o.tuning.tune == "model" else None
+    windows = Windows(found[: o.text.samples], tuning, names)
+    return Run(o, source, before, windows, embeddings, budget, device, folder, heads)
 
 
-def _windows(o: Options, tokenizer: Any, lead: list[int]) -> Tensor:
-    """The calibration windows [W, L] for solving and tuning; raises InputError where they are too few."""
+def _windows(o: Options, tokenizer: PreTrainedTokenizerBase, lead: list[int]) -> list[Window]:
+    """Those for solving and tuning; raises InputError where they are too few, or can't be tuned on."""
     samples, seq_len, calibration, tune = o.text.samples, o.text.seq_len, o.text.calibration, o.tuning.tune
     wanted = max(samples, o.tuning.tune_samples) if tune == "model" else samples
-    tokens = calibration_windows(calibration, tokenizer, wanted, seq_len, o.method.seed, lead)
-    if len(tokens) < 1 + (tune != "none"):
+    sight = None if is_gguf(o.files.model) else sight_of(o.files.model, tokenizer)
+    found = calibration_windows(calibration, tokenizer, wanted, seq_len, o.method.seed, lead, sight)
+    if tune != "none" and any(window.images for window in found):
+        raise InputError(f"--tune {tune} trains on text alone, and {calibration} has images: leave either out")
+    if len(found) < 1 + (tune != "none"):
         raise InputError(
-            f"--tune {tune} needs two calibration windows or more, and {calibration} holds {len(tokens)} of "
+            f"--tune {tune} needs two calibration windows or more, and {calibration} holds {len(found)} of "
             f"{seq_len} tokens: bring more text or lower --seq-len"
         )
-    if len(tokens) < wanted:
-        tqdm.write(f"{calibration}: holds {len(tokens)} windows of {seq_len} tokens, --samples asked for {wanted}")
-    return tokens
+    if len(found) < wanted:
+        tqdm.write(f"{calibration}: holds {len(found)} windows of {seq_len} tokens, --samples asked for {wanted}")
+    return found
 
 
-def _budget(source: Streamed, embeddings: Mapping[str, Scheme], o: Schemes) -> int | None:
-    """Bytes for the blocks' Linears, if a target says so; raises InputError if no scheme is as small."""
+def _budget(source: Streamed, embeddings: Mapping[str, Scheme], copied: int, o: Schemes) -> int | None:
+    """Bytes for the blocks' Linears, if a target says so, beside `copied` ones; raises InputError if no scheme is as
+    small."""
     if o.target_bpw is not None:
         budget = int(o.target_bpw * sum(prod(weight.shape) for weight in solved(source).values()) / 8)
     elif o.target_size is not None:
-        budget = parse_size(o.target_size) - other_bytes(source, embeddings)
+        budget = parse_size(o.target_size) - other_bytes(source, embeddings) - copied
     else:
         return None
     check_budget(source, budget, choices(o.coefficient_bits))

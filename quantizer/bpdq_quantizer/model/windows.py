@@ -1,0 +1,50 @@
+"""What a model is calibrated on: pieces of text, and images with what is said of them."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+
+class Window(NamedTuple):
+    """tokens: ids [1, L] int64; images: what else the model is called with, by argument, such as `pixel_values`."""
+
+    tokens: Tensor
+    images: Mapping[str, Tensor] = MappingProxyType({})
+
+
+def text_windows(tokens: Tensor) -> list[Window]:
+    """Windows of text alone, of ids [W, L]."""
+    return [Window(ids) for ids in tokens.split(1)]
+
+
+def all_tokens(windows: Iterable[Window]) -> Tensor:
+    """The ids [W, L] of windows that are equally long."""
+    return torch.cat([window.tokens for window in windows])
+
+
+def token_count(windows: Iterable[Window]) -> int:
+    return sum(window.tokens.numel() for window in windows)
+
+
+def first_tokens(windows: Sequence[Window], count: int) -> Sequence[Window]:
+    """The first windows, at least one, as long as they hold no more than `count` tokens."""
+    kept = 1
+    while kept < len(windows) and token_count(windows[: kept + 1]) <= count:
+        kept += 1
+    return windows[:kept]
+
+
+def arguments(model: PreTrainedModel, window: Window) -> dict[str, Any]:
+    """What a model without its LM head is called with for a window: floats are of the model's dtype."""
+    given = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in window.images.items()}
+    return {"input_ids": window.tokens, "use_cache": False, **given}
+
+
+def image_token(model: PreTrainedModel) -> int:
+    """The id that stands for a piece of an image; -1, which is no token's, for a model that sees none."""
+    found = getattr(model.config, "image_token_id", None)
+    return -1 if found is None else found
