@@ -21,6 +21,7 @@ from bpdq_quantizer.model import stored_weights
 from bpdq_quantizer.model.formats import layout
 from bpdq_quantizer.model.stream import load_block, open_model
 from bpdq_quantizer.run import steps
+from mtp_models import with_head
 from quantized_sources import (
     FORMATS,
     compressed,
@@ -245,3 +246,20 @@ def test_experts_in_mxfp4(tmp_path):
     rewrite(folder, stored | {f"{name}_scales": torch.full_like(stored[f"{name}_scales"], 255)}, None)
     with pytest.raises(InputError, match=f"{name}_scales holds NaN or infinity"):
         open_model(str(folder))
+
+
+@pytest.mark.parametrize("name", ["blocks", "W4A16"])
+def test_heads_for_multi_token_prediction_come_in_16_bits(tmp_path, text, name, capfd):
+    """Their scales, and those of activations, are left behind."""
+    model = with_head(tmp_path / "model", "qwen3_5")
+    config = model / "config.json"
+    config.write_text(config.read_text().replace('"float32"', '"bfloat16"'))
+    quantized, plain = quantized_pair(model, tmp_path / "source", *SOURCES[name])
+    scale = {"mtp.layers.0.mlp.up_proj.input_scale": torch.ones(1)}
+    rewrite(quantized, load_tensors(quantized) | scale, None)
+    for source in (quantized, plain):
+        quantize(source, source.with_name(f"{source.name}-out"), text)
+    found, expected = (load_tensors(folder.with_name(f"{folder.name}-out")) for folder in (quantized, plain))
+    assert any(name.startswith("mtp.layers.0.mlp") for name in expected)
+    assert same(found, expected)
+    assert "whole layers for multi-token prediction" not in capfd.readouterr().out

@@ -14,6 +14,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.utils import logging
 
 from bpdq_kernels.folder import FLOATS, REMEDY, Entry, Headers
+from bpdq_kernels.mtp import head_pattern
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.formats import FORMATS
 from bpdq_quantizer.model.formats.layout import ORIGINAL, Format, Layout, decoded
@@ -36,6 +37,9 @@ class StoredWeight(NamedTuple):
                 found[suffix] = file.get_tensor(self.name + suffix)
         return found
 
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        return decoded(self.layout, self.tensors(), dtype)
+
 
 class DequantizedWeights(Mapping[str, Tensor]):
     """`others`, but with those that are `quantized` dequantized to `dtype` whenever they are read."""
@@ -45,7 +49,7 @@ class DequantizedWeights(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         weight = self.quantized.get(name)
-        return self.others[name] if weight is None else decoded(weight.layout, weight.tensors(), self.dtype)
+        return self.others[name] if weight is None else weight.dequantized(self.dtype)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.others)
@@ -57,7 +61,8 @@ class DequantizedWeights(Mapping[str, Tensor]):
 def stored_weights(
     model: str, skeleton: PreTrainedModel, stored: Headers, quantization: Mapping[str, Any]
 ) -> dict[str, StoredWeight]:
-    """The weights of the 16-bit `skeleton` of a model that its files `stored` hold quantized, by their names in it.
+    """The weights of the 16-bit `skeleton` of a model that its files `stored` hold quantized, by their names in it; of
+    heads for multi-token prediction, which it lacks, by their names in the files.
 
     Raises InputError for tensors that are missing, have another dtype or shape than the weight's format says, or hold
     scales that are no numbers. Of the others' values nothing is read.
@@ -69,17 +74,33 @@ def stored_weights(
     found = {}
     for name in candidates(stored, fmt):
         target, is_converted = model_name(name)
-        if target not in wanted or not wanted[target].is_floating_point():
-            continue
         parts = {suffix: stored[name + suffix] for suffix in ("", *fmt.suffixes) if name + suffix in stored}
+        if target in wanted:
+            shape = tuple(wanted[target].shape)
+        elif head_pattern(name, skeleton.config) and name.endswith(".weight"):
+            target, shape, is_converted = name, shape_of_head(name, parts), False
+        else:
+            continue
         with named(next(iter(parts.values())).file):
             if is_converted:
                 raise InputError(f"{name} is stored quantized, and transformers makes others of it: {ORIGINAL}")
-            layout = read(name, tuple(wanted[target].shape), parts)
+            layout = read(name, shape, parts)
         check_parts(name, parts, layout, quantization["quant_method"])
         found[target] = StoredWeight(name, parts, layout)
     check_values(found.values())
     return found
+
+
+def shape_of_head(name: str, parts: Mapping[str, Entry]) -> tuple[int, ...]:
+    """That of a weight of which no config tells it; raises InputError."""
+    if "_shape" in parts:
+        file = parts["_shape"].file
+        with safe_open(file, framework="pt") as tensors:
+            return tuple(tensors.get_tensor(f"{name}_shape").tolist())
+    if "" in parts:
+        return parts[""].shape
+    suffix, entry = next(iter(parts.items()))
+    raise InputError(f"{entry.file}: {name}{suffix} does not tell how large {name} is: {ORIGINAL}")
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +24,14 @@ from bpdq_quantizer.model.modules import replace_linear
 from bpdq_quantizer.model.opening import load_pretrained, misfit, plain_skeleton
 from bpdq_quantizer.model.quantized import open_config
 from bpdq_quantizer.model.sources import is_gguf, local_folder, weight_files
-from bpdq_quantizer.model.stored_weights import DequantizedWeights, packed_names, renaming, stored_weights, unreported
+from bpdq_quantizer.model.stored_weights import (
+    DequantizedWeights,
+    StoredWeight,
+    packed_names,
+    renaming,
+    stored_weights,
+    unreported,
+)
 from bpdq_quantizer.model.weights import Weight, kept, weights_in
 
 Stamps = dict[str, list[int]]  # size and time of change (ns) of files, by name
@@ -56,7 +64,8 @@ class Streamed(NamedTuple):
     from the files on access; left_alone: names, or `re:` patterns, of the blocks' weights that stay in 16 bits;
     by_window: whether a block's arguments are of one window, even if they depend on nothing else (Bloom, XGLM);
     carries: whether blocks read what earlier ones left, beside hidden states (`calls.carries`); quantization: the
-    `quantization_config` by which the files hold weights that are dequantized as they are read."""
+    `quantization_config` by which the files hold `quantized` weights, which are dequantized as they are read: by their
+    names in the model, those of heads for multi-token prediction by their names in the files."""
 
     model: PreTrainedModel
     prefix: str
@@ -66,6 +75,7 @@ class Streamed(NamedTuple):
     by_window: bool = False
     carries: bool = False
     quantization: dict[str, Any] | None = None
+    quantized: Mapping[str, StoredWeight] = MappingProxyType({})
 
 
 def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -149,7 +159,7 @@ def open_model(model: str) -> Streamed:
         else:  # no longer mapped from files, of which all that was looked at would stay
             parameter.data = parameter.data.clone()
     watched = WatchedWeights(weights, model, before, converted)
-    return Streamed(lm, *decoder_blocks(lm), watched, quantization=quantization)
+    return Streamed(lm, *decoder_blocks(lm), watched, quantization=quantization, quantized=quantized)
 
 
 def check_tensors(model: str, skeleton: PreTrainedModel, stored: Headers, quantized: Collection[str]) -> None:

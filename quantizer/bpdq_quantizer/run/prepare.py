@@ -79,7 +79,7 @@ def prepare(o: Options, folder: RunFolder) -> Run:
             f"--target-bpw / --target-size: blocks of {type(source.model).__name__} share keys and values, through "
             "which gradients are not followed: leave it out"
         )
-    heads = find_heads(model, source.model)
+    heads = find_heads(model, source.model, source.quantized)
     if o.method.rotate == "hadamard":
         source = rotated(source, o.method.seed)
         if heads:
