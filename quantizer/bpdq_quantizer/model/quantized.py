@@ -42,6 +42,8 @@ def check_method(model: str, quantization: Mapping[str, Any]) -> None:
     method = quantization.get("quant_method")
     if {"load_in_4bit", "load_in_8bit"} & quantization.keys():
         method = "bitsandbytes"
+    if not isinstance(method, str):
+        method = None
     if method in FORMATS:
         return
     how = f"by {LABELS.get(method, method)}" if method else "and its config.json names no quant_method"
