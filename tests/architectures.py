@@ -110,10 +110,13 @@ WRAPPERS: dict[str, dict[str, Any]] = {
 }
 
 
-def model_folder(folder: Path, arch: str) -> Path:
-    """Write a Hugging Face folder of a random `arch` model, and its tokenizer."""
+def model_folder(folder: Path, arch: str, **changes: Any) -> Path:
+    """Write a Hugging Face folder of a random `arch` model, with `changes` to its text model, and its tokenizer."""
     torch.manual_seed(0)
-    settings = WRAPPERS[arch] if arch in WRAPPERS else TOKENS | TEXT[arch]
+    if arch in WRAPPERS:
+        settings = WRAPPERS[arch] | {"text_config": WRAPPERS[arch]["text_config"] | changes}
+    else:
+        settings = TOKENS | TEXT[arch] | changes
     auto_class(arch).from_config(AutoConfig.for_model(arch, **settings)).float().save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder

@@ -5,6 +5,7 @@ in processes that never build a model.
 """
 
 import dataclasses
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +27,7 @@ class BPDQConfig(QuantizationConfig):
         super().__init__()
         self.format = self.stored_format = parsed
         self.mappers: list[WeightsMapper] = []
+        self.has_embedding = False  # of which vLLM's model has said that it may be quantized
         self.model: tuple[str, str | None] | None = None  # name or folder, and revision, until its files are checked
 
     def __repr__(self) -> str:
@@ -67,8 +69,28 @@ class BPDQConfig(QuantizationConfig):
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None, **kwargs: Any
     ) -> None:
-        """Remember which checkpoint this is the config of."""
+        """Remember which checkpoint this is the config of; raises ValueError for bit-planes where vLLM's model asks for
+        no quantization method."""
         self.model = model_name, revision
+        for name in _mamba_1_linears(hf_config):
+            if self.format.scheme_for(name) is not None:
+                raise ValueError(
+                    f"{name}: vLLM has Linears of Mamba-1 in 16 bits only: use the checkpoint with transformers, or "
+                    "quantize the model again with --ignore 're:.*(mamba|mixer)[.](in|out)_proj'"
+                )
+
+    def get_checkpoint_weight_mapper(self) -> "WeightsMapper":
+        """What vLLM asks for when the model is built, and before its weights are read. Raises ValueError for an
+        embedding in bit-planes for which no method was asked: many of vLLM's models have theirs in 16 bits only."""
+        from vllm.distributed import get_pp_group
+
+        name = self._embedding_name()
+        if name and not self.has_embedding and get_pp_group().is_first_rank:
+            raise ValueError(
+                f"{name}: vLLM's model has its embedding in 16 bits only: quantize the model again without "
+                "--embed-bits, and without --head-bits if the LM head is tied to it"
+            )
+        return super().get_checkpoint_weight_mapper()
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: "WeightsMapper") -> None:
         """Rename exact module names as the model renames its weights. A `re:` pattern stays, as it is for names of the
@@ -89,11 +111,12 @@ class BPDQConfig(QuantizationConfig):
         checkpoint has scales for its KV cache (which fp8_e5m2 has no use for, and vLLM refuses beside them).
 
         Before the first layer the checkpoint's files are checked: this is where vLLM's load format is known. Raises
-        ValueError for what they lack, for mixture-of-experts layers, and for fused layers whose parts differ in scheme.
+        ValueError for what they lack, for mixture-of-experts layers, for fused layers whose parts differ in scheme, and
+        for an embedding in bit-planes where a draft model of EAGLE's kind or MTP is to share it.
         """
         from vllm.model_executor.layers.attention import Attention
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
-        from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
         from vllm_bpdq.checkpoint import check
         from vllm_bpdq.embedding import BPDQEmbeddingMethod
@@ -109,7 +132,12 @@ class BPDQConfig(QuantizationConfig):
             name = prefix or self._embedding_name()
             # a draft model that comes with the target, and with its config, has names of the checkpoint
             scheme = self.format.embedding_scheme(name) or self.stored_format.embedding_scheme(name)
-            return None if scheme is None else BPDQEmbeddingMethod(scheme, name, [name])
+            if scheme is None:
+                return None
+            if not isinstance(layer, ParallelLMHead):
+                _check_unshared(name)
+                self.has_embedding = True
+            return BPDQEmbeddingMethod(scheme, name, [name])
         if isinstance(layer, LinearBase):
             parts = self._parts(prefix)
             scheme = self._scheme(prefix, parts)
@@ -149,3 +177,26 @@ class BPDQConfig(QuantizationConfig):
                 f"give them the same bits, group_size and coefficient_bits, or ignore all of them"
             )
         return schemes[parts[0]]
+
+
+def _check_unshared(name: str) -> None:
+    """Raise ValueError where vLLM would load the embedding `name` into a draft model in 16 bits, or look for its weight
+    to compare it with that model's."""
+    from vllm.config import get_current_vllm_config_or_none
+
+    current = get_current_vllm_config_or_none()
+    if current is not None and current.speculative_config is not None and current.speculative_config.use_eagle():
+        raise ValueError(
+            f"{name}: an embedding in bit-planes can't be shared with a draft model that reads hidden states: serve "
+            "without --speculative-config, or quantize the model again without --embed-bits"
+        )
+
+
+def _mamba_1_linears(config: Any) -> Iterator[str]:
+    """Names of the Linears of Mamba-1 that `bpdq quantize` does not keep, of a model of transformers' config."""
+    mixers = {"falcon_mamba": "backbone.layers.{}.mixer", "mamba": "backbone.layers.{}.mixer"}
+    mixer = {**mixers, "jamba": "model.layers.{}.mamba"}.get(getattr(config, "model_type", None))
+    if mixer is not None:
+        kinds = getattr(config, "layers_block_type", None) or ["mamba"] * config.num_hidden_layers
+        numbers = [number for number, kind in enumerate(kinds) if kind in ("mamba", "linear_attention")]
+        yield from (f"{mixer.format(number)}.{key}" for number in numbers for key in ("in_proj", "out_proj"))

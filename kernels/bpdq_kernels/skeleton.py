@@ -54,10 +54,10 @@ def _check_architecture(config: "PreTrainedConfig") -> None:
     import transformers
 
     auto = auto_class(config)
-    built = None if auto is None else auto._model_mapping[type(config)]
+    built = None if auto is None else auto._model_mapping[type(config)].__name__
     for name in config.architectures or ():
         known = getattr(getattr(transformers, str(name), None), "config_class", None)
-        if known is not None and known.model_type != config.model_type and getattr(built, "__name__", name) != name:
+        if known is not None and known.model_type != config.model_type and name != built:
             raise InputError(
                 f"config.json: architectures names {name}, which is not of model_type {config.model_type}: {REMEDY}"
             )
