@@ -28,7 +28,8 @@ class Files:
     model: PathName = option(
         MISSING,
         "Hugging Face folder, hub id or .gguf file",
-        "Hugging Face folder, hub id, or `.gguf` file (dequantized first; `pip install 'vllm-bpdq[gguf]'`)",
+        "Hugging Face folder, hub id, or `.gguf` file (dequantized first; `pip install 'vllm-bpdq[gguf]'`); in 16 "
+        "bits, or quantized as said below",
         positional=True,
     )
     output: PathName = option(
