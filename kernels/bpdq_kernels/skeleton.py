@@ -162,23 +162,31 @@ class Arranged(NamedTuple):
     layers: dict[str, str]
 
 
-def arranged(stored: Headers, model: "PreTrainedModel") -> Arranged:
-    """The tensors of a checkpoint as `model`, a skeleton, has them."""
+def renaming(model: "PreTrainedModel") -> Callable[[str], tuple[str, bool]]:
+    """From a tensor's name in files to its name in `model`, and whether transformers does more than rename it."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, rename_source_key
 
-    transforms = get_model_conversion_mapping(model, add_legacy=False)
+    transforms = get_model_conversion_mapping(model)
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
-    plain = model.state_dict()
-    found = Arranged({}, set(), {})
+    wanted = model.state_dict()
+
+    def renamed(name: str) -> tuple[str, bool]:
+        new, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, wanted)
+        return (name, False) if new not in wanted and name in wanted else (new, pattern is not None)
+
+    return renamed
+
+
+def arranged(stored: Headers, model: "PreTrainedModel") -> Arranged:
+    """The tensors of a checkpoint as `model`, a skeleton, has them."""
+    found, model_name = Arranged({}, set(), {}), renaming(model)
     for name, entry in stored.items():
         layer, _, kind = name.rpartition(".")
         tensor = f"{layer}.weight" if kind in Stored._fields else name  # as which transformers knows the layer
-        new, source = rename_source_key(tensor, renamings, converters, model.base_model_prefix, plain)
-        if new not in plain and tensor in plain:
-            new, source = tensor, None
-        if source is not None:
+        new, is_made = model_name(tensor)
+        if is_made:
             found.made.add(new)
             continue
         new_layer = new.rpartition(".")[0]

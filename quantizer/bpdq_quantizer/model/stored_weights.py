@@ -1,7 +1,7 @@
 """Weights of sources that are quantized already: found in the files, checked, and dequantized when they are read."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -9,12 +9,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils import logging
 
 from bpdq_kernels.folder import FLOATS, REMEDY, Entry, Headers
 from bpdq_kernels.mtp import head_pattern
+from bpdq_kernels.skeleton import renaming
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.formats import FORMATS
 from bpdq_quantizer.model.formats.layout import ORIGINAL, Format, Layout, decoded
@@ -110,20 +109,6 @@ def named(source: object) -> Iterator[None]:
         yield
     except InputError as e:
         raise InputError(f"{source}: {e}") from None
-
-
-def renaming(skeleton: PreTrainedModel) -> Callable[[str], tuple[str, bool]]:
-    """From a tensor's name in files to its name in the model, and whether transformers does more than rename it."""
-    transforms = get_model_conversion_mapping(skeleton)
-    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
-    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
-    wanted = skeleton.state_dict()
-
-    def renamed(name: str) -> tuple[str, bool]:
-        found, pattern = rename_source_key(name, renamings, converters, skeleton.base_model_prefix, wanted)
-        return found, pattern is not None
-
-    return renamed
 
 
 def candidates(stored: Headers, fmt: Format) -> list[str]:

@@ -19,6 +19,7 @@ from bpdq_kernels import patterns
 from bpdq_kernels.folder import Headers, read_headers
 from bpdq_kernels.format import Scheme
 from bpdq_kernels.layout import Stored
+from bpdq_kernels.skeleton import renaming
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.modules import replace_linear
 from bpdq_quantizer.model.opening import load_pretrained, misfit, plain_skeleton
@@ -28,7 +29,6 @@ from bpdq_quantizer.model.stored_weights import (
     DequantizedWeights,
     StoredWeight,
     packed_names,
-    renaming,
     stored_weights,
     unreported,
 )
