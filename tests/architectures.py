@@ -48,6 +48,8 @@ DENSE |= {
     "xglm": {"d_model": 128, "ffn_dim": 192, "num_layers": 2, "attention_heads": 4},
 }  # fmt: skip
 WINDOWED = dict.fromkeys(("cohere2", "exaone4", "gemma2", "gemma3_text", "mistral", "olmo3"), SIZES | WINDOWS)
+MODERNBERT = {"local_attention": 16, "global_attn_every_n_layers": 2, "bos_token_id": 0}
+WINDOWED["modernbert-decoder"] = SIZES | MODERNBERT
 WINDOWED["gemma4_text"] = CONFIGS["gemma4_text"]  # with shared keys and values, and inputs of each layer
 MLA = {
     "minicpm3": SIZES | LATENT | {"kv_lora_rank": 64, "qk_rope_head_dim": 32},

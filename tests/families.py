@@ -93,6 +93,7 @@ FAMILIES: dict[str, Family] = {
     "gemma3_text": Family("sliding windows", "Gemma 3 270M and 1B"),
     "mistral": Family("dense, or sliding windows", "Mistral 7B, Mistral-Nemo 12B, Mistral-Large-2 123B, Codestral 22B"),
     "olmo3": Family("sliding windows", "Olmo 3 7B and 32B"),
+    "modernbert-decoder": Family("dense, sliding windows", "Ettin decoders, 17M to 1B", NO_MODEL),
     "gemma4_text": Family("sliding windows, shared keys and values", "the text models of Gemma 4", refuses=SHARED_KEYS),
     "minicpm3": Family("latent attention", "MiniCPM3-4B"),
     "deepseek_v2": Family("latent attention", "", same=False),
