@@ -116,14 +116,14 @@ WRAPPERS: dict[str, dict[str, Any]] = {
 }
 
 
-def model_folder(folder: Path, arch: str, gain: float = 1.0) -> Path:
-    """Write a Hugging Face folder of a random `arch` model, and its tokenizer.
+def model_folder(folder: Path, arch: str, gain: float = 1.0, **changes: Any) -> Path:
+    """Write a Hugging Face folder of a random `arch` model, with `changes` to its text model, and its tokenizer.
 
     gain: times the weights of the decoder blocks' Linears: with 8 greedy tokens are as good as random, where they
     otherwise repeat the last one's embedding.
     """
     torch.manual_seed(0)
-    model = auto_class(arch).from_config(config_of(arch)).float()
+    model = auto_class(arch).from_config(config_of(arch, **changes)).float()
     for weight in weights_in(decoder_blocks(model)[1]).values():
         weight.matrix.data *= gain
     model.save_pretrained(folder)
@@ -131,9 +131,11 @@ def model_folder(folder: Path, arch: str, gain: float = 1.0) -> Path:
     return folder
 
 
-def config_of(arch: str) -> PreTrainedConfig:
-    """Of the tiny model."""
-    return AutoConfig.for_model(arch, **(WRAPPERS[arch] if arch in WRAPPERS else TOKENS | TEXT[arch]))
+def config_of(arch: str, **changes: Any) -> PreTrainedConfig:
+    """Of the tiny model, with `changes` to its text model."""
+    if arch in WRAPPERS:
+        return AutoConfig.for_model(arch, **WRAPPERS[arch] | {"text_config": WRAPPERS[arch]["text_config"] | changes})
+    return AutoConfig.for_model(arch, **TOKENS | TEXT[arch] | changes)
 
 
 def auto_class(arch: str) -> type:

@@ -22,6 +22,9 @@ REFUSED = {
     | {"layer_types": ["sliding_attention", "full_attention"], "num_kv_shared_layers": 0, "sliding_window": 16}
     | {"hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": 384, "laurel_rank": 32}
     | {"activation_sparsity_pattern": [0.0] * 2, "intermediate_size": [192] * 2},
+    "zamba": {name: SIZES[name] for name in SIZES if name != "head_dim"}
+    | {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2, "num_key_value_heads": 4}
+    | {"n_mamba_heads": 2, "attn_layer_period": 2, "attn_layer_offset": 1},
 }
 
 
@@ -69,6 +72,7 @@ def test_its_sensitivities_are_measured(tmp_path, arch, monkeypatch):
     ("arch", "message"),
     [
         ("gemma3n_text", r"Gemma3nForCausalLM: its blocks read hidden states of shape \(4, 1, 2, 128\)"),
+        ("zamba", r"ZambaForCausalLM: model\.layers\.3\.shared_transf\..* is another block's too"),
         ("gpt2", "GPT2LMHeadModel: no list of 2 decoder blocks with Linear layers"),
     ],
 )

@@ -11,13 +11,12 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import AutoConfig
 from vllm.model_executor.layers.linear import ColumnParallelLinear, UnquantizedLinearMethod
 from vllm.model_executor.models.qwen3_5 import Qwen3_5ForConditionalGeneration
 
 import bpdq_quantizer
-from architectures import model_folder
 from bpdq_kernels.errors import InputError
 from bpdq_kernels.folder import Entry
 from bpdq_quantizer.checkpoint import heads
@@ -26,39 +25,12 @@ from bpdq_quantizer.checkpoint.inspection import inspect
 from bpdq_quantizer.checkpoint.manifest import verify
 from bpdq_quantizer.model.opening import load_pretrained, plain_skeleton
 from generate import vllm_tokens
+from mtp_models import COUNT, with_head
 from tiny import load_tensors, tiny_model
 from vllm_bpdq.config import BPDQConfig
 from vllm_bpdq.linear import BPDQLinearMethod
 
 QUICK = {"bits": 2, "group_size": 32, "samples": 3, "seq_len": 32, "iterations": 1, "solver": "paper"}
-BLOCK = {"qwen3_5": "model.language_model.layers.1.", "deepseek_v3": "model.layers.1."}
-COUNT = {"qwen3_5": "mtp_num_hidden_layers", "deepseek_v3": "num_nextn_predict_layers"}
-
-
-def with_head(folder: Path, arch: str) -> Path:
-    """A model folder with one head, in bf16: a copy of the last block between projections that let through what the
-    next token's embedding says, so that its drafts are right where the blocks say little."""
-    model_folder(folder, arch)
-    config = json.loads((folder / "config.json").read_text())
-    config.get("text_config", config)[COUNT[arch]] = 1
-    (folder / "config.json").write_text(json.dumps(config))
-    tensors = load_file(folder / "model.safetensors")
-    for name in tensors:
-        if name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight")):
-            tensors[name] *= 0.01
-    block = {name.removeprefix(BLOCK[arch]): W for name, W in tensors.items() if name.startswith(BLOCK[arch])}
-    projection, nothing = torch.eye(128, 256), torch.zeros(128)
-    if arch == "qwen3_5":
-        tensors |= {f"mtp.layers.0.{name}": W for name, W in block.items()} | {"mtp.fc.weight": projection}
-        tensors |= {f"mtp.{norm}.weight": nothing for norm in ("norm", "pre_fc_norm_hidden", "pre_fc_norm_embedding")}
-    else:
-        layer = "model.layers.2."
-        tensors |= {f"{layer}{name}": W for name, W in block.items()} | {f"{layer}eh_proj.weight": projection}
-        tensors |= {f"{layer}{norm}.weight": nothing + 1 for norm in ("enorm", "hnorm", "shared_head.norm")}
-        tensors |= {f"{layer}shared_head.head.weight": tensors["lm_head.weight"]}
-    tensors = {name: W.bfloat16().contiguous().clone() for name, W in tensors.items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
 
 
 def head_of(folder: Path) -> dict[str, torch.Tensor]:

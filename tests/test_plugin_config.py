@@ -1,12 +1,13 @@
 """Which checkpoints the plugin claims, and what it tells vLLM about each layer."""
 
+import re
 import subprocess
 import sys
 from importlib.metadata import entry_points
-from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoConfig
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import ColumnParallelLinear, UnquantizedLinearMethod
@@ -156,11 +157,11 @@ def test_fused_layers_whose_parts_differ_are_refused(change):
 )
 def test_what_vllm_takes_in_16_bits_only_is_refused_in_bit_planes(model_type, ignored, remedy):
     """Which otherwise ends in an AttributeError, or in shuffled weights."""
-    model = SimpleNamespace(model_type=model_type)
+    model = AutoConfig.for_model(model_type)
     with pytest.raises(ValueError, match=remedy):
         config().maybe_update_config("folder", model)
     config(ignore=[ignored]).maybe_update_config("folder", model)
-    config().maybe_update_config("folder", SimpleNamespace(model_type="falcon"))
+    config().maybe_update_config("folder", AutoConfig.for_model("falcon"))
 
 
 @pytest.mark.parametrize("kind", [VocabParallelEmbedding, ParallelLMHead, Attention])
@@ -203,3 +204,15 @@ def test_names_follow_the_model_when_vllm_renames_its_modules():
     assert scheme_of(quant, "language_model.model.layers.0.self_attn.o_proj") is None
     assert scheme_of(quant, "language_model.model.layers.0.mlp.down_proj") is None
     assert scheme_of(quant, "language_model.model.layers.1.mlp.down_proj") == Scheme(3, 128)
+
+
+@pytest.mark.parametrize(("arch", "mixer"), [("mamba", "backbone.layers.0.mixer"), ("jamba", "model.layers.0.mamba")])
+def test_linears_of_mamba_1_are_refused_in_bit_planes(arch, mixer):
+    """vLLM asks for no method for them, and none of its errors would say so."""
+    hf_config = AutoConfig.for_model(arch, num_hidden_layers=2, attn_layer_period=2, attn_layer_offset=1)
+    kept = [f"{mixer.replace('0', str(number))}.{key}_proj" for number in range(2) for key in ("in", "out")]
+    used = kept if arch == "mamba" else kept[:2]
+    config(ignore=used).maybe_update_config("model", hf_config=hf_config)
+    config().maybe_update_config("model", hf_config=AutoConfig.for_model("llama"))
+    with pytest.raises(ValueError, match=rf"{re.escape(used[-1])}: .* {arch} models in 16 bits only: "):
+        config(ignore=used[:-1]).maybe_update_config("model", hf_config=hf_config)

@@ -1,7 +1,12 @@
 """Embedding and LM head in bit-planes in vLLM: its layers over simulated tensor-parallel ranks, and an engine."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
+from vllm import distributed
+from vllm.config import SpeculativeConfig, VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers import vocab_parallel_embedding
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload.layerwise import (
@@ -18,6 +23,7 @@ from vllm_bpdq.config import BPDQConfig
 
 VOCABULARY, HIDDEN = 300, 96  # 300 rows: vLLM pads to 320, 160 on each of two ranks
 TABLE = Scheme(4, 32)
+TABLES = ("model.embed_tokens", "lm_head")
 
 
 def tables(*names: str, ignore: tuple[str, ...] = (), width: int = 16) -> BPDQConfig:
@@ -137,3 +143,35 @@ def test_tying_to_an_embedding_in_16_bits_is_refused(rank):
     head = ParallelLMHead(VOCABULARY, HIDDEN, quant_config=tables("lm_head"), prefix="lm_head")
     with pytest.raises(ValueError, match="lm_head is in bit-planes and tied to an embedding in 16 bits"):
         head.tie_weights(embedding)
+
+
+def test_an_embedding_that_a_draft_model_shares_is_refused(monkeypatch):
+    """An LM head is not: vLLM looks whether it has a weight."""
+    current = VllmConfig()
+    current.speculative_config = SpeculativeConfig(method="ngram", num_speculative_tokens=1)
+    quant = tables(*TABLES)
+    embedding, head = (kind.__new__(kind) for kind in (VocabParallelEmbedding, ParallelLMHead))
+    with set_current_vllm_config(current):
+        assert quant.get_quant_method(embedding, "model.embed_tokens")
+        monkeypatch.setattr(current.speculative_config, "method", "eagle3")
+        assert quant.get_quant_method(head, "lm_head")
+        with pytest.raises(ValueError, match=r"model.embed_tokens: .* can't be shared .* without --embed-bits"):
+            quant.get_quant_method(embedding, "model.embed_tokens")
+
+
+@pytest.mark.parametrize(
+    ("is_first_rank", "offered", "names", "refused"),
+    [
+        (True, VocabParallelEmbedding, TABLES, False),
+        (True, ParallelLMHead, TABLES, True),
+        (True, ParallelLMHead, TABLES[1:], False),
+        (False, ParallelLMHead, TABLES, False),  # of a pipeline, whose first stage has the embedding
+    ],
+)
+def test_an_embedding_that_vllm_never_offers_is_refused_by_name(monkeypatch, is_first_rank, offered, names, refused):
+    monkeypatch.setattr(distributed, "get_pp_group", lambda: SimpleNamespace(is_first_rank=is_first_rank))
+    quant = tables(*names)
+    quant.get_quant_method(offered.__new__(offered), "lm_head" if offered is ParallelLMHead else "model.embed_tokens")
+    expected = pytest.raises(ValueError, match=r"model.embed_tokens: .* 16 bits only: .* without --embed-bits")
+    with expected if refused else nullcontext():
+        quant.get_checkpoint_weight_mapper()

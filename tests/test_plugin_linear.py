@@ -12,6 +12,7 @@ from vllm.model_executor.layers.linear import (
     ReplicatedLinear,
     RowParallelLinear,
 )
+from vllm.model_executor.layers.quantization.utils.quant_utils import get_and_maybe_dequant_weights
 from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 from vllm.model_executor.model_loader.reload.layerwise import (
     finalize_layerwise_reload,
@@ -92,6 +93,13 @@ def test_column_parallel_ranks_hold_their_slice_of_the_outputs(rank, width, tp_s
         layer = ColumnParallelLinear(352, 96, bias=False, quant_config=config(bits, 128, width), prefix="m.up_proj")
         load(layer, tensors)
         assert torch.equal(weight(finish(layer)), W.chunk(tp_size)[tp_rank])
+
+
+def test_latent_attention_gets_the_weight_that_it_absorbs(rank, width):
+    tensors, W = stored(96, 128, 64, width=width)
+    layer = ColumnParallelLinear(128, 96, bias=False, quant_config=config(2, 64, width), prefix="m.kv_b_proj")
+    load(layer, tensors)
+    assert torch.equal(get_and_maybe_dequant_weights(finish(layer), layer.params_dtype), W)
 
 
 @pytest.mark.parametrize("tp_size", [1, 2, 4])

@@ -16,7 +16,7 @@ from bpdq_quantizer.checkpoint.inspection import inspect
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model import activations
 from bpdq_quantizer.model.activations import capture, capture_one, find_stages, run_batches
-from bpdq_quantizer.model.weights import hooked, weights_in
+from bpdq_quantizer.model.weights import Weight, hooked, kept, weights_in
 from bpdq_quantizer.run import pipeline
 from tiny import load_tensors, tiny_model
 from vllm_bpdq.checkpoint import check_folder
@@ -206,3 +206,13 @@ def test_what_cannot_be_ignored_is_named_before_any_work(model, tmp_path, text, 
     with pytest.raises(InputError, match=message):
         bpdq_quantizer.quantize(model, tmp_path / "out", calibration=text, samples=2, seq_len=32, ignore=ignore)
     assert not list(tmp_path.iterdir())
+
+
+KEPT = ("linear_attn.a_proj", "linear_attn.b_proj", "self_attn.kv_b_proj", "mlp.gate", "mixer.dt_proj")
+SOLVED = ("self_attn.q_a_proj", "self_attn.q_b_proj", "self_attn.kv_a_proj_with_mqa", "mlp.gate_proj", "mixer.in_proj")
+
+
+def test_gates_of_states_and_routers_are_kept_and_no_other_names():
+    parent = nn.ModuleDict({"wide": nn.Linear(64, 64)})
+    weights = {name: Weight(name, parent, "wide") for name in (f"model.layers.0.{end}" for end in (*KEPT, *SOLVED))}
+    assert kept(weights).keys() == {f"model.layers.0.{end}" for end in KEPT}

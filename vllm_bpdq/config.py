@@ -5,6 +5,7 @@ in processes that never build a model.
 """
 
 import dataclasses
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,18 +19,6 @@ from vllm_bpdq.names import origins, renamed
 if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper
 
-# Layers that vLLM 0.32's models take in 16 bits only, by model_type, and what to do: models/bloom.py reorders outputs
-# before any of our code sees them, layers/mamba/mamba_mixer.py asks no QuantizationConfig
-IN_16_BITS = {
-    "bloom": (
-        "transformer.h.0.self_attention.query_key_value",
-        "quantize the model again with --ignore 're:.*query_key_value'",
-    ),
-    "jamba": ("model.layers.0.mamba.in_proj", "quantize the model again with --ignore 're:.*[.]mamba[.]'"),
-    "mamba": ("backbone.layers.0.mixer.in_proj", "serve it with transformers"),
-    "falcon_mamba": ("backbone.layers.0.mixer.in_proj", "serve it with transformers"),
-}
-
 
 class BPDQConfig(QuantizationConfig):
     """`format` as parsed from `quantization_config`; layer names are turned into vLLM's by `apply_vllm_mapper`."""
@@ -38,6 +27,7 @@ class BPDQConfig(QuantizationConfig):
         super().__init__()
         self.format = self.stored_format = parsed
         self.mappers: list[WeightsMapper] = []
+        self.has_embedding = False  # of which vLLM's model has said that it may be quantized
         # name or folder, revision, and transformers' config, until its files are checked
         self.model: tuple[str, str | None, Any] | None = None
 
@@ -80,13 +70,26 @@ class BPDQConfig(QuantizationConfig):
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None, **kwargs: Any
     ) -> None:
-        """Remember which checkpoint this is the config of. Raises ValueError, with a remedy, for what vLLM takes in 16
-        bits only."""
+        """Remember which checkpoint this is the config of. Raises ValueError, with a remedy, for bit-planes where vLLM
+        takes 16 bits only."""
         self.model = model_name, revision, hf_config
-        model_type = getattr(hf_config, "model_type", None)
-        layer, remedy = IN_16_BITS.get(model_type, (None, None))
-        if layer is not None and self.format.scheme_for(layer) is not None:
-            raise ValueError(f"{layer}: vLLM takes this layer of {model_type} models in 16 bits only: {remedy}")
+        for name, remedy in _in_16_bits_only(hf_config):
+            if self.format.scheme_for(name) is not None:
+                model_type = hf_config.model_type
+                raise ValueError(f"{name}: vLLM takes this layer of {model_type} models in 16 bits only: {remedy}")
+
+    def get_checkpoint_weight_mapper(self) -> "WeightsMapper":
+        """What vLLM asks for when the model is built, and before its weights are read. Raises ValueError for an
+        embedding in bit-planes for which no method was asked: many of vLLM's models have theirs in 16 bits only."""
+        from vllm.distributed import get_pp_group
+
+        name = self._embedding_name()
+        if name and not self.has_embedding and get_pp_group().is_first_rank:
+            raise ValueError(
+                f"{name}: vLLM's model has its embedding in 16 bits only: quantize the model again without "
+                "--embed-bits, and without --head-bits if the LM head is tied to it"
+            )
+        return super().get_checkpoint_weight_mapper()
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: "WeightsMapper") -> None:
         """Rename exact module names as the model renames its weights. A `re:` pattern stays, as it is for names of the
@@ -107,11 +110,12 @@ class BPDQConfig(QuantizationConfig):
         checkpoint has scales for its KV cache (which fp8_e5m2 has no use for, and vLLM refuses beside them).
 
         Before the first layer the checkpoint's files are checked: this is where vLLM's load format is known. Raises
-        ValueError for what they lack, for mixture-of-experts layers, and for fused layers whose parts differ in scheme.
+        ValueError for what they lack, for mixture-of-experts layers, for fused layers whose parts differ in scheme, and
+        for an embedding in bit-planes where a draft model of EAGLE's kind or MTP is to share it.
         """
         from vllm.model_executor.layers.attention import Attention
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
-        from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
         from vllm_bpdq.checkpoint import check
         from vllm_bpdq.embedding import BPDQEmbeddingMethod
@@ -127,7 +131,12 @@ class BPDQConfig(QuantizationConfig):
             name = prefix or self._embedding_name()
             # a draft model that comes with the target, and with its config, has names of the checkpoint
             scheme = self.format.embedding_scheme(name) or self.stored_format.embedding_scheme(name)
-            return None if scheme is None else BPDQEmbeddingMethod(scheme, name, [name])
+            if scheme is None:
+                return None
+            if not isinstance(layer, ParallelLMHead):
+                _check_unshared(name)
+                self.has_embedding = True
+            return BPDQEmbeddingMethod(scheme, name, [name])
         if isinstance(layer, LinearBase):
             parts = self._parts(prefix)
             scheme = self._scheme(prefix, parts)
@@ -167,3 +176,36 @@ class BPDQConfig(QuantizationConfig):
                 f"give them the same bits, group_size and coefficient_bits, or ignore all of them"
             )
         return schemes[parts[0]]
+
+
+def _check_unshared(name: str) -> None:
+    """Raise ValueError where vLLM would load the embedding `name` into a draft model in 16 bits, or look for its weight
+    to compare it with that model's."""
+    from vllm.config import get_current_vllm_config_or_none
+
+    current = get_current_vllm_config_or_none()
+    if current is not None and current.speculative_config is not None and current.speculative_config.use_eagle():
+        raise ValueError(
+            f"{name}: an embedding in bit-planes can't be shared with a draft model that reads hidden states: serve "
+            "without --speculative-config, or quantize the model again without --embed-bits"
+        )
+
+
+def _in_16_bits_only(config: Any) -> Iterator[tuple[str, str]]:
+    """Linears of a model of transformers' config that `bpdq quantize` does not keep, but vLLM 0.32 takes in 16 bits
+    only, by the checkpoint's names, and what to do: models/bloom.py reorders outputs before any of our code sees them,
+    layers/mamba/mamba_mixer.py (Mamba-1) asks no QuantizationConfig."""
+    model_type = getattr(config, "model_type", None)
+    if model_type == "bloom":
+        for number in range(config.num_hidden_layers):
+            name = f"transformer.h.{number}.self_attention.query_key_value"
+            yield name, "quantize the model again with --ignore 're:.*query_key_value'"
+    mixers = dict.fromkeys(("falcon_mamba", "mamba"), "backbone.layers.{}.mixer") | {"jamba": "model.layers.{}.mamba"}
+    if model_type in mixers:
+        kinds = getattr(config, "layers_block_type", None) or ["mamba"] * config.num_hidden_layers
+        ignore = "quantize the model again with --ignore 're:.*[.]mamba[.]'"
+        remedy = ignore if model_type == "jamba" else "serve it with transformers"
+        for number, kind in enumerate(kinds):
+            if kind in ("mamba", "linear_attention"):
+                yield f"{mixers[model_type].format(number)}.in_proj", remedy
+                yield f"{mixers[model_type].format(number)}.out_proj", remedy

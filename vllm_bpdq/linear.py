@@ -6,12 +6,14 @@ vLLM's layers say which outputs of which part of a fused layer a tensor holds; t
 from collections.abc import Callable
 from itertools import accumulate
 from math import gcd, nan
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
     LinearMethodBase,
     ReplicatedLinear,
     register_weight_loader_v2_supported_method,
@@ -23,12 +25,20 @@ from bpdq_kernels.format import Scheme, check_coefficients, check_finite, check_
 from bpdq_kernels.layout import WORD, Stored, coefficient_shape, plane_shape, split_groups, trim
 
 
+class OwnersLoader:
+    """Where the module that owns a layer may leave a weight loader, for tensors [outputs, ...], as it does for what it
+    finds under the names of other methods: Mamba-2's mixer with in_proj, of which each rank gets outputs of five
+    parts, and all of a part that is one group's."""
+
+    weight_loader: Callable[[Any, Tensor], None]  # until then there is none
+
+
 class StoredParameter(ModelWeightParameter):
     """`B` or `c` [inputs, rows, outputs] or `s` [rows, outputs] on one rank.
 
     `parts` maps the first output of each part of a fused layer to the part's name in the checkpoint; `loaded` holds
     the keys of those that have arrived. `fit(name, tensor, out_features)` checks a tensor of the checkpoint and
-    returns it in the rows that all ranks together hold.
+    returns it in the rows that all ranks together hold. `owners` may get a loader, which then chooses the outputs.
     """
 
     def __init__(
@@ -38,10 +48,12 @@ class StoredParameter(ModelWeightParameter):
         weight_loader: Callable[..., None],
         parts: dict[int, str],
         fit: Callable[[str, Tensor, int], Tensor],
+        owners: OwnersLoader,
     ) -> None:
         super().__init__(data=data, input_dim=0, output_dim=data.ndim - 1, weight_loader=weight_loader)
         self.parts = parts
         self.fit = fit
+        self.owners = owners
         self.stored_shape = data.shape
         # both immutable, as vLLM's reload restores a shallow copy of these attributes
         self.loaded: frozenset[int] = frozenset()
@@ -67,6 +79,10 @@ class StoredParameter(ModelWeightParameter):
         return tensor
 
     def load_column_parallel_weight(self, loaded_weight: Tensor) -> None:
+        if hasattr(self.owners, "weight_loader"):
+            tensor = self.receive(loaded_weight, loaded_weight.shape[-1])
+            self.owners.weight_loader(SimpleNamespace(data=self.data.movedim(-1, 0)), tensor.movedim(-1, 0))
+            return
         super().load_column_parallel_weight(self.receive(loaded_weight, self.stored_shape[-1] * self.tp_size))
 
     def load_row_parallel_weight(self, loaded_weight: Tensor) -> None:
@@ -147,8 +163,12 @@ class BPDQLinearMethod(LinearMethodBase):
             tensors["s"] = torch.full(shape[1:], nan, dtype=torch.float32), fit_scales
         else:
             tensors["c"] = torch.full(shape, nan, dtype=params_dtype), fit_coefficients
+        owners = OwnersLoader()
         for name, (data, fit) in tensors.items():
-            layer.register_parameter(name, StoredParameter(data=data, weight_loader=loader, parts=parts, fit=fit))
+            param = StoredParameter(data=data, weight_loader=loader, parts=parts, fit=fit, owners=owners)
+            layer.register_parameter(name, param)
+        if type(layer) is ColumnParallelLinear:
+            layer.weight_scale = owners  # a name that Mamba-2's mixer looks for; gone once the layer is loaded
 
     def process_weights_after_loading(self, layer: Module) -> None:
         """Check that every part arrived, whole and finite, prepare it for the kernels and compile those.
@@ -156,6 +176,7 @@ class BPDQLinearMethod(LinearMethodBase):
         Loaders that fill parameters themselves (`--load-format dummy`) never call a weight loader; for them, only
         coefficients that are still NaN count as missing. Raises ValueError naming the tensor and the remedy.
         """
+        vars(layer).pop("weight_scale", None)
         stored = {name: getattr(layer, name) for name in self.scheme.tensors}
         if all(param.prepared for param in stored.values()):
             return

@@ -89,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bpdq", description="Quantize language models to bit-planes (BPDQ).")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    p = commands.add_parser("quantize", help="16-bit model -> BPDQ checkpoint")
+    p = commands.add_parser("quantize", help="model -> BPDQ checkpoint")
     for part in PARTS.values():
         add_arguments(p.add_argument_group(part.__doc__), fields(part))
     p.set_defaults(run=_quantize)

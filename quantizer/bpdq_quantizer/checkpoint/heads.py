@@ -1,34 +1,41 @@
-"""Heads for multi-token prediction: found in a model's files, and copied into its checkpoint as they are."""
+"""Heads for multi-token prediction: found in a model's files, and copied into its checkpoint as they are, in 16 bits
+where they are quantized."""
 
 import re
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
+import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from bpdq_kernels.folder import FLOATS, INDEX, Headers, read_headers
+from bpdq_kernels.folder import FLOATS, INDEX, Entry, Headers, read_headers
 from bpdq_kernels.mtp import head_layers, head_pattern
 from bpdq_quantizer.checkpoint.carried import hub_commit
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.sources import is_gguf, weight_files
+from bpdq_quantizer.model.stored_weights import StoredWeight
 from bpdq_quantizer.storage.files import write_tensors
 
 LARGEST = 1 << 31  # bytes of tensors in a file, all of which are in memory at once
 SMALLEST_BLOCK = 4  # tensors
+NOTHING: Mapping[str, StoredWeight] = MappingProxyType({})
 
 
-def find_heads(model: str, lm: PreTrainedModel) -> Headers:
+def find_heads(model: str, lm: PreTrainedModel, quantized: Mapping[str, StoredWeight] = NOTHING) -> Headers:
     """The tensors of heads in the files of the folder or hub id that `lm` was opened from; none in a `.gguf` file.
 
-    One line says so where the files lack layers that config.json speaks of. Raises InputError for tensors that are no
-    16-bit or 32-bit floats.
+    quantized: weights of the files, the heads' among them, that count as what they are in lm's dtype. One line says so
+    where the files lack layers that config.json speaks of. Raises InputError for tensors that are no 16-bit or 32-bit
+    floats.
     """
     if is_gguf(model):
         return {}
-    stored = read_headers(weight_files(_folder(model)))
+    stored = in_16_bits(read_headers(weight_files(_folder(model))), quantized, lm.dtype)
     known = lm.state_dict().keys()
     heads = {name: e for name, e in stored.items() if name not in known and head_pattern(name, lm.config)}
     for name, entry in heads.items():
@@ -44,6 +51,17 @@ def find_heads(model: str, lm: PreTrainedModel) -> Headers:
             f"of {due}: vLLM can't draft with what is missing"
         )
     return heads
+
+
+def in_16_bits(stored: Headers, quantized: Mapping[str, StoredWeight], dtype: torch.dtype) -> Headers:
+    """`stored`, with each of the weights `quantized` in place of its parts and of scales of activations."""
+    if not quantized:
+        return stored
+    name = next(name for name, known in FLOATS.items() if known == dtype)
+    parts = {weight.name + suffix for weight in quantized.values() for suffix in weight.parts}
+    rest = {n: entry for n, entry in stored.items() if n not in parts and not n.endswith("_scale")}
+    files = {weight.name: next(iter(weight.parts.values())).file for weight in quantized.values()}
+    return rest | {w.name: Entry(files[w.name], name, w.layout.shape) for w in quantized.values()}
 
 
 def _folder(model: str) -> Path:
@@ -80,14 +98,21 @@ def head_files(folder: Path, heads: Headers, largest: int = LARGEST) -> dict[Pat
     }
 
 
-def copy_heads(folder: Path, heads: Headers) -> dict[str, str]:
-    """Write `head_files`, one after the other; returns the combined digest of each, by its name. Raises InputError."""
+def copy_heads(folder: Path, heads: Headers, quantized: Mapping[str, StoredWeight] = NOTHING) -> dict[str, str]:
+    """Write `head_files`, one after the other; returns the combined digest of each, by its name. Raises InputError.
+
+    quantized: as for `find_heads`."""
     digests = {}
     for file, names in head_files(folder, heads).items():
         source = heads[names[0]].file
         try:
             with safe_open(source, framework="pt") as stored:
-                tensors = {name: stored.get_tensor(name) for name in names}
+                tensors = {
+                    name: quantized[name].dequantized(FLOATS[heads[name].dtype])
+                    if name in quantized
+                    else stored.get_tensor(name)
+                    for name in names
+                }
         except (OSError, SafetensorError) as e:
             raise InputError(f"{source}: {names[0]} can't be read ({e}): download the model again") from e
         digests[file.name] = write_tensors(file, tensors)

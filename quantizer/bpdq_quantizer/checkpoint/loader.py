@@ -33,7 +33,11 @@ from bpdq_kernels.mtp import head_pattern
 from bpdq_kernels.skeleton import embedding_names, quantized_layers, stored_layer
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.modules import BPDQEmbedding, held, replace
-from bpdq_quantizer.model.opening import load_pretrained
+from bpdq_quantizer.model.opening import load_pretrained, plain_skeleton
+from bpdq_quantizer.model.quantized import open_config
+from bpdq_quantizer.model.sources import is_gguf
+from bpdq_quantizer.model.stream import decoder_blocks, load_block, open_model
+from bpdq_quantizer.model.support import check_dense
 
 
 @register_quantization_config("bpdq")
@@ -178,11 +182,30 @@ def is_checkpoint(model: str) -> bool:
     return quantization is not None and (not isinstance(quantization, dict) or bpdq_format.claims(quantization))
 
 
+def is_dequantized(model: str) -> bool:
+    """Whether a model is quantized already, dense, and in a format that `open_model` dequantizes."""
+    if is_gguf(model):
+        return False
+    try:
+        _, quantization = open_config(model)
+        if quantization is not None:
+            check_dense(*decoder_blocks(plain_skeleton(model)))
+    except InputError:
+        return False
+    return quantization is not None
+
+
 def load_model(model: str, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
     """A causal LM on the CPU from a Hugging Face folder, hub id, BPDQ checkpoint or `.gguf` file (dequantized).
 
-    Only safetensors (or GGUF) weights are read and no code from the folder runs. Raises InputError.
+    Other quantized models are dequantized as `bpdq quantize` does it, and where it does not, loaded as transformers
+    does. Only safetensors (or GGUF) weights are read and no code from the folder runs. Raises InputError.
     """
     if is_checkpoint(model):
         open_checkpoint(Path(model))
+    elif is_dequantized(model):
+        source = open_model(model)
+        for index in range(len(source.blocks)):
+            load_block(source, index, torch.device("cpu"))
+        return source.model.to(source.model.dtype if dtype == "auto" else dtype)
     return load_pretrained(model, dtype)

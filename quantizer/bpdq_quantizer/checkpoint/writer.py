@@ -117,7 +117,8 @@ def finish(
         if not name.startswith(f"{prefix}.") and name not in model.all_tied_weights_keys
     }
     first = shard(folder, 1, len(decoder) + 1)
-    written = {first.name: write_tensors(first, {**rest, **scales}), **blocks, **copy_heads(folder, heads)}
+    copied = copy_heads(folder, heads, source.quantized)
+    written = {first.name: write_tensors(first, {**rest, **scales}), **blocks, **copied}
     tensors = {name: check_intact(folder / name, {digest}) for name, digest in written.items()}
     size = sum(stored_bytes(read_headers([folder / name])) for name in tensors)
     index = {

@@ -1,5 +1,6 @@
 """Models of transformers, opened from their files or from their config.json alone."""
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -8,7 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTraine
 
 from bpdq_kernels.skeleton import auto_class
 from bpdq_quantizer.errors import InputError
-from bpdq_quantizer.model.sources import gguf_arguments, read_config
+from bpdq_quantizer.model.quantized import open_config
+from bpdq_quantizer.model.sources import gguf_arguments
 
 
 def misfit(model: str, name: str, stored: tuple[int, ...], wanted: tuple[int, ...]) -> str:
@@ -16,10 +18,13 @@ def misfit(model: str, name: str, stored: tuple[int, ...], wanted: tuple[int, ..
     return f"{model}: {name} is {stored} in its files, but {wanted} by its config.json: download the model again"
 
 
-def load_pretrained(model: str, dtype: torch.dtype | str = "auto", **options: Any) -> PreTrainedModel:
+def load_pretrained(
+    model: str, dtype: torch.dtype | str = "auto", unread: Collection[str] = (), **options: Any
+) -> PreTrainedModel:
     """A causal LM, or one that sees images, on the CPU: of a Hugging Face folder, hub id or `.gguf` file (dequantized).
 
-    options: others of `from_pretrained`. Only safetensors (or GGUF) weights are read and no code from the folder runs.
+    unread: names of weights that may be of any shape, as something else comes in their place; options: others of
+    `from_pretrained`. Only safetensors (or GGUF) weights are read and no code from the folder runs.
     Raises InputError.
     """
     source = gguf_arguments(model)
@@ -41,7 +46,7 @@ def load_pretrained(model: str, dtype: torch.dtype | str = "auto", **options: An
         raise
     except Exception as e:  # damaged files raise all kinds
         raise InputError(f"{model}: can't be loaded as a causal language model: {e}") from e
-    for name, stored, wanted in sorted(info["mismatched_keys"]):
+    for name, stored, wanted in sorted(key for key in info["mismatched_keys"] if key[0] not in unread):
         raise InputError(misfit(model, name, tuple(stored), tuple(wanted)))
     if info["missing_keys"]:  # transformers would serve random numbers in their place
         raise InputError(f"{model}: {min(info['missing_keys'])} is not in its files: download the model again")
@@ -50,14 +55,10 @@ def load_pretrained(model: str, dtype: torch.dtype | str = "auto", **options: An
 
 def plain_skeleton(model: str) -> PreTrainedModel:
     """A 16-bit model on the meta device, from its config.json alone: in a folder or by its own path, of a hub id or a
-    `.gguf` file. Raises InputError, also for models that are quantized already."""
-    config = read_config(model)
-    auto = auto_class(config)
+    `.gguf` file. Raises InputError, also for models that are quantized in a way that can't be undone."""
+    config, _ = open_config(model)
     try:
         with init_empty_weights():
-            skeleton = auto.from_config(config, trust_remote_code=False)
+            return auto_class(config).from_config(config, trust_remote_code=False)
     except Exception as e:  # sizes that contradict each other
         raise InputError(f"{model}: can't be built from its config.json: {e}") from e
-    if getattr(config, "quantization_config", None):
-        raise InputError(f"{model} is quantized already: start from the 16-bit model")
-    return skeleton

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
@@ -118,6 +119,16 @@ def check_gguf(file: Path) -> None:
         GGUFReader(file)
     except Exception as e:  # what it computes from nonsense fails in all ways
         raise InputError(f"{file}: not a complete GGUF file ({e}): download it again") from None
+
+
+def local_folder(model: str) -> Path:
+    """A model's folder, or that of the Hugging Face cache where a hub id's files then are; raises InputError."""
+    if Path(model).is_dir():
+        return Path(model)
+    try:
+        return Path(snapshot_download(model, allow_patterns=["*.json", "model*.safetensors"]))
+    except (OSError, ValueError) as e:
+        raise InputError(f"{model}: its files can't be downloaded ({e})") from e
 
 
 def weight_files(folder: Path) -> list[Path]:

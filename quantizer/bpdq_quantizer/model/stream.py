@@ -1,10 +1,12 @@
 """A model whose decoder blocks stay in their files: a block's weights are read when it is its turn, then dropped."""
 
 import ctypes
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.hooks import remove_hook_from_module
@@ -14,13 +16,22 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bpdq_kernels import patterns
-from bpdq_kernels.folder import read_headers
+from bpdq_kernels.folder import Headers, read_headers
 from bpdq_kernels.format import Scheme
 from bpdq_kernels.layout import Stored
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.modules import replace_linear
 from bpdq_quantizer.model.opening import load_pretrained, misfit, plain_skeleton
-from bpdq_quantizer.model.sources import is_gguf, weight_files
+from bpdq_quantizer.model.quantized import open_config
+from bpdq_quantizer.model.sources import is_gguf, local_folder, weight_files
+from bpdq_quantizer.model.stored_weights import (
+    DequantizedWeights,
+    StoredWeight,
+    packed_names,
+    renaming,
+    stored_weights,
+    unreported,
+)
 from bpdq_quantizer.model.weights import Weight, kept, weights_in
 
 Stamps = dict[str, list[int]]  # size and time of change (ns) of files, by name
@@ -52,7 +63,9 @@ class Streamed(NamedTuple):
     """A 16-bit causal LM whose blocks are on the meta device. prefix: their name; weights: their tensors by name, read
     from the files on access; left_alone: names, or `re:` patterns, of the blocks' weights that stay in 16 bits;
     by_window: whether a block's arguments are of one window, even if they depend on nothing else (Bloom, XGLM);
-    carries: whether blocks read what earlier ones left, beside hidden states (`calls.carries`)."""
+    carries: whether blocks read what earlier ones left, beside hidden states (`calls.carries`); quantization: the
+    `quantization_config` by which the files hold `quantized` weights, which are dequantized as they are read: by their
+    names in the model, those of heads for multi-token prediction by their names in the files."""
 
     model: PreTrainedModel
     prefix: str
@@ -61,6 +74,8 @@ class Streamed(NamedTuple):
     left_alone: tuple[str, ...] = ()
     by_window: bool = False
     carries: bool = False
+    quantization: dict[str, Any] | None = None
+    quantized: Mapping[str, StoredWeight] = MappingProxyType({})
 
 
 def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -109,14 +124,17 @@ def leave_alone(source: Streamed, targets: Iterable[str]) -> Streamed:
 def open_model(model: str) -> Streamed:
     """Open a Hugging Face folder, hub id or `.gguf` file. A GGUF file is dequantized to bf16 and held in memory.
 
-    Raises InputError for what `load_pretrained` refuses, and for models that are quantized already. Later reads raise
-    it if a file of the folder has changed since.
+    Weights that the files hold quantized are dequantized as they are read. Raises InputError for what `load_pretrained`
+    refuses, and for quantization that can't be undone. Later reads raise it if a file of the folder has changed since.
     """
     before = stamps(model)
     if is_gguf(model):  # does not say which 16-bit float was the model's own
         return from_memory(load_pretrained(model, torch.bfloat16))
+    config, quantization = open_config(model)
     skeleton = plain_skeleton(model)
-    check_tensors(model, skeleton)
+    stored = read_headers(weight_files(Path(model) if quantization is None else local_folder(model)))
+    quantized = {} if quantization is None else stored_weights(model, skeleton, stored, quantization)
+    check_tensors(model, skeleton, stored, {weight.name for weight in quantized.values()})
     prefix, _ = decoder_blocks(skeleton)
     path = prefix.split(".")
     around = [".".join(path[:depth]) for depth in range(len(path))]  # the modules that hold the blocks, "" first
@@ -124,28 +142,41 @@ def open_model(model: str) -> Streamed:
     held = [n for n, _ in skeleton.named_parameters() if n.rpartition(".")[0] in around]  # LLaVA-OneVision's newline
     device_map = {name: "disk" if name == prefix else "cpu" for name in [*siblings, *held]}
     converted = TemporaryDirectory()  # other tensors are read where they are
-    lm = load_pretrained(model, "auto", device_map=device_map, offload_folder=converted.name)
+    plain = {} if quantization is None else {"config": config, "key_mapping": packed_names(quantization)}
+    with nullcontext() if quantization is None else unreported():
+        lm = load_pretrained(model, "auto", quantized, device_map=device_map, offload_folder=converted.name, **plain)
     hooks = [getattr(module, "_hf_hook", None) for module in lm.modules()]
     weights = next(hook.weights_map.dataset for hook in hooks if getattr(hook, "weights_map", None))
     remove_hook_from_module(lm, recurse=True)
     for module in lm.modules():  # what the hooks leave behind is a reference cycle, which would keep replaced Linears
         vars(module).pop("forward", None)
     lm.requires_grad_(False)
-    for parameter in lm.parameters():  # no longer mapped from files, of which all that was looked at would stay
-        parameter.data = parameter.data.clone()
-    return Streamed(lm, *decoder_blocks(lm), WatchedWeights(weights, model, before, converted))
+    if quantized:
+        weights = DequantizedWeights(weights, quantized, lm.dtype)
+    for name, parameter in lm.named_parameters():
+        if name in quantized and not parameter.is_meta:
+            parameter.data = weights[name]
+        else:  # no longer mapped from files, of which all that was looked at would stay
+            parameter.data = parameter.data.clone()
+    watched = WatchedWeights(weights, model, before, converted)
+    return Streamed(lm, *decoder_blocks(lm), watched, quantization=quantization, quantized=quantized)
 
 
-def check_tensors(model: str, skeleton: PreTrainedModel) -> None:
-    """Raise InputError for a tensor of a model's folder that is not a float, or not of the skeleton's shape."""
-    stored = read_headers(weight_files(Path(model)))
-    wanted = skeleton.state_dict()
-    for name in wanted.keys() & stored.keys():  # some are stored by another name
+def check_tensors(model: str, skeleton: PreTrainedModel, stored: Headers, quantized: Collection[str]) -> None:
+    """Raise InputError for a tensor of a model's files that is not a float, or not of the skeleton's shape; quantized:
+    names of those that need not be."""
+    wanted, model_name = skeleton.state_dict(), renaming(skeleton)
+    for name in stored.keys() - quantized:
+        target, _ = model_name(name)
         found = stored[name].meta()
-        if found.shape != wanted[name].shape:
+        if name in wanted and found.shape != wanted[name].shape:  # what has another name may be turned, too
             raise InputError(misfit(model, name, tuple(found.shape), tuple(wanted[name].shape)))
-        if wanted[name].is_floating_point() and not found.is_floating_point():
-            raise InputError(f"{model}: {name} holds integers: start from the 16-bit model")
+        if target in wanted and wanted[target].is_floating_point() and not found.is_floating_point():
+            dtype = stored[name].dtype
+            what = (
+                f"is {dtype}, though its config.json has no quantization_config" if "F" in dtype else "holds integers"
+            )
+            raise InputError(f"{model}: {name} {what}: start from the 16-bit model")
 
 
 def from_memory(lm: PreTrainedModel) -> Streamed:

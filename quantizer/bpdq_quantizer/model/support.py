@@ -44,6 +44,9 @@ def check_blocks(source: Streamed, windows: Sequence[Window]) -> Streamed:
     """
     check_dense(source.prefix, source.blocks)
     architecture = type(source.model).__name__
+    shared = [name for name in source.model.all_tied_weights_keys if name.startswith(f"{source.prefix}.")]
+    if shared:  # Zamba
+        raise InputError(f"{architecture}: {shared[0]} is another block's too: not supported")
     pair = text_windows(torch.tensor([[0, 1], [1, 0]]))
     try:
         hidden, calls = block_inputs(source.model, source.blocks, pair, source.by_window)

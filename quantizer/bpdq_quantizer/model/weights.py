@@ -82,7 +82,7 @@ SMALLEST = 32  # outputs, or inputs: less are no group's worth of weights, nor o
 # into the attention (multi-head latent attention) through its 16-bit weight.
 KEPT = {
     r"(router|gate|shared_expert_gate)(\.(proj|linear|layer|wg))?": "routing",
-    r"(in_proj_ba|in_proj_a|in_proj_b|dt_proj|x_proj|f_[ab]_proj|b_proj)": "gates of a state",
+    r"(in_proj_ba|in_proj_a|in_proj_b|dt_proj|x_proj|f_[ab]_proj|[ab]_proj)": "gates of a state",
     r"kv_b_proj": "absorbed by latent attention",
 }
 

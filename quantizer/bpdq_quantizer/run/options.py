@@ -28,7 +28,8 @@ class Files:
     model: PathName = option(
         MISSING,
         "Hugging Face folder, hub id or .gguf file",
-        "Hugging Face folder, hub id, or `.gguf` file (dequantized first; `pip install 'vllm-bpdq[gguf]'`)",
+        "Hugging Face folder, hub id, or `.gguf` file (dequantized first; `pip install 'vllm-bpdq[gguf]'`); in 16 "
+        "bits, or quantized as said below",
         positional=True,
     )
     output: PathName = option(
@@ -62,8 +63,10 @@ class Schemes:
     embed_bits: int | None = option(
         None,
         "bit-planes of the input embedding, else 16 bits; one for both if tied",
-        "bit-planes of the embedding, 1 to 4, in groups of `--group-size`; off leaves it in 16 bits. Tied to the LM "
-        "head, they are one matrix: either option means both, and two different numbers are an error",
+        "bit-planes of the embedding, 1 to 4, in groups of `--group-size`; off leaves it in 16 bits, for models that "
+        "have it so in vLLM (Qwen3.5, Gemma 1 and 2, LFM2, Falcon-H1, which then says so), and to draft with EAGLE or "
+        "MTP. Tied to the LM head, they are one matrix: either option means both, and two different numbers are an "
+        "error",
     )
     head_bits: int | None = option(
         None, "likewise for the LM head", "bit-planes of the LM head, 1 to 4, likewise; off leaves it in 16 bits"

@@ -32,7 +32,7 @@ from bpdq_quantizer.storage.offload import Batches
 
 
 def quantize(model: str | Path, output: str | Path, **options: Any) -> dict[str, Any]:
-    """Quantize a Hugging Face folder, hub id or `.gguf` file to a BPDQ checkpoint folder `output`.
+    """Quantize a Hugging Face folder, hub id or `.gguf` file, in 16 bits or quantized, to a BPDQ checkpoint `output`.
 
     Returns the report that is also saved as quantization_report.json. Raises InputError for input that can't be used;
     the folder `output` appears only when everything is written. Until then `output`.partial holds the finished blocks,
@@ -105,6 +105,7 @@ def report(
     return {
         "model": run.options.files.model,
         "options": {name: value for name, value in run.options.by_name().items() if name != "model"},
+        "source_quantization": run.source.quantization,
         **({} if tuning is None else {"tuning": tuning}),
         "calibration_tokens": token_count(run.windows.solving),
         "calibration_windows_with_images": sum(bool(window.images) for window in run.windows.solving),

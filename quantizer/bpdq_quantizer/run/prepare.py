@@ -17,9 +17,10 @@ from bpdq_quantizer.checkpoint.heads import find_heads
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.calibration import calibration_windows
 from bpdq_quantizer.model.images import sight_of
+from bpdq_quantizer.model.opening import plain_skeleton
 from bpdq_quantizer.model.sources import check_source, is_gguf
-from bpdq_quantizer.model.stream import Stamps, Streamed, leave_alone, open_model, solved, stamps
-from bpdq_quantizer.model.support import check_blocks, check_tokens
+from bpdq_quantizer.model.stream import Stamps, Streamed, decoder_blocks, leave_alone, open_model, solved, stamps
+from bpdq_quantizer.model.support import check_blocks, check_dense, check_tokens
 from bpdq_quantizer.model.tokens import leading_tokens, load_tokenizer
 from bpdq_quantizer.model.windows import Window, all_tokens
 from bpdq_quantizer.passes import kv_scales
@@ -65,6 +66,7 @@ def prepare(o: Options, folder: RunFolder) -> Run:
     torch.manual_seed(o.method.seed)
     model = o.files.model
     check_source(model)
+    check_dense(*decoder_blocks(plain_skeleton(model)))
     tokenizer = load_tokenizer(model)
     lead = leading_tokens(tokenizer, o.text.special_tokens)
     found = _windows(o, tokenizer, lead)
@@ -77,7 +79,7 @@ def prepare(o: Options, folder: RunFolder) -> Run:
             f"--target-bpw / --target-size: blocks of {type(source.model).__name__} share keys and values, through "
             "which gradients are not followed: leave it out"
         )
-    heads = find_heads(model, source.model)
+    heads = find_heads(model, source.model, source.quantized)
     if o.method.rotate == "hadamard":
         source = rotated(source, o.method.seed)
         if heads:
