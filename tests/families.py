@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 class Family(NamedTuple):
     """engine: how vLLM 0.32's CPU engine is to load the tiny model, or why it does not run it in 16 bits; refuses: the
     options of `bpdq quantize` that end with an error; ignore: what has to stay in 16 bits for vLLM; same: whether the
-    engine gives transformers' tokens in 16 bits."""
+    engine gives transformers' tokens in 16 bits; gain: of `model_folder`, with which tokens differ."""
 
     kind: str
     models: str
@@ -20,6 +20,7 @@ class Family(NamedTuple):
     refuses: tuple[str, ...] = ()
     ignore: str = ""
     same: bool = True
+    gain: float = 8
 
 
 NO_IMAGES = {"limit_mm_per_prompt": {"image": 0, "video": 0}}
@@ -85,7 +86,7 @@ FAMILIES: dict[str, Family] = {
     "gpt_neo": Family("dense, local attention", "GPT-Neo 125M, 1.3B and 2.7B", NO_MODEL, refuses=NO_SCALES),
     "falcon": Family("dense", "Falcon 7B, 40B and 180B", refuses=NO_SCALES),
     "mpt": Family("dense, alibi", "MPT-7B, MPT-30B", "vLLM has no model of it since 0.28", refuses=NO_SCALES),
-    "bloom": Family("dense, alibi", "BLOOM, BLOOMZ", ignore="re:.*query_key_value", refuses=NO_SCALES),
+    "bloom": Family("dense, alibi", "BLOOM, BLOOMZ", ignore="re:.*query_key_value", gain=16, refuses=NO_SCALES),
     "xglm": Family("dense, position table", "XGLM 564M to 7.5B", NO_MODEL, refuses=NO_TABLES),
     "cohere2": Family("sliding windows", "Command R7B, Command A, Aya Vision's text models", same=False),
     "exaone4": Family("sliding windows", "EXAONE-4.0 1.2B and 32B"),

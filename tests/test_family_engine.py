@@ -29,7 +29,7 @@ class Made(NamedTuple):
 
 
 def made(folder: Path, arch: str, text: str) -> Made:
-    source, out, plain = model_folder(folder / "model", arch, gain=8), folder / "out", folder / "plain"
+    source, out, plain = model_folder(folder / "model", arch, FAMILIES[arch].gain), folder / "out", folder / "plain"
     left = {"ignore": [FAMILIES[arch].ignore]} if FAMILIES[arch].ignore else {}
     report = bpdq_quantizer.quantize(str(source), out, calibration=text, **QUICK, **left)
     model = dequantized(arch, source, out, report)
