@@ -52,6 +52,12 @@ FAMILIES = {
         "head_dim": 32, "global_head_dim": 64, "num_hidden_layers": 12, "num_kv_shared_layers": 4,
         "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 128,
     }),
+    "falcon": ("falcon", {"multi_query": True, "new_decoder_architecture": False}),
+    "falcon new": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "gptj": ("gptj", {
+        "n_embd": 64, "n_layer": 6, "n_head": 4, "rotary_dim": 16, "n_positions": 4096, "num_key_value_heads": 4,
+    }),
+    "opt": ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 64, "num_key_value_heads": 4}),
     "gpt-oss": ("gpt_oss", {"head_dim": 32, "sliding_window": 16, "num_local_experts": 4}),
     "mistral": ("mistral", {"head_dim": 32, "sliding_window": 48}),
     "mistral without": ("mistral", {"head_dim": 32, "sliding_window": None}),
@@ -167,7 +173,7 @@ def test_layers_are_those_that_vllm_builds(tmp_path, one_rank, family):
         ("mllama_text_model", {}, "cross attention"),
         ("llama", {"num_kv_shared_layers": 1}, "shared keys and values"),
         ("llama", {"kv_lora_rank": 8}, "latent attention"),
-        ("opt", {}, "says nothing of num_key_value_heads, which"),
+        ("bloom", {"max_position_embeddings": None}, "says nothing of max_position_embeddings, which"),
     ],
 )
 def test_others_are_refused_by_name(kind, changes, message):

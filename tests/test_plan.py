@@ -248,7 +248,7 @@ def test_options_of_tied_tables_must_agree(tmp_path, capsys):
             {"use_sliding_window": True, "max_window_layers": 1},
             "windows in some layers only, which vLLM does not",
         ),
-        ("gpt_neox", {}, "says nothing of num_key_value_heads"),
+        ("bloom", {"n_layer": 2, "n_head": 2}, "says nothing of max_position_embeddings"),
         ("mixtral", {"num_local_experts": 2}, "mixture-of-experts"),
     ],
 )

@@ -31,7 +31,8 @@ NOT_COUNTED = {
     "block_configs": "layers that differ in `block_configs`",
     "cross_attention_layers": "cross attention",
 }
-NEEDED = ("num_attention_heads", "num_key_value_heads", "max_position_embeddings")
+NEEDED = ("num_attention_heads", "max_position_embeddings")
+KEY_HEADS = ("n_head_kv", "num_kv_heads", "num_key_value_heads")  # the first of them that a config has
 
 
 def kept_layers(model: str, config: PreTrainedConfig) -> Layers:
@@ -108,12 +109,15 @@ def attention_layers(text: PreTrainedConfig) -> list[Attention]:
 
 
 def heads(text: PreTrainedConfig, index: int) -> tuple[int, int]:
-    """Key/value heads of a layer, and their size."""
+    """Key/value heads of a layer, and their size (transformers_utils/model_arch_config_convertor.py)."""
     if text.model_type == "minicpm3":  # models/minicpm3.py: keys and values are those of all heads, values are padded
         return text.num_attention_heads, text.qk_nope_head_dim + text.qk_rope_head_dim
     layer = text.per_layer_config[index] if text.is_heterogeneous else text
     size = value(layer, "head_dim") or text.hidden_size // text.num_attention_heads
-    return layer.num_key_value_heads, size
+    if text.model_type == "falcon" and text.multi_query and not text.new_decoder_architecture:
+        return 1, size
+    counts = (value(layer, key) for key in KEY_HEADS)
+    return next((count for count in counts if count), text.num_attention_heads), size
 
 
 def window(text: PreTrainedConfig) -> int:
