@@ -111,6 +111,16 @@ def test_what_the_template_begins_with_is_not_put_in_front_again(tmp_path, model
     assert torch.equal(led.tokens, plain.tokens)
 
 
+def test_what_the_template_begins_a_text_with_is_not_put_in_front_again(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ eos_token }}" + tokenizer.chat_template
+    chat = [{"role": "user", "content": "one plane and two levels " * 4}]
+    ids = tokenizer(tokenizer.apply_chat_template(chat, tokenize=False), add_special_tokens=False)["input_ids"]
+    file = str(write(tmp_path, {"messages": chat}))
+    first, second = calibration_windows(file, tokenizer, 2, 16, 0, (tokenizer.eos_token_id,))
+    assert [*first.tokens[0].tolist(), *second.tokens[0, 1:].tolist()] == ids[:31]
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [

@@ -140,7 +140,11 @@ def jsonl_windows(
             text = row_text(row, place, tokenizer)
             if sight is not None:
                 sight.check_text(text, place)
-            ids += first_ids(io.StringIO(text), tokenizer, (samples - len(found)) * length - len(ids))
+            wanted = (samples - len(found)) * length - len(ids)
+            more = first_ids(io.StringIO(text), tokenizer, wanted + len(lead))
+            if not ids and more[: len(lead)] == list(lead):  # of the chat template: a window begins with them as it is
+                more = more[len(lead) :]
+            ids += more[:wanted]
             if whole := len(ids) // length * length:
                 found += text_windows(windows(ids[:whole], seq_len, None, path, lead))
                 ids = ids[whole:]
