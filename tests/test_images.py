@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageChops
 from transformers import AutoModelForImageTextToText
+from vllm.multimodal.image import convert_image_mode, normalize_image
 
 import bpdq_quantizer
 from architectures import MROPE, WRAPPERS
@@ -15,7 +16,7 @@ from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.activations import embed, run_batches
 from bpdq_quantizer.model.calibration import calibration_windows
 from bpdq_quantizer.model.calls import block_runs, head_inputs
-from bpdq_quantizer.model.images import sight_of
+from bpdq_quantizer.model.images import open_image, sight_of
 from bpdq_quantizer.model.stream import load_block, open_model
 from bpdq_quantizer.model.support import check_blocks
 from bpdq_quantizer.model.tokens import load_tokenizer
@@ -110,6 +111,16 @@ def test_what_the_template_begins_with_is_not_put_in_front_again(tmp_path, model
     assert torch.equal(led.tokens, plain.tokens)
 
 
+def test_what_the_template_begins_a_text_with_is_not_put_in_front_again(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ eos_token }}" + tokenizer.chat_template
+    chat = [{"role": "user", "content": "one plane and two levels " * 4}]
+    ids = tokenizer(tokenizer.apply_chat_template(chat, tokenize=False), add_special_tokens=False)["input_ids"]
+    file = str(write(tmp_path, {"messages": chat}))
+    first, second = calibration_windows(file, tokenizer, 2, 16, 0, (tokenizer.eos_token_id,))
+    assert [*first.tokens[0].tolist(), *second.tokens[0, 1:].tolist()] == ids[:31]
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -125,16 +136,53 @@ def test_what_the_template_begins_with_is_not_put_in_front_again(tmp_path, model
         ({"image": "a.png", "messages": [{"content": "a"}]}, "`messages` must be a list"),
         ({"image": ["a.png"] * 9, "text": "a"}, "its images take 36 of 6[0-9] tokens, which don't fit --seq-len 32"),
         ({"image": "a.png", "text": "half \ud800 of a pair"}, "can't take the row"),
+        ({"image": "a.png", "images": ["a.png"], "text": "a"}, "has `image` and `images`"),
+        ({"image": "a.png", "messages": [{"role": "user", "content": "a"}], "text": "a"}, "has `messages` and `text`"),
+        ({"image": "a.png", "text": "a <|image_pad|>"}, r"its text holds <\|image_pad\|>"),
+        ({"text": "a <|video_pad|>"}, r"its text holds <\|video_pad\|>"),
+        ({"messages": [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}]}, "its text holds <"),
+        ({"image": "deep.png", "text": "a"}, r"deep\.png has more than 8 bits"),
+        ({"image": "huge.png", "text": "a"}, r"huge\.png is too large an image"),
     ],
 )
 def test_rows_that_can_not_be_used_are_refused_with_their_line(tmp_path, model, row, message):
     picture(tmp_path / "a.png", 10, (64, 64))
     (tmp_path / "broken.png").write_bytes((tmp_path / "a.png").read_bytes()[:40])
     Image.new("RGB", (32, 32)).save(tmp_path / "drawing.eps")
+    Image.new("I;16", (32, 32), 300).save(tmp_path / "deep.png")
+    Image.new("1", (14000, 13000)).save(tmp_path / "huge.png")
     file = write(tmp_path, {"text": "fine"}, row)
     with pytest.raises(InputError, match=f"^{file}, line 2: .*{message}") as error:
         windows_of(model, file, seq_len=32)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("nothing", [{"image": None}, {"images": []}, {"images": None, "messages": None}])
+def test_rows_that_say_they_have_no_images_are_text(tmp_path, model, nothing):
+    text = {"text": "two planes and three coefficients make four levels. " * 4}
+    found, expected = (windows_of(model, write(tmp_path, row), 1, 16)[0] for row in (text | nothing, text))
+    assert torch.equal(found.tokens, expected.tokens)
+    assert not found.images
+
+
+def test_images_are_read_as_vllm_reads_them(tmp_path):
+    image = Image.new("RGB", (40, 20), (10, 200, 30))
+    image.paste((200, 10, 30), (0, 0, 20, 20))
+    turned = image.getexif()
+    turned[0x0112] = 6  # upright when it is turned to the right
+    image.save(tmp_path / "turned.png", exif=turned)
+    clear = image.convert("RGBA")
+    clear.putalpha(Image.linear_gradient("L").resize(clear.size))
+    clear.save(tmp_path / "clear.png")
+    table = image.quantize(4)
+    table.save(tmp_path / "table.png", transparency=0)
+    image.convert("LA").save(tmp_path / "gray.png")
+    for name in ("turned.png", "clear.png", "table.png", "gray.png"):
+        with Image.open(tmp_path / name) as stored:
+            expected = convert_image_mode(normalize_image(stored), "RGB")
+        for path in (name, f"file://{tmp_path / name}"):
+            difference = ImageChops.difference(open_image(tmp_path, path, "line 1"), expected)
+            assert max(high for _, high in difference.getextrema()) <= 1
 
 
 def test_models_that_see_no_images_refuse_rows_with_some(tmp_path):

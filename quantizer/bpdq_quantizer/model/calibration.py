@@ -137,8 +137,14 @@ def jsonl_windows(
                 raise InputError(f"{place}: has images, which the model does not see: drop the row")
             found.append(sight.window(row, Path(path).parent, place, seq_len, lead))
         else:
-            text = io.StringIO(row_text(row, place, tokenizer))
-            ids += first_ids(text, tokenizer, (samples - len(found)) * length - len(ids))
+            text = row_text(row, place, tokenizer)
+            if sight is not None:
+                sight.check_text(text, place)
+            wanted = (samples - len(found)) * length - len(ids)
+            more = first_ids(io.StringIO(text), tokenizer, wanted + len(lead))
+            if not ids and more[: len(lead)] == list(lead):  # of the chat template: a window begins with them as it is
+                more = more[len(lead) :]
+            ids += more[:wanted]
             if whole := len(ids) // length * length:
                 found += text_windows(windows(ids[:whole], seq_len, None, path, lead))
                 ids = ids[whole:]
@@ -184,7 +190,7 @@ def json_object(line: bytes, place: str) -> dict[str, Any]:
 
 def row_text(row: dict[str, Any], place: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """The `text` field of a row, or its `messages` as the chat template has them; raises InputError."""
-    if "text" in row or "messages" not in row:
+    if row.get("text") is not None or row.get("messages") is None:
         return checked(row.get("text"), place)
     try:
         return checked(tokenizer.apply_chat_template(row["messages"], tokenize=False), place)

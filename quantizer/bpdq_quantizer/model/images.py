@@ -20,13 +20,18 @@ if TYPE_CHECKING:
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # Pillow's others may start programs (EPS)
 PLAIN = {"add_special_tokens": False, "padding": False}
 PATHS = ("image", "path", "url", "image_url")  # what a part of a message may call the place of its image
+DEEP = ("I", "F")  # how the names of Pillow's modes begin that have more than 8 bits, of which RGB would be clipped
+STANDING = ("image_token_id", "video_token_id", "audio_token_id", "boi_token_index")  # configs' words for such tokens
 
 
 class Sight:
-    """How a model sees images. model: its folder or hub id; image_token: the id that stands for a piece of one."""
+    """How a model sees images. model: its folder or hub id; image_token: the id that stands for a piece of one;
+    standing: how the tokens are written that stand for pieces of images, videos and sounds."""
 
-    def __init__(self, model: str, tokenizer: PreTrainedTokenizerBase, image_token: int) -> None:
-        self.model, self.tokenizer, self.image_token = model, tokenizer, image_token
+    def __init__(
+        self, model: str, tokenizer: PreTrainedTokenizerBase, image_token: int, standing: Sequence[str]
+    ) -> None:
+        self.model, self.tokenizer, self.image_token, self.standing = model, tokenizer, image_token, standing
 
     @cached_property
     def processor(self) -> ProcessorMixin:
@@ -51,6 +56,8 @@ class Sight:
         `seq_len`.
         """
         messages, paths = parts_of(row, place)
+        for part in (part for message in messages for part in message["content"] if part["type"] == "text"):
+            self.check_text(part["text"], place)
         images = [open_image(folder, path, place) for path in paths]
         try:
             text = self.prompt(messages)
@@ -75,6 +82,16 @@ class Sight:
         rest = {k: v for k, v in given.items() if v.shape != shape}
         return Window(tokens, per_token | rest)
 
+    def check_text(self, text: str, place: str) -> None:
+        """Raise InputError, which names `place`, for a text in which something stands for an image that is not there:
+        written out, or by the chat template for a video, or for a part of a message that names its image otherwise."""
+        found = next((token for token in self.standing if token in text), None)
+        if found is not None:
+            raise InputError(
+                f"{place}: its text holds {found}, which stands for what the row does not bring: give its images in "
+                "`image`, or in parts of type image, and drop the rest"
+            )
+
     def prompt(self, messages: list[dict[str, Any]]) -> str:
         """Messages as the chat template has them; without one the images, then the texts."""
         if self.processor.chat_template is not None:
@@ -91,7 +108,7 @@ def _piece(values: Tensor, lead: int, length: int) -> Tensor:
 
 def has_images(row: dict[str, Any]) -> bool:
     """Whether a row of JSON has images beside its text, or in its messages."""
-    if "image" in row or "images" in row:
+    if row.get("image") or row.get("images"):
         return True
     messages = row.get("messages")
     return any(
@@ -105,11 +122,14 @@ def has_images(row: dict[str, Any]) -> bool:
 def parts_of(row: dict[str, Any], place: str) -> tuple[list[dict[str, Any]], list[str]]:
     """The messages of a row that has images, each with parts `{"type": "image"}` and `{"type": "text", "text": ...}`,
     and the images' paths in order. Raises InputError, which names `place`."""
-    given = row.get("image", row.get("images", []))
+    for one, other in (("image", "images"), ("messages", "text")):
+        if row.get(one) and row.get(other):
+            raise InputError(f"{place}: has `{one}` and `{other}`, of which only one would be used: drop either")
+    given = row.get("image") or row.get("images") or []
     paths = [given] if isinstance(given, str) else given
     if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
         raise InputError(f"{place}: `image` holds no path of a file, and no list of paths")
-    if "messages" not in row:
+    if row.get("messages") is None:
         text = [{"type": "text", "text": row.get("text")}]
         row = {"messages": [{"role": "user", "content": [{"type": "image"} for _ in paths] + text}]}
     messages, found, rest = [], [], iter(paths)
@@ -148,21 +168,41 @@ def open_image(folder: Path, path: str, place: str) -> "Image":
         from PIL import Image
     except ImportError:
         raise InputError(f"{place}: images need more packages: pip install 'vllm-bpdq[vision]'") from None
-    if "://" in path or path.startswith("data:"):
+    if "://" in path.removeprefix("file://") or path.startswith("data:"):
         raise InputError(f"{place}: {path[:80]} is no path of a file: download the image")
+    file = folder / path.removeprefix("file://")
     try:
-        with Image.open(folder / path, formats=FORMATS) as image:
-            return image.convert("RGB")
+        with Image.open(file, formats=FORMATS) as image:
+            mode, rgb = image.mode, _upright_rgb(image)
     except FileNotFoundError:
-        raise InputError(f"{place}: {folder / path}: no such file") from None
+        raise InputError(f"{place}: {file}: no such file") from None
+    except Image.DecompressionBombError as e:
+        raise InputError(f"{place}: {file} is too large an image ({e}): make it smaller") from None
     except Exception as e:  # damaged images raise all kinds
         formats = ", ".join(FORMATS)
-        raise InputError(f"{place}: {folder / path} can't be read as an image ({e}): {formats} can") from e
+        raise InputError(f"{place}: {file} can't be read as an image ({e}): save it anew, as one of {formats}") from e
+    if mode.startswith(DEEP):
+        raise InputError(f"{place}: {file} has more than 8 bits for a gray value (mode {mode}): save it with 8")
+    return rgb
+
+
+def _upright_rgb(image: "Image") -> "Image":
+    """As vLLM gives images to a model: turned as EXIF says, on white where they are transparent."""
+    from PIL import Image, ImageOps
+
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "RGB" or not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 def sight_of(model: str, tokenizer: PreTrainedTokenizerBase) -> Sight | None:
     """That of a folder or hub id, None of a model that sees no images; raises InputError as `read_config` does."""
     config = read_config(model)
     token = getattr(config, "image_token_id", None)
-    sees = token is not None and auto_class(config) is AutoModelForImageTextToText
-    return Sight(model, tokenizer, token) if sees else None
+    if token is None or auto_class(config) is not AutoModelForImageTextToText:
+        return None
+    ids = [found for key in STANDING if isinstance(found := getattr(config, key, None), int)]
+    standing = [token for token in tokenizer.convert_ids_to_tokens(ids) if token]
+    return Sight(model, tokenizer, token, standing)
