@@ -1,7 +1,8 @@
 import multiprocessing
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -30,3 +31,28 @@ def interpreter() -> Iterator[ProcessPoolExecutor]:
         pool.submit(int).result()
     with pool:
         yield pool
+
+
+@pytest.fixture
+def stops_after_a_block(monkeypatch) -> Callable[[], AbstractContextManager]:
+    """Within what it returns a run is stopped as if by Ctrl-C once its first block is done."""
+    from bpdq_quantizer.run import steps  # imports transformers
+
+    save = steps.save_progress
+
+    @contextmanager
+    def stopping() -> Iterator[None]:
+        written = []
+
+        def stop(run, *args):
+            written.append(args)
+            if len(written) > 1:
+                raise KeyboardInterrupt
+            return save(run, *args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(steps, "save_progress", stop)
+            with pytest.raises(KeyboardInterrupt):
+                yield
+
+    return stopping

@@ -22,7 +22,6 @@ from bpdq_quantizer.model.stream import load_block, open_model
 from bpdq_quantizer.model.support import check_blocks
 from bpdq_quantizer.model.weights import weights_in
 from bpdq_quantizer.model.windows import text_windows
-from bpdq_quantizer.run import steps
 from tiny import load_tensors
 
 QUICK = {"bits": 3, "group_size": 32, "samples": 3, "seq_len": 32, "iterations": 1, "solver": "paper"}
@@ -129,22 +128,11 @@ def test_block_by_block_a_model_computes_what_it_computes_whole(tmp_path, arch):
 
 
 @pytest.mark.parametrize("arch", ["gemma4_text", "bamba"])
-def test_a_stopped_run_goes_on_to_the_same_tensors(tmp_path, text, arch, monkeypatch):
+def test_a_stopped_run_goes_on_to_the_same_tensors(tmp_path, text, arch, stops_after_a_block):
     source = str(model_folder(tmp_path / "model", arch))
     bpdq_quantizer.quantize(source, tmp_path / "whole", calibration=text, **QUICK)
-    written = []
-
-    def stop(run, *args):
-        written.append(args)
-        if len(written) > 1:
-            raise KeyboardInterrupt
-        return save(run, *args)
-
-    save = steps.save_progress
-    monkeypatch.setattr(steps, "save_progress", stop)
-    with pytest.raises(KeyboardInterrupt):
+    with stops_after_a_block():
         bpdq_quantizer.quantize(source, tmp_path / "out", calibration=text, **QUICK)
-    monkeypatch.setattr(steps, "save_progress", save)
     bpdq_quantizer.quantize(source, tmp_path / "out", calibration=text, resume=True, **QUICK)
     expected, found = load_tensors(tmp_path / "whole"), load_tensors(tmp_path / "out")
     assert expected.keys() == found.keys()

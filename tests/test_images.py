@@ -22,7 +22,6 @@ from bpdq_quantizer.model.support import check_blocks
 from bpdq_quantizer.model.tokens import load_tokenizer
 from bpdq_quantizer.model.windows import Window, arguments
 from bpdq_quantizer.passes.sensitivity import gradient_energies
-from bpdq_quantizer.run import steps
 from tiny import TEXT, load_tensors, tiny_model, tiny_tokenizer
 from vision import FIRST, MORE, SEEING, picture, rows, seeing_model
 
@@ -208,24 +207,13 @@ def test_messages_without_images_are_text_by_the_chat_template(tmp_path):
         calibration_windows(str(write(tmp_path, {"messages": 3})), tokenizer, 1, 16, 0)
 
 
-def test_a_model_is_quantized_on_images_and_a_stopped_run_goes_on(tmp_path, model, monkeypatch):
+def test_a_model_is_quantized_on_images_and_a_stopped_run_goes_on(tmp_path, model, stops_after_a_block):
     calibration = str(rows(tmp_path, TEXT))
     report = bpdq_quantizer.quantize(str(model), tmp_path / "whole", calibration=calibration, asymmetric=0.5, **QUICK)
     assert report["calibration_windows_with_images"] == 5
-    written = []
-
-    def stop(run, *args):
-        written.append(args)
-        if len(written) > 1:
-            raise KeyboardInterrupt
-        return save(run, *args)
-
-    save = steps.save_progress
-    monkeypatch.setattr(steps, "save_progress", stop)
     options = QUICK | {"asymmetric": 0.5, "calibration": calibration}
-    with pytest.raises(KeyboardInterrupt):
+    with stops_after_a_block():
         bpdq_quantizer.quantize(str(model), tmp_path / "out", **options)
-    monkeypatch.setattr(steps, "save_progress", save)
     picture(tmp_path / "0.png", 99)
     with pytest.raises(InputError, match="calibration tokens"):
         bpdq_quantizer.quantize(str(model), tmp_path / "out", resume=True, **options)
