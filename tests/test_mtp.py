@@ -136,6 +136,14 @@ def test_a_head_in_8_bits_is_refused_before_any_work(source, text, tmp_path):
     assert not list(tmp_path.glob("out*"))
 
 
+def test_a_head_that_holds_nan_is_refused_before_any_work(source, text, tmp_path):
+    name = next(name for name in head_of(source) if name.endswith("mlp.up_proj.weight"))
+    model = changed(source, tmp_path / "model", lambda tensors: tensors | {name: tensors[name] * torch.nan})
+    with pytest.raises(InputError, match=rf"model.safetensors: {re.escape(name)} holds NaN or infinity"):
+        bpdq_quantizer.quantize(str(model), tmp_path / "out", calibration=text, **QUICK)
+    assert not list(tmp_path.glob("out*"))
+
+
 def test_a_rotated_model_leaves_its_head_behind(text, tmp_path, capfd):
     tiny_model(tmp_path / "plain", dtype=torch.bfloat16)
     head = {f"mtp.layers.0.mlp.{name}_proj.weight": torch.ones(32, 32) for name in ("gate", "up")}

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from bpdq_kernels.folder import FLOATS, INDEX, Entry, Headers, read_headers
+from bpdq_kernels.folder import FLOATS, INDEX, Entry, Headers, check_values, read_headers
 from bpdq_kernels.mtp import head_layers, head_pattern
 from bpdq_quantizer.checkpoint.carried import hub_commit
 from bpdq_quantizer.errors import InputError
@@ -31,7 +31,7 @@ def find_heads(model: str, lm: PreTrainedModel, quantized: Mapping[str, StoredWe
 
     quantized: weights of the files, the heads' among them, that count as what they are in lm's dtype. One line says so
     where the files lack layers that config.json speaks of. Raises InputError for tensors that are no 16-bit or 32-bit
-    floats.
+    floats, or hold NaN or infinity.
     """
     if is_gguf(model):
         return {}
@@ -44,6 +44,7 @@ def find_heads(model: str, lm: PreTrainedModel, quantized: Mapping[str, StoredWe
                 f"{entry.file}: {name} of a head for multi-token prediction is {entry.dtype}, and is copied only from "
                 f"{', '.join(FLOATS)}: start from the 16-bit model"
             )
+    check_values({name: entry for name, entry in heads.items() if name not in quantized})
     due, whole = head_layers(lm.config), _whole_layers(heads, stored)
     if whole < due:
         tqdm.write(
