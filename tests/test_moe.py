@@ -1,4 +1,4 @@
-"""The experts' op gives what dense matrices of the dequantized weights give, for the experts that tokens are routed to."""
+"""The experts' op gives what dense matrices of the dequantized weights give, for experts that tokens are routed to."""
 
 from typing import NamedTuple
 
@@ -12,6 +12,7 @@ from bpdq_kernels.activation import NAMES
 from bpdq_kernels.layout import GROUP_SIZES, Stored
 from products import random_stored
 
+SILU = Activation("silu")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}  # of a token's length
 
@@ -101,7 +102,7 @@ def random_case(
     groups: tuple[int, int] = (64, 64),
     c_dtype: torch.dtype = torch.int8,
     dtype: torch.dtype = torch.float32,
-    activation: Activation = Activation("silu"),
+    activation: Activation = SILU,
     biases: bool = False,
     weights_on_input: bool = False,
     seed: int = 0,
