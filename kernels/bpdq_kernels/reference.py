@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from bpdq_kernels.layout import WORD, check_layer, coefficients, expand_words, trim
+from bpdq_kernels.activation import Activation, activate
+from bpdq_kernels.layout import WORD, PreparedExperts, check_layer, coefficients, expand_words, trim
 
 _CHUNK = 1 << 19  # weights computed at a time: 2 MiB of fp32 stay in cache
 
@@ -58,3 +59,35 @@ def linear(x: Tensor, B: Tensor, c: Tensor, group_size: int, bias: Tensor | None
     """y [..., N] = x [..., K] @ W.T + bias, with W rounded to x.dtype as a 16-bit layer would hold it."""
     weight = dequantize_t(B, c, group_size, x.shape[-1], x.dtype, s)
     return torch.nn.functional.linear(x, weight.T, bias)
+
+
+@torch.no_grad()
+def moe(
+    x: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    up: PreparedExperts,
+    down: PreparedExperts,
+    activation: Activation,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    weights_on_input: bool,
+) -> Tensor:
+    """As `bpdq_kernels.moe.moe`, one expert after the other in fp32; `up` and `down` hold the tensors as stored."""
+    y = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for expert in topk_ids.unique().tolist():
+        if not 0 <= expert < len(up.planes):
+            continue
+        token, choice = (topk_ids == expert).nonzero(as_tuple=True)
+        weight = topk_weights[token, choice].float().unsqueeze(1)
+        rows = x[token].float()
+        h = _expert(rows * weight if weights_on_input else rows, up, expert, up_bias)
+        out = _expert(activate(h, activation).to(x.dtype).float(), down, expert, down_bias)
+        y.index_add_(0, token, out if weights_on_input else out * weight)
+    return y.to(x.dtype)
+
+
+def _expert(rows: Tensor, experts: PreparedExperts, expert: int, bias: Tensor | None) -> Tensor:
+    """rows [M, K] fp32 @ W.T + bias of one of the experts, in fp32."""
+    B, c, s = (None if tensor is None else tensor[expert] for tensor in experts.stored)
+    return linear(rows, B, c, experts.group_size, None if bias is None else bias[expert].float(), s)
