@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from bpdq_kernels.experts import Experts, take_apart
+from bpdq_kernels.experts import Experts
 from bpdq_kernels.skeleton import embedding_names, is_tied
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.fit.kv_bytes import Attention, Layers
@@ -121,7 +121,6 @@ def read_model(model: str, ignore: Sequence[str] = ()) -> Model:
     ignore: names, or `re:` patterns, of the blocks' Linears that stay in 16 bits.
     """
     skeleton = plain_skeleton(model)
-    take_apart(skeleton)
     config = skeleton.config
     text = config.get_text_config(decoder=True)
     prefix, blocks = decoder_blocks(skeleton)
