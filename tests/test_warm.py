@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import pytest
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
 
 import bpdq_kernels
 from bpdq_kernels import layout, tiled_linear, triton_embedding, warm
@@ -16,7 +15,7 @@ from bpdq_kernels.triton_embedding import embedding_kernel
 from bpdq_kernels.triton_gemm import gemm_kernel
 from bpdq_kernels.triton_gemv import gemv_kernel
 from bpdq_kernels.triton_linear import linear_kernel, stored_linear
-from tests.offline import BF16, FP16, FP32, Layer
+from tests.offline import BF16, FP16, FP32, Layer, OfflineDriver
 
 KERNELS = (dequantize_kernel, embedding_kernel, gemm_kernel, gemv_kernel, linear_kernel)
 
@@ -28,19 +27,6 @@ LAYERS = [
     Layer(1, 32, 70, 333, BF16),  # rows that are copied to be read in vectors
     Layer(2, 64, 1000, 1100, FP16, 8),
 ]
-
-
-class OfflineDriver:
-    """What Triton asks of a GPU's driver before it launches; a device of its own, so that nothing compiled stays."""
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 86, 32)
-
-    def get_current_device(self) -> str:
-        return "offline"
-
-    def get_current_stream(self, device: str) -> int:
-        return 0
 
 
 @pytest.fixture

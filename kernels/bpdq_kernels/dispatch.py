@@ -181,8 +181,8 @@ def experts_config(
             one = expert_gemm(8, up, pairs, multiprocessors), expert_gemm(8, down, pairs, multiprocessors)
         return Experts(*one, is_sorted=False, is_fused=fused)
     bucket = next((size for size, mean in EXPERT_TOKENS.items() if pairs <= mean * experts), 64)
-    if bucket == 64 and any(matrix.planes == 4 and matrix.coefficient_bits == 8 for matrix in (up, down)):
-        bucket = 32  # 64 tokens leave such weights too few registers
+    if any(matrix.coefficient_bits == 8 for matrix in (up, down)):
+        bucket = min(bucket, 32)  # 64 tokens leave such weights too few registers
     hit = min(pairs, experts)
     several = expert_gemm(bucket, up, hit, multiprocessors), expert_gemm(bucket, down, hit, multiprocessors)
     return Experts(*several, is_sorted=True, is_fused=fused)

@@ -24,7 +24,9 @@ from bpdq_kernels.triton_layout import TILE_ROWS
 from bpdq_kernels.warp import prefetch
 
 
-@triton.jit(do_not_specialize=["E", "choices"], do_not_specialize_on_alignment=["blocks_ptr", "order_ptr", "y_ptr"])
+@triton.jit(
+    do_not_specialize=["E", "choices", "stride_x"], do_not_specialize_on_alignment=["blocks_ptr", "order_ptr", "y_ptr"]
+)
 def expert_gemm_kernel(
     x_ptr: tl.tensor,
     blocks_ptr: tl.tensor,  # the pairs' experts where there is no order
@@ -125,9 +127,10 @@ def expert_gemm_kernel(
     tl.store(y_ptr + pair.to(tl.int64) * stride_y + row, y.to(y_ptr.dtype.element_ty), live)
 
 
-def options(config: Gemm) -> dict[str, Any]:
-    """Compiler options."""
-    return {"num_warps": config.warps, "maxnreg": 168 if config.tokens <= 16 else 255, "enable_fp_fusion": True}
+def options(config: Gemm, planes: int, coefficient_bits: int) -> dict[str, Any]:
+    """Compiler options: registers for three blocks on a multiprocessor, or two where those are too few."""
+    many = config.tokens > 16 or (planes == 4 and coefficient_bits == 8)
+    return {"num_warps": config.warps, "maxnreg": 255 if many else 168, "enable_fp_fusion": True}
 
 
 def launch(
@@ -181,5 +184,5 @@ def launch(
         **constants(activation, fused),
         grid=(cdiv(cdiv(out_features, 2 if fused else 1), layout.TILE_ROWS * block_tiles), len(blocks)),
         warmup=compile_only,
-        **options(config),
+        **options(config, tiles.bits, tiles.coefficient_bits),
     )
