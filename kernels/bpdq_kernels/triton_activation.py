@@ -21,7 +21,8 @@ def activate(gate: tl.tensor, up: tl.tensor, NAME: tl.constexpr, ALPHA: tl.const
         up = tl.maximum(tl.minimum(up, LIMIT, propagate_nan=ALL), -LIMIT, propagate_nan=ALL)
     if NAME == "swigluoai":
         return gate * sigmoid(ALPHA * gate) * (up + 1)
-    return activate_one(gate, NAME) * up
+    else:
+        return activate_one(gate, NAME) * up
 
 
 @triton.jit
