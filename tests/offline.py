@@ -148,7 +148,8 @@ def compile_expert(config: Gemv | Gemm, experts: ExpertLayer, bias: bool, arch: 
     """The kernel as its `launch` would start it for experts of these sizes."""
     layer, x = experts.layer, POINTERS[experts.layer.dtype]
     if isinstance(config, Gemv):
-        kernel, options = triton_expert_gemv.expert_gemv_kernel, triton_expert_gemv.options(config)
+        kernel = triton_expert_gemv.expert_gemv_kernel
+        options = triton_expert_gemv.options(config, layer.planes, layer.group)
     else:
         kernel = triton_expert_gemm.expert_gemm_kernel
         options = triton_expert_gemm.options(config, layer.planes, layer.coefficient_bits)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from bpdq_kernels import layout
 from bpdq_kernels.activation import Activation
-from bpdq_kernels.dispatch import Gemv
-from bpdq_kernels.layout import Tiles, cdiv
+from bpdq_kernels.dispatch import MAX_COEFFICIENTS, Gemv
+from bpdq_kernels.layout import Tiles, cdiv, groups_in_unit
 from bpdq_kernels.triton_activation import activate, activate_one, constants
 from bpdq_kernels.triton_gemv import dot_tiles
 from bpdq_kernels.triton_layout import TILE_ROWS
@@ -90,9 +90,11 @@ def expert_gemv_kernel(
     tl.store(y_ptr + pair.to(tl.int64) * stride_y + row, y.to(y_ptr.dtype.element_ty), row < outputs)
 
 
-def options(config: Gemv) -> dict[str, int]:
-    """Compiler options."""
-    return {"num_warps": config.warps, "maxnreg": 128 if config.warps == 8 else 168, "enable_fp_fusion": True}
+def options(config: Gemv, planes: int, group_size: int) -> dict[str, int]:
+    """Compiler options: registers as for one token, or all where two tiles' coefficients want them."""
+    coefficients = config.tiles * groups_in_unit(group_size) * (planes + 1)
+    registers = 128 if config.warps == 8 else 168 if coefficients <= 2 * MAX_COEFFICIENTS else 255
+    return {"num_warps": config.warps, "maxnreg": registers, "enable_fp_fusion": True}
 
 
 def launch(
@@ -138,5 +140,5 @@ def launch(
         **constants(activation, fused),
         grid=(ids.numel(), cdiv(y.shape[1], layout.TILE_ROWS * (1 if fused else config.tiles))),
         warmup=compile_only,
-        **options(config),
+        **options(config, tiles.bits, group_size),
     )
