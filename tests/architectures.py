@@ -16,6 +16,7 @@ from bpdq_kernels import dequantize
 from bpdq_quantizer.model.stream import decoder_blocks
 from bpdq_quantizer.model.weights import weights_in
 from hybrids import CONFIGS, GDN, MAMBA
+from mixtures import MIXTURES
 from tiny import load_tensors, tiny_tokenizer
 
 SIZES = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -77,6 +78,7 @@ HYBRID = {
     "recurrent_gemma": SIZES | {"lru_width": 128, "num_hidden_layers": 3, "attention_window_size": 16},
 }  # fmt: skip
 TEXT: dict[str, dict[str, Any]] = DENSE | WINDOWED | MLA | HYBRID
+EXPERTS = " (experts)"  # behind the names of `mixtures.MIXTURES`, of which some are among those without, too
 
 TOKENS = {"vocab_size": 384, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0}
 INNER = SIZES | TOKENS | {"tie_word_embeddings": False}
@@ -137,6 +139,9 @@ def config_of(arch: str, **changes: Any) -> PreTrainedConfig:
     """Of the tiny model, with `changes` to its text model."""
     if arch in WRAPPERS:
         return AutoConfig.for_model(arch, **WRAPPERS[arch] | {"text_config": WRAPPERS[arch]["text_config"] | changes})
+    if arch.endswith(EXPERTS):
+        arch = arch.removesuffix(EXPERTS)
+        return AutoConfig.for_model(arch, **TOKENS | MIXTURES[arch] | changes)
     return AutoConfig.for_model(arch, **TOKENS | TEXT[arch] | changes)
 
 

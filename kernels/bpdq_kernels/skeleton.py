@@ -15,6 +15,7 @@ from torch import nn
 
 from bpdq_kernels import format as bpdq_format
 from bpdq_kernels.errors import InputError
+from bpdq_kernels.experts import Experts, are_apart, take_apart, without_fusing
 from bpdq_kernels.folder import FLOATS, REMEDY, Entry, Headers
 from bpdq_kernels.format import KV_SCALES, Format, Scheme
 from bpdq_kernels.layout import WORD, Stored
@@ -75,7 +76,8 @@ def auto_class(config: "PreTrainedConfig") -> type | None:
 
 
 def build(config: "PreTrainedConfig", stored: Headers) -> "PreTrainedModel":
-    """The 16-bit model of `config` (`auto_class`) on the meta device, for a checkpoint's tensors `stored`.
+    """The 16-bit model of `config` (`auto_class`) on the meta device, for a checkpoint's tensors `stored`; with its
+    experts one by one, where that has them so in bit-planes.
 
     Raises InputError, and ImportError for a model that transformers does not have, or not without other packages.
     """
@@ -85,12 +87,15 @@ def build(config: "PreTrainedConfig", stored: Headers) -> "PreTrainedModel":
         raise ImportError(f"config.json: transformers has no causal language model for model_type {config.model_type}")
     try:
         with torch.device("meta"):
-            return auto.from_config(config, trust_remote_code=False)
+            model = auto.from_config(config, trust_remote_code=False)
     except ImportError:
         raise
     except Exception as e:  # whatever a value of config.json makes a model's code raise
         reason = " ".join(str(e).split())
         raise InputError(f"config.json: transformers can't build the model ({type(e).__name__}: {reason})") from e
+    if are_apart(stored):
+        take_apart(model)
+    return model
 
 
 def embedding_names(model: "PreTrainedModel") -> tuple[str, str]:
@@ -168,6 +173,8 @@ def renaming(model: "PreTrainedModel") -> Callable[[str], tuple[str, bool]]:
     from transformers.core_model_loading import WeightConverter, rename_source_key
 
     transforms = get_model_conversion_mapping(model)
+    if any(isinstance(module, Experts) for module in model.modules()):
+        transforms = without_fusing(transforms)
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
     wanted = model.state_dict()

@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.core_model_loading import WeightTransform
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     register_quantization_config,
@@ -26,6 +27,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bpdq_kernels import format as bpdq_format
 from bpdq_kernels import skeleton
+from bpdq_kernels.experts import are_apart, take_apart, without_fusing
 from bpdq_kernels.folder import REMEDY, Headers, check_scale, read_folder, read_json
 from bpdq_kernels.format import KV_SCALES, Format
 from bpdq_kernels.layout import trim
@@ -92,6 +94,9 @@ class BPDQQuantizer(HfQuantizer):
         stored = read_folder(files[0].parent) if files else {}
         if {file.name for file in files} != {entry.file.name for entry in stored.values()}:
             raise InputError(f"{files[0]}: transformers would read this file, which is not the checkpoint's")
+        if are_apart(stored):
+            take_apart(model)
+        self.fuses = not are_apart(stored)
         arranged = skeleton.arranged(stored, model)
         checked = model if embedding_names(model)[1] else causal_skeleton(model, stored)
         fmt = self.quantization_config.format
@@ -109,6 +114,10 @@ class BPDQQuantizer(HfQuantizer):
             parent, _, scale = name.rpartition(".")
             if fmt.kv_cache_scales and scale in KV_SCALES and parent in modules:
                 modules[parent].register_buffer(scale, entry.meta())
+
+    def update_weight_conversions(self, weight_conversions: list[WeightTransform]) -> list[WeightTransform]:
+        """Called before the tensors are read, after the modules are replaced."""
+        return weight_conversions if self.fuses else without_fusing(weight_conversions)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         for name, scheme in self.schemes.items():
