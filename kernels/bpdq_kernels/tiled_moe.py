@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -10,11 +9,8 @@ from torch import Tensor
 from bpdq_kernels import triton_activation, triton_expert_gemm, triton_expert_gemv, triton_routing
 from bpdq_kernels.activation import Activation
 from bpdq_kernels.dispatch import Experts, Gemm, Gemv, Matrix, experts_config
-from bpdq_kernels.layout import Tiles, cdiv
+from bpdq_kernels.layout import PreparedExperts, Tiles, cdiv
 from bpdq_kernels.tiled_linear import aligned, machine
-
-if TYPE_CHECKING:
-    from bpdq_kernels.moe import PreparedExperts
 
 SCRATCH_BYTES = 128 << 20  # of outputs that are not yet summed over a token's experts, at a time
 
@@ -23,8 +19,8 @@ def tiled_moe(
     x: Tensor,
     topk_weights: Tensor,
     topk_ids: Tensor,
-    up: "PreparedExperts",
-    down: "PreparedExperts",
+    up: PreparedExperts,
+    down: PreparedExperts,
     activation: Activation,
     up_bias: Tensor | None,
     down_bias: Tensor | None,
@@ -58,7 +54,7 @@ def tiled_moe(
     return y
 
 
-def matrix_of(experts: "PreparedExperts") -> Matrix:
+def matrix_of(experts: PreparedExperts) -> Matrix:
     """What the dispatch wants to know of them."""
     tiles = Tiles(*experts[:4])
     return Matrix(tiles.bits, experts.group_size, experts.out_features, experts.in_features, tiles.coefficient_bits)
@@ -68,8 +64,8 @@ def launches(
     x: Tensor,
     topk_weights: Tensor,
     topk_ids: Tensor,
-    up: "PreparedExperts",
-    down: "PreparedExperts",
+    up: PreparedExperts,
+    down: PreparedExperts,
     activation: Activation,
     up_bias: Tensor | None,
     down_bias: Tensor | None,
@@ -107,7 +103,7 @@ def multiply(
     ids: Tensor,
     routing: triton_routing.Routing | None,
     choices: int,
-    experts: "PreparedExperts",
+    experts: PreparedExperts,
     bias: Tensor | None,
     activation: Activation | None,
     y: Tensor,

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from bpdq_kernels.activation import Activation
-from bpdq_kernels.layout import Tiles
-from bpdq_kernels.moe import PreparedExperts
+from bpdq_kernels.layout import PreparedExperts, Tiles
 from bpdq_kernels.ops import Prepared, embedding, is_stored
 
 
