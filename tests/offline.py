@@ -32,6 +32,8 @@ GEMM = [
     Gemm(tokens, *tile) for tokens in (8, 16) for tile in ((1, 8, 8), (2, 8, 8), (2, 4, 4), (1, 16, 16), (2, 16, 16))
 ]
 GEMM_K4_8_BITS = [Gemm(64, 1, 8, 8), Gemm(64, 1, 4, 4), Gemm(64, 1, 4, 2)]  # instead of those with two tiles
+EXPERT_GEMV = [Gemv(tiles, warps) for tiles in (1, 2, 4) for warps in (2, 4, 8)]
+EXPERT_GEMM = [Gemm(tokens, 2, 4, split) for tokens in (8, 16, 32, 64) for split in (2, 4)]
 GEMM += [Gemm(32, 2, 8, 8), Gemm(32, 2, 4, 4), Gemm(64, 2, 8, 8), Gemm(64, 2, 4, 4), Gemm(64, 2, 4, 2)]
 
 # of a block at most: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"
@@ -143,6 +145,15 @@ class ExpertLayer(NamedTuple):
     def __str__(self) -> str:
         return "-".join([str(self.layer), self.activation.name if self.activation else "down"])
 
+    def takes(self, config: Gemv | Gemm) -> bool:
+        """Whether the dispatch may pick this configuration: not if the coefficients fill the registers."""
+        if isinstance(config, Gemm):
+            return config.tokens < 64 or self.layer.coefficient_bits == 16
+        if self.is_fused:
+            full = 2 * groups_in_unit(self.layer.group) * (self.layer.planes + 1) >= MAX_COEFFICIENTS
+            return config.tiles == 2 and (config.warps < 8 or not full)
+        return fits(config, self.layer.planes, self.layer.group)
+
 
 def compile_expert(config: Gemv | Gemm, experts: ExpertLayer, bias: bool, arch: int = 86) -> CompiledKernel:
     """The kernel as its `launch` would start it for experts of these sizes."""
@@ -217,10 +228,13 @@ def compile_dequantize(arch: int, layer: Layer) -> CompiledKernel:
     return compile_kernel(dequantize_kernel, types, constants, divisible, arch, dequantize_options())
 
 
-def flaws(arch: int, kernel: Gemv | Gemm | Dense | Tile | None, layer: Layer) -> list[str]:
+def flaws(arch: int, kernel: Gemv | Gemm | Dense | Tile | None, layer: Layer | ExpertLayer) -> list[str]:
     """What is wrong with the machine code of a layer's kernel: of the configuration, `stored_linear`'s of the tile, or
     the embedding's (None)."""
-    if isinstance(kernel, Dense):
+    if isinstance(layer, ExpertLayer):
+        compiled = compile_expert(kernel, layer, bias=True, arch=arch)
+        multiplies = "BMMA" if isinstance(kernel, Gemv) else "HMMA"
+    elif isinstance(kernel, Dense):
         compiled, multiplies = compile_dequantize(arch, layer), ""
     elif kernel is None:
         compiled, multiplies = compile_embedding(arch, layer), ""
