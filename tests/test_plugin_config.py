@@ -9,7 +9,6 @@ import pytest
 import torch
 from transformers import AutoConfig
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import ColumnParallelLinear, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, get_quantization_config
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
@@ -185,13 +184,6 @@ def test_a_scale_is_one_number_that_keys_can_have_been_divided_by(scale):
         load_scale(param, torch.tensor(scale))
     load_scale(param, torch.tensor([0.5]))
     assert param.item() == 0.5
-
-
-def test_mixture_of_experts_is_refused_unless_ignored():
-    prefix = "model.layers.3.mlp.experts"
-    with pytest.raises(ValueError, match=r"model\.layers\.3\.mlp\.experts: mixture-of-experts .* `ignore`"):
-        config().get_quant_method(a(RoutedExperts), prefix)
-    assert config(ignore=["re:.*experts.*"]).get_quant_method(a(RoutedExperts), prefix) is None
 
 
 def test_names_follow_the_model_when_vllm_renames_its_modules():

@@ -12,12 +12,13 @@ import vllm
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from vllm.model_executor import parameter
-from vllm.model_executor.layers import fused_moe, linear
+from vllm.model_executor.layers import linear
 from vllm.model_executor.layers.quantization import base_config, kv_cache
 from vllm.model_executor.model_loader import weight_utils
 
 import vllm_sources
 from vllm_bpdq.config import BPDQConfig
+from vllm_bpdq.experts import BPDQExpertsMethod
 from vllm_bpdq.kv_scales import MISSING
 from vllm_bpdq.linear import BPDQLinearMethod, StoredParameter
 
@@ -68,6 +69,7 @@ def test_the_checked_releases_are_the_promised_ones():
         (vllm_sources.PARAMETER, "def load_qkv_weight", "def load_qkv", "expected load_column_parallel_weight"),
         (vllm_sources.KV_CACHE, "torch.tensor(-1.0)", "torch.tensor(1.0)", "KVCacheScaleParameter"),
         (vllm_sources.TURBOQUANT, "+ 4", "+ 8", "TurboQuantConfig is other code"),
+        (vllm_sources.EXPERTS, "and named_expert is None", "", "without 'is_fused"),
         ("config/cache.py", "ClassVar[int] = 16", "ClassVar[int] = 64", "DEFAULT_BLOCK_SIZE"),
     ],
 )
@@ -86,6 +88,7 @@ def test_a_changed_vllm_is_noticed(tmp_path, file, old, new, problem):
 def test_the_config_implements_every_abstract_method():
     assert not BPDQConfig.__abstractmethods__
     assert not BPDQLinearMethod.__abstractmethods__
+    assert not BPDQExpertsMethod.__abstractmethods__
 
 
 def test_methods_registered_for_the_second_loader_are_found_by_name():
@@ -106,11 +109,6 @@ def test_scales_of_the_kv_cache_are_renamed_and_start_as_missing():
     renamed = base_config.QuantizationConfig.get_cache_scale_mapper().apply_list(names)
     assert renamed == ["model.layers.0.self_attn.attn.k_scale", "model.layers.0.self_attn.attn.v_scale"]
     assert kv_cache.KVCacheScaleParameter().item() == MISSING
-
-
-def test_mixture_of_experts_layers_are_recognized_by_name():
-    assert "RoutedExperts" in fused_moe.__all__
-    assert fused_moe.RoutedExperts.__name__ == "RoutedExperts"
 
 
 def test_the_parameter_overrides_every_way_of_loading():

@@ -23,6 +23,11 @@ WEIGHTS = "model_executor/model_loader/weight_utils.py"
 CONFIG = "config/vllm.py"
 MODELS = "model_executor/models/utils.py"
 FUSED_MOE = "model_executor/layers/fused_moe/__init__.py"
+EXPERTS = "model_executor/layers/fused_moe/routed_experts.py"
+EXPERTS_METHOD = "model_executor/layers/fused_moe/fused_moe_method_base.py"
+EXPERT_MAP = "model_executor/layers/fused_moe/expert_map_manager.py"
+RUNNER = "model_executor/layers/fused_moe/runner/moe_runner.py"
+GPT_OSS = "model_executor/models/gpt_oss.py"
 
 SIGNATURES = {  # parameters in order, as written: name, *name, **name
     (QUANTIZATION, "register_quantization_config"): "quantization",
@@ -61,6 +66,18 @@ SIGNATURES = {  # parameters in order, as written: name, *name, **name
     (PARAMETER, "_ColumnvLLMParameter.load_merged_column_weight"): "self loaded_weight **kwargs",
     (PARAMETER, "_ColumnvLLMParameter.load_qkv_weight"): "self loaded_weight **kwargs",
     (MODELS, "WeightsMapper.apply_list"): "self values",
+    (EXPERTS_METHOD, "FusedMoEMethodBase.__init__"): "self moe",
+    (EXPERTS_METHOD, "FusedMoEMethodBase.create_weights"): (
+        "self layer num_experts hidden_size intermediate_size_per_partition params_dtype **extra_weight_attrs"
+    ),
+    (EXPERTS_METHOD, "FusedMoEMethodBase.maybe_roundup_sizes"): (
+        "self hidden_size intermediate_size_per_partition act_dtype moe_parallel_config"
+    ),
+    (EXPERTS_METHOD, "FusedMoEMethodBase.get_fused_moe_quant_config"): "self layer",
+    (EXPERTS_METHOD, "FusedMoEMethodBase.apply"): (
+        "self layer x topk_weights topk_ids shared_experts shared_experts_input"
+    ),
+    (EXPERT_MAP, "ExpertMapManager.expert_map"): "self",
     (EMBEDDING, "VocabParallelEmbedding"): "",
     (ATTENTION, "Attention"): "",
 }
@@ -113,12 +130,42 @@ STATEMENTS = {  # fragments of the code of a function or class, as ast.unparse w
     (DEFAULT_LOADER, "DefaultModelLoader._prepare_weights"): ["filter_duplicate_safetensors_files("],
     ("config/load.py", "LoadConfig"): ["load_format:", "download_dir:", "ignore_patterns:"],
     (WEIGHTS, "initialize_single_dummy_weight"): ["if not torch.is_floating_point(param):"],
-    (FUSED_MOE, ""): ["'RoutedExperts'"],
+    (FUSED_MOE, ""): ["'RoutedExperts'", "'GateLinear'", "'FusedMoEMethodBase'"],
+    (MODELS, "AutoWeightsLoader.load_weights"): ["mapper |= quant_config.get_checkpoint_weight_mapper()"],
+    (MODELS, "WeightsMapper.apply"): ["shard_data.shard_id = one_shard_id"],
+    (RUNNER, "MoERunner._apply_quant_method"): [
+        "self.routed_experts.forward_modular(x=hidden_states, topk_weights=topk_weights, topk_ids=topk_ids, "
+        "shared_experts=self._shared_experts, shared_experts_input=shared_experts_input)",
+    ],
+    (GPT_OSS, ""): ["'w13_bias': 'gpt_oss_w13'", "'w2_bias': 'gpt_oss_w2'"],
+    (GPT_OSS, "GptOssModel._try_load_streamed_expert"): [
+        "weight_loader(param, loaded_weight, weight_name=fused_name, "
+    ],
+    (GPT_OSS, "GptOssModel._load_weights_other"): ["weight_loader(param, weight)"],
+    ("model_executor/models/granitemoehybrid.py", "GraniteMoeHybridModel.load_weights"): ["weight_loader(param, p)"],
     ("config/model.py", "ModelConfig._verify_quantization"): [
         "quantization_methods = quantization_methods + overrides",
         "'gptq'",
     ],
-    ("model_executor/layers/fused_moe/routed_experts.py", "RoutedExperts"): [],
+    (EXPERTS, "RoutedExperts.__init__"): [
+        *[f"self.ckpt_{part}_proj_name =" for part in ("gate", "up", "down")],
+        *[f"self.swiglu_{what} =" for what in ("limit", "alpha", "beta")],
+        "self.activation =",
+        "self.apply_router_weight_on_input =",
+        "self.quant_method = self._get_quant_method(",
+    ],
+    (EXPERTS, "RoutedExperts.expert_map"): ["getattr(self.quant_method, 'moe_kernel', None)", "self._expert_map"],
+    (EXPERTS, "RoutedExperts.load_weights"): [
+        "is_fused = loaded_weight.dim() == 3 and named_expert is None",
+        "param.weight_loader(param=param, loaded_weight=loaded_expert, weight_name=weight_name, shard_id=shard_id, "
+        "expert_id=expert_id, return_success=True)",
+    ],
+    (EXPERTS, "RoutedExperts.build_expert_params_mapping"): ["w13_", "w2_", "('w1', ckpt_gate_proj_name)"],
+    ("model_executor/layers/fused_moe/config.py", "FusedMoEConfig"): [
+        *(f"{name}: int" for name in ("num_logical_experts", "intermediate_size")),
+        "has_bias: bool",
+        "def tp_rank(",
+    ],
     ("plugins/__init__.py", ""): ["DEFAULT_PLUGINS_GROUP = 'vllm.general_plugins'"],
     # the bytes of KV caches, besides SAME
     ("config/cache.py", "CacheConfig"): ["DEFAULT_BLOCK_SIZE: ClassVar[int] = 16"],

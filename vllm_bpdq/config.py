@@ -14,9 +14,10 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from bpdq_kernels import format
 from bpdq_kernels.ops import ACTIVATION_DTYPES
 from bpdq_kernels.patterns import PREFIX
-from vllm_bpdq.names import origins, renamed
+from vllm_bpdq.names import numbered_experts, origins, renamed
 
 if TYPE_CHECKING:
+    from vllm.model_executor.layers.fused_moe import RoutedExperts
     from vllm.model_executor.models.utils import WeightsMapper
 
 
@@ -30,6 +31,7 @@ class BPDQConfig(QuantizationConfig):
         self.has_embedding = False  # of which vLLM's model has said that it may be quantized
         # name or folder, revision, and transformers' config, until its files are checked
         self.model: tuple[str, str | None, Any] | None = None
+        self.hf_config: Any = None
 
     def __repr__(self) -> str:
         return f"BPDQConfig({self.format})"
@@ -72,7 +74,7 @@ class BPDQConfig(QuantizationConfig):
     ) -> None:
         """Remember which checkpoint this is the config of. Raises ValueError, with a remedy, for bit-planes where vLLM
         takes 16 bits only."""
-        self.model = model_name, revision, hf_config
+        self.model, self.hf_config = (model_name, revision, hf_config), hf_config
         for name, remedy in _in_16_bits_only(hf_config):
             if self.format.scheme_for(name) is not None:
                 model_type = hf_config.model_type
@@ -89,7 +91,7 @@ class BPDQConfig(QuantizationConfig):
                 f"{name}: vLLM's model has its embedding in 16 bits only: quantize the model again without "
                 "--embed-bits, and without --head-bits if the LM head is tied to it"
             )
-        return super().get_checkpoint_weight_mapper()
+        return super().get_checkpoint_weight_mapper() | numbered_experts(self.hf_config)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: "WeightsMapper") -> None:
         """Rename exact module names as the model renames its weights. A `re:` pattern stays, as it is for names of the
@@ -106,19 +108,22 @@ class BPDQConfig(QuantizationConfig):
         self.mappers.append(hf_to_vllm_mapper)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """The method of layer `prefix`; None for an embedding or LM head in 16 bits, and for attention unless the
-        checkpoint has scales for its KV cache (which fp8_e5m2 has no use for, and vLLM refuses beside them).
+        """The method of layer `prefix`; None for an embedding, LM head or experts in 16 bits, and for attention unless
+        the checkpoint has scales for its KV cache (which fp8_e5m2 has no use for, and vLLM refuses beside them).
 
         Before the first layer the checkpoint's files are checked: this is where vLLM's load format is known. Raises
-        ValueError for what they lack, for mixture-of-experts layers, for fused layers whose parts differ in scheme, and
-        for an embedding in bit-planes where a draft model of EAGLE's kind or MTP is to share it.
+        ValueError for what they lack, for fused layers whose parts differ in scheme and experts that do, for experts
+        with an activation that the kernels lack, and for an embedding in bit-planes where a draft model of EAGLE's kind
+        or MTP is to share it.
         """
         from vllm.model_executor.layers.attention import Attention
+        from vllm.model_executor.layers.fused_moe import GateLinear, RoutedExperts
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
         from vllm_bpdq.checkpoint import check
         from vllm_bpdq.embedding import BPDQEmbeddingMethod
+        from vllm_bpdq.experts import BPDQExpertsMethod
         from vllm_bpdq.kv_scales import BPDQKVCacheMethod
         from vllm_bpdq.linear import BPDQLinearMethod
 
@@ -137,17 +142,15 @@ class BPDQConfig(QuantizationConfig):
                 _check_unshared(name)
                 self.has_embedding = True
             return BPDQEmbeddingMethod(scheme, name, [name])
+        if isinstance(layer, GateLinear):  # a router, some of which vLLM's models ask for
+            return UnquantizedLinearMethod()
         if isinstance(layer, LinearBase):
             parts = self._parts(prefix)
             scheme = self._scheme(prefix, parts)
             return UnquantizedLinearMethod() if scheme is None else BPDQLinearMethod(scheme, prefix, parts)
-        # by name: the class has moved and changed its name between vLLM releases
-        is_moe = any(cls.__name__ in ("RoutedExperts", "FusedMoE") for cls in type(layer).__mro__)
-        if is_moe and self.format.scheme_for(prefix, self._stored_names(prefix)) is not None:
-            raise ValueError(
-                f"{prefix}: mixture-of-experts layers are not supported in BPDQ: quantize the model again with "
-                f"'re:.*experts.*' in `ignore`, or serve a dense model"
-            )
+        if isinstance(layer, RoutedExperts):
+            scheme = self._experts_scheme(layer, prefix)
+            return None if scheme is None else BPDQExpertsMethod(layer, scheme, prefix)
         return None
 
     def _embedding_name(self) -> str:
@@ -176,6 +179,23 @@ class BPDQConfig(QuantizationConfig):
                 f"give them the same bits, group_size and coefficient_bits, or ignore all of them"
             )
         return schemes[parts[0]]
+
+    def _experts_scheme(self, layer: "RoutedExperts", prefix: str) -> format.Scheme | None:
+        parts = layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name, layer.ckpt_down_proj_name
+        first: dict[format.Scheme | None, str] = {}
+        for number in range(layer.moe_config.num_logical_experts):
+            for part in filter(None, parts):
+                # a model may have other names for its own tensors of all experts, so that names are not mapped back
+                names = self._stored_names(f"{prefix}.{number}.{part}")
+                exact = next((name for name in names if self.stored_format.mentions(name)), names[0])
+                first.setdefault(self.stored_format.scheme_for(exact, names), f"{number}.{part}")
+        if len(first) > 1:
+            found = ", ".join(f"{part} {scheme or '16-bit'}" for scheme, part in first.items())
+            raise ValueError(
+                f"{prefix}: quantization_config treats the experts of one layer differently ({found}): "
+                "give all of them the same bits, group_size and coefficient_bits, or ignore all of them"
+            )
+        return next(iter(first))
 
 
 def _check_unshared(name: str) -> None:

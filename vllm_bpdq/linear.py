@@ -98,6 +98,18 @@ class StoredParameter(ModelWeightParameter):
         super().load_qkv_weight(self.receive(loaded_weight, out_features, kwargs["shard_offset"]), **kwargs)
 
 
+def rank_group_size(name: str, share: int, inputs: int, group_size: int) -> int:
+    """The group size on a rank that holds `share` of a layer's inputs. It may start inside a group: there the groups
+    are split, which repeats coefficients and changes nothing. Raises ValueError where it starts inside a word of B."""
+    finer = group_size if share == inputs else gcd(group_size, share)
+    if finer % WORD:
+        raise ValueError(
+            f"{name}: tensor parallelism gives each rank {share} of {inputs} inputs, which is not a multiple of "
+            f"{WORD}: use a smaller --tensor-parallel-size"
+        )
+    return finer
+
+
 def load_replicated(param: StoredParameter, loaded_weight: Tensor) -> None:
     """Weight loader of ReplicatedLinear, whose own knows neither padding nor c's dtype."""
     tensor = param.receive(loaded_weight, param.stored_shape[-1])
@@ -129,14 +141,7 @@ class BPDQLinearMethod(LinearMethodBase):
         Raises ValueError naming the layer where the ranks' shares of the inputs don't start at a word of B.
         """
         self.in_features, self.out_features = input_size_per_partition, sum(output_partition_sizes)
-        # a rank may start inside a group: there the groups are split, which repeats coefficients and changes nothing
-        whole = input_size_per_partition == input_size
-        self.group_size = self.scheme.group_size if whole else gcd(self.scheme.group_size, self.in_features)
-        if self.group_size % WORD:
-            raise ValueError(
-                f"{self.name}: tensor parallelism gives each rank {self.in_features} of {input_size} inputs, which is "
-                f"not a multiple of {WORD}: use a smaller --tensor-parallel-size"
-            )
+        self.group_size = rank_group_size(self.name, self.in_features, input_size, self.scheme.group_size)
 
         def fit_planes(name: str, B: Tensor, out_features: int) -> Tensor:
             check_planes(name, B, input_size, out_features, self.scheme)

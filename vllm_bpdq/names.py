@@ -3,10 +3,10 @@
 A model's WeightsMapper is for names of tensors: its prefixes may end in a dot, so a layer is mapped as its weight is.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vllm.model_executor.models.utils import WeightsMapper
+    from vllm.model_executor.models.utils import ShardIds, WeightsMapper
 
 TENSOR = ".weight"
 
@@ -29,3 +29,25 @@ def origins(name: str, mapper: "WeightsMapper") -> list[str]:
     found += [tensor.replace(new, old, 1) for tensor in found for old, new in parts if new in tensor]
     layers = dict.fromkeys(tensor.removesuffix(TENSOR) for tensor in found)
     return [layer for layer in layers if renamed(layer, mapper) == name]
+
+
+# Models with a loader of their own, which takes experts that are one tensor only, by where it looks for them
+FUSED_EXPERTS = {"gpt_oss": ".mlp.experts.", "granitemoehybrid": ".block_sparse_moe.experts."}
+PARTS = {"gate_proj": ("w13", "w1"), "up_proj": ("w13", "w3"), "down_proj": ("w2", "w2")}
+
+
+def numbered_experts(config: Any) -> "WeightsMapper":
+    """For the model of a transformers config whose loader knows no experts with numbers: the names of their tensors
+    become those of vLLM's parameters, and each tensor's `shard_id`, as WeightsMapper sets it, tells the expert and the
+    part: "3.w1". Other models' loaders tell that themselves."""
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    where = FUSED_EXPERTS.get(getattr(config, "model_type", None))
+    stacked: dict[str, tuple[str, ShardIds]] = {}
+    for number in range(config.num_local_experts if where else 0):
+        for name, (key, part) in PARTS.items():
+            stored, place = f"{where}{number}.{name}.", f"{number}.{part}"
+            # gpt-oss has a loader of numbered biases, beside one of all experts' that takes the parameter's name
+            stacked[stored + "bias"] = f"{where}{number}.{key}_bias", place
+            stacked[stored] = f"{where}routed_experts.{key}_", place
+    return WeightsMapper(orig_to_new_stacked=stacked)

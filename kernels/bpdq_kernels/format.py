@@ -21,6 +21,7 @@ has scales for an fp8 KV cache, `k_scale` and `v_scale`.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -88,6 +89,20 @@ class Scheme:
         return outputs * (units * UNIT // 8 * self.bits + coefficients) + 4 * out_features
 
 
+class _Targets:
+    """Names and `re:` patterns in the order of a checkpoint: names, of which experts have thousands, are looked up."""
+
+    def __init__(self, targets: Iterable[str]) -> None:
+        self.places = {target: i for i, target in enumerate(targets)}
+        self.patterns = [target for target in self.places if target.startswith(patterns.PREFIX)]
+
+    def first(self, name: str, aliases: list[str]) -> str | None:
+        """The first that is `name`, or a pattern that matches one of `aliases`."""
+        pattern = next((p for p in self.patterns if any(patterns.matches(alias, p) for alias in aliases)), None)
+        found = [target for target in (name, pattern) if target in self.places]
+        return min(found, key=self.places.__getitem__, default=None)
+
+
 @dataclass(frozen=True)
 class Format:
     """What a checkpoint says of its layers."""
@@ -103,16 +118,22 @@ class Format:
         aliases: what patterns are matched with instead, where `name` is that of another program's model.
         """
         names = [*aliases] or [name]
-
-        def chosen(target: str) -> bool:
-            return any(_matches(n, (target,)) for n in (names if target.startswith(patterns.PREFIX) else [name]))
-
-        if any(map(chosen, self.ignore)):
+        if self._ignored.first(name, names) is not None:
             return None
-        for pattern, scheme in self.layers.items():
-            if chosen(pattern):
-                return scheme
-        return self.default
+        target = self._named.first(name, names)
+        return self.default if target is None else self.layers[target]
+
+    def mentions(self, name: str) -> bool:
+        """Whether `ignore` or `layers` gives exactly this name."""
+        return name in self._ignored.places or name in self._named.places
+
+    @cached_property
+    def _ignored(self) -> "_Targets":
+        return _Targets(self.ignore)
+
+    @cached_property
+    def _named(self) -> "_Targets":
+        return _Targets(self.layers)
 
     def embedding_scheme(self, name: str) -> Scheme | None:
         """Scheme of the embedding or LM head called `name` in the checkpoint, or None if it is left in 16 bits."""
