@@ -9,6 +9,7 @@ Times are medians over rounds; a round times every candidate once, so that a slo
 """
 
 import argparse
+import itertools
 import json
 import os
 import shlex
@@ -25,22 +26,25 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from benchmarks.random_planes import random_planes
+from benchmarks.random_planes import random_experts, random_layer, random_planes
 from benchmarks.serve_bench import COLORS, machine, versions
-from bpdq_kernels import layout, linear, prepare
+from benchmarks.shapes import EXPERTS, Experts, Layer
+from bpdq_kernels import Activation, layout, linear, moe, prepare, prepare_experts
 from bpdq_kernels.compiled import instruction_set
 from bpdq_kernels.format import Scheme
 
-LAYERS = {
-    "7B qkv": (4608, 3584),
-    "7B o": (3584, 3584),
-    "7B gate_up": (37888, 3584),
-    "7B down": (3584, 18944),
-    "72B qkv": (10240, 8192),
-    "72B o": (8192, 8192),
-    "72B gate_up": (59136, 8192),
-    "72B down": (8192, 29568),
-}
+LAYERS = (
+    Layer("7B qkv", 4608, 3584),
+    Layer("7B o", 3584, 3584),
+    Layer("7B gate_up", 37888, 3584),
+    Layer("7B down", 3584, 18944),
+    Layer("72B qkv", 10240, 8192),
+    Layer("72B o", 8192, 8192),
+    Layer("72B gate_up", 59136, 8192),
+    Layer("72B down", 8192, 29568),
+    *EXPERTS.values(),
+)
+ROUTINGS = 16  # of a layer's experts, in turn, so that a token's are not in the cache since the last
 SECONDS_PER_ROW = 20  # after which no further round starts, but MIN_ROUNDS are always run
 MIN_ROUNDS = 3
 PREFILL_TOKENS, DECODE_TOKENS = 512, 32
@@ -52,6 +56,7 @@ HEAD_BITS = 4  # of the tied embedding and LM head, which a small model spends m
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 Row = dict[str, Any]
+Measured = Callable[[int], tuple[dict[str, Callable[[], Tensor]], float]]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -75,8 +80,8 @@ def main(argv: list[str] | None = None) -> int:
     else:
         report["copy_gb_s"] = copy_bandwidth()
         report["layers"] = []
-        for layer, (n, k_in) in args.layers.items():
-            report["layers"] += measure_layer(layer, n, k_in, args)
+        for layer in args.layers:
+            report["layers"] += measure_layer(layer, args)
         name, lines, figure = "cpu-layers", layer_table(report["layers"], report["copy_gb_s"]), plot(report)
     (args.output / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n")
     if figure:
@@ -87,10 +92,17 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu_bench", description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", nargs="+", metavar="NxK", help="outputs x inputs (those of Qwen2.5-7B and 72B)")
+    parser.add_argument(
+        "--layers",
+        nargs="+",
+        metavar="NxK",
+        help="outputs x inputs, or experts x chosen ones x hidden x inner size (those of Qwen2.5-7B and 72B, "
+        "Qwen3-30B-A3B and Qwen3-Next-80B-A3B)",
+    )
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 2, 4, 8, 16, 64, 512], metavar="M")
     parser.add_argument("--bits", type=int, default=2, choices=range(1, layout.MAX_PLANES + 1), help="(%(default)s)")
     parser.add_argument("--group-size", type=int, default=128, choices=layout.GROUP_SIZES, help="(%(default)s)")
+    parser.add_argument("--coefficient-bits", type=int, default=16, choices=(8, 16), help="(%(default)s)")
     parser.add_argument("--rounds", type=int, default=15, help="at most, per layer and number of tokens (%(default)s)")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--models", nargs="+", metavar="DIR", help="serve these one after the other; first = baseline")
@@ -98,18 +110,19 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     source.add_argument("--engine", metavar="DIR", help=argparse.SUPPRESS)  # one model, in a process of its own
     parser.add_argument("--output", type=Path, default=Path("bench-output"), metavar="DIR", help="(%(default)s)")
     args = parser.parse_args(argv)
-    if args.layers:
-        try:
-            args.layers = {shape: tuple(int(size) for size in shape.split("x", 1)) for shape in args.layers}
-        except ValueError:
-            parser.error("--layers: write outputs x inputs, such as 4096x4096")
-        if any(len(shape) != 2 for shape in args.layers.values()):
-            parser.error("--layers: write outputs x inputs, such as 4096x4096")
-    else:
-        args.layers = LAYERS
+    try:
+        args.layers = [parse_layer(shape) for shape in args.layers] if args.layers else LAYERS
+    except (TypeError, ValueError):
+        parser.error("--layers: write outputs x inputs, such as 4096x4096, or four numbers, such as 128x8x2048x768")
     if min(args.rounds, *args.tokens) < 1:
         parser.error("--tokens and --rounds must be at least 1")
     return args
+
+
+def parse_layer(shape: str) -> Layer | Experts:
+    """Raises TypeError or ValueError for other than two or four numbers."""
+    sizes = [int(size) for size in shape.split("x")]
+    return Experts(shape, *sizes) if len(sizes) > 2 else Layer(shape, *sizes)
 
 
 def seconds(run: Callable[[], object]) -> float:
@@ -126,21 +139,13 @@ def copy_bandwidth() -> float:
     return 2 * source.nbytes / statistics.median(times) / 1e9
 
 
-def measure_layer(name: str, n: int, k_in: int, args: argparse.Namespace) -> list[Row]:
-    """Milliseconds of one layer for every number of tokens: BPDQ and torch on bf16 x, torch on fp32 x."""
-    B, c = random_planes(n, k_in, Scheme(args.bits, args.group_size), torch.default_generator)
-    prepared = prepare(B, c, args.group_size, k_in)
-    half = torch.randn(n, k_in, dtype=torch.bfloat16)
-    full = half.float()
+def measure_layer(layer: Layer | Experts, args: argparse.Namespace) -> list[Row]:
+    """Milliseconds of one layer for every number of tokens: BPDQ and torch on bf16 x, of a Linear torch on fp32 x."""
+    scheme = Scheme(args.bits, args.group_size, args.coefficient_bits)
+    measured = (linear_candidates if isinstance(layer, Layer) else expert_candidates)(layer, scheme)
     rows = []
     for tokens in args.tokens:
-        x = torch.randn(tokens, k_in)
-        x_half = x.bfloat16()
-        candidates: dict[str, Callable[[], Tensor]] = {
-            "bpdq": lambda x=x_half: linear(x, prepared),
-            "bf16": lambda x=x_half: torch.nn.functional.linear(x, half),
-            "fp32": lambda x=x: torch.nn.functional.linear(x, full),
-        }
+        candidates, packed_bytes = measured(tokens)
         times: dict[str, list[float]] = {candidate: [] for candidate in candidates}
         for run in candidates.values():
             run()
@@ -148,13 +153,71 @@ def measure_layer(name: str, n: int, k_in: int, args: argparse.Namespace) -> lis
         while len(times["bpdq"]) < args.rounds and (len(times["bpdq"]) < MIN_ROUNDS or time.perf_counter() < end):
             for candidate, run in candidates.items():
                 times[candidate].append(seconds(run))
-        row = {"layer": name, "n": n, "k": k_in, "tokens": tokens, "rounds": len(times["bpdq"])}
+        row: Row = {"layer": layer.name, "shape": " x ".join(map(str, layer[1:])), "tokens": tokens}
+        row["rounds"] = len(times["bpdq"])
         row |= {f"{candidate}_ms": statistics.median(values) * 1e3 for candidate, values in times.items()}
         row |= {f"{candidate}_min_ms": min(values) * 1e3 for candidate, values in times.items()}
-        row["packed_gb_s"] = (prepared.planes.nbytes + prepared.coefficients.nbytes) / row["bpdq_ms"] / 1e6
+        row["packed_gb_s"] = packed_bytes / row["bpdq_ms"] / 1e6
         rows.append(row)
-        print(f"{name}, {tokens} tokens: {row['bpdq_ms']:.2f} ms, bf16 {row['bf16_ms']:.2f} ms", file=sys.stderr)
+        print(f"{layer.name}, {tokens} tokens: {row['bpdq_ms']:.2f} ms, bf16 {row['bf16_ms']:.2f} ms", file=sys.stderr)
     return rows
+
+
+def linear_candidates(layer: Layer, scheme: Scheme) -> Measured:
+    """For a number of tokens what is timed, by name, and the bytes that BPDQ reads."""
+    _, n, k_in = layer
+    stored = random_layer(n, k_in, scheme, torch.default_generator)
+    prepared = prepare(stored.B, stored.c, scheme.group_size, k_in, s=stored.s)
+    half = torch.randn(n, k_in, dtype=torch.bfloat16)
+    full = half.float()
+
+    def measured(tokens: int) -> tuple[dict[str, Callable[[], Tensor]], float]:
+        x = torch.randn(tokens, k_in)
+        x_half = x.bfloat16()
+        candidates = {
+            "bpdq": lambda: linear(x_half, prepared),
+            "bf16": lambda: torch.nn.functional.linear(x_half, half),
+            "fp32": lambda: torch.nn.functional.linear(x, full),
+        }
+        return candidates, prepared.planes.nbytes + prepared.coefficients.nbytes
+
+    return measured
+
+
+def expert_candidates(layer: Experts, scheme: Scheme) -> Measured:
+    """As `linear_candidates`, for tokens that choose experts at random; in bf16 as vLLM does it, one after another."""
+    _, count, chosen, hidden, inner = layer
+    shapes = (2 * inner, hidden), (hidden, inner)
+    up, down = (
+        prepare_experts(random_experts(count, n, k_in, scheme, torch.default_generator), scheme.group_size, k_in)
+        for n, k_in in shapes
+    )
+    half = [0.02 * torch.randn(count, n, k_in, dtype=torch.bfloat16) for n, k_in in shapes]
+    packed_bytes = sum(m.planes.nbytes + m.coefficients.nbytes for m in (up, down)) / count
+
+    def measured(tokens: int) -> tuple[dict[str, Callable[[], Tensor]], float]:
+        x = torch.randn(tokens, hidden, dtype=torch.bfloat16)
+        weights = torch.full((tokens, chosen), 1 / chosen)
+        ids = [torch.rand(tokens, count).argsort(1)[:, :chosen] for _ in range(ROUTINGS)]
+        turns = {candidate: itertools.cycle(ids) for candidate in ("bpdq", "bf16")}
+        candidates = {
+            "bpdq": lambda: moe(x, weights, next(turns["bpdq"]), up, down, Activation("silu")),
+            "bf16": lambda: dense_experts(x, weights, next(turns["bf16"]), *half),
+        }
+        return candidates, packed_bytes * statistics.mean(len(choice.unique()) for choice in ids)
+
+    return measured
+
+
+def dense_experts(x: Tensor, weights: Tensor, ids: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """y [T, H] of x [T, H]: experts `ids` [T, A] of up [E, 2I, H] and down [E, H, I], with SiLU between."""
+    y = torch.zeros_like(x)
+    for expert in ids.unique().tolist():
+        token, choice = (ids == expert).nonzero(as_tuple=True)
+        gate, h = torch.nn.functional.linear(x[token], up[expert]).chunk(2, -1)
+        out = torch.nn.functional.linear(torch.nn.functional.silu(gate) * h, down[expert])
+        y.index_add_(0, token, out * weights[token, choice, None].to(x.dtype))
+    return y
 
 
 def write_random_models(size: str, folder: Path, bits: int, group_size: int) -> list[str]:
@@ -252,15 +315,17 @@ def weight_bytes(model: torch.nn.Module) -> int:
 
 
 def layer_table(rows: Sequence[Row], copy_gb_s: float) -> str:
-    """Rows as markdown; `vs bf16` is how many times faster than torch's bf16 layer."""
+    """Rows as markdown; `vs bf16` is how many times faster than torch's bf16 layer. Shape: outputs x inputs, or experts
+    x chosen ones x hidden x inner size."""
     lines = [
-        "| layer | N x K | tokens | BPDQ, ms | bf16, ms | fp32, ms | vs bf16 | packed GB/s | of copy |",
+        "| layer | shape | tokens | BPDQ, ms | bf16, ms | fp32, ms | vs bf16 | packed GB/s | of copy |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
+        full = f"{row['fp32_ms']:.2f}" if "fp32_ms" in row else ""
         lines.append(
-            f"| {row['layer']} | {row['n']} x {row['k']} | {row['tokens']} | {row['bpdq_ms']:.2f} | "
-            f"{row['bf16_ms']:.2f} | {row['fp32_ms']:.2f} | {row['bf16_ms'] / row['bpdq_ms']:.2f} | "
+            f"| {row['layer']} | {row['shape']} | {row['tokens']} | {row['bpdq_ms']:.2f} | "
+            f"{row['bf16_ms']:.2f} | {full} | {row['bf16_ms'] / row['bpdq_ms']:.2f} | "
             f"{row['packed_gb_s']:.1f} | {row['packed_gb_s'] / copy_gb_s:.0%} |"
         )
     return "\n".join(lines)

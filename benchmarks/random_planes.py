@@ -27,3 +27,9 @@ def random_layer(out_features: int, in_features: int, scheme: Scheme, random: to
     exponents = torch.randint(0, 3, c.shape[1:], device=random.device, generator=random)
     s = (STD / 32 * 2.0**-exponents).bfloat16()
     return Stored(B, (c / s).round().clamp(-128, 127).to(torch.int8), s)
+
+
+def random_experts(count: int, out_features: int, in_features: int, scheme: Scheme, random: torch.Generator) -> Stored:
+    """One matrix of each of `count` experts, on the generator's device."""
+    layers = [random_layer(out_features, in_features, scheme, random) for _ in range(count)]
+    return Stored(*(None if tensors[0] is None else torch.stack(tensors) for tensors in zip(*layers, strict=True)))

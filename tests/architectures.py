@@ -13,6 +13,9 @@ from transformers import (
 )
 
 from bpdq_kernels import dequantize
+from bpdq_kernels.experts import fused_experts, take_apart
+from bpdq_kernels.skeleton import arranged
+from bpdq_quantizer.checkpoint.loader import open_checkpoint
 from bpdq_quantizer.model.stream import decoder_blocks
 from bpdq_quantizer.model.weights import weights_in
 from hybrids import CONFIGS, GDN, MAMBA
@@ -153,9 +156,14 @@ def auto_class(arch: str) -> type:
 def dequantized(arch: str, source: Path, out: Path, report: dict[str, Any]) -> PreTrainedModel:
     """The 16-bit model of `source` in fp32, with the weights that the planes of its checkpoint `out` stand for."""
     model, stored = auto_class(arch).from_pretrained(source, dtype=torch.float32), load_tensors(out)
-    weights = weights_in(model)
+    fused = fused_experts(model)
+    take_apart(model)
+    checkpoint = open_checkpoint(out)
+    weights, called = weights_in(model), arranged(checkpoint.stored, checkpoint.skeleton).layers
     for layer in report["layers"]:
-        name, group_size, width = layer["name"], layer["group_size"], layer["in_features"]
+        name, group_size, width = called[layer["name"]], layer["group_size"], layer["in_features"]
         W = dequantize(stored[f"{name}.B"], stored[f"{name}.c"], group_size, width, stored.get(f"{name}.s"))
-        weights[name].assign(W)
+        weights[layer["name"]].assign(W)
+    for name, module in fused.items():  # whose memory the experts share
+        model.set_submodule(name, module)
     return model

@@ -6,10 +6,14 @@ import pytest
 import torch
 
 from benchmarks import cpu_bench
+from benchmarks.random_planes import random_experts
+from benchmarks.shapes import Experts
+from bpdq_kernels import Activation, dequantize, moe, prepare_experts
+from bpdq_kernels.format import Scheme
 
 
 def test_layers_are_timed_for_every_number_of_tokens(tmp_path, capsys):
-    argv = ["--layers", "64x96", "48x40", "--tokens", "1", "9", "--rounds", "3", "--output", str(tmp_path)]
+    argv = ["--layers", "64x96", "48x40", "6x2x64x32", "--tokens", "1", "9", "--rounds", "3", "--output", str(tmp_path)]
     assert cpu_bench.main(argv) == 0
     report = json.loads((tmp_path / "cpu-layers.json").read_text())
     assert [(row["layer"], row["tokens"]) for row in report["layers"]] == [
@@ -17,16 +21,37 @@ def test_layers_are_timed_for_every_number_of_tokens(tmp_path, capsys):
         ("64x96", 9),
         ("48x40", 1),
         ("48x40", 9),
+        ("6x2x64x32", 1),
+        ("6x2x64x32", 9),
     ]
     assert all(row["rounds"] == 3 and row["bpdq_ms"] >= row["bpdq_min_ms"] > 0 for row in report["layers"])
     assert (tmp_path / "cpu-layers.png").read_bytes().startswith(b"\x89PNG")
-    assert "| 48x40 | 48 x 40 | 9 |" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "| 48x40 | 48 x 40 | 9 |" in printed
+    assert "| 6x2x64x32 | 6 x 2 x 64 x 32 | 1 |" in printed
+
+
+def test_experts_in_bf16_are_what_the_op_computes():
+    layer = Experts("", count=5, chosen=2, hidden=64, inner=32)
+    stored = [random_experts(5, n, k, Scheme(2, 64, 8), torch.default_generator) for n, k in ((64, 64), (64, 32))]
+    dense = [
+        torch.stack([dequantize(B, c, 64, k, s) for B, c, s in zip(*matrix, strict=True)]).bfloat16()
+        for matrix, k in zip(stored, (64, 32), strict=True)
+    ]
+    x, weights = torch.randn(7, 64).bfloat16(), torch.rand(7, 2)
+    ids = torch.rand(7, layer.count).argsort(1)[:, :2]
+    prepared = [prepare_experts(matrix, 64, k) for matrix, k in zip(stored, (64, 32), strict=True)]
+    y = moe(x, weights, ids, *prepared, Activation("silu"))
+    torch.testing.assert_close(cpu_bench.dense_experts(x, weights, ids, *dense), y, rtol=0.05, atol=0.02)
 
 
 def test_layer_table_gives_speed_over_bf16_and_the_share_of_copy_bandwidth():
-    row = {"layer": "o", "n": 8192, "k": 8192, "tokens": 1, "bpdq_ms": 2.0, "bf16_ms": 12.0, "fp32_ms": 20.0}
+    row = {"layer": "o", "shape": "8192 x 8192", "tokens": 1, "bpdq_ms": 2.0, "bf16_ms": 12.0, "fp32_ms": 20.0}
     last = cpu_bench.layer_table([row | {"packed_gb_s": 10.0}], copy_gb_s=20.0).splitlines()[-1]
     assert last == "| o | 8192 x 8192 | 1 | 2.00 | 12.00 | 20.00 | 6.00 | 10.0 | 50% |"
+    row.pop("fp32_ms")  # of experts
+    last = cpu_bench.layer_table([row | {"packed_gb_s": 10.0}], copy_gb_s=20.0).splitlines()[-1]
+    assert last == "| o | 8192 x 8192 | 1 | 2.00 | 12.00 |  | 6.00 | 10.0 | 50% |"
 
 
 def test_model_table_gives_ratios_to_the_first_model():
@@ -44,7 +69,17 @@ def test_tied_tensors_are_weighed_once():
     assert cpu_bench.weight_bytes(model) == 4 * (32 + 3)
 
 
-@pytest.mark.parametrize("argv", [["--layers", "64"], ["--layers", "axb"], ["--tokens", "0"], ["--rounds", "0"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--layers", "64"],
+        ["--layers", "axb"],
+        ["--layers", "8x2x64"],
+        ["--layers", "1x2x3x4x5"],
+        ["--tokens", "0"],
+        ["--rounds", "0"],
+    ],
+)
 def test_wrong_options_are_refused(argv):
     with pytest.raises(SystemExit) as exit_info:
         cpu_bench.parse_args(argv)

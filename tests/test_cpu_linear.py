@@ -1,7 +1,5 @@
 """The CPU kernels give the oracle's product on every instruction set."""
 
-import functools
-from contextlib import contextmanager
 from unittest import mock
 
 import pytest
@@ -10,27 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bpdq_kernels import cpu, dequantize, embedding, layout, linear, prepare
-from bpdq_kernels.compiled import FLAGS, instruction_set
+from bpdq_kernels.compiled import instruction_set
+from cpu_kernels import ISAS, KERNELS, using
 from products import assert_product, random_layer, random_stored
 
-ISAS = list(FLAGS)[list(FLAGS).index(instruction_set()) :]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 STORED = [*DTYPES, torch.int8]
-KERNELS = ["lookup", "multiply"]
 
 pytestmark = pytest.mark.skipif(cpu.library() is None, reason="no C++ compiler")
-
-
-@functools.cache
-def opened(isa: str):
-    return cpu.open_library(isa)
-
-
-@contextmanager
-def using(isa: str, kernel: str):
-    """Multiply on the instruction set `isa` with `kernel`."""
-    with mock.patch.multiple(cpu, library=lambda: opened(isa), is_few=lambda tokens, pairs: kernel == "lookup"):
-        yield
 
 
 def strided(x: torch.Tensor, how: str) -> torch.Tensor:

@@ -1,15 +1,17 @@
 """The experts' op gives what dense matrices of the dequantized weights give, for experts that tokens are routed to."""
 
 from typing import NamedTuple
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bpdq_kernels import Activation, PreparedExperts, dequantize, moe, prepare_experts
+from bpdq_kernels import Activation, PreparedExperts, cpu, dequantize, moe, prepare_experts
 from bpdq_kernels.activation import NAMES
 from bpdq_kernels.layout import GROUP_SIZES, Stored
+from cpu_kernels import ISAS, using
 from products import random_stored
 
 SILU = Activation("silu")
@@ -122,9 +124,11 @@ def random_case(
     return Case(x, weights, ids, up, down, activation, up_bias, down_bias, weights_on_input)
 
 
-@settings(max_examples=80, deadline=None, derandomize=True)
+@pytest.mark.parametrize("isa", [*ISAS, None])
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(data=st.data())
-def test_experts_give_what_their_dense_matrices_give(data):
+def test_experts_give_what_their_dense_matrices_give(isa, data):
+    """On every instruction set, and without a compiler."""
     case = random_case(
         tokens=data.draw(st.sampled_from([1, 2, 5, 9, 33, 70])),
         choices=data.draw(st.integers(1, 4)),
@@ -141,7 +145,9 @@ def test_experts_give_what_their_dense_matrices_give(data):
         seed=data.draw(st.integers(0, 9)),
         ids_dtype=data.draw(st.sampled_from([torch.int32, torch.int64])),
     )
-    assert_experts(case, case.run())
+    with using(isa) if isa else mock.patch.object(cpu, "library", return_value=None):
+        y = case.run()
+    assert_experts(case, y)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -154,6 +160,49 @@ def test_a_rank_without_experts_of_a_token_gives_zeros():
     case = random_case(4, 2, 64, 48, biases=True)
     y = case._replace(ids=torch.full_like(case.ids, -1)).run()
     assert torch.equal(y, torch.zeros_like(case.x))
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_threads_change_no_bit(tokens):
+    case = random_case(tokens, 3, 64, 48)
+    results = []
+    for threads in (1, 2, 3, 7):
+        torch.set_num_threads(threads)
+        results.append(case.run())
+    torch.set_num_threads(1)
+    assert all(torch.equal(y, results[0]) for y in results[1:])
+
+
+def test_more_tokens_than_are_taken_at_once(monkeypatch):
+    case = random_case(23, 3, 64, 48, biases=True)
+    monkeypatch.setattr(cpu, "TOKENS_AT_ONCE", 10)
+    assert_experts(case, case.run())
+
+
+@pytest.mark.parametrize("how", ["columns apart", "rows apart", "transposed"])
+def test_strided_tokens(how):
+    case = random_case(5, 3, 64, 48)
+    strides = {
+        "columns apart": torch.stack([case.x, case.x + 1], -1)[..., 0],
+        "rows apart": torch.cat([case.x, case.x + 1], 1)[:, :64],
+        "transposed": case.x.T.contiguous().T,
+    }
+    case = case._replace(ids=case.ids.T.contiguous().T, weights=case.weights.T.contiguous().T)
+    assert_experts(case, case._replace(x=strides[how]).run())
+
+
+@pytest.mark.parametrize("c_dtype", [torch.bfloat16, torch.int8])
+def test_prepared_experts_are_the_size_of_stored_ones(c_dtype):
+    stored = random_experts(3, 2, 64, 96, 80, c_dtype, 0).stored
+    prepared = prepare_experts(stored, 64, 80)
+    assert (prepared.planes.nbytes, prepared.coefficients.nbytes) == (stored.B.nbytes, stored.c.nbytes)
+
+
+def test_padding_past_the_inputs_changes_nothing():
+    case = random_case(5, 3, 64, 48)
+    B, c, s = case.up.stored
+    padded = Stored(torch.nn.functional.pad(B, (0, 0, 0, 0, 0, 3), value=-1), torch.cat([c, c], 1), s)
+    assert torch.equal(case._replace(up=case.up._replace(stored=padded)).run(), case.run())
 
 
 def test_no_tokens_give_no_rows():

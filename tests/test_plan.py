@@ -249,7 +249,6 @@ def test_options_of_tied_tables_must_agree(tmp_path, capsys):
             "windows in some layers only, which vLLM does not",
         ),
         ("bloom", {"n_layer": 2, "n_head": 2}, "says nothing of max_position_embeddings"),
-        ("mixtral", {"num_local_experts": 2}, "mixture-of-experts"),
     ],
 )
 def test_other_models_are_refused_in_one_line(tmp_path, capsys, arch, config, message):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import bpdq_quantizer
-from architectures import model_folder
+from architectures import EXPERTS, model_folder
 from bpdq_quantizer.checkpoint.loader import load_model
 from bpdq_quantizer.cli import main
 from bpdq_quantizer.errors import InputError
@@ -224,15 +224,16 @@ def test_plan_counts_what_is_written(pairs, tmp_path):
 
 
 def test_experts_in_mxfp4(tmp_path):
-    """As gpt-oss stores them, which the quantizer refuses for its experts: what is opened is right already."""
+    """As gpt-oss stores them, all of a layer's together, gate and up in turn."""
     folder = tmp_path / "model"
     sizes = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     sizes |= {"num_key_value_heads": 1, "head_dim": 32, "vocab_size": 384, "num_local_experts": 2}
     config = AutoConfig.for_model("gpt_oss", **sizes, layer_types=["full_attention"], dtype="bfloat16")
     AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(folder)
     stored = load_file(folder / "model.safetensors")
-    expected = dict(stored)
-    for name in [name for name in stored if name.endswith(("gate_up_proj", "down_proj"))]:
+    fused = [name for name in stored if name.endswith(("gate_up_proj", "down_proj"))]
+    expected = {name: tensor for name, tensor in stored.items() if name not in fused}
+    for name in fused:
         experts, inputs, outputs = stored.pop(name).shape
         codes = torch.randint(16, (experts, outputs, inputs))
         exponents = torch.randint(120, 130, (experts, outputs, inputs // 32))
@@ -240,12 +241,30 @@ def test_experts_in_mxfp4(tmp_path):
         stored[f"{name}_scales"] = exponents.byte()
         values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])[codes % 8] * (1 - 2 * (codes // 8))
         weight = values * (exponents - 127.0).exp2().repeat_interleave(32, -1)
-        expected[name] = weight.transpose(1, 2).bfloat16()
+        layer = name.rpartition(".")[0]
+        for i, matrix in enumerate(weight.bfloat16()):
+            parts = {"down_proj": matrix} if "down" in name else {"gate_proj": matrix[::2], "up_proj": matrix[1::2]}
+            expected |= {f"{layer}.{i}.{key}.weight": part for key, part in parts.items()}
+    for name in [name for name in expected if name.endswith("_bias")]:
+        layer, bias = name.rpartition(".")[0], expected.pop(name)
+        for i, vector in enumerate(bias):
+            parts = {"down_proj": vector} if "down" in name else {"gate_proj": vector[::2], "up_proj": vector[1::2]}
+            expected |= {f"{layer}.{i}.{key}.bias": part for key, part in parts.items()}
+    name = next(name.removesuffix("_scales") for name in stored if name.endswith("_scales"))
     rewrite(folder, stored, {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]})
     assert same(tensors(folder), expected)
     rewrite(folder, stored | {f"{name}_scales": torch.full_like(stored[f"{name}_scales"], 255)}, None)
     with pytest.raises(InputError, match=f"{name}_scales holds NaN or infinity"):
         open_model(str(folder))
+
+
+@pytest.mark.parametrize("name", ["blocks", "W4A16"])
+def test_experts_that_are_quantized_one_by_one(tmp_path, name):
+    model = model_folder(tmp_path / "model", f"mixtral{EXPERTS}")
+    stored = {name: tensor.bfloat16() for name, tensor in load_tensors(model).items()}
+    rewrite(model, stored, None, dtype="bfloat16")
+    quantized, plain = quantized_pair(model, tmp_path / "source", *SOURCES[name], ends=("w1", "w2", "w3"))
+    assert same(tensors(quantized), tensors(plain))
 
 
 @pytest.mark.parametrize("name", ["blocks", "W4A16"])

@@ -1,4 +1,4 @@
-"""y = x @ W.T + bias on a CPU: cpu_linear.cpp, compiled once for this machine's instruction set at first use.
+"""y = x @ W.T + bias on a CPU, and experts: cpu_linear.cpp, compiled once for this machine's instruction set when used.
 
 Where there is no compiler, or others can write the cache, layers stay as stored and `reference` multiplies.
 """
@@ -12,11 +12,21 @@ import torch
 from torch import Tensor
 
 from bpdq_kernels import reference
+from bpdq_kernels.activation import Activation, activate
 from bpdq_kernels.compiled import DTYPE_CODES, library_or_none, load_library
-from bpdq_kernels.layout import CPU_TILE, GROUP_SIZES, WORD, Stored, rows_of_cpu_tiles, to_cpu_tiles
+from bpdq_kernels.layout import (
+    CPU_TILE,
+    GROUP_SIZES,
+    WORD,
+    PreparedExperts,
+    Stored,
+    rows_of_cpu_tiles,
+    to_cpu_tiles,
+)
 
 SOURCE = Path(__file__).with_name("cpu_linear.cpp")
 MACROS = (f"-DBPDQ_WORD={WORD}", f"-DBPDQ_TILE={CPU_TILE}", f"-DBPDQ_MAX_GROUP={max(GROUP_SIZES)}")
+TOKENS_AT_ONCE = 2048  # of experts, whose rows between the two matrices are fp32
 
 
 def open_library(isa: str) -> ctypes.CDLL:
@@ -25,8 +35,9 @@ def open_library(isa: str) -> ctypes.CDLL:
     library = load_library(SOURCE, isa, MACROS)
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
     library.bpdq_linear.restype = None
-    library.bpdq_linear.argtypes = [pointer, pointer, ctypes.c_int, pointer, *[integer] * 4]
-    library.bpdq_linear.argtypes += [pointer, ctypes.c_bool, integer, integer, pointer, pointer, ctypes.c_bool]
+    library.bpdq_linear.argtypes = [pointer, pointer, ctypes.c_int, pointer, *[integer] * 5]
+    library.bpdq_linear.argtypes += [pointer, ctypes.c_bool, integer, pointer, integer, integer]
+    library.bpdq_linear.argtypes += [pointer, pointer, integer]
     library.pairs = isa == "avx512_bf16"
     return library
 
@@ -70,9 +81,9 @@ def stored_rows(planes: Tensor, coefficients: Tensor, scales: Tensor | None, gro
     return rows_of_cpu_tiles(planes, coefficients, scales, group_size, rows)
 
 
-def is_few(tokens: int, pairs: bool) -> bool:
-    """Whether look-ups beat multiplications, in pairs of bf16 or in fp32."""
-    return tokens <= (4 if pairs else 8)
+def few_tokens(pairs: bool) -> int:
+    """Up to how many tokens look-ups beat multiplications, in pairs of bf16 or in fp32."""
+    return 4 if pairs else 8
 
 
 def linear(
@@ -88,36 +99,75 @@ def linear(
 
     Sums are fp32. W is exact, or rounded to bf16 where bf16 x is multiplied in bf16.
     """
-    compiled = library()
-    if compiled is None:
+    if library() is None:
         return reference.linear(x, planes, coefficients, group_size, bias, scales)
-    in_features = x.shape[-1]
-    rows = x.reshape(-1, in_features)
-    tokens = rows.shape[0]
-    pairs = compiled.pairs and x.dtype == torch.bfloat16
-    few = is_few(tokens, pairs)
-    bfloat = x.dtype == torch.bfloat16 and (few or pairs)
-    if not bfloat:
-        rows = rows.float()
-    if rows.stride(1) != 1:
-        rows = rows.contiguous()
-    bias = None if bias is None else bias.float()
     y = torch.empty(*x.shape[:-1], out_features)
+    rows = x.reshape(-1, x.shape[-1])
+    _multiply(rows, Stored(planes, coefficients, scales), group_size, bias, y.view(-1, out_features))
+    return y.to(x.dtype)
+
+
+def moe(
+    x: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    up: PreparedExperts,
+    down: PreparedExperts,
+    activation: Activation,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    weights_on_input: bool,
+) -> Tensor:
+    """As `bpdq_kernels.moe.moe`; sums and W are those of `linear`."""
+    if library() is None:
+        return reference.moe(x, topk_weights, topk_ids, up, down, activation, up_bias, down_bias, weights_on_input)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for start in range(0, len(x), TOKENS_AT_ONCE):
+        part = slice(start, start + TOKENS_AT_ONCE)
+        rows, weights, ids = x[part], topk_weights[part].float(), topk_ids[part].long().contiguous()
+        if weights_on_input:
+            rows = (rows.unsqueeze(1) * weights.unsqueeze(2)).to(x.dtype).flatten(0, 1)
+            weights = torch.ones_like(weights)
+        h = activate(_experts(rows, up, up_bias, ids), activation).to(x.dtype)
+        y[part] = (weights.unsqueeze(1) @ _experts(h, down, down_bias, ids).unflatten(0, ids.shape)).squeeze(1)
+    return y
+
+
+def _experts(rows: Tensor, experts: PreparedExperts, bias: Tensor | None, ids: Tensor) -> Tensor:
+    """[T * A, N] fp32: rows [T, K] or [T * A, K] through the experts `ids` [T, A], 0 where there is none."""
+    y = torch.zeros(ids.numel(), experts.out_features)
+    _multiply(rows, experts.stored, experts.group_size, bias, y, ids)
+    return y
+
+
+def _multiply(
+    x: Tensor, stored: Stored, group_size: int, bias: Tensor | None, y: Tensor, ids: Tensor | None = None
+) -> None:
+    """Write y [M, N] fp32; of experts, the rows that one of `ids`, M in all, has."""
+    compiled = library()
+    planes, coefficients, scales = stored
+    if x.dtype != torch.bfloat16:
+        x = x.float()
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    bias = None if bias is None else bias.float().contiguous()
     compiled.bpdq_linear(
         planes.data_ptr(),
         coefficients.data_ptr(),
         DTYPE_CODES[coefficients.dtype],
         None if scales is None else scales.data_ptr(),
-        in_features,
-        out_features,
+        x.shape[1],
+        y.shape[1],
         group_size,
-        planes.shape[1],
-        rows.data_ptr(),
-        bfloat,
-        rows.stride(0),
-        tokens,
+        planes.shape[-2],
+        1 if ids is None else len(planes),
+        x.data_ptr(),
+        x.dtype == torch.bfloat16,
+        x.stride(0),
+        None if ids is None else ids.data_ptr(),
+        len(y),
+        1 if len(y) == len(x) else len(y) // len(x),
         None if bias is None else bias.data_ptr(),
         y.data_ptr(),
-        few,
+        few_tokens(compiled.pairs and x.dtype == torch.bfloat16),
     )
-    return y.to(x.dtype)

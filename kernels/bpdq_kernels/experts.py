@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 FUSED = ("gate_up_proj", "up_proj", "down_proj")
 _ONE = re.compile(r"experts\.(\d+)\.")
-# whose files have experts fused, so that transformers does not tell what vLLM calls them apart
-_W123 = {"granitemoe", "granitemoeshared", "granitemoehybrid", "granitemoe_swa"}
 
 
 class Names(NamedTuple):
@@ -59,7 +57,9 @@ class Experts(nn.Module):
         self.names, self.num_experts = names, fused.num_experts
         self.has_gate = hasattr(fused, "gate_up_proj")
         self.is_concatenated = getattr(fused, "is_concatenated", True)
+        self.is_transposed = _is_transposed(fused)
         self.matrices = matrices(fused, names)
+        self.fused_shapes = {name: parameter.shape for name, parameter in fused.named_parameters()}
         for i in range(self.num_experts):
             linears = {name: _linear(fused, matrix, i) for name, matrix in self.matrices.items()}
             self.add_module(str(i), nn.ModuleDict(linears))
@@ -119,6 +119,12 @@ def matrices(fused: nn.Module, names: Names) -> dict[str, Matrix]:
     return {names.gate: Matrix("gate_up_proj", gate), names.up: Matrix("gate_up_proj", up), names.down: last}
 
 
+def fused_shapes(model: nn.Module) -> dict[str, torch.Size]:
+    """Of the tensors, by name, that the module would have in whose place a model's `Experts` are."""
+    modules = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
+    return {f"{name}.{tensor}": shape for name, m in modules.items() for tensor, shape in m.fused_shapes.items()}
+
+
 def matrix_of(stacked: Tensor, outputs: slice, is_transposed: bool) -> Tensor:
     """Some outputs of an expert's matrix [outputs, inputs], or transposed, as [outputs, inputs]."""
     return (stacked.T if is_transposed else stacked)[outputs]
@@ -175,8 +181,6 @@ def expert_names(model: "PreTrainedModel") -> Names:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter
 
-    if model.config.get_text_config(decoder=True).model_type in _W123:
-        return Names("w1", "w3", "w2")
     for transform in get_model_conversion_mapping(model):
         if isinstance(transform, WeightConverter) and any("experts" in target for target in transform.target_patterns):
             sources = [re.search(r"experts\W+(\w+)", source) for source in transform.source_patterns]
@@ -192,8 +196,11 @@ def are_apart(stored: Iterable[str]) -> bool:
 
 def without_fusing(transforms: Iterable["WeightTransform"]) -> list["WeightTransform"]:
     """What transformers makes of the tensors of a family's files, but that it fuses experts."""
+    from transformers.core_model_loading import WeightConverter
+
     return [
         transform
         for transform in transforms
-        if not any(re.search(rf"experts\.({'|'.join(FUSED)})$", target) for target in transform.target_patterns)
+        if not isinstance(transform, WeightConverter)
+        or not any(re.search(rf"experts\.({'|'.join(FUSED)})$", target) for target in transform.target_patterns)
     ]

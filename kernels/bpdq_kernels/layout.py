@@ -70,6 +70,24 @@ class Stored(NamedTuple):
         return Stored(*(None if tensor is None else tensor[..., which] for tensor in self))
 
 
+class PreparedExperts(NamedTuple):
+    """One matrix of every expert as the kernels of one device want it: the fields of `ops.Prepared` with E in front of
+    each tensor's shape; build it with `moe.prepare_experts`."""
+
+    planes: Tensor
+    coefficients: Tensor
+    scales: Tensor | None
+    ratios: Tensor | None
+    in_features: int
+    out_features: int
+    group_size: int
+
+    @property
+    def stored(self) -> Stored:
+        """The tensors by their names in a checkpoint, in the order that a CPU wants or, elsewhere, as stored."""
+        return Stored(self.planes, self.coefficients, self.scales)
+
+
 def coefficients(c: Tensor, s: Tensor | None) -> Tensor:
     """The numbers [ceil(K/G), k+1, N] that planes are multiplied with, in fp32; from int8 exact."""
     return c.float() if s is None else c.float() * s.float()

@@ -3,35 +3,14 @@
 All dispatch on device and sizes happens inside the op, as for those of `bpdq_kernels.ops`.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from bpdq_kernels import activation as activations
-from bpdq_kernels import reference
+from bpdq_kernels import cpu, reference
 from bpdq_kernels.activation import Activation
-from bpdq_kernels.layout import WORD, Stored, cdiv
+from bpdq_kernels.layout import PreparedExperts, Stored, cdiv
 from bpdq_kernels.ops import prepare
-
-
-class PreparedExperts(NamedTuple):
-    """One matrix of every expert as the kernels of one device want it: `ops.Prepared` with E in front of each tensor's
-    shape; build it with `prepare_experts`."""
-
-    planes: Tensor
-    coefficients: Tensor
-    scales: Tensor | None
-    ratios: Tensor | None
-    in_features: int
-    out_features: int
-    group_size: int
-
-    @property
-    def stored(self) -> Stored:
-        """The tensors by their names in a checkpoint, where the device has them as they were stored."""
-        return Stored(self.planes, self.coefficients, self.scales)
-
 
 _lib = torch.library.Library("bpdq", "FRAGMENT")
 _MATRIX = (
@@ -46,28 +25,15 @@ _FIELDS = len(PreparedExperts._fields)
 
 
 def _moe_cpu(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, *rest: object) -> Tensor:
-    up, down, up_bias, down_bias, activation, weights_on_input = _unpacked(*rest)
-    return reference.moe(
-        x,
-        topk_weights,
-        topk_ids,
-        up.stored,
-        down.stored,
-        (up.group_size, down.group_size),
-        activation,
-        up_bias,
-        down_bias,
-        weights_on_input,
-    )
+    return cpu.moe(x, topk_weights, topk_ids, *_unpacked(*rest))
 
 
 def _moe_cuda(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, *rest: object) -> Tensor:
     if x.dtype == torch.float32:
-        return _moe_cpu(x, topk_weights, topk_ids, *rest)
+        return reference.moe(x, topk_weights, topk_ids, *_unpacked(*rest))
     from bpdq_kernels.tiled_moe import tiled_moe
 
-    up, down, up_bias, down_bias, activation, weights_on_input = _unpacked(*rest)
-    return tiled_moe(x, topk_weights, topk_ids, up, down, activation, up_bias, down_bias, weights_on_input)
+    return tiled_moe(x, topk_weights, topk_ids, *_unpacked(*rest))
 
 
 def _moe_fake(x: Tensor, *rest: object) -> Tensor:
@@ -76,11 +42,11 @@ def _moe_fake(x: Tensor, *rest: object) -> Tensor:
 
 def _unpacked(
     *arguments: object,
-) -> tuple[PreparedExperts, PreparedExperts, Tensor | None, Tensor | None, Activation, bool]:
+) -> tuple[PreparedExperts, PreparedExperts, Activation, Tensor | None, Tensor | None, bool]:
     """The op's arguments after `topk_ids`, as `moe` takes them."""
     up, down = PreparedExperts(*arguments[:_FIELDS]), PreparedExperts(*arguments[_FIELDS : 2 * _FIELDS])
     up_bias, down_bias, name, alpha, limit, weights_on_input = arguments[2 * _FIELDS :]
-    return up, down, up_bias, down_bias, Activation(name, alpha, limit), weights_on_input
+    return up, down, Activation(name, alpha, limit), up_bias, down_bias, weights_on_input
 
 
 _lib.impl("moe", _moe_cpu, "CPU")
@@ -102,19 +68,15 @@ def prepare_experts(
     K = `in_features`. One expert at a time is held beside the result.
     Raises ValueError as `ops.prepare` does.
     """
-    if torch.device(device).type == "cpu":
-        for expert in range(len(experts.B)):
-            B, c, s = (None if tensor is None else tensor[expert] for tensor in experts)
-            prepare(B, c, group_size, in_features, dtype, device, s)  # raises
-        B, c, s = experts.to(device)
-        B = B[:, : cdiv(in_features, WORD)].contiguous()
-        return PreparedExperts(B, c, s, None, in_features, B.shape[-1], group_size)
     held: list[Tensor | None] = []
+    groups = cdiv(in_features, group_size)
     for expert in range(len(experts.B)):
         B, c, s = (None if tensor is None else tensor[expert] for tensor in experts)
-        one = prepare(B, c, group_size, in_features, dtype, device, s)
+        one = prepare(B, c[:groups], group_size, in_features, dtype, device, s)
         if not held:
             held = [None if t is None else t.new_empty(len(experts.B), *t.shape) for t in one[:4]]
+            if held[0].device.type == "cpu":
+                held[0] = cpu.huge_pages(held[0].shape)
         for all_experts, tensor in zip(held, one[:4], strict=True):
             if tensor is not None:
                 all_experts[expert] = tensor

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from bpdq_kernels.activation import Activation, activate
-from bpdq_kernels.layout import WORD, Stored, check_layer, coefficients, expand_words, trim
+from bpdq_kernels.layout import WORD, PreparedExperts, check_layer, coefficients, expand_words, trim
 
 _CHUNK = 1 << 19  # weights computed at a time: 2 MiB of fp32 stay in cache
 
@@ -66,31 +66,28 @@ def moe(
     x: Tensor,
     topk_weights: Tensor,
     topk_ids: Tensor,
-    up: Stored,
-    down: Stored,
-    group_sizes: tuple[int, int],
+    up: PreparedExperts,
+    down: PreparedExperts,
     activation: Activation,
     up_bias: Tensor | None,
     down_bias: Tensor | None,
     weights_on_input: bool,
 ) -> Tensor:
-    """As `bpdq_kernels.moe.moe`, one expert after the other in fp32; `up` and `down`, of groups of `group_sizes`, have
-    the experts in front: B [E, ceil(K/32), k, N]."""
+    """As `bpdq_kernels.moe.moe`, one expert after the other in fp32; `up` and `down` hold the tensors as stored."""
     y = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for expert in topk_ids.unique().tolist():
-        if not 0 <= expert < len(up.B):
+        if not 0 <= expert < len(up.planes):
             continue
         token, choice = (topk_ids == expert).nonzero(as_tuple=True)
         weight = topk_weights[token, choice].float().unsqueeze(1)
         rows = x[token].float()
-        h = _expert(rows * weight if weights_on_input else rows, up, expert, group_sizes[0], up_bias)
-        h = activate(h, activation).to(x.dtype).float()
-        out = _expert(h, down, expert, group_sizes[1], down_bias)
+        h = _expert(rows * weight if weights_on_input else rows, up, expert, up_bias)
+        out = _expert(activate(h, activation).to(x.dtype).float(), down, expert, down_bias)
         y.index_add_(0, token, out if weights_on_input else out * weight)
     return y.to(x.dtype)
 
 
-def _expert(rows: Tensor, experts: Stored, expert: int, group_size: int, bias: Tensor | None) -> Tensor:
+def _expert(rows: Tensor, experts: PreparedExperts, expert: int, bias: Tensor | None) -> Tensor:
     """rows [M, K] fp32 @ W.T + bias of one of the experts, in fp32."""
-    B, c, s = (None if tensor is None else tensor[expert] for tensor in experts)
-    return linear(rows, B, c, group_size, None if bias is None else bias[expert].float(), s)
+    B, c, s = (None if tensor is None else tensor[expert] for tensor in experts.stored)
+    return linear(rows, B, c, experts.group_size, None if bias is None else bias[expert].float(), s)

@@ -15,7 +15,7 @@ from torch import nn
 
 from bpdq_kernels import format as bpdq_format
 from bpdq_kernels.errors import InputError
-from bpdq_kernels.experts import Experts, are_apart, take_apart, without_fusing
+from bpdq_kernels.experts import are_apart, fused_shapes, take_apart, without_fusing
 from bpdq_kernels.folder import FLOATS, REMEDY, Entry, Headers
 from bpdq_kernels.format import KV_SCALES, Format, Scheme
 from bpdq_kernels.layout import WORD, Stored
@@ -168,16 +168,17 @@ class Arranged(NamedTuple):
 
 
 def renaming(model: "PreTrainedModel") -> Callable[[str], tuple[str, bool]]:
-    """From a tensor's name in files to its name in `model`, and whether transformers does more than rename it."""
+    """From a tensor's name in files to its name in `model`, or to that of fused experts that are one by one there, and
+    whether transformers does more than rename it."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, rename_source_key
 
-    transforms = get_model_conversion_mapping(model)
-    if any(isinstance(module, Experts) for module in model.modules()):
+    transforms, fused = get_model_conversion_mapping(model), fused_shapes(model)
+    if fused:
         transforms = without_fusing(transforms)
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
-    wanted = model.state_dict()
+    wanted = {**model.state_dict(), **fused}
 
     def renamed(name: str) -> tuple[str, bool]:
         new, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, wanted)

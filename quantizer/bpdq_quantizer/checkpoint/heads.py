@@ -109,7 +109,7 @@ def copy_heads(folder: Path, heads: Headers, quantized: Mapping[str, StoredWeigh
         try:
             with safe_open(source, framework="pt") as stored:
                 tensors = {
-                    name: quantized[name].dequantized(FLOATS[heads[name].dtype])
+                    name: quantized[name].read(FLOATS[heads[name].dtype])
                     if name in quantized
                     else stored.get_tensor(name)
                     for name in names

@@ -112,7 +112,7 @@ def finish(
     """
     model, prefix, decoder = source.model, source.prefix, source.blocks
     rest = {
-        name: tensor
+        source.names.tensor(name): tensor
         for name, tensor in model.state_dict().items()
         if not name.startswith(f"{prefix}.") and name not in model.all_tied_weights_keys
     }

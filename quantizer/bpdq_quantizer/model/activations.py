@@ -5,7 +5,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,19 +41,24 @@ def run_batches(runs: Sequence[Run], batches: Batches) -> None:
 
 
 def find_stages(weights: Iterable[Weight], run: Run, hidden: Tensor) -> list[list[Weight]]:
-    """Some weights of a block, grouped by the input that they share, in the order of the forward pass.
+    """Some weights of a block, grouped by the input that they share, in the order of the forward pass; those of the
+    experts of a layer are a group.
 
     Raises InputError for a weight that it does not reach once.
     """
     weights, stages = list(weights), []
+    experts = {name: list(w) for name, w in groupby(weights, lambda w: w.layer and w.layer.name) if name is not None}
 
     def record(weight: Weight, x: Tensor) -> None:
-        if stages and stages[-1][0] is x:
+        if weight.layer is not None:
+            stages.append((x, experts[weight.layer.name]))
+        elif stages and stages[-1][0] is x:
             stages[-1][1].append(weight)
         else:
             stages.append((x, [weight]))
 
-    with hooked(weight.on_input(partial(record, weight)) for weight in weights):
+    seen = [w for w in weights if w.layer is None] + [members[0] for members in experts.values()]
+    with hooked(weight.on_input(partial(record, weight)) for weight in seen):
         run(hidden)
     count = Counter(weight.name for _, stage in stages for weight in stage)
     odd = [weight.name for weight in weights if count[weight.name] != 1]
@@ -64,6 +71,11 @@ def windows_per_batch(length: int, hidden_size: int, out_features: int, itemsize
     """As many windows of `length` tokens as keep a block's activations, with `out_features` those of all its Linears,
     within ACTIVATION_BYTES, and at least one."""
     return max(1, ACTIVATION_BYTES // (length * (4 * hidden_size + out_features) * itemsize))
+
+
+def outputs_at_once(weights: Iterable[Weight]) -> int:
+    """Outputs of a token that a block's weights make: experts run one after the other."""
+    return sum(weight.shape[0] for weight in weights if weight.layer is None or weight.expert == 0)
 
 
 def embed(
@@ -79,7 +91,7 @@ def embed(
     if len(calls[0]) > 1:  # to be kept in memory all the same
         parts = ([states] for states in hidden)
     else:
-        out_features = max(sum(w.shape[0] for w in weights_in(block).values()) for block in blocks)
+        out_features = max(outputs_at_once(weights_in(block).values()) for block in blocks)
         _, length, width = hidden[0].shape
         count = windows_per_batch(length, width, out_features, hidden[0].element_size())
         shares = (windows[i : i + count] for i in range(0, len(windows), count))
@@ -105,8 +117,8 @@ def _recorded(source: Streamed, windows: Sequence[Window]) -> BlockInputs:
     return block_inputs(model, blocks, windows, by_window=True)
 
 
-def capture_one(weight: Weight, run: Run, batch: Tensor) -> Tensor:
-    """The input of a weight, in front of which the forward pass stops."""
+def capture_one(weight: Weight, run: Run, batch: Tensor) -> Any:
+    """The input of a weight (`Weight.on_input`), in front of which the forward pass stops."""
     inputs = []
 
     def stop(x: Tensor) -> None:
@@ -133,9 +145,21 @@ def input_statistics(
     return symmetrize(H), C
 
 
-def capture(weights: Iterable[Weight], run: Run, batch: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+@torch.no_grad()
+def expert_statistics(x: Tensor, original: Tensor | None, weights: Tensor) -> tuple[Tensor, Tensor | None]:
+    """H and C of an expert's inputs x [n, K], of which each counts what `weights` [n, 1] says; original: those in the
+    16-bit model."""
+    H = torch.zeros(2 * x.shape[1:], device=x.device)
+    C, roots, total = None if original is None else torch.zeros_like(H), weights.sqrt(), weights.sum().item()
+    accumulate(H, x * roots, total)
+    if C is not None:
+        accumulate_shift(C, original * roots, x * roots, total)
+    return symmetrize(H), C
+
+
+def capture(weights: Iterable[Weight], run: Run, batch: Tensor) -> tuple[dict[str, Any], Tensor]:
     """The inputs of weights in a forward pass, by name, and its output."""
-    inputs: dict[str, Tensor] = {}
+    inputs: dict[str, Any] = {}
     with hooked(weight.on_input(partial(inputs.__setitem__, weight.name)) for weight in weights):
         return inputs, run(batch)
 
@@ -167,7 +191,7 @@ class Original:
         else:
             self.weights = weights_in(self.block, name)
 
-    def input(self, name: str, batch: int) -> Tensor:
+    def input(self, name: str, batch: int) -> Any:
         """The input of the weight `name` for a batch; to be asked for once."""
         if self.at_once:
             return self.inputs[name]

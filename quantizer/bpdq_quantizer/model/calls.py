@@ -71,6 +71,11 @@ class _Output(_StandIn):
         return _returned(self.output, self.width)
 
 
+def trunk(model: PreTrainedModel) -> nn.Module:
+    """All of a model but the LM head."""
+    return model.model if model.base_model is model else model.base_model  # Llama 4's has not the name that it says
+
+
 @contextmanager
 def _standing_in(blocks: nn.ModuleList, modules: Sequence[nn.Module]) -> Iterator[None]:
     originals = list(blocks)
@@ -95,7 +100,7 @@ def output_width(model: PreTrainedModel, blocks: nn.ModuleList) -> int:
     for width in (0, 1, 2):
         with _standing_in(blocks, [_Recorder(block, width) for block in blocks]):
             try:
-                if model.base_model(input_ids=ids, use_cache=False).last_hidden_state.ndim == 3:
+                if trunk(model)(input_ids=ids, use_cache=False).last_hidden_state.ndim == 3:
                     return width
             except (RuntimeError, ValueError, IndexError):
                 continue
@@ -149,7 +154,7 @@ def _seen(
     """What each block reads and is called with, and what the LM head would read."""
     recorders = [_Recorder(block, width, zeros) for block in blocks]
     with _standing_in(blocks, recorders):
-        final = model.base_model(**arguments(model, window)).last_hidden_state
+        final = trunk(model)(**arguments(model, window)).last_hidden_state
     states, calls = zip(*(recorder.seen for recorder in recorders), strict=True)
     return list(states), list(calls), final
 
@@ -163,7 +168,7 @@ def head_inputs(model: PreTrainedModel, blocks: nn.ModuleList, hidden: Batches) 
             states = []
             for last.output in batch.split(1):
                 ids = torch.zeros(last.output.shape[:2], dtype=torch.int64)
-                states.append(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+                states.append(trunk(model)(input_ids=ids, use_cache=False).last_hidden_state)
             hidden[i] = torch.cat(states)
     return hidden
 

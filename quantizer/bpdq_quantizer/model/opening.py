@@ -7,6 +7,7 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTrainedModel
 
+from bpdq_kernels.experts import take_apart
 from bpdq_kernels.skeleton import auto_class
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.quantized import open_config
@@ -54,11 +55,14 @@ def load_pretrained(
 
 
 def plain_skeleton(model: str) -> PreTrainedModel:
-    """A 16-bit model on the meta device, from its config.json alone: in a folder or by its own path, of a hub id or a
-    `.gguf` file. Raises InputError, also for models that are quantized in a way that can't be undone."""
+    """A 16-bit model on the meta device, its experts one by one, from its config.json alone: in a folder or by its own
+    path, of a hub id or a `.gguf` file. Raises InputError, also for models that are quantized in a way that can't be
+    undone."""
     config, _ = open_config(model)
     try:
         with init_empty_weights():
-            return auto_class(config).from_config(config, trust_remote_code=False)
+            skeleton = auto_class(config).from_config(config, trust_remote_code=False)
     except Exception as e:  # sizes that contradict each other
         raise InputError(f"{model}: can't be built from its config.json: {e}") from e
+    take_apart(skeleton)
+    return skeleton

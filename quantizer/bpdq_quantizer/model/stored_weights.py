@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors import safe_open
@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from bpdq_kernels.experts import fused_shapes
 from bpdq_kernels.folder import FLOATS, REMEDY, Entry, Headers
 from bpdq_kernels.mtp import head_pattern
 from bpdq_kernels.skeleton import renaming
@@ -36,19 +37,35 @@ class StoredWeight(NamedTuple):
                 found[suffix] = file.get_tensor(self.name + suffix)
         return found
 
-    def dequantized(self, dtype: torch.dtype) -> Tensor:
+    def read(self, dtype: torch.dtype) -> Tensor:
+        """It, dequantized."""
         return decoded(self.layout, self.tensors(), dtype)
 
+    def read_one(self, i: int, dtype: torch.dtype) -> Tensor:
+        """The matrix of expert i, of a weight of all."""
+        found = {}
+        for suffix, entry in self.parts.items():
+            with safe_open(entry.file, framework="pt") as file:
+                found[suffix] = file.get_slice(self.name + suffix)[i : i + 1]
+        return self.layout.decode(found)[0].to(dtype)
 
-class DequantizedWeights(Mapping[str, Tensor]):
-    """`others`, but with those that are `quantized` dequantized to `dtype` whenever they are read."""
 
-    def __init__(self, others: Mapping[str, Tensor], quantized: Mapping[str, StoredWeight], dtype: torch.dtype) -> None:
-        self.others, self.quantized, self.dtype = others, quantized, dtype
+class Readable(Protocol):
+    """A weight in files, where it is."""
+
+    def read(self, dtype: torch.dtype) -> Tensor:
+        """It, in `dtype`."""
+
+
+class ReadWeights(Mapping[str, Tensor]):
+    """`others`, but with those that are `found` elsewhere read in `dtype` whenever they are looked up."""
+
+    def __init__(self, others: Mapping[str, Tensor], found: Mapping[str, Readable], dtype: torch.dtype) -> None:
+        self.others, self.found, self.dtype = others, found, dtype
 
     def __getitem__(self, name: str) -> Tensor:
-        weight = self.quantized.get(name)
-        return self.others[name] if weight is None else weight.dequantized(self.dtype)
+        weight = self.found.get(name)
+        return self.others[name] if weight is None else weight.read(self.dtype)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.others)
@@ -69,13 +86,13 @@ def stored_weights(
     fmt = FORMATS[quantization["quant_method"]]
     with named(model):
         read = fmt.reader(quantization)
-    wanted, model_name = skeleton.state_dict(), renaming(skeleton)
-    found = {}
+    wanted = {name: tensor.shape for name, tensor in skeleton.state_dict().items()} | fused_shapes(skeleton)
+    model_name, found = renaming(skeleton), {}
     for name in candidates(stored, fmt):
         target, is_converted = model_name(name)
         parts = {suffix: stored[name + suffix] for suffix in ("", *fmt.suffixes) if name + suffix in stored}
         if target in wanted:
-            shape = tuple(wanted[target].shape)
+            shape = tuple(wanted[target])
         elif head_pattern(name, skeleton.config) and name.endswith(".weight"):
             target, shape, is_converted = name, shape_of_head(name, parts), False
         else:

@@ -16,22 +16,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bpdq_kernels import patterns
+from bpdq_kernels.experts import fused_shapes, take_apart
 from bpdq_kernels.folder import Headers, read_headers
 from bpdq_kernels.format import Scheme
 from bpdq_kernels.layout import Stored
 from bpdq_kernels.skeleton import renaming
 from bpdq_quantizer.errors import InputError
+from bpdq_quantizer.model.expert_weights import ExpertsApart, expert_weights
 from bpdq_quantizer.model.modules import replace_linear
+from bpdq_quantizer.model.names import StoredNames, stored_names
 from bpdq_quantizer.model.opening import load_pretrained, misfit, plain_skeleton
 from bpdq_quantizer.model.quantized import open_config
 from bpdq_quantizer.model.sources import is_gguf, local_folder, weight_files
-from bpdq_quantizer.model.stored_weights import (
-    DequantizedWeights,
-    StoredWeight,
-    packed_names,
-    stored_weights,
-    unreported,
-)
+from bpdq_quantizer.model.stored_weights import ReadWeights, StoredWeight, packed_names, stored_weights, unreported
 from bpdq_quantizer.model.weights import Weight, kept, weights_in
 
 Stamps = dict[str, list[int]]  # size and time of change (ns) of files, by name
@@ -65,7 +62,8 @@ class Streamed(NamedTuple):
     by_window: whether a block's arguments are of one window, even if they depend on nothing else (Bloom, XGLM);
     carries: whether blocks read what earlier ones left, beside hidden states (`calls.carries`); quantization: the
     `quantization_config` by which the files hold `quantized` weights, which are dequantized as they are read: by their
-    names in the model, those of heads for multi-token prediction by their names in the files."""
+    names in the model, those of heads for multi-token prediction by their names in the files; names: those of the
+    checkpoint that is made of it."""
 
     model: PreTrainedModel
     prefix: str
@@ -76,6 +74,7 @@ class Streamed(NamedTuple):
     carries: bool = False
     quantization: dict[str, Any] | None = None
     quantized: Mapping[str, StoredWeight] = MappingProxyType({})
+    names: StoredNames = StoredNames()
 
 
 def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -135,6 +134,7 @@ def open_model(model: str) -> Streamed:
     stored = read_headers(weight_files(Path(model) if quantization is None else local_folder(model)))
     quantized = {} if quantization is None else stored_weights(model, skeleton, stored, quantization)
     check_tensors(model, skeleton, stored, {weight.name for weight in quantized.values()})
+    apart = expert_weights(model, skeleton, stored, quantized)
     prefix, _ = decoder_blocks(skeleton)
     path = prefix.split(".")
     around = [".".join(path[:depth]) for depth in range(len(path))]  # the modules that hold the blocks, "" first
@@ -143,6 +143,8 @@ def open_model(model: str) -> Streamed:
     device_map = {name: "disk" if name == prefix else "cpu" for name in [*siblings, *held]}
     converted = TemporaryDirectory()  # other tensors are read where they are
     plain = {} if quantization is None else {"config": config, "key_mapping": packed_names(quantization)}
+    if fused_shapes(skeleton):
+        plain["quantization_config"] = ExpertsApart()
     with nullcontext() if quantization is None else unreported():
         lm = load_pretrained(model, "auto", quantized, device_map=device_map, offload_folder=converted.name, **plain)
     hooks = [getattr(module, "_hf_hook", None) for module in lm.modules()]
@@ -151,15 +153,15 @@ def open_model(model: str) -> Streamed:
     for module in lm.modules():  # what the hooks leave behind is a reference cycle, which would keep replaced Linears
         vars(module).pop("forward", None)
     lm.requires_grad_(False)
-    if quantized:
-        weights = DequantizedWeights(weights, quantized, lm.dtype)
+    weights = ReadWeights(weights, {**apart, **quantized}, lm.dtype)
     for name, parameter in lm.named_parameters():
         if name in quantized and not parameter.is_meta:
             parameter.data = weights[name]
         else:  # no longer mapped from files, of which all that was looked at would stay
             parameter.data = parameter.data.clone()
     watched = WatchedWeights(weights, model, before, converted)
-    return Streamed(lm, *decoder_blocks(lm), watched, quantization=quantization, quantized=quantized)
+    names = stored_names(skeleton, stored)
+    return Streamed(lm, *decoder_blocks(lm), watched, quantization=quantization, quantized=quantized, names=names)
 
 
 def check_tensors(model: str, skeleton: PreTrainedModel, stored: Headers, quantized: Collection[str]) -> None:
@@ -181,6 +183,7 @@ def check_tensors(model: str, skeleton: PreTrainedModel, stored: Headers, quanti
 
 def from_memory(lm: PreTrainedModel) -> Streamed:
     """The same for a model in memory, which keeps it there."""
+    take_apart(lm)
     prefix, blocks = decoder_blocks(lm)
     weights = {f"{prefix}.{name}": tensor for name, tensor in blocks.state_dict().items()}
     drop_block(blocks)

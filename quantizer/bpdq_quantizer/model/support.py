@@ -20,16 +20,17 @@ LARGEST_SHARE = 1 / 8  # of a block's weights that may be in other parameters th
 
 
 def check_dense(prefix: str, blocks: nn.ModuleList) -> None:
-    """Raise InputError for blocks that hold much of their weights other than in Linears: fused experts would stay in 16
-    bits."""
+    """Raise InputError for blocks that hold much of their weights other than in Linears, such as experts fused in a way
+    that `bpdq_kernels.experts` does not know: they would stay in 16 bits."""
     for index, block in enumerate(blocks):
-        linear = sum(prod(weight.shape) for weight in weights_in(block).values())
+        weights = weights_in(block)
+        linear = sum(prod(weight.shape) for weight in weights.values())
         for name, parameter in block.named_parameters():
-            is_large = parameter.ndim > 2 and parameter.numel() > LARGEST_SHARE * linear
-            if is_large or (parameter.ndim > 2 and "experts" in name):
+            is_other = parameter.ndim > 1 and name.removesuffix(".weight") not in weights
+            if is_other and (parameter.numel() > LARGEST_SHARE * linear or ".experts." in name):
                 raise InputError(
-                    f"{prefix}.{index}.{name} has shape {tuple(parameter.shape)}: mixture-of-experts blocks are not "
-                    "supported, choose a dense model"
+                    f"{prefix}.{index}.{name} has shape {tuple(parameter.shape)}: it is no Linear, nor experts as "
+                    "transformers has them in most families, and too large to stay in 16 bits: not supported"
                 )
 
 

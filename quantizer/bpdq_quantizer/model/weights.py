@@ -1,31 +1,44 @@
 """What of a model can be solved: matrices, the inputs that they multiply, and where bit-planes go.
 
 The passes know of a weight what `Weight` offers and nothing else. Weights that read the same input are a stage: they
-share a Hessian, so that their rows are solved together. A weight that no scheme is given stays in 16 bits: it is in no
-stage, and `ignore` of the checkpoint's config names it.
+share a Hessian, so that their rows are solved together. The experts of a layer are one stage, too, and get one scheme,
+but each has its own tokens and Hessians (`passes.experts`). A weight that no scheme is given stays in 16 bits: it is in
+no stage, and `ignore` of the checkpoint's config names it.
 """
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from bpdq_kernels.experts import Experts
 from bpdq_kernels.layout import Stored
 from bpdq_quantizer.model.modules import replace_linear
+
+
+class ExpertLayer(NamedTuple):
+    """The experts of a layer, a module called `name`, of which each has its own inputs."""
+
+    name: str
+    module: Experts
 
 
 @dataclass(frozen=True, eq=False)
 class Weight:
     """The matrix of an nn.Linear. name: in the checkpoint, which holds `<name>.weight`, or `<name>.B` and `<name>.c`;
-    parent, key: the module that has the Linear, and as what."""
+    parent, key: the module that has the Linear, and as what; layer, expert: of an expert's, the experts that it is
+    among, and which one it is."""
 
     name: str
     parent: nn.Module
     key: str
+    layer: ExpertLayer | None = None
+    expert: int = 0
 
     @property
     def linear(self) -> nn.Linear:
@@ -41,8 +54,14 @@ class Weight:
         """Outputs N and inputs K."""
         return tuple(self.matrix.shape)
 
-    def on_input(self, see: Callable[[Tensor], None]) -> RemovableHandle:
-        """Show every forward pass's input [..., K] before it is multiplied. Weights with one input see one tensor."""
+    def on_input(self, see: Callable[[Any], None]) -> RemovableHandle:
+        """Show every forward pass's input [..., K] before it is multiplied. Weights with one input see one tensor.
+
+        Of an expert's weight that is what all experts of its layer are given, `Routed`.
+        """
+        if self.layer is not None:
+            module = self.layer.module
+            return module.register_forward_pre_hook(lambda _, args: see(module.routed(*args)))
 
         def hook(_: nn.Module, args: tuple) -> None:
             see(args[0])
@@ -69,11 +88,18 @@ class Weight:
 
 def weights_in(module: nn.Module, name: str = "") -> dict[str, Weight]:
     """All that can be solved in a module called `name`, by name; what has become bit-planes is not among it."""
-    found = {}
+    found, layer = {}, None
     for path, child in module.named_modules(prefix=name):
+        if isinstance(child, Experts):
+            layer = ExpertLayer(path, child)
         if isinstance(child, nn.Linear):
             parent, _, key = path.removeprefix(f"{name}.").rpartition(".")
-            found[path] = Weight(path, module.get_submodule(parent), key)
+            owner = module.get_submodule(parent)
+            if layer is not None and path.startswith(f"{layer.name}."):
+                number = int(path.removeprefix(f"{layer.name}.").partition(".")[0])
+                found[path] = Weight(path, owner, key, layer, number)
+            else:
+                found[path] = Weight(path, owner, key)
     return found
 
 

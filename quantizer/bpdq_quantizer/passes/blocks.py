@@ -8,14 +8,17 @@ quantized, and the rows of its weights are solved together, as they share H.
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from bpdq_kernels import dequantize
+from bpdq_kernels.experts import Experts, Routed
 from bpdq_kernels.format import Scheme
 from bpdq_kernels.layout import Stored
 from bpdq_quantizer.algorithm.hessian import corrected
@@ -25,14 +28,17 @@ from bpdq_quantizer.model.activations import (
     block_calls,
     capture_one,
     embed,
+    expert_statistics,
     find_stages,
     input_statistics,
     run_batches,
 )
 from bpdq_quantizer.model.calls import Run, block_runs, head_inputs, twins
+from bpdq_quantizer.model.products import quick_products
 from bpdq_quantizer.model.stream import Streamed, drop_block, load_block, trim_heap
 from bpdq_quantizer.model.weights import Weight, hooked, weights_in
 from bpdq_quantizer.model.windows import Window, text_windows, token_count
+from bpdq_quantizer.passes.experts import layer_tokens
 from bpdq_quantizer.passes.layers import LayerReport, check_finite, layer_report, solve_checked, stored
 from bpdq_quantizer.storage.offload import Batches
 
@@ -113,9 +119,43 @@ class StageSolver:
         self.reports: list[LayerReport] = []
         self.packed: list[tuple[Weight, Stored, int]] = []
 
-    def quantize(self, stage: list[Weight], inputs: Iterable[Tensor]) -> None:
+    def quantize(self, stage: list[Weight], inputs: Iterable[Any]) -> None:
         """Solve a stage from its inputs in every batch."""
-        W, H = self._problem(stage, inputs)
+        original = None if self.original is None else partial(self.original.input, stage[0].name)
+        if stage[0].layer is None:
+            H, C = input_statistics(stage[0], inputs, self.tokens, original)
+            self._solve(stage, H, C, self.tokens)
+        else:
+            self._solve_experts(stage, stage[0].layer.module, inputs, original)
+
+    def _solve_experts(
+        self,
+        stage: list[Weight],
+        layer: Experts,
+        inputs: Iterable[Routed],
+        original: Callable[[int], Routed] | None,
+    ) -> None:
+        """Solve a layer's experts one by one, the matrix that reads the others' outputs last."""
+        tokens = layer_tokens(layer.num_experts, inputs, original)
+        for expert, members in groupby(stage, attrgetter("expert")):
+            weights, sample = list(members), tokens.of(expert)
+            last = [weight for weight in weights if weight.key == layer.names.down]
+            with quick_products(sample.x.device):
+                middle = None if sample.original is None else layer.middle(expert, sample.original)
+            if first := [weight for weight in weights if weight not in last]:
+                self._solve(first, *expert_statistics(sample.x, sample.original, sample.weights), sample.routed)
+            if last:
+                with quick_products(sample.x.device):
+                    x = layer.middle(expert, sample.x)
+                self._solve(last, *expert_statistics(x, middle, sample.weights), sample.routed)
+
+    def _solve(self, stage: list[Weight], H: Tensor, C: Tensor | None, tokens: int) -> None:
+        """Solve the rows of all weights of a stage together. H, C: as of `input_statistics`, of so many tokens."""
+        matrices = {f"{weight.name}.weight": weight.matrix for weight in stage}
+        check_finite(matrices, H, *([] if C is None else [C]))
+        W = torch.cat(list(matrices.values()))
+        if C is not None:
+            W = corrected(W, H, C, self.asymmetric)
         trim_heap()
         started = time.perf_counter()
         scheme = self.schemes[stage[0].name]
@@ -130,18 +170,9 @@ class StageSolver:
             loss, energy = (part[rows].sum().item() for part in (solution.loss, solution.energy))
             seconds = seconds_per_row * weight.shape[0]
             self.reports.append(
-                layer_report(weight.name, weight.shape, scheme, loss, energy, solution.damping, seconds)
+                layer_report(weight.name, weight.shape, scheme, loss, energy, solution.damping, seconds, tokens)
             )
             first = rows.stop
-
-    def _problem(self, stage: list[Weight], inputs: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-        """The stacked matrices of a stage, corrected for what quantization has done to their inputs, and H."""
-        original = None if self.original is None else partial(self.original.input, stage[0].name)
-        H, C = input_statistics(stage[0], inputs, self.tokens, original)
-        matrices = {f"{weight.name}.weight": weight.matrix for weight in stage}
-        check_finite(matrices, H, *([] if C is None else [C]))
-        W = torch.cat(list(matrices.values()))
-        return (W if C is None else corrected(W, H, C, self.asymmetric)), H
 
     def finish(self) -> None:
         """Put bit-planes in the place of all that was solved."""

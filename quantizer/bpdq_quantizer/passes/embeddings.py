@@ -73,7 +73,8 @@ def quantize_embeddings(
         layer, loss, energy, damping = solve_rows(name, weight, H, scheme, solve)
         replace(model, name, layer, scheme.group_size)
         seconds = time.perf_counter() - started
-        reports.append(layer_report(name, tuple(weight.shape), scheme, loss, energy, damping, seconds))
+        tokens = sum(batch.shape[:2].numel() for batch in states)
+        reports.append(layer_report(name, tuple(weight.shape), scheme, loss, energy, damping, seconds, tokens))
     return reports
 
 

@@ -15,7 +15,7 @@ from bpdq_quantizer.errors import InputError
 class LayerReport:
     """A quantized Linear, embedding or LM head. loss: tr((W - W_hat) H (W - W_hat)^T) with H = (2/n) X X^T, which is
     twice the mean squared output error per token, summed over outputs; relative_error: loss / tr(W H W^T); seconds: a
-    Linear's are its share of its stage's."""
+    Linear's are its share of its stage's; tokens: that H is of, an expert's those that were routed to it."""
 
     name: str
     in_features: int
@@ -28,6 +28,7 @@ class LayerReport:
     relative_error: float
     damping: float
     seconds: float
+    tokens: int
 
 
 def check_finite(weights: dict[str, Tensor], *statistics: Tensor) -> None:
@@ -59,7 +60,14 @@ def stored(solution: Solution, bits: int, rows: slice = slice(None)) -> Stored:
 
 
 def layer_report(
-    name: str, shape: tuple[int, int], scheme: Scheme, loss: float, energy: float, damping: float, seconds: float
+    name: str,
+    shape: tuple[int, int],
+    scheme: Scheme,
+    loss: float,
+    energy: float,
+    damping: float,
+    seconds: float,
+    tokens: int,
 ) -> LayerReport:
     """The report of a matrix of `shape` (outputs, inputs); energy: tr(W H W^T)."""
     out_features, in_features = shape
@@ -75,4 +83,5 @@ def layer_report(
         relative_error=loss / energy if energy else 0.0,
         damping=damping,
         seconds=seconds,
+        tokens=tokens,
     )

@@ -29,6 +29,7 @@ from bpdq_kernels.reference import dequantize_t
 from bpdq_quantizer.algorithm.rounding import stored_coefficients
 from bpdq_quantizer.cost import Clock
 from bpdq_quantizer.errors import InputError
+from bpdq_quantizer.model.calls import trunk
 from bpdq_quantizer.model.modules import BPDQLinear
 from bpdq_quantizer.storage.files import DamagedError, read_sealed, write_tensors
 
@@ -150,7 +151,7 @@ def log_probabilities(hidden: Tensor, head: nn.Module, cap: float | None) -> Ten
 @torch.inference_mode()
 def final_states(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     """What the LM head would read for windows [W, L] of token ids: [W, L, D] in the model's dtype, on the CPU."""
-    states = [model.base_model(w[None].to(model.device), use_cache=False).last_hidden_state.cpu() for w in tokens]
+    states = [trunk(model)(w[None].to(model.device), use_cache=False).last_hidden_state.cpu() for w in tokens]
     return torch.cat(states).clone()
 
 
@@ -266,7 +267,7 @@ def draw(windows: int, count: int, step: int, seed: int) -> Tensor:
 
 def distillation_loss(model: PreTrainedModel, tokens: Tensor, teacher: Tensor, reverse: float = 0.0) -> Tensor:
     """`DistillationLoss` summed over all tokens of the windows [W, L]."""
-    states = model.base_model(tokens.to(model.device), use_cache=False).last_hidden_state
+    states = trunk(model)(tokens.to(model.device), use_cache=False).last_hidden_state
     teacher = teacher.to(states.device, states.dtype)
     return DistillationLoss.apply(
         states.flatten(0, 1), teacher.flatten(0, 1), model.get_output_embeddings(), softcap(model), reverse

@@ -26,7 +26,8 @@ class BlockFiles:
 
     def tensors(self, index: int, block: nn.Module) -> dict[str, Tensor]:
         """Those of block `index`, by their names in the checkpoint."""
-        return {f"{self.source.prefix}.{index}.{name}": tensor for name, tensor in block.state_dict().items()}
+        names, start = self.source.names, f"{self.source.prefix}.{index}"
+        return {names.tensor(f"{start}.{name}"): tensor for name, tensor in block.state_dict().items()}
 
     def write(self, index: int, block: nn.Module) -> str:
         """Write block `index`; returns the combined digest of its tensors."""
@@ -37,7 +38,7 @@ class BlockFiles:
         InputError."""
         file, start = self.path(index), f"{self.source.prefix}.{index}."
         check_intact(file, digests[file.name])
-        stored = load_file(file)
+        stored = {self.source.names.in_model(name): tensor for name, tensor in load_file(file).items()}
         tensors, inside = ({n.removeprefix(start): v for n, v in named.items()} for named in (stored, self.schemes))
         fill_block(self.source.blocks[index], tensors, inside)
         return self.source.blocks[index]

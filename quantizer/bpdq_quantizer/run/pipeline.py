@@ -12,6 +12,7 @@ from torch import nn
 
 from bpdq_quantizer.algorithm.solver import Solve
 from bpdq_quantizer.checkpoint import writer
+from bpdq_quantizer.checkpoint.config_names import config_names
 from bpdq_quantizer.checkpoint.heads import head_patterns
 from bpdq_quantizer.cost import Clock, peak_memory, total
 from bpdq_quantizer.model.calls import head_inputs
@@ -73,10 +74,10 @@ def follow(run: Run, solve: Solve) -> dict[str, Any]:
     if o.schemes.kv_cache_scales:
         scales = kv_scales.calibrate(source, run.windows.solving, run.device, folder.offload, read)
     found = report(run, layers, tuning, parts, clock.read())
-    ignore = [name for name in weights_in(source.model) if name not in {layer["name"] for layer in layers}]
-    ignore += head_patterns(run.heads, source.model)
+    kept = [name for name in weights_in(source.model) if name not in {layer["name"] for layer in layers}]
+    ignore = [*config_names(source, dict.fromkeys(kept, True)), *head_patterns(run.heads, source.model)]
     check_unchanged(o.files.model, run.stamps)
-    config = checkpoint_config(o, schemes, run.embeddings, ignore)
+    config = checkpoint_config(run.source, o, schemes, run.embeddings, ignore)
     writer.finish(folder.path, source, config, found, digests, scales, run.heads)
     return found
 

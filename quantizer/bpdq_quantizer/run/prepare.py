@@ -13,6 +13,7 @@ from bpdq_kernels.folder import Headers
 from bpdq_kernels.format import Scheme
 from bpdq_quantizer.checkpoint import writer
 from bpdq_quantizer.checkpoint.carried import carry_over
+from bpdq_quantizer.checkpoint.config_names import config_names
 from bpdq_quantizer.checkpoint.heads import find_heads
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.calibration import calibration_windows
@@ -92,7 +93,7 @@ def prepare(o: Options, folder: RunFolder) -> Run:
     if o.schemes.kv_cache_scales:
         kv_scales.check(source, found, device)
     carry_over(model, source.model, tokenizer, folder.path / writer.CARRIED)
-    trial = checkpoint_config(o, one_scheme(source, o.schemes), embeddings, [])
+    trial = checkpoint_config(source, o, one_scheme(source, o.schemes), embeddings, [])
     writer.write_config(source, trial, folder.resume)
     this = identity(o, found, source.model.dtype, device, before)
     begin(folder, this, writer.contents(folder.path, len(source.blocks), heads))
@@ -140,10 +141,11 @@ def one_scheme(source: Streamed, o: Schemes) -> dict[str, Scheme]:
 
 
 def checkpoint_config(
-    o: Options, schemes: Mapping[str, Scheme], embeddings: Mapping[str, Scheme], ignore: list[str]
+    source: Streamed, o: Options, schemes: Mapping[str, Scheme], embeddings: Mapping[str, Scheme], ignore: list[str]
 ) -> dict[str, Any]:
     """The quantization_config of a checkpoint with these schemes of the blocks' Linears, embedding and LM head."""
     default = most_common(schemes)
     others = {name: s for name, s in {**schemes, **embeddings}.items() if s != default or name in embeddings}
+    others = config_names(source, others)
     alpha = SOLVERS[o.method.solver]["alpha"]
     return writer.quantization_config(default, o.method.iterations, alpha, ignore, others, o.schemes.kv_cache_scales)

@@ -1,0 +1,161 @@
+/* For many tokens: a group's possible weights, among which the bits of a word choose, times inputs. */
+
+#pragma once
+
+#include "cpu_linear_tiles.h"
+
+namespace {
+
+/* FIRST shifted left by 0 .. 31, in memory: the vector units load it without help of the integer units. */
+template <uint32_t FIRST>
+struct Shifted {
+  uint32_t by[WORD] = {};
+  constexpr Shifted() {
+    for (int i = 0; i < WORD; i++) by[i] = FIRST << i;
+  }
+};
+constexpr Shifted<1> BIT;
+constexpr Shifted<0x10001> BIT_OF_BOTH_HALVES;
+
+/* How Multiply holds weights and multiplies them: one input of fp32 at a time ... */
+struct OneFloat {
+  using Input = float;
+  using Weights = Floats;
+  using Activation = float;
+  static constexpr int STEPS = WORD;  // per word
+  static Weights round(Floats w) { return w; }
+#if defined(__AVX512F__)
+  using Mask = __mmask16;
+  static Mask test(Words bits, int step) {
+    return _mm512_test_epi32_mask((__m512i)bits, _mm512_set1_epi32(BIT.by[step]));
+  }
+  static Weights blend(Mask bit, Weights off, Weights on) { return _mm512_mask_blend_ps(bit, off, on); }
+#elif defined(__AVX2__)
+  using Mask = Words;
+  static Mask test(Words bits, int step) { return bits << (31 - step); }  // blendv looks at the sign
+  static Weights blend(Mask bit, Weights off, Weights on) { return _mm256_blendv_ps(off, on, (__m256)bit); }
+#else
+  using Mask = Words;
+  static Mask test(Words bits, int step) { return (Words)((bits & BIT.by[step]) != 0); }
+  static Weights blend(Mask bit, Weights off, Weights on) { return (Floats)(((Words)on & bit) | ((Words)off & ~bit)); }
+#endif
+  static Activation pick(const Input* x, int step) { return x[step]; }
+  static Floats multiply(Floats sum, Weights w, Activation x) { return sum + w * x; }
+};
+
+#ifdef __AVX512BF16__
+/* ... or two of bf16, from the two halves of a word. */
+struct TwoBfloats {
+  using Input = uint16_t;
+  using Weights = __m512i;
+  using Mask = __mmask32;
+  using Activation = uint32_t;
+  static constexpr int STEPS = WORD / 2;
+  static Weights round(Floats w) {
+    const __m512i half = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)w));
+    return _mm512_or_si512(half, _mm512_slli_epi32(half, 16));
+  }
+  static Mask test(Words bits, int step) {
+    return _mm512_test_epi16_mask((__m512i)bits, _mm512_set1_epi32(BIT_OF_BOTH_HALVES.by[step]));
+  }
+  static Weights blend(Mask bit, Weights off, Weights on) { return _mm512_mask_blend_epi16(bit, off, on); }
+  static Activation pick(const Input* x, int step) { return x[step] | (uint32_t)x[step + STEPS] << 16; }
+  static Floats multiply(Floats sum, Weights w, Activation x) {
+    return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)_mm512_set1_epi32(x));
+  }
+};
+#endif
+
+/* The weights of LANES outputs in one group. */
+template <int PLANES, class Arithmetic>
+struct Chooser {
+  using Weights = typename Arithmetic::Weights;
+  using Mask = typename Arithmetic::Mask;
+  Weights level[1 << PLANES];  // bit p of the index = plane p
+
+  explicit Chooser(const Coefficients<PLANES>& c) {
+    Floats exact[1 << PLANES] = {c.of[PLANES]};
+    for (int p = 0; p < PLANES; p++)
+      for (int i = 0; i < 1 << p; i++) exact[i + (1 << p)] = exact[i] + c.of[p];
+    for (int i = 0; i < 1 << PLANES; i++) level[i] = Arithmetic::round(exact[i]);
+  }
+
+  /* Those of inputs `step` of the word that starts at `planes`. */
+  __attribute__((always_inline)) Weights at(const uint32_t* planes, int step) const {
+    Mask bit[PLANES];
+    for (int p = 0; p < PLANES; p++) bit[p] = Arithmetic::test(load<Words>(planes + p * TILE), step);
+    return choose<PLANES>(level, bit);
+  }
+
+  template <int BITS>
+  static Weights choose(const Weights* level, const Mask* bit) {
+    if constexpr (BITS == 0)
+      return level[0];
+    else
+      return Arithmetic::blend(bit[BITS - 1], choose<BITS - 1>(level, bit),
+                               choose<BITS - 1>(level + (1 << (BITS - 1)), bit));
+  }
+};
+
+template <int PLANES, class Arithmetic>
+struct Multiply {
+  static constexpr int ROW = LANES == 16 ? 8 : 4;  // tokens whose sums for two registers of outputs stay in registers
+  static constexpr int TOKENS = 8 * ROW;
+  static constexpr int STEPS = Arithmetic::STEPS;
+  using Input = typename Arithmetic::Input;
+  using Weights = typename Arithmetic::Weights;
+  alignas(64) typename Arithmetic::Activation x[TOKENS / ROW][MAX_GROUP / WORD * STEPS][ROW];
+
+  void take(int token, const Input* values, int words) {
+    for (int word = 0; word < words; word++)
+      for (int step = 0; step < STEPS; step++)
+        x[token / ROW][word * STEPS + step][token % ROW] = Arithmetic::pick(values + word * WORD, step);
+  }
+
+  struct Pair {
+    Weights of[2];  // neighbouring registers of outputs
+  };
+
+  /* Adds the products of COUNT tokens from `first`, a multiple of 4, to y; `weights(word, step)` gives a Pair. */
+  template <int COUNT, class Source>
+  void accumulate(Source weights, int words, int first, float* y) const {
+    Floats sums[COUNT][2];
+    y += first * TILE;
+#pragma GCC unroll 32
+    for (int i = 0; i < 2 * COUNT; i++) sums[i / 2][i % 2] = load<Floats>(y + i / 2 * TILE + i % 2 * LANES);
+    for (int word = 0; word < words; word++)
+      for (int step = 0; step < STEPS; step++) {
+        const Pair& w = weights(word, step);
+        const auto* inputs = x[first / ROW][word * STEPS + step] + first % ROW;
+#pragma GCC unroll 32
+        for (int i = 0; i < 2 * COUNT; i++)
+          sums[i / 2][i % 2] = Arithmetic::multiply(sums[i / 2][i % 2], w.of[i % 2], inputs[i / 2]);
+      }
+#pragma GCC unroll 32
+    for (int i = 0; i < 2 * COUNT; i++) memcpy(y + i / 2 * TILE + i % 2 * LANES, &sums[i / 2][i % 2], sizeof(Floats));
+  }
+
+  void tile(const TileGroup<PLANES>& tile, int tokens, float* y) const {
+    for (int i = 0; i < TILE / LANES; i += 2)
+      two(tile.planes + i * LANES, &tile.c[i], tile.words, tokens, y + i * LANES);
+  }
+
+  void two(const uint32_t* planes, const Coefficients<PLANES>* c, int words, int tokens, float* y) const {
+    const Chooser<PLANES, Arithmetic> left(c[0]), right(c[1]);
+    const auto chosen = [&](int word, int step) __attribute__((always_inline)) {
+      const uint32_t* start = planes + word * PLANES * TILE;
+      return Pair{{left.at(start, step), right.at(start + LANES, step)}};
+    };
+    if (tokens <= 4) return accumulate<4>(chosen, words, 0, y);
+    if (ROW >= 8 && PLANES <= 2 && tokens <= 8) return accumulate<8>(chosen, words, 0, y);
+    Pair all[MAX_GROUP / WORD * STEPS];
+    for (int word = 0; word < words; word++)
+      for (int step = 0; step < STEPS; step++) all[word * STEPS + step] = chosen(word, step);
+    const auto kept = [&](int word, int step) -> const Pair& { return all[word * STEPS + step]; };
+    int token = 0;
+    for (; tokens - token > ROW - 4; token += ROW) accumulate<ROW>(kept, words, token, y);
+    for (; token < tokens; token += 4) accumulate<4>(kept, words, token, y);
+  }
+};
+
+}  // namespace

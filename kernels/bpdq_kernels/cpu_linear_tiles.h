@@ -1,0 +1,136 @@
+/* Vectors of outputs, and what both kernels read of a layer: one tile in one group. */
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16, TABLE_BITS = 4;
+#elif defined(__AVX2__)
+constexpr int LANES = 8, TABLE_BITS = 3;
+#else
+constexpr int LANES = 4, TABLE_BITS = 1;
+#endif
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+typedef int8_t Bytes __attribute__((vector_size(LANES)));
+
+constexpr int WORD = BPDQ_WORD, TILE = BPDQ_TILE, MAX_GROUP = BPDQ_MAX_GROUP;
+static_assert(WORD == 8 * sizeof(uint32_t), "a lane holds one word");
+static_assert(TILE % (2 * LANES) == 0, "tiles are pairs of registers");
+constexpr int BLOCK = 64;  // tiles between which a thread's tables and inputs stay in cache
+constexpr int TABLES = (WORD + TABLE_BITS - 1) / TABLE_BITS;  // per word
+
+constexpr int AHEAD = 512;  // words of planes between those in use and those fetched from memory
+
+enum Dtype { FLOAT32, FLOAT16, BFLOAT16, INT8 };
+
+template <class T>
+inline T load(const void* p) {
+  T value;
+  memcpy(&value, p, sizeof value);
+  return value;
+}
+
+/* LANES numbers of `dtype` from element `i` of `p`, as fp32. */
+inline Floats widen(const void* p, int64_t i, Dtype dtype) {
+  if (dtype == FLOAT32) return load<Floats>((const float*)p + i);
+  const uint16_t* half = (const uint16_t*)p + i;
+#if defined(__AVX512F__)
+  if (dtype == BFLOAT16) return (Floats)((Words)_mm512_cvtepu16_epi32(load<__m256i>(half)) << 16);
+  return (Floats)_mm512_cvtph_ps(load<__m256i>(half));
+#elif defined(__AVX2__)
+  if (dtype == BFLOAT16) return (Floats)((Words)_mm256_cvtepu16_epi32(load<__m128i>(half)) << 16);
+  return (Floats)_mm256_cvtph_ps(load<__m128i>(half));
+#else
+  if (dtype == BFLOAT16) return (Floats)(__builtin_convertvector(load<Halves>(half), Words) << 16);
+  Words bits = __builtin_convertvector(load<Halves>(half), Words);
+  return (Floats)((bits & 0x8000) << 16 | (bits & 0x7fff) << 13) * 0x1p112f;  // the exponents' bias differs by 112
+#endif
+}
+
+/* LANES numbers from `p` on, as fp32. */
+inline Floats widen_bytes(const int8_t* p) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load<__m128i>(p)));
+#elif defined(__AVX2__)
+  return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#else
+  return __builtin_convertvector(load<Bytes>(p), Floats);
+#endif
+}
+
+struct Layer {
+  const uint32_t* planes;
+  const char* coefficients;
+  Dtype dtype;          // of the coefficients
+  const float* scales;  // of INT8
+  int64_t in_features, out_features, group_size;
+
+  int64_t tiles() const { return (out_features + TILE - 1) / TILE; }
+  int64_t words() const { return (in_features + WORD - 1) / WORD; }
+
+  /* Of experts, whose tensors follow each other, the one `index` places on. */
+  Layer expert(int64_t index, int64_t plane_count) const {
+    const int64_t outputs = tiles() * TILE, groups = (in_features + group_size - 1) / group_size;
+    const int64_t width = dtype == FLOAT32 ? 4 : dtype == INT8 ? 1 : 2;
+    Layer other = *this;
+    other.planes += index * words() * plane_count * outputs;
+    other.coefficients += index * width * groups * (plane_count + 1) * outputs;
+    if (scales) other.scales += index * (plane_count + 1) * outputs;
+    return other;
+  }
+};
+
+/* Of LANES outputs in one group: those of the planes, then c0. */
+template <int PLANES>
+struct Coefficients {
+  Floats of[PLANES + 1];
+};
+
+/* What `layer` holds of one tile in one group; `ahead`: the planes to fetch from memory meanwhile, where groups follow
+   each other and in each of them the tiles from `begin` to `end`. */
+template <int PLANES>
+struct TileGroup {
+  int words;
+  const uint32_t *planes, *ahead;
+  Coefficients<PLANES> c[TILE / LANES];
+
+  TileGroup(const Layer& layer, int64_t group, int64_t tile, int64_t begin, int64_t end) {
+    const int64_t whole = layer.group_size / WORD;
+    const auto start = [&](int64_t group, int64_t tile) {
+      const int64_t first = group * whole, words = std::min(whole, layer.words() - first);
+      return layer.planes + (first * layer.tiles() + tile * words) * PLANES * TILE;
+    };
+    words = std::min(whole, layer.words() - group * whole);
+    planes = start(group, tile);
+    const int64_t later = tile + AHEAD / (whole * PLANES * TILE);
+    const int64_t next = std::min(group + 1, (layer.words() - 1) / whole);
+    ahead = later < end ? start(group, later) : start(next, begin + later - end);
+    const int64_t row = (group * layer.tiles() + tile) * (PLANES + 1) * TILE;
+    if (layer.dtype == INT8) {
+      const int8_t* bytes = (const int8_t*)layer.coefficients + row;
+      const float* scales = layer.scales + tile * (PLANES + 1) * TILE;
+      fill([&](int at) { return widen_bytes(bytes + at) * load<Floats>(scales + at); });
+    } else {
+      fill([&](int at) { return widen(layer.coefficients, row + at, layer.dtype); });
+    }
+  }
+
+  /* Sets `c` to what `at(number)` gives, of LANES numbers of the tile. */
+  template <class Numbers>
+  void fill(Numbers at) {
+    for (int i = 0; i < TILE / LANES; i++)
+      for (int p = 0; p <= PLANES; p++) c[i].of[p] = at(p * TILE + i * LANES);
+  }
+};
+
+}  // namespace

@@ -1,0 +1,66 @@
+"""What the experts of a layer are calibrated on: each on the tokens that are routed to it.
+
+An expert that few tokens chose would be fitted to those few. It is filled up with tokens of the layer that others
+chose: FILL_WEIGHT of a token each, to FILL tokens in all.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bpdq_kernels.experts import Routed, routes
+
+FILL, FILL_WEIGHT = 256, 0.25
+
+
+class Sample(NamedTuple):
+    """What an expert is calibrated on. x: its inputs [n, H] in the model that is quantized so far; original: in the
+    16-bit model, or None; weights: what each counts, [n, 1] fp32; routed: how many were routed to it."""
+
+    x: Tensor
+    original: Tensor | None
+    weights: Tensor
+    routed: int
+
+
+class LayerTokens(NamedTuple):
+    """All tokens of a layer's experts, [T, H] in both models, and for each expert those that were routed to it."""
+
+    x: Tensor
+    original: Tensor | None
+    rows: dict[int, Tensor]
+
+    def of(self, expert: int) -> Sample:
+        """Those of an expert, and others to fill it up."""
+        rows = self.rows.get(expert, torch.empty(0, dtype=torch.int64, device=self.x.device))
+        missing = max(0, FILL - len(rows))
+        others = spread(len(self.x), missing + len(rows)).to(rows.device) if missing else rows[:0]
+        others = others[~torch.isin(others, rows)][:missing]
+        weights = torch.cat((torch.ones(len(rows)), torch.full((len(others),), FILL_WEIGHT))).to(rows.device)
+        rows, routed = torch.cat((rows, others)), len(rows)
+        original = None if self.original is None else self.original[rows]
+        return Sample(self.x[rows], original, weights[:, None], routed)
+
+
+def spread(count: int, wanted: int) -> Tensor:
+    """At most `wanted` of `count` rows, in a random order that is always the same."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:wanted]
+
+
+def layer_tokens(experts: int, inputs: Iterable[Routed], original: Callable[[int], Routed] | None) -> LayerTokens:
+    """From what a layer's `experts` are given in every batch; original(i): in batch i in the 16-bit model, whose
+    routing is then the one that counts."""
+    tokens, originals, chosen = [], [], []
+    for i, routed in enumerate(inputs):
+        before = None if original is None else original(i)
+        index = routed.index if before is None else before.index
+        used = (index < experts).any(-1)
+        if before is not None:  # Llama 4's are zero where they are not routed
+            used &= routed.tokens.any(-1)
+            originals.append(before.tokens[used])
+        tokens.append(routed.tokens[used])
+        chosen.append(index[used])
+    rows = {i: found for i, found, _ in routes(torch.cat(chosen), experts)}
+    return LayerTokens(torch.cat(tokens), torch.cat(originals) if originals else None, rows)

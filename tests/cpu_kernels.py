@@ -1,0 +1,27 @@
+"""The CPU kernels, one at a time."""
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from ctypes import CDLL
+from unittest import mock
+
+from bpdq_kernels import cpu
+from bpdq_kernels.compiled import FLAGS, instruction_set
+
+ISAS = list(FLAGS)[list(FLAGS).index(instruction_set()) :]
+KERNELS = ["lookup", "multiply"]
+_FEW = {"lookup": 1 << 30, "multiply": 0}
+
+
+@functools.cache
+def opened(isa: str) -> CDLL:
+    return cpu.open_library(isa)
+
+
+@contextmanager
+def using(isa: str, kernel: str | None = None) -> Iterator[None]:
+    """Multiply on the instruction set `isa`, with `kernel` or what suits each number of tokens."""
+    few = cpu.few_tokens if kernel is None else lambda pairs: _FEW[kernel]
+    with mock.patch.multiple(cpu, library=lambda: opened(isa), few_tokens=few):
+        yield
