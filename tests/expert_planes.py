@@ -70,7 +70,12 @@ def expert_checkpoint(model: Path, out: Path, arch: str, group_size: int = 32, w
     save_file(stored, out / "model.safetensors", metadata={"format": "pt"})
     save_file(source, plain / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((out / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "bpdq", "checkpoint_format": "bpdq", "format_version": 2, "bits": 2}
+    config["quantization_config"] = {
+        "quant_method": "bpdq",
+        "checkpoint_format": "bpdq",
+        "format_version": 2,
+        "bits": 2,
+    }
     config["quantization_config"] |= {"group_size": group_size, "coefficient_bits": width, "ignore": [ALL_BUT_EXPERTS]}
     (out / "config.json").write_text(json.dumps(config, indent=2))
     return Checkpoint(out, plain)

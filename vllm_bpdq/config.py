@@ -14,7 +14,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from bpdq_kernels import format
 from bpdq_kernels.ops import ACTIVATION_DTYPES
 from bpdq_kernels.patterns import PREFIX
-from vllm_bpdq.names import numbered_experts, origins, renamed
+from vllm_bpdq.names import numbered_experts, origins, renamed, rotated_pairs
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe import RoutedExperts
@@ -147,7 +147,8 @@ class BPDQConfig(QuantizationConfig):
         if isinstance(layer, LinearBase):
             parts = self._parts(prefix)
             scheme = self._scheme(prefix, parts)
-            return UnquantizedLinearMethod() if scheme is None else BPDQLinearMethod(scheme, prefix, parts)
+            pairs = rotated_pairs(self.hf_config, parts)
+            return UnquantizedLinearMethod() if scheme is None else BPDQLinearMethod(scheme, prefix, parts, pairs)
         if isinstance(layer, RoutedExperts):
             scheme = self._experts_scheme(layer, prefix)
             return None if scheme is None else BPDQExpertsMethod(layer, scheme, prefix)
