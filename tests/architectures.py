@@ -1,5 +1,7 @@
 """Tiny random models, one of each architecture of transformers that is known to be quantized, by kind."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -131,8 +133,9 @@ def model_folder(folder: Path, arch: str, gain: float = 1.0, **changes: Any) -> 
     """
     torch.manual_seed(0)
     model = auto_class(arch).from_config(config_of(arch, **changes)).float()
-    for weight in weights_in(decoder_blocks(model)[1]).values():
-        weight.matrix.data *= gain
+    with experts_apart(model):
+        for weight in weights_in(decoder_blocks(model)[1]).values():
+            weight.matrix.data *= gain
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
@@ -156,14 +159,22 @@ def auto_class(arch: str) -> type:
 def dequantized(arch: str, source: Path, out: Path, report: dict[str, Any]) -> PreTrainedModel:
     """The 16-bit model of `source` in fp32, with the weights that the planes of its checkpoint `out` stand for."""
     model, stored = auto_class(arch).from_pretrained(source, dtype=torch.float32), load_tensors(out)
+    checkpoint = open_checkpoint(out)
+    called = arranged(checkpoint.stored, checkpoint.skeleton).layers
+    with experts_apart(model):
+        weights = weights_in(model)
+        for layer in report["layers"]:
+            name, group_size, width = called[layer["name"]], layer["group_size"], layer["in_features"]
+            W = dequantize(stored[f"{name}.B"], stored[f"{name}.c"], group_size, width, stored.get(f"{name}.s"))
+            weights[layer["name"]].assign(W)
+    return model
+
+
+@contextmanager
+def experts_apart(model: PreTrainedModel) -> Iterator[None]:
+    """Within it a model's experts are one by one, in the memory of the fused ones."""
     fused = fused_experts(model)
     take_apart(model)
-    checkpoint = open_checkpoint(out)
-    weights, called = weights_in(model), arranged(checkpoint.stored, checkpoint.skeleton).layers
-    for layer in report["layers"]:
-        name, group_size, width = called[layer["name"]], layer["group_size"], layer["in_features"]
-        W = dequantize(stored[f"{name}.B"], stored[f"{name}.c"], group_size, width, stored.get(f"{name}.s"))
-        weights[layer["name"]].assign(W)
-    for name, module in fused.items():  # whose memory the experts share
+    yield
+    for name, module in fused.items():
         model.set_submodule(name, module)
-    return model

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from bpdq_quantizer import cost
 from bpdq_quantizer.cli import main
@@ -266,21 +266,6 @@ def test_nan_weights_are_named(folder, tmp_path, capsys):
     line = fails_with(capsys, "quantize", model, "--output", tmp_path / "out", "--calibration", text, *QUICK)
     assert "model.layers.1.self_attn.k_proj.weight holds NaN or infinity" in line
     assert not (tmp_path / "out").exists()
-
-
-def test_mixture_of_experts_is_refused(folder, tmp_path, capsys):
-    config = AutoConfig.for_model(
-        "mixtral", hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, vocab_size=384, num_local_experts=2,
-    )  # fmt: skip
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
-    text = folder / "text.txt"
-    line = fails_with(
-        capsys, "quantize", tmp_path / "model", "--output", tmp_path / "out", "--calibration", text, *QUICK
-    )
-    assert "mixture-of-experts" in line
-    assert "model.layers.0" in line
 
 
 def test_pickled_weights_are_not_opened(folder, tmp_path, capsys):

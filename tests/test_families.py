@@ -10,18 +10,19 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 import bpdq_quantizer
-from architectures import MLA, TEXT, WRAPPERS, auto_class, dequantized, model_folder
-from bpdq_kernels.skeleton import check_stored
+from architectures import EXPERTS, MLA, TEXT, WRAPPERS, auto_class, dequantized, experts_apart, model_folder
+from bpdq_kernels.skeleton import arranged, check_stored
 from bpdq_quantizer.checkpoint.inspection import inspect
 from bpdq_quantizer.checkpoint.loader import open_checkpoint
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model import activations
 from bpdq_quantizer.model.activations import embed, run_batches
-from bpdq_quantizer.model.calls import block_runs, head_inputs
+from bpdq_quantizer.model.calls import block_runs, head_inputs, trunk
 from bpdq_quantizer.model.stream import load_block, open_model
 from bpdq_quantizer.model.support import check_blocks
 from bpdq_quantizer.model.weights import weights_in
 from bpdq_quantizer.model.windows import text_windows
+from mixtures import MIXTURES
 from tiny import load_tensors
 
 QUICK = {"bits": 3, "group_size": 32, "samples": 3, "seq_len": 32, "iterations": 1, "solver": "paper"}
@@ -49,8 +50,16 @@ EACH_KIND = (
     "ctrl",
     "bloom",
     "xglm",
+    f"mixtral{EXPERTS}",
+    f"gpt_oss{EXPERTS}",
+    f"llama4_text{EXPERTS}",
+    f"granitemoehybrid{EXPERTS}",
+    f"qwen3_5_moe_text{EXPERTS}",
+    f"gemma4_text{EXPERTS}",
+    f"nemotron_h{EXPERTS}",
 )
-EVERY = [pytest.param(a, marks=() if a in EACH_KIND else pytest.mark.slow) for a in [*TEXT, *WRAPPERS]]
+ARCHITECTURES = [*TEXT, *WRAPPERS, *(f"{arch}{EXPERTS}" for arch in MIXTURES)]
+EVERY = [pytest.param(a, marks=() if a in EACH_KIND else pytest.mark.slow) for a in ARCHITECTURES]
 IN_16_BITS = {  # of the Linears of blocks, by the ends of their names
     "qwen3_5_text": {"in_proj_a", "in_proj_b"},
     "qwen3_5": {"in_proj_a", "in_proj_b"},
@@ -60,10 +69,20 @@ IN_16_BITS = {  # of the Linears of blocks, by the ends of their names
     "mamba": {"dt_proj", "x_proj"},
     "falcon_mamba": {"dt_proj", "x_proj"},
     "jamba": {"dt_proj", "x_proj"},
-    **{arch: {"kv_b_proj"} for arch in MLA},
+    **{arch: {"kv_b_proj"} for arch in (*MLA, *(f"deepseek_v{n}{EXPERTS}" for n in (2, 3)), f"glm4_moe_lite{EXPERTS}")},
+    f"qwen2_moe{EXPERTS}": {"shared_expert_gate"},
+    f"qwen3_next{EXPERTS}": {"in_proj_ba", "shared_expert_gate"},
+    f"qwen3_5_moe_text{EXPERTS}": {"in_proj_a", "in_proj_b", "shared_expert_gate"},
+    f"hunyuan_v1_moe{EXPERTS}": {"wg"},
+    f"llama4_text{EXPERTS}": {"router"},
+    f"phimoe{EXPERTS}": {"router"},
+    f"gemma4_text{EXPERTS}": {"proj"},
+    f"afmoe{EXPERTS}": {"gate"},
+    f"jamba{EXPERTS}": {"dt_proj", "router", "x_proj"},
+    f"kimi_linear{EXPERTS}": {"b_proj", "f_a_proj", "f_b_proj", "kv_b_proj"},
 }
 BLOCK = r"(?!.*(vision|visual)).*\.\d+\."  # what the name of a Linear of a decoder block begins with
-STREAMED = ("gemma4_text", "bloom", "bamba", "gptj", "qwen3_5_text")
+STREAMED = (f"llama4_text{EXPERTS}", f"gpt_oss{EXPERTS}", "gemma4_text", "bloom", "bamba", "gptj", "qwen3_5_text")
 
 
 def logits(model):
@@ -76,14 +95,17 @@ def test_transformers_computes_what_the_planes_say(tmp_path, text, arch):
     source, out = model_folder(tmp_path / "model", arch), tmp_path / "out"
     report = bpdq_quantizer.quantize(str(source), out, calibration=text, **QUICK)
     expected = dequantized(arch, source, out, report)
-    weights = weights_in(expected).keys() - {layer["name"] for layer in report["layers"]}
+    with experts_apart(expected):
+        weights = weights_in(expected).keys() - {layer["name"] for layer in report["layers"]}
     found = logits(auto_class(arch).from_pretrained(out, dtype=torch.float32))
     reference = logits(expected)
     assert (found - reference).std() < 1e-3 * reference.std()
     kept = {name.rpartition(".")[2] for name in weights if re.match(BLOCK, name)}
     assert kept == IN_16_BITS.get(arch, set())
     config = json.loads((out / "config.json").read_text())["quantization_config"]
-    assert sorted(config["ignore"]) == sorted(weights)
+    checkpoint = open_checkpoint(out)
+    called = arranged(checkpoint.stored, checkpoint.skeleton).layers
+    assert sorted(config["ignore"]) == sorted(called.get(name, name) for name in weights)
     found = inspect(out)
     assert len(found["layers"]) == len(report["layers"])
     assert sorted(found["left_in_16_bits"]) == sorted(weights)
@@ -123,11 +145,12 @@ def test_block_by_block_a_model_computes_what_it_computes_whole(tmp_path, arch):
         block = load_block(source, index, torch.device("cpu"))
         run_batches(block_runs(block, calls[index], torch.device("cpu"), len(hidden)), hidden)
     states = torch.cat(list(head_inputs(source.model, source.blocks, hidden)))
-    whole = AutoModelForCausalLM.from_pretrained(folder).eval().base_model(tokens, use_cache=False).last_hidden_state
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    whole = trunk(model)(tokens, use_cache=False).last_hidden_state
     torch.testing.assert_close(states, whole, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("arch", ["gemma4_text", "bamba"])
+@pytest.mark.parametrize("arch", ["gemma4_text", "bamba", f"mixtral{EXPERTS}"])
 def test_a_stopped_run_goes_on_to_the_same_tensors(tmp_path, text, arch, stops_after_a_block):
     source = str(model_folder(tmp_path / "model", arch))
     bpdq_quantizer.quantize(source, tmp_path / "whole", calibration=text, **QUICK)
@@ -163,7 +186,7 @@ def test_a_damaged_embedding_is_not_taken_for_an_architecture_that_is_not_suppor
         bpdq_quantizer.quantize(str(source), tmp_path / "out", calibration=text, **QUICK)
 
 
-@pytest.mark.parametrize("arch", ["nemotron_h", "qwen3_5_text"])
+@pytest.mark.parametrize("arch", ["nemotron_h", "qwen3_5_text", f"mixtral{EXPERTS}"])
 def test_bits_are_allocated_and_coefficients_tuned(tmp_path, text, arch, monkeypatch):
     monkeypatch.setattr("bpdq_quantizer.passes.sensitivity.GROUP_SIZES", (32,))
     monkeypatch.setattr("bpdq_quantizer.passes.sensitivity.MAX_PLANES", 2)

@@ -6,22 +6,23 @@ from typing import Any
 from torch import nn
 
 from bpdq_kernels.mtp import head_pattern
-from bpdq_kernels.skeleton import quantized_layers, stored_layer
+from bpdq_kernels.skeleton import arranged, quantized_layers, stored_layer
 from bpdq_quantizer.checkpoint.loader import open_checkpoint
 from bpdq_quantizer.checkpoint.writer import stored_bytes
 from bpdq_quantizer.errors import InputError
 
 
 def inspect(checkpoint: str | Path) -> dict[str, Any]:
-    """Layers, bits per weight and bytes of a checkpoint folder, from config.json and safetensors headers alone."""
+    """Layers, bits per weight and bytes of a checkpoint folder, from config.json and safetensors headers alone; layers
+    by the names that transformers' model gives them."""
     folder = Path(checkpoint)
     if not (folder / "config.json").is_file():
         raise InputError(f"{checkpoint}: not a checkpoint folder (config.json is missing)")
     _, settings, stored, skeleton = open_checkpoint(folder)
-    layers = []
-    for name, (module, scheme) in quantized_layers(skeleton, settings).items():
+    layers, named = [], arranged(stored, skeleton)
+    for name, (module, scheme) in quantized_layers(skeleton, settings, named.layers).items():
         out_features, in_features = module.weight.shape
-        size = sum(t.nbytes for t in stored_layer(name, stored, module, scheme) if t is not None)
+        size = sum(t.nbytes for t in stored_layer(name, named.tensors, module, scheme) if t is not None)
         layers.append(
             {
                 "name": name,
@@ -34,22 +35,22 @@ def inspect(checkpoint: str | Path) -> dict[str, Any]:
                 "bits_per_weight": 8 * size / module.weight.numel(),
             }
         )
-    named = {layer["name"] for layer in layers}
+    quantized = {layer["name"] for layer in layers}
     linears = [name for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)]
     weights = sum(layer["in_features"] * layer["out_features"] for layer in layers)
-    quantized = sum(layer["bytes"] for layer in layers)
+    planes = sum(layer["bytes"] for layer in layers)
     total = stored_bytes(stored)
     known = skeleton.state_dict().keys()
-    heads = {name: e for name, e in stored.items() if name not in known and head_pattern(name, skeleton.config)}
+    heads = {name: e for name, e in named.tensors.items() if name not in known and head_pattern(name, skeleton.config)}
     return {
         "checkpoint": str(checkpoint),
         "architecture": type(skeleton).__name__,
         "layers": layers,
-        "left_in_16_bits": [name for name in linears if name not in named],
+        "left_in_16_bits": [name for name in linears if name not in quantized],
         "quantized_weights": weights,
-        "bits_per_weight": 8 * quantized / weights if weights else 0.0,
-        "quantized_bytes": quantized,
-        "other_bytes": total - quantized,
+        "bits_per_weight": 8 * planes / weights if weights else 0.0,
+        "quantized_bytes": planes,
+        "other_bytes": total - planes,
         "mtp_bytes": stored_bytes(heads),
         "kv_cache_scales": settings.kv_cache_scales,
         "file_bytes": sum(file.stat().st_size for file in {entry.file for entry in stored.values()}),

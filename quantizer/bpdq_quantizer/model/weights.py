@@ -59,9 +59,16 @@ class Weight:
 
         Of an expert's weight that is what all experts of its layer are given, `Routed`.
         """
-        if self.layer is not None:
-            module = self.layer.module
-            return module.register_forward_pre_hook(lambda _, args: see(module.routed(*args)))
+        if self.layer is None:
+            return self.on_rows(see)
+
+        def hook(module: Experts, args: tuple) -> None:
+            see(module.routed(*args))
+
+        return self.layer.module.register_forward_pre_hook(hook)
+
+    def on_rows(self, see: Callable[[Tensor], None]) -> RemovableHandle:
+        """Show what every forward pass multiplies [..., K]; of an expert's weight, the tokens that are routed to it."""
 
         def hook(_: nn.Module, args: tuple) -> None:
             see(args[0])

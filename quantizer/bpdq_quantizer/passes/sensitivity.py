@@ -6,12 +6,14 @@ what its gradient's mean square is, and its error is the loss that the solver mi
 
     cost = sum over rows i of E[(d loss / d y_i)^2] (W - W_hat)_i H (W - W_hat)_i^T
 
-Rows are independent given H, so that SAMPLE_ROWS of each weight, quantized once in every way, speak for all.
+Rows are independent given H, so that SAMPLE_ROWS of each weight, quantized once in every way, speak for all, and
+SAMPLE_EXPERTS of a layer for its others.
 """
 
 from collections.abc import Sequence
 from functools import partial
 from itertools import groupby, product
+from math import prod
 from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -38,13 +40,14 @@ from bpdq_quantizer.passes.tune import LOSS_ELEMENTS, log_probabilities, softcap
 from bpdq_quantizer.storage.offload import Batches
 
 SAMPLE_ROWS = 64  # of each weight
+SAMPLE_EXPERTS = 4  # of each layer
 ITERATIONS = 1  # of the solver: enough to compare schemes
 GRADIENT_TOKENS = 4096  # the states of this many tokens are held for every block
 
 
 class Stage(NamedTuple):
-    """Weights that read the same input, and so share a scheme. names: theirs; shapes: (outputs, inputs) of each;
-    costs: by scheme, see the module's docstring."""
+    """Weights that read the same input, or are a layer's experts, and so share a scheme. names: theirs; shapes:
+    (outputs, inputs) of each; costs: by scheme, see the module's docstring."""
 
     names: list[str]
     shapes: list[tuple[int, int]]
@@ -87,13 +90,21 @@ def sensitivities(
     return [with_costs(samples, energies) for samples in sampled]
 
 
-def with_costs(samples: dict[str, Sample], energies: dict[str, Tensor]) -> Stage:
-    """A stage from samples of its weights and the mean squared gradients [N] of their outputs, both by name."""
+class Sampled(NamedTuple):
+    """A stage's weights by name, with their shapes, and samples of those that speak for all, by name."""
+
+    shapes: dict[str, tuple[int, int]]
+    samples: dict[str, Sample]
+
+
+def with_costs(stage: Sampled, energies: dict[str, Tensor]) -> Stage:
+    """A stage from samples of its weights; energies: the mean squared gradients [N] of outputs, by name."""
     costs: dict[Scheme, float] = {}
-    for name, (shape, rows, losses) in samples.items():
+    share = sum(map(prod, stage.shapes.values())) / sum(prod(sample.shape) for sample in stage.samples.values())
+    for name, (shape, rows, losses) in stage.samples.items():
         for scheme, loss in losses.items():
-            costs[scheme] = costs.get(scheme, 0.0) + (energies[name][rows] * loss).mean().item() * shape[0]
-    return Stage(list(samples), [sample.shape for sample in samples.values()], costs)
+            costs[scheme] = costs.get(scheme, 0.0) + (energies[name][rows] * loss).mean().item() * shape[0] * share
+    return Stage(list(stage.shapes), list(stage.shapes.values()), costs)
 
 
 @torch.no_grad()
@@ -106,8 +117,8 @@ def row_losses(
     alpha: float,
     damping: float,
     offload: Path | None,
-) -> tuple[list[dict[str, Sample]], list[list[Tensor]]]:
-    """Samples of every stage's weights, by name, and the 16-bit model's states in front of every block and after the
+) -> tuple[list[Sampled], list[list[Tensor]]]:
+    """Every stage, and the 16-bit model's states in front of every block and after the
     last, [1, L, D] of each of the first `keep` windows, on the CPU."""
     batches, calls = embed(source, windows, device, offload)
     sampled, states = [], [first_windows(batches, keep)]
@@ -115,17 +126,35 @@ def row_losses(
         block = load_block(source, index, device)
         runs = block_runs(block, here, device, len(batches))
         stages = find_stages(solved(source, index).values(), runs[0], batches[0][:1])
-        hessians = all_hessians([stage[0] for stage in stages], runs, batches, token_count(windows))
-        sampled += [sample_stage(stage, hessians.pop(stage[0].name), schemes, alpha, damping) for stage in stages]
+        parts = [sampled_parts(stage) for stage in stages]
+        firsts = [weights[0] for part in parts for weights in part]
+        hessians = all_hessians(firsts, runs, batches, token_count(windows))
+        for stage, part in zip(stages, parts, strict=True):
+            samples: dict[str, Sample] = {}
+            for weights in part:
+                samples |= sample_rows_of(weights, hessians.pop(weights[0].name), schemes, alpha, damping)
+            sampled.append(Sampled({weight.name: weight.shape for weight in stage}, samples))
         states.append(first_windows(batches, keep))
         drop_block(block)
     return sampled, states
 
 
-def sample_stage(
+def sampled_parts(stage: list[Weight]) -> list[list[Weight]]:
+    """Those weights of a stage that speak for all, by what they multiply."""
+    layer = stage[0].layer
+    if layer is None:
+        return [stage]
+    experts = {weight.expert for weight in stage}
+    chosen = sorted(experts)[:: -(-len(experts) // SAMPLE_EXPERTS)]
+    last = layer.module.names.down
+    alike = groupby(stage, lambda weight: (weight.expert, weight.key == last))
+    return [list(weights) for (expert, _), weights in alike if expert in chosen]
+
+
+def sample_rows_of(
     stage: list[Weight], H: Tensor, schemes: Sequence[Scheme], alpha: float, damping: float
 ) -> dict[str, Sample]:
-    """Samples of a stage's weights, by name, in the metric H [K, K] of their input."""
+    """Samples of weights that have one input, by name, in its metric H [K, K]."""
     check_finite({f"{weight.name}.weight": weight.matrix for weight in stage}, H)
     rows = [sample_rows(weight.shape[0], H.device) for weight in stage]
     W = torch.cat([weight.matrix[chosen] for weight, chosen in zip(stage, rows, strict=True)])
@@ -148,14 +177,20 @@ def first_windows(batches: Batches, count: int) -> list[Tensor]:
 
 
 def all_hessians(weights: Sequence[Weight], runs: Sequence[Run], batches: Batches, tokens: int) -> dict[str, Tensor]:
-    """H of the inputs of weights of a block, by name, which read `tokens` tokens; `batches` become its outputs."""
+    """H of the inputs of weights of a block, by name, which read `tokens` tokens, an expert's those that are routed to
+    it; `batches` become the block's outputs."""
     hessians = {weight.name: torch.zeros(2 * weight.shape[1:], device=weight.matrix.device) for weight in weights}
+    seen = dict.fromkeys(hessians, 0)
 
-    def add(H: Tensor, x: Tensor) -> None:
-        accumulate(H, x, tokens)
+    def add(name: str, x: Tensor) -> None:
+        accumulate(hessians[name], x, tokens)
+        seen[name] += x.shape[:-1].numel()
 
-    with hooked(weight.on_input(partial(add, hessians[weight.name])) for weight in weights):
+    with hooked(weight.on_rows(partial(add, weight.name)) for weight in weights):
         run_batches(runs, batches)
+    for weight in weights:
+        if weight.layer is not None:
+            hessians[weight.name] *= tokens / max(1, seen[weight.name])
     return {name: symmetrize(H) for name, H in hessians.items()}
 
 
