@@ -1,5 +1,5 @@
-"""vLLM serves experts in bit-planes with the greedy tokens of the dequantized weights: eager and compiled, and over ranks
-of tensor and of expert parallelism."""
+"""vLLM serves experts in bit-planes with the greedy tokens of the dequantized weights: eager and compiled, over ranks
+of tensor or expert parallelism."""
 
 from pathlib import Path
 
