@@ -1,6 +1,7 @@
 """Experts one by one compute what transformers' fused ones do, and are loaded from bit-planes."""
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
@@ -8,13 +9,16 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-import bpdq_quantizer  # noqa: F401, registers the loader
-from architectures import EXPERTS, config_of
+import bpdq_quantizer
+from architectures import EXPERTS, config_of, model_folder
 from bpdq_kernels import dequantize
-from bpdq_kernels.experts import Experts, routes, take_apart
+from bpdq_kernels.experts import Experts, Routed, routes, take_apart
+from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.stream import decoder_blocks
 from bpdq_quantizer.model.weights import kept, weights_in
+from bpdq_quantizer.passes.experts import FILL_WEIGHT, layer_tokens
 from mixtures import MIXTURES
+from tiny import load_tensors
 
 IDS = torch.arange(30)[None] * 7 % 379
 EACH_KIND = ("mixtral", "gpt_oss", "llama4_text", "granitemoe", "nemotron_h")
@@ -85,3 +89,99 @@ def test_they_are_loaded_one_by_one_from_bit_planes(tmp_path, arch):
     expected = logits(model)
     found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32))
     assert (found - expected).std() < 1e-3 * expected.std()
+
+
+QUICK = {"bits": 2, "group_size": 32, "samples": 3, "seq_len": 32, "iterations": 1, "solver": "paper"}
+
+
+def quantize(source: Path, text: str, **options: object) -> dict:
+    return bpdq_quantizer.quantize(str(source), source.with_name("out"), calibration=text, **QUICK | options)
+
+
+def test_each_expert_reports_its_tokens_and_rare_ones_are_told_of(tmp_path, text, capfd):
+    report = quantize(model_folder(tmp_path / "model", f"mixtral{EXPERTS}"), text)
+    tokens = {layer["name"]: layer["tokens"] for layer in report["layers"]}
+    seen = [n for name, n in tokens.items() if name.startswith("model.layers.0.") and name.endswith(".w2")]
+    assert len(seen) == 8
+    assert sum(seen) == 2 * 3 * 32  # each token chooses two
+    assert tokens["model.layers.0.self_attn.q_proj"] == 3 * 32
+    assert "48 matrices of experts were fitted to fewer than 256 tokens of their own" in capfd.readouterr().out
+
+
+def test_the_experts_of_a_layer_are_one_pattern_in_the_config(tmp_path, text):
+    folder = model_folder(tmp_path / "model", f"mixtral{EXPERTS}")
+    quantize(folder, text, ignore=["re:model.layers.1.mlp.experts"])
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert config["ignore"] == ["lm_head", r"re:model\.layers\.1\.block_sparse_moe\.experts[.]"]
+    stored = load_tensors(tmp_path / "out")
+    assert "model.layers.0.block_sparse_moe.experts.7.w2.B" in stored
+    assert "model.layers.1.block_sparse_moe.experts.7.w2.weight" in stored
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(
+        model.model.layers[1].mlp.experts.get_submodule("7.w2").weight,
+        AutoModelForCausalLM.from_pretrained(folder).model.layers[1].mlp.experts.down_proj[7],
+    )
+
+
+@pytest.mark.parametrize(
+    ("arch", "ignore", "message"),
+    [
+        ("mixtral", r"re:.*\.experts\.3\.", "the experts of a layer are all quantized or none"),
+        ("mixtral", "re:.*w2", r"--ignore leaves model\.layers\.0\.mlp\.experts\.7\.w2 alone, but not model"),
+        ("gpt_oss", "re:.*experts", "files of GptOssForCausalLM have experts fused, and are not written so"),
+    ],
+)
+def test_experts_that_cannot_be_left_alone_are_refused(tmp_path, text, arch, ignore, message):
+    with pytest.raises(InputError, match=message):
+        quantize(model_folder(tmp_path / "model", f"{arch}{EXPERTS}"), text, ignore=[ignore])
+    assert {path.name for path in tmp_path.iterdir()} == {"model"}
+
+
+@pytest.mark.parametrize(
+    ("arch", "name", "change", "message"),
+    [
+        (
+            "mixtral",
+            "model.layers.1.block_sparse_moe.experts.5.w3.weight",
+            None,
+            r"experts\.5\.w3\.weight is not in its",
+        ),
+        ("gpt_oss", "model.layers.1.mlp.experts.down_proj", None, r"experts\.0\.down_proj\.weight is not in its files"),
+        (
+            "gpt_oss",
+            "model.layers.1.mlp.experts.down_proj",
+            slice(1, None),
+            r"down_proj is \(7, 96, 128\) in its files",
+        ),
+        (
+            "mixtral",
+            "model.layers.1.block_sparse_moe.experts.5.w3.weight",
+            slice(1, None),
+            r"w3\.weight is \(95, 128\)",
+        ),
+    ],
+)
+def test_files_that_lack_experts_or_hold_others(tmp_path, text, arch, name, change, message):
+    folder = model_folder(tmp_path / "model", f"{arch}{EXPERTS}")
+    tensors = load_tensors(folder)
+    tensor = tensors.pop(name)
+    if change is not None:
+        tensors[name] = tensor[change].contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=message):
+        quantize(folder, text)
+
+
+def test_an_expert_that_no_token_chose_is_fitted_to_others():
+    tokens = layer_tokens(4, [Routed(torch.randn(50, 8), torch.arange(50)[:, None] % 3, torch.ones(50, 1))], None)
+    x, original, weights, routed = tokens.of(3)
+    assert routed == 0
+    assert original is None
+    assert sorted(x.tolist()) == sorted(tokens.x.tolist())
+    assert (weights == FILL_WEIGHT).all()
+    x, _, weights, routed = tokens.of(1)
+    assert routed == 17
+    assert torch.equal(x[:17], tokens.x[1::3])
+    assert len(x) == 50
+    assert (weights[:17] == 1).all()
+    assert (weights[17:] == FILL_WEIGHT).all()

@@ -18,6 +18,7 @@ from bpdq_kernels.experts import FUSED, Experts, fused_experts, matrix_of, take_
 from bpdq_kernels.folder import Entry, Headers
 from bpdq_kernels.skeleton import renaming
 from bpdq_quantizer.errors import InputError
+from bpdq_quantizer.model.opening import misfit
 from bpdq_quantizer.model.stored_weights import Readable, StoredWeight
 
 
@@ -71,6 +72,7 @@ def expert_weights(
                 found[tensor.name] = _of_fused(model, name, module, tensor, files)
             elif tensor.name not in quantized:
                 found[tensor.name] = files[tensor.name]
+                _check_shape(model, files[tensor.name], tensor.shape)
     return found
 
 
@@ -94,6 +96,11 @@ def _tensors(name: str, module: Experts) -> list[_Tensor]:
     return found
 
 
+def _check_shape(model: str, tensor: Whole, wanted: torch.Size) -> None:
+    if tensor.entry.shape != wanted:
+        raise InputError(misfit(model, tensor.name, tensor.entry.shape, tuple(wanted)))
+
+
 def _of_fused(
     model: str, name: str, module: Experts, tensor: _Tensor, files: dict[str, Whole | StoredWeight]
 ) -> OfFused:
@@ -104,10 +111,7 @@ def _of_fused(
     shape = wanted if isinstance(fused, StoredWeight) else fused.entry.shape
     turned = (*wanted[:1], *reversed(wanted[1:]))  # as older Qwen3-VL files have them
     if shape not in (wanted, turned):
-        raise InputError(
-            f"{model}: {fused.name} is {tuple(shape)} in its files, but {tuple(wanted)} by its config.json: download "
-            "the model again"
-        )
+        raise InputError(misfit(model, fused.name, shape, tuple(wanted)))
     is_transposed = len(wanted) == 3 and (shape != wanted) != module.is_transposed
     return OfFused(fused, tensor.i, tensor.outputs, is_transposed)
 

@@ -1,6 +1,7 @@
 """A model whose decoder blocks stay in their files: a block's weights are read when it is its turn, then dropped."""
 
 import ctypes
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -22,7 +23,7 @@ from bpdq_kernels.format import Scheme
 from bpdq_kernels.layout import Stored
 from bpdq_kernels.skeleton import renaming
 from bpdq_quantizer.errors import InputError
-from bpdq_quantizer.model.expert_weights import ExpertsApart, expert_weights
+from bpdq_quantizer.model.expert_weights import ExpertsApart, OfFused, expert_weights
 from bpdq_quantizer.model.modules import replace_linear
 from bpdq_quantizer.model.names import StoredNames, stored_names
 from bpdq_quantizer.model.opening import load_pretrained, misfit, plain_skeleton
@@ -63,7 +64,7 @@ class Streamed(NamedTuple):
     carries: whether blocks read what earlier ones left, beside hidden states (`calls.carries`); quantization: the
     `quantization_config` by which the files hold `quantized` weights, which are dequantized as they are read: by their
     names in the model, those of heads for multi-token prediction by their names in the files; names: those of the
-    checkpoint that is made of it."""
+    checkpoint that is made of it; is_fused: whether the files have the experts of a layer in one tensor."""
 
     model: PreTrainedModel
     prefix: str
@@ -75,6 +76,7 @@ class Streamed(NamedTuple):
     quantization: dict[str, Any] | None = None
     quantized: Mapping[str, StoredWeight] = MappingProxyType({})
     names: StoredNames = StoredNames()
+    is_fused: bool = False
 
 
 def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -117,7 +119,26 @@ def leave_alone(source: Streamed, targets: Iterable[str]) -> Streamed:
     source = source._replace(left_alone=tuple(targets))
     if not solved(source):
         raise InputError("--ignore: nothing is left to quantize: leave a pattern out")
+    _check_experts(source, weights)
     return source
+
+
+def _check_experts(source: Streamed, before: Mapping[str, Weight]) -> None:
+    """Raise InputError where some of a layer's experts are left alone, or all of those that only fused files can have
+    in 16 bits; before: what would be solved, were none."""
+    after = solved(source)
+    alone = {weight.layer.name: name for name, weight in before.items() if weight.layer and name not in after}
+    for weight in after.values():
+        if weight.layer and weight.layer.name in alone:
+            raise InputError(
+                f"--ignore leaves {alone[weight.layer.name]} alone, but not {weight.name}: the experts of a layer are "
+                f"all quantized or none, 're:{re.escape(weight.layer.name)}' leaves these alone"
+            )
+    if alone and source.is_fused:
+        raise InputError(
+            f"--ignore leaves {next(iter(alone.values()))} alone, but files of {type(source.model).__name__} have "
+            "experts fused, and are not written so: leave the pattern out"
+        )
 
 
 def open_model(model: str) -> Streamed:
@@ -160,8 +181,15 @@ def open_model(model: str) -> Streamed:
         else:  # no longer mapped from files, of which all that was looked at would stay
             parameter.data = parameter.data.clone()
     watched = WatchedWeights(weights, model, before, converted)
-    names = stored_names(skeleton, stored)
-    return Streamed(lm, *decoder_blocks(lm), watched, quantization=quantization, quantized=quantized, names=names)
+    return Streamed(
+        lm,
+        *decoder_blocks(lm),
+        watched,
+        quantization=quantization,
+        quantized=quantized,
+        names=stored_names(skeleton, stored),
+        is_fused=any(isinstance(weight, OfFused) for weight in apart.values()),
+    )
 
 
 def check_tensors(model: str, skeleton: PreTrainedModel, stored: Headers, quantized: Collection[str]) -> None:

@@ -14,6 +14,7 @@ from bpdq_quantizer.cost import Clock
 from bpdq_quantizer.model.stream import solved
 from bpdq_quantizer.passes.allocate import allocate, by_layer
 from bpdq_quantizer.passes.blocks import original_states, quantize_blocks
+from bpdq_quantizer.passes.experts import FILL
 from bpdq_quantizer.passes.sensitivity import choices, sensitivities
 from bpdq_quantizer.passes.tune import tune_model
 from bpdq_quantizer.run.block_files import BlockFiles
@@ -86,7 +87,9 @@ def solve_blocks(run: Run, files: BlockFiles, solve: Solve) -> Solved:
         return Solved(layers, before, digests)
     if source.carries:  # which is not kept: from the first block again
         start, layers, digests = None, [], {}
-    total = sum(prod(weight.shape) for weight in solved(source).values())
+    weights = solved(source)
+    total = sum(prod(weight.shape) for weight in weights.values())
+    experts = {name for name, weight in weights.items() if weight.layer is not None}
     done = sum(layer["in_features"] * layer["out_features"] for layer in layers)
     blocks = quantize_blocks(
         source,
@@ -110,6 +113,14 @@ def solve_blocks(run: Run, files: BlockFiles, solve: Solve) -> Solved:
             if reports:
                 last = reports[-1]
                 bar.set_postfix_str(f"{last.name} loss {last.loss:.3g} ({last.relative_error:.2%})")
+    if rare := {
+        layer["name"]: layer["tokens"] for layer in layers if layer["name"] in experts and layer["tokens"] < FILL
+    }:
+        least = min(rare, key=rare.get)
+        tqdm.write(
+            f"{len(rare)} matrices of experts were fitted to fewer than {FILL} tokens of their own, {least} to "
+            f"{rare[least]}: more --samples bring more"
+        )
     return Solved(layers, clock.read(), digests)
 
 
