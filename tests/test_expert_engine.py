@@ -19,7 +19,9 @@ SERVED = {  # by vLLM's CPU engine in 16 bits, with these settings
     "olmoe": {},
     "gpt_oss": {},
     "glm4_moe": {},
+    "glm4_moe_lite": {"first_k_dense_replace": 1},
     "deepseek_v2": {},
+    "deepseek_v3": {"topk_method": "noaux_tc"},
     "ernie4_5_moe": {},
     "granitemoe": {},
     "granitemoeshared": {},
@@ -34,7 +36,8 @@ SERVED = {  # by vLLM's CPU engine in 16 bits, with these settings
     "qwen3_5_moe_text": {},
 }
 ENGINES = {"qwen3_next": BF16, "qwen3_5_moe_text": BF16}
-OWN_WAY = ("deepseek_v2", "lfm2_moe", *ENGINES)  # where vLLM's tokens in 16 bits are not transformers'
+# where vLLM's tokens in 16 bits are not transformers'
+OWN_WAY = ("glm4_moe_lite", "deepseek_v2", "deepseek_v3", "lfm2_moe", *ENGINES)
 GROUPS = [[*SERVED][i : i + 5] for i in range(0, len(SERVED), 5)]
 
 
