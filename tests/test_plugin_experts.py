@@ -3,12 +3,14 @@
 import re
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import cache
 from math import inf
 
 import pytest
 import torch
 from torch.nn import functional as F
+from vllm.config import LoRAConfig
 from vllm.model_executor.layers.fused_moe import GateLinear, RoutedExperts
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
@@ -304,6 +306,14 @@ def test_experts_that_differ_are_refused(part, as_ignored):
 def test_an_activation_that_the_kernels_lack_is_refused():
     with pytest.raises(ValueError, match=rf"{PREFIX}: the activation swiglustep .* --ignore 're:.*experts.*'"):
         expert_layer(config(), activation="swiglustep")
+
+
+@pytest.mark.parametrize(("targets", "is_refused"), [(None, True), (["experts"], True), (["q_proj"], False)])
+def test_adapters_of_experts_are_refused(targets, is_refused):
+    lora = LoRAConfig(max_lora_rank=8, target_modules=targets)
+    refused = pytest.raises(ValueError, match=rf"{PREFIX}: .*--lora-target-modules")
+    with refused if is_refused else nullcontext():
+        expert_layer(config(), lora=lora)
 
 
 def test_routers_stay_in_16_bits(monkeypatch):
