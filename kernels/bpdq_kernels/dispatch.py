@@ -196,7 +196,7 @@ def expert_gemv(matrix: Matrix, pairs: int, fused: bool, multiprocessors: int) -
     tiles = 2 if fused else tiles_per_block(matrix.out_features, candidates, multiprocessors, pairs)
     units = cdiv(matrix.in_features, UNIT)
     full = tiles * coefficients >= MAX_COEFFICIENTS
-    return Gemv(tiles, warps=2 if units < 8 else 4 if full or units < 16 else 8)
+    return Gemv(tiles, warps=2 if units < 8 else 4 if full or units < 32 else 8)
 
 
 def expert_gemm(tokens: int, matrix: Matrix, blocks: int, multiprocessors: int) -> Gemm:
