@@ -249,6 +249,7 @@ def test_options_of_tied_tables_must_agree(tmp_path, capsys):
             "windows in some layers only, which vLLM does not",
         ),
         ("bloom", {"n_layer": 2, "n_head": 2}, "says nothing of max_position_embeddings"),
+        ("jetmoe", {"num_local_experts": 2}, "not supported"),  # experts that are fused in a way of their own
     ],
 )
 def test_other_models_are_refused_in_one_line(tmp_path, capsys, arch, config, message):

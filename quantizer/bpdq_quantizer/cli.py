@@ -216,12 +216,20 @@ def _inspect(args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+def _print_token(found: dict[str, Any]) -> None:
+    parameters, used = (found[key] / 1e9 for key in ("parameters", "active_parameters"))
+    experts = "" if used == parameters else f", {used:.3g} of {parameters:.3g} billion parameters"
+    size, rate = found["active_bytes"] / 1e9, found["most_tokens_per_second"]
+    print(f"a token reads {size:.3f} GB{experts}: at most {rate:.3g} tokens/s on an RTX 3090")
+
+
 def _plan(args: argparse.Namespace) -> dict[str, Any]:
     found = plan(**{k: v for k, v in vars(args).items() if k not in ("run", "json")})
     print(f"{found['architecture']}: {found['bits_per_weight']:.4g} bits per quantized weight")
     for label in ("linear", "embedding", "head", "other", "tower", "mtp", "checkpoint"):
         if found[f"{label}_bytes"] or label not in ("tower", "mtp"):
             print(f"  {label:<43}{found[f'{label}_bytes'] / 1e9:>9.3f} GB")
+    _print_token(found)
     print(f"card of {args.gpu_memory:g} GiB, one sequence, no CUDA graphs")
     labels = {
         "card_budget_bytes": "what vLLM may use",

@@ -10,9 +10,16 @@ CALIBRATION = 128, 2048  # windows and their tokens, defaults of `bpdq quantize`
 
 
 def quantize_device_bytes(m: Model, gpu: bool = True) -> int:
-    """What `bpdq quantize` needs where it solves: a block and its copy, one stage's matrices, a batch's activations."""
+    """What `bpdq quantize` needs where it solves: a block and its copy, one stage's matrices, a batch's activations,
+    and what experts are calibrated on."""
     stage = max(stage_bytes(n, k, gpu) for n, k in m.stages)
-    return 2 * m.itemsize * sum(n * k for n, k in m.heaviest) + stage + ACTIVATION_BYTES
+    return 2 * m.itemsize * sum(n * k for n, k in m.heaviest) + stage + ACTIVATION_BYTES + expert_input_bytes(m)
+
+
+def expert_input_bytes(m: Model, tokens: int = prod(CALIBRATION)) -> int:
+    """Of that, the inputs [tokens, H] of a layer's experts, in the quantized and in the 16-bit model, each twice while
+    they are put together. The experts are solved one after the other: the stage's matrices are those of one."""
+    return max((4 * m.itemsize * tokens * max(k for _, k in x.linears) for x in m.mixtures if x.linears), default=0)
 
 
 def stage_bytes(n: int, k: int, gpu: bool = True) -> int:
@@ -30,7 +37,7 @@ def quantize_host_bytes(m: Model, calibration: tuple[int, int] = CALIBRATION, pa
     """
     embeddings = prod(m.embedding) + (0 if m.head is None else prod(m.head))
     (windows, length), hidden_size = calibration, m.embedding[1]
-    rows = max(sum(n for n, _ in kind.linears) for kind in m.blocks)
+    rows = max(sum(n for n, _ in kind.linears + sum((x.linears for x in kind.experts), ())) for kind in m.blocks)
     batch = windows_per_batch(length, hidden_size, rows, m.itemsize)
     batches = [min(batch, windows - first) for first in range(0, windows, batch)]
     states = [m.itemsize * count * length * hidden_size for count in batches]

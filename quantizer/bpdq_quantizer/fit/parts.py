@@ -8,7 +8,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from bpdq_kernels.experts import Experts
 from bpdq_kernels.skeleton import embedding_names, is_tied
+from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.fit.kv_bytes import Attention, Layers
 from bpdq_quantizer.fit.kv_layers import kept_layers, value
 from bpdq_quantizer.model.opening import plain_skeleton
@@ -16,17 +18,40 @@ from bpdq_quantizer.model.stream import Streamed, decoder_blocks, leave_alone, s
 from bpdq_quantizer.model.support import check_dense
 
 IMAGE_SIDE = 1024  # pixels of the one image that is planned with
+# keys of configs that say how many experts a token goes through; the last is that of Gemma 4, which has it without any
+CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
 
 Shape = tuple[int, int]
 
 
+class Mixture(NamedTuple):
+    """A block's experts. count: how many; chosen: by a token; linears and stages of one of them, as `Block` has them;
+    kept: elements of one of them that stay in 16 bits."""
+
+    count: int
+    chosen: int
+    linears: tuple[Shape, ...]
+    stages: tuple[Shape, ...]
+    kept: int
+
+
 class Block(NamedTuple):
     """Decoder blocks that are alike. linears: (outputs, inputs) of those that are quantized; stages: the same of those
-    that are, at most, solved together."""
+    that are, at most, solved together; both but for experts'."""
 
     count: int
     linears: tuple[Shape, ...]
     stages: tuple[Shape, ...]
+    experts: tuple[Mixture, ...] = ()
+
+    @property
+    def all_linears(self) -> tuple[Shape, ...]:
+        return sum((mixture.linears * mixture.count for mixture in self.experts), self.linears)
+
+    @property
+    def active_linears(self) -> tuple[Shape, ...]:
+        """Those that a token is multiplied with."""
+        return sum((mixture.linears * mixture.chosen for mixture in self.experts), self.linears)
 
 
 class Tower(NamedTuple):
@@ -60,17 +85,34 @@ class Model(NamedTuple):
 
     @property
     def linears(self) -> list[Shape]:
-        return [shape for block in self.blocks for shape in block.linears * block.count]
+        return [shape for block in self.blocks for shape in block.all_linears * block.count]
+
+    @property
+    def active_linears(self) -> list[Shape]:
+        """Those that a token is multiplied with."""
+        return [shape for block in self.blocks for shape in block.active_linears * block.count]
+
+    @property
+    def idle_others(self) -> int:
+        """Elements of `others` that a token leaves alone: of experts that it does not choose."""
+        mixtures = [(block.count, mixture) for block in self.blocks for mixture in block.experts]
+        return sum(count * (mixture.count - mixture.chosen) * mixture.kept for count, mixture in mixtures)
+
+    @property
+    def mixtures(self) -> list[Mixture]:
+        """Of one block of each kind."""
+        return [mixture for block in self.blocks for mixture in block.experts]
 
     @property
     def stages(self) -> list[Shape]:
-        """Of one block of each kind."""
-        return [shape for block in self.blocks for shape in block.stages]
+        """Of one block of each kind, and one expert of each."""
+        experts = [shape for mixture in self.mixtures for shape in mixture.stages]
+        return [shape for block in self.blocks for shape in block.stages] + experts
 
     @property
     def heaviest(self) -> tuple[Shape, ...]:
         """The Linears of the block with most weights."""
-        return max((block.linears for block in self.blocks), key=lambda linears: sum(n * k for n, k in linears))
+        return max((block.all_linears for block in self.blocks), key=lambda linears: sum(n * k for n, k in linears))
 
 
 def read_model(model: str, ignore: Sequence[str] = ()) -> Model:
@@ -84,24 +126,26 @@ def read_model(model: str, ignore: Sequence[str] = ()) -> Model:
     prefix, blocks = decoder_blocks(skeleton)
     check_dense(prefix, blocks)
     layers = kept_layers(model, config)
-    quantized = quantized_linears(Streamed(skeleton, prefix, blocks, {}), ignore)
+    source = leave_alone(Streamed(skeleton, prefix, blocks, {}), ignore)
+    found = [quantized_parts(source, index, text) for index in range(len(blocks))]
+    kinds = kinds_of(found)
     embedding, head = skeleton.get_input_embeddings().weight, skeleton.get_output_embeddings().weight
     tied = set(skeleton.all_tied_weights_keys)
     head_is_tied = is_tied(skeleton)
     sizes = {name: t.numel() for name, t in skeleton.state_dict().items() if name not in tied}
     beside = beside_text(sizes, prefix, skeleton)
     embeddings = embedding.numel() + (0 if head_is_tied else head.numel())
-    linears = sum(n * k for shapes in quantized for n, k in shapes.values())
+    linears = sum(block.count * sum(n * k for n, k in block.all_linears) for block in kinds)
     return Model(
         architecture=type(skeleton).__name__,
-        blocks=kinds_of(quantized),
+        blocks=kinds,
         embedding=tuple(embedding.shape),
         head=None if head_is_tied else tuple(head.shape),
         others=sum(sizes.values()) - sum(beside.values()) - embeddings - linears,
         itemsize=(config.dtype or text.dtype or torch.bfloat16).itemsize,  # GGUF files and some old configs don't say
         layers=layers,
         max_positions=text.max_position_embeddings,
-        doubled=doubled_keys(text, quantized),
+        doubled=doubled_keys(text, [linears for linears, _ in found]),
         tower=tower(skeleton, beside),
         mtp=mtp_elements(text, blocks),
         unknown_mtp=bool(value(text, "num_nextn_predict_layers")),
@@ -109,25 +153,51 @@ def read_model(model: str, ignore: Sequence[str] = ()) -> Model:
     )
 
 
-def quantized_linears(source: Streamed, ignore: Sequence[str]) -> list[dict[str, Shape]]:
-    """The Linears of each block that `bpdq quantize` quantizes, by name; raises InputError for `ignore`."""
-    source = leave_alone(source, ignore)
-    return [
-        {name: weight.shape for name, weight in solved(source, index).items()} for index in range(len(source.blocks))
-    ]
+def quantized_parts(
+    source: Streamed, index: int, text: PreTrainedConfig
+) -> tuple[dict[str, Shape], tuple[Mixture, ...]]:
+    """What `bpdq quantize` quantizes of a block: its Linears but for experts', by name, and the latter."""
+    shapes = {name: weight.shape for name, weight in solved(source, index).items()}
+    modules = source.blocks[index].named_modules(prefix=f"{source.prefix}.{index}")
+    layers = {name: module for name, module in modules if isinstance(module, Experts)}
+    mixtures = []
+    for name, module in layers.items():
+        one = {n: shape for n, shape in shapes.items() if n.startswith(f"{name}.0.")}
+        size = sum(p.numel() for p in module.get_submodule("0").parameters())
+        kept = size - sum(n * k for n, k in one.values())
+        mixtures.append(Mixture(module.num_experts, chosen_experts(text), tuple(one.values()), stages_of(one), kept))
+    linears = {n: shape for n, shape in shapes.items() if not n.startswith(tuple(f"{name}." for name in layers))}
+    return linears, tuple(mixtures)
 
 
-def kinds_of(quantized: list[dict[str, Shape]]) -> list[Block]:
-    """Blocks by what they hold. Stages are Linears of one module with as many inputs, summed: shapes alone don't tell
-    that the output projection of an attention layer reads something else than its queries: an upper bound."""
+def chosen_experts(text: PreTrainedConfig) -> int:
+    """How many a token goes through; raises InputError where the config does not say so."""
+    for key in CHOSEN:
+        found = value(text, key)
+        if isinstance(found, list):  # HunYuan's, by layer
+            found = max(found)
+        if found:
+            return found
+    raise InputError(f"config.json does not say how many experts a token chooses: add {CHOSEN[0]}")
+
+
+def kinds_of(found: list[tuple[dict[str, Shape], tuple[Mixture, ...]]]) -> list[Block]:
+    """Blocks by what they hold."""
     counts, stages = defaultdict(int), {}
-    for block in quantized:
-        linears, rows = tuple(block.values()), defaultdict(int)
-        for name, (outputs, inputs) in block.items():
-            rows[name.rpartition(".")[0], inputs] += outputs
-        counts[linears] += 1
-        stages[linears] = tuple((outputs, inputs) for (_, inputs), outputs in rows.items())
-    return [Block(count, linears, stages[linears]) for linears, count in counts.items()]
+    for block, experts in found:
+        kind = tuple(block.values()), experts
+        counts[kind] += 1
+        stages[kind] = stages_of(block)
+    return [Block(count, kind[0], stages[kind], kind[1]) for kind, count in counts.items()]
+
+
+def stages_of(linears: dict[str, Shape]) -> tuple[Shape, ...]:
+    """Linears of one module with as many inputs, summed: shapes alone don't tell that the output projection of an
+    attention layer reads something else than its queries: an upper bound."""
+    rows = defaultdict(int)
+    for name, (outputs, inputs) in linears.items():
+        rows[name.rpartition(".")[0], inputs] += outputs
+    return tuple((outputs, inputs) for (_, inputs), outputs in rows.items())
 
 
 def doubled_keys(text: PreTrainedConfig, quantized: list[dict[str, Shape]]) -> list[Shape]:

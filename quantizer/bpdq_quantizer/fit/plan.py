@@ -1,13 +1,13 @@
 """What a model will weigh in bit-planes, and what then fits on a card under vLLM, from its config.json alone."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import reduce
 from itertools import count
 from math import ceil, floor, inf, prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from bpdq_kernels.format import Scheme
 from bpdq_kernels.layout import GROUP_SIZES, MAX_PLANES
@@ -17,7 +17,8 @@ from bpdq_quantizer.fit import hours, kv_bytes
 from bpdq_quantizer.fit.kv_bytes import IN_FLIGHT, MAX_SEQUENCES, STEP_TOKENS, Attention, State
 from bpdq_quantizer.fit.kv_types import FLASHINFER_WORKSPACE, KV_TYPES
 from bpdq_quantizer.fit.memory import CALIBRATION, quantize_device_bytes, quantize_host_bytes
-from bpdq_quantizer.fit.parts import IMAGE_SIDE, Model, Shape, read_model
+from bpdq_quantizer.fit.parts import IMAGE_SIDE, Model, read_model
+from bpdq_quantizer.fit.weight_bytes import Settings, card_bytes, checkpoint_bytes, token_figures
 from bpdq_quantizer.model.activations import ACTIVATION_BYTES
 from bpdq_quantizer.model.sources import is_gguf
 from bpdq_quantizer.model.support import tied_bits
@@ -27,7 +28,6 @@ VISIBLE = 23.69 / 24
 CONTEXT_BYTES = int(0.45 * GIB)
 LOADED_BYTES = int(0.15 * GIB)
 GRAPH_BYTES = int(0.5 * GIB)
-VOCABULARY_PADDING = 64  # model_executor/layers/vocab_parallel_embedding.py: DEFAULT_VOCAB_PADDING_SIZE
 DEFAULT_CONTEXT = 2048
 MOST_BITS = Scheme(MAX_PLANES, GROUP_SIZES[0]).bits_per_weight
 
@@ -44,6 +44,8 @@ ASSUMPTIONS = (
     f"beside the cache: FlashInfer {FLASHINFER_WORKSPACE / GIB:.2f} GiB of workspace, TurboQuant one layer's "
     "16-bit cache",
     "one card, nothing offloaded; activations and unquantized tensors in 16 bits",
+    f"tokens/s: weights are read at {hours.RTX_3090.bytes / 1e9:.0f} GB/s, a bound by {hours.RTX_3090.name}'s data "
+    "sheet; neither the cache nor anything else takes time",
     f"time: {CALIBRATION[0]} x {CALIBRATION[1]} calibration tokens, the default solver, {hours.PASSES} forward passes "
     "of each block; on a CPU what one core needs for each part (--probe: this one; else an EPYC of 2021, AVX2), "
     f"on a GPU {hours.RTX_3090.name} by its data sheet: {hours.RTX_3090.half / 1e12:.0f} Tflop/s in 16 and "
@@ -55,28 +57,6 @@ ASSUMPTIONS = (
     f"{CALIBRATION[0]} x {CALIBRATION[1]} calibration tokens twice, in page-locked batches, which torch rounds up to "
     "powers of two; without a GPU the sum of device and host",
 )
-
-
-class Settings(NamedTuple):
-    """scheme: of the Linears; embedding and head: None for 16 bits; gpu_memory in GiB; text_only: no images."""
-
-    scheme: Scheme
-    embedding: Scheme | None
-    head: Scheme | None
-    gpu_memory: float
-    context: int
-    text_only: bool = False
-
-
-class Weights(NamedTuple):
-    """Bytes by part."""
-
-    linear: int
-    embedding: int
-    head: int
-    other: int
-    tower: int
-    mtp: int
 
 
 def plan(
@@ -132,6 +112,7 @@ def plan(
         "model": model,
         "architecture": m.architecture,
         "bits_per_weight": 8 * stored.linear / sum(n * k for n, k in m.linears),
+        **token_figures(m, settings),
         "linear_bytes": stored.linear,
         "embedding_bytes": stored.embedding,
         "head_bytes": stored.head,
@@ -180,6 +161,16 @@ def assumptions_for(m: Model, settings: Settings) -> list[str]:
         )
     if any(isinstance(kind, Attention) and kind.window for kind in m.layers):
         found.append(f"windows: a sequence holds a window and {IN_FLIGHT} tokens more, those of two steps under way")
+    if m.mixtures:
+        found.append(
+            f"experts: a token reads those that it chooses; {STEP_TOKENS} tokens per step x chosen ones x (4 bytes x "
+            "hidden size + 2 bytes x inner size) of activations besides"
+        )
+        found.append(
+            "to quantize experts: one after the other, with Hessians of its own among the four matrices, from what all "
+            "of a layer read in the quantized and in the 16-bit model: on the device 4 x 2 bytes x "
+            f"{prod(CALIBRATION)} tokens x hidden size"
+        )
     if len(kv_bytes.types_for(m.layers)) < len(KV_TYPES):
         found.append("types of KV cache that are not shown are not counted for such layers, or vLLM refuses them")
     if m.tower.elements:
@@ -193,39 +184,6 @@ def assumptions_for(m: Model, settings: Settings) -> list[str]:
     elif m.unknown_mtp:
         found.append("the bytes of an MTP head, which config.json names, are not counted")
     return found
-
-
-def checkpoint_bytes(m: Model, settings: Settings) -> Weights:
-    """What `bpdq quantize` writes: planes and coefficients, everything else in the model's dtype."""
-    return _weights(m, settings, Scheme.stored_bytes, m.itemsize, lambda n: n, m.linears)
-
-
-def card_bytes(m: Model, settings: Settings) -> Weights:
-    """The same in the arrangement of the CUDA kernels, vocabularies padded, everything else in 16 bits. Layers that
-    vLLM fuses are padded one by one here, an upper bound where their outputs are no multiples of 64."""
-
-    def padded(n: int) -> int:
-        return -(-n // VOCABULARY_PADDING) * VOCABULARY_PADDING
-
-    weights = _weights(m, settings, Scheme.tiled_bytes, 2, padded, m.linears + m.doubled)
-    return weights._replace(mtp=0, tower=0 if settings.text_only else weights.tower)
-
-
-def _weights(
-    m: Model, settings: Settings, packed: Any, itemsize: int, padded: Callable[[int], int], linears: list[Shape]
-) -> Weights:
-    def embedding(shape: Shape, scheme: Scheme | None) -> int:
-        n, k = padded(shape[0]), shape[1]
-        return n * k * itemsize if scheme is None else packed(scheme, n, k)
-
-    return Weights(
-        linear=sum(packed(settings.scheme, n, k) for n, k in linears),
-        embedding=embedding(m.embedding, settings.embedding),
-        head=0 if m.head is None else embedding(m.head, settings.head),
-        other=m.others * itemsize,
-        tower=m.tower.elements * itemsize,
-        mtp=m.mtp * itemsize,
-    )
 
 
 def utilization(gpu_memory: float) -> float:
@@ -246,7 +204,14 @@ def overhead(m: Model, settings: Settings, graphs: bool) -> int:
     activations = STEP_TOKENS * 2 * 3 * (widest + hidden)
     image = 0 if settings.text_only else 2 * m.tower.activations
     rotations = 2 * m.rotations
-    return LOADED_BYTES + activations + image + rotations + _sequence_bytes(m) + (GRAPH_BYTES if graphs else 0)
+    parts = (activations, _expert_bytes(m), image, rotations, _sequence_bytes(m))
+    return LOADED_BYTES + sum(parts) + (GRAPH_BYTES if graphs else 0)
+
+
+def _expert_bytes(m: Model) -> int:
+    """Of both matrices' outputs, for each token and expert that it chose: fp32 and 16 bits."""
+    each = [x.chosen * (4 * m.embedding[1] + 2 * min(n for n, _ in x.linears)) for x in m.mixtures if x.linears]
+    return STEP_TOKENS * max(each, default=0)
 
 
 def _sequence_bytes(m: Model) -> int:
@@ -306,9 +271,15 @@ def quantize_seconds(m: Model, scheme: Scheme, rates: hours.Rates) -> dict[str, 
     hidden, tokens, cpu, card = m.embedding[1], prod(CALIBRATION), 0.0, 0.0
     for kind in m.blocks:
         block = hours.Block(kind.stages, [k for _, k in kind.stages] + [hidden])  # attention's output has its own
-        work = hours.block_work(block, scheme.bits, scheme.group_size, tokens)
-        cpu += kind.count * hours.seconds(work, rates)
-        card += kind.count * hours.card_seconds(block, scheme.bits, scheme.group_size, tokens, hours.RTX_3090)
+        parts = [(1, block, tokens)]
+        for mixture in kind.experts:
+            expert = hours.Block(mixture.stages, [k for _, k in mixture.stages])
+            parts.append((mixture.count, expert, tokens * mixture.chosen // mixture.count))
+        for times, part, inputs in parts:
+            work = hours.block_work(part, scheme.bits, scheme.group_size, inputs)
+            cpu += kind.count * times * hours.seconds(work, rates)
+            spent = hours.card_seconds(part, scheme.bits, scheme.group_size, inputs, hours.RTX_3090)
+            card += kind.count * times * spent
     return {"quantize_cpu_seconds": cpu, "quantize_gpu_seconds": card}
 
 
