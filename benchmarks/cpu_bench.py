@@ -4,6 +4,7 @@
     python -m benchmarks.cpu_bench --layers 8192x8192 --tokens 1 8
     python -m benchmarks.cpu_bench --models MODEL MODEL-bpdq    # the first is the baseline
     python -m benchmarks.cpu_bench --random-models 1.5B         # of Qwen2.5-1.5B's shape, written to --output first
+    python -m benchmarks.cpu_bench --random-models 30B-A3B      # four blocks of Qwen3-30B-A3B's shape
 
 Times are medians over rounds; a round times every candidate once, so that a slower minute of the machine hits all.
 """
@@ -26,7 +27,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from benchmarks.random_planes import random_experts, random_layer, random_planes
+from benchmarks.packed_models import RANDOM_MODELS, write_random_models
+from benchmarks.random_planes import random_experts, random_layer
 from benchmarks.serve_bench import COLORS, machine, versions
 from benchmarks.shapes import EXPERTS, Experts, Layer
 from bpdq_kernels import Activation, layout, linear, moe, prepare, prepare_experts
@@ -48,12 +50,6 @@ ROUTINGS = 16  # of a layer's experts, in turn, so that a token's are not in the
 SECONDS_PER_ROW = 20  # after which no further round starts, but MIN_ROUNDS are always run
 MIN_ROUNDS = 3
 PREFILL_TOKENS, DECODE_TOKENS = 512, 32
-RANDOM_MODELS = {  # shapes of Qwen2.5
-    "0.5B": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14},
-    "1.5B": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12},
-}
-HEAD_BITS = 4  # of the tied embedding and LM head, which a small model spends much of its time in
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 Row = dict[str, Any]
 Measured = Callable[[int], tuple[dict[str, Callable[[], Tensor]], float]]
@@ -73,7 +69,8 @@ def main(argv: list[str] | None = None) -> int:
     }
     models = args.models
     if args.random_models:
-        models = write_random_models(args.random_models, args.output, args.bits, args.group_size)
+        scheme = Scheme(args.bits, args.group_size, args.coefficient_bits)
+        models = write_random_models(args.random_models, args.output, scheme)
     if models:
         report["models"] = [run_engine(model) for model in models]
         name, lines, figure = "cpu-models", model_table(report["models"]), None
@@ -218,55 +215,6 @@ def dense_experts(x: Tensor, weights: Tensor, ids: Tensor, up: Tensor, down: Ten
         out = torch.nn.functional.linear(torch.nn.functional.silu(gate) * h, down[expert])
         y.index_add_(0, token, out * weights[token, choice, None].to(x.dtype))
     return y
-
-
-def write_random_models(size: str, folder: Path, bits: int, group_size: int) -> list[str]:
-    """Folders of a random model of Qwen2.5's shape `size`, without a tokenizer: in 16 bits, with its blocks in planes,
-    and with the tied embedding and LM head in HEAD_BITS planes too."""
-    from safetensors.torch import load_file
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.for_model(
-        "qwen2",
-        **RANDOM_MODELS[size],
-        num_key_value_heads=2,
-        vocab_size=151936,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-    )
-    plain = folder / f"random-{size}"
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(plain)
-    tensors = load_file(plain / "model.safetensors")
-    settings = json.loads((plain / "config.json").read_text())
-    quantization = {"quant_method": "bpdq", "checkpoint_format": "bpdq", "format_version": 1, "bits": bits}
-    quantization |= {"group_size": group_size, "ignore": ["lm_head"], "meta": {"bpdq": {"msbits": bits}}}
-    pack(tensors, LINEARS, Scheme(bits, group_size))
-    blocks = write_model(folder / f"random-{size}-bpdq", tensors, settings | {"quantization_config": quantization})
-    pack(tensors, ("embed_tokens",), Scheme(HEAD_BITS, group_size))
-    scheme = {"bits": HEAD_BITS, "group_size": group_size}
-    quantization |= {"ignore": [], "layers": {"model.embed_tokens": scheme, "lm_head": scheme}}
-    everything = write_model(
-        folder / f"random-{size}-bpdq-head", tensors, settings | {"quantization_config": quantization}
-    )
-    return [str(plain), blocks, everything]
-
-
-def pack(tensors: dict[str, Tensor], layers: tuple[str, ...], scheme: Scheme) -> None:
-    """Put random planes in place of the weights of all `layers`."""
-    for name in [name for name in tensors if name.removesuffix(".weight").endswith(layers)]:
-        layer = name.removesuffix(".weight")
-        tensors[f"{layer}.B"], tensors[f"{layer}.c"] = random_planes(
-            *tensors.pop(name).shape, scheme, torch.default_generator
-        )
-
-
-def write_model(folder: Path, tensors: dict[str, Tensor], settings: dict[str, Any]) -> str:
-    from safetensors.torch import save_file
-
-    folder.mkdir(exist_ok=True)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(settings))
-    return str(folder)
 
 
 def run_engine(model: str) -> Row:

@@ -4,8 +4,11 @@ import json
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
+import bpdq_quantizer  # noqa: F401  # so that transformers loads bit-planes
 from benchmarks import cpu_bench
+from benchmarks.packed_models import RANDOM_MODELS, write_random_models
 from benchmarks.random_planes import random_experts
 from benchmarks.shapes import Experts
 from bpdq_kernels import Activation, dequantize, moe, prepare_experts
@@ -84,3 +87,19 @@ def test_wrong_options_are_refused(argv):
     with pytest.raises(SystemExit) as exit_info:
         cpu_bench.parse_args(argv)
     assert exit_info.value.code == 2
+
+
+@pytest.mark.parametrize("size", RANDOM_MODELS)
+@pytest.mark.parametrize("coefficient_bits", [8, 16])
+def test_random_models_are_whole_checkpoints(tmp_path, monkeypatch, size, coefficient_bits):
+    """Of fewer and smaller layers; transformers loads them, and says if a tensor is missing."""
+    small = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 64, "num_hidden_layers": 2}
+    small |= {"vocab_size": 384, "num_experts": 4, "num_experts_per_tok": 2, "num_attention_heads": 4}
+    monkeypatch.setitem(RANDOM_MODELS, size, {**RANDOM_MODELS[size], **small, "num_key_value_heads": 2, "head_dim": 32})
+    plain, *packed = write_random_models(size, tmp_path, Scheme(2, 32, coefficient_bits))
+    assert len(packed) == (1 if "A" in size else 2)
+    for folder in (plain, *packed):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        assert torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits).all()
+        has_planes = any(name.endswith("down_proj.B") for name in model.state_dict())
+        assert has_planes == (folder != plain)
