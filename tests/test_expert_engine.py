@@ -31,6 +31,8 @@ SERVED = {  # by vLLM's CPU engine in 16 bits, with these settings
     "gemma4_text": {},
     "dots1": {},
     "exaone_moe": {},
+    "afmoe": {"score_func": "sigmoid", "route_norm": True, "route_scale": 1.0, "n_group": 1, "topk_group": 1},
+    "flex_olmo": {"intermediate_size": 64},
     "lfm2_moe": {},
     "qwen3_next": {},
     "qwen3_5_moe_text": {},

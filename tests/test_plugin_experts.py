@@ -21,6 +21,7 @@ from vllm.model_executor.model_loader.reload.layerwise import (
 )
 from vllm.model_executor.models.mixtral import MixtralModel
 
+import vllm_bpdq.experts
 from bpdq_kernels.activation import Activation, activate
 from bpdq_kernels.format import Format, Scheme
 from expert_layers import DOWN, GATE, PARTS, PREFIX, UP, Rank, expert_layer
@@ -268,6 +269,22 @@ def test_nothing_that_was_loaded_is_kept_twice(width):
     method = layer.quant_method
     held = [t for m in (method.up, method.down) for t in method.prepared(layer, m) if isinstance(t, torch.Tensor)]
     assert sum(t.nbytes for t in layer.parameters()) == sum(t.nbytes for t in held)
+
+
+def test_kernels_are_warmed_up_once_with_all_that_they_are_called_with(width, monkeypatch):
+    """On a GPU, a specialization that loading leaves out is compiled while the first request waits."""
+    warmed, called = [], []
+    monkeypatch.setattr(vllm_bpdq.experts, "warm_up_experts", lambda *arguments: warmed.append(arguments))
+    layer = loaded(ONE[0], experts(width), biased=True, apply_router_weight_on_input=True)
+    finish(layer)
+    monkeypatch.setattr(vllm_bpdq.experts, "moe", lambda x, weights, ids, *rest: called.append(rest))
+    layer.forward_modular(*inputs(), IDS)
+    ((up, down, activation, choices, *rest),) = warmed
+    assert choices == IDS.shape[1]
+    for ours, theirs in zip(
+        (*up, *down, activation, *rest), (*called[0][0], *called[0][1], *called[0][2:]), strict=True
+    ):
+        assert ours is theirs or ours == theirs
 
 
 def test_compiled_experts_share_one_graph_for_every_number_of_tokens(width):
