@@ -4,7 +4,7 @@
     python -m benchmarks.cpu_bench --layers 8192x8192 --tokens 1 8
     python -m benchmarks.cpu_bench --models MODEL MODEL-bpdq    # the first is the baseline
     python -m benchmarks.cpu_bench --random-models 1.5B         # of Qwen2.5-1.5B's shape, written to --output first
-    python -m benchmarks.cpu_bench --random-models 30B-A3B      # four blocks of Qwen3-30B-A3B's shape
+    python -m benchmarks.cpu_bench --random-models 30B-A3B      # two blocks of Qwen3-30B-A3B's shape
 
 Times are medians over rounds; a round times every candidate once, so that a slower minute of the machine hits all.
 """
