@@ -34,6 +34,7 @@ ROOT = Path(__file__).parent.parent
 SECONDS = 480
 KERNEL_TESTS = (
     "test_tiled_linear",
+    "test_tiled_moe",
     "test_triton_linear",
     "test_warm",
     "test_solver",

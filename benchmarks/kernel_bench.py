@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 import triton
 
-from benchmarks import kernel_static, kernel_timing
+from benchmarks import expert_static, kernel_static, kernel_timing
 from benchmarks.sass import MACHINES, Machine
-from benchmarks.shapes import MODELS, Layer
+from benchmarks.shapes import EXPERTS, MODELS, Layer
 from bpdq_kernels.dispatch import Dense
 from bpdq_kernels.layout import GROUP_SIZES, MAX_PLANES
 from bpdq_kernels.tiled_linear import machine
@@ -68,7 +68,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", default=",".join(MODELS), metavar="LIST", help="(%(default)s)")
+    parser.add_argument(
+        "--model", metavar="LIST", help=f"(all; timed: {','.join(MODELS)}; static also: {','.join(EXPERTS)})"
+    )
     parser.add_argument("--bits", type=int, default=2, metavar="K", help=f"bit-planes, 1 to {MAX_PLANES} (%(default)s)")
     parser.add_argument("--group-size", type=int, default=128, metavar="G", help=f"of {GROUP_SIZES} (%(default)s)")
     parser.add_argument(
@@ -84,13 +86,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--plot", type=Path, metavar="FILE", help="timed: ms against tokens; static: predicted tokens/s"
     )
     args = parser.parse_args(argv)
-    args.model = args.model.split(",")
+    known = (*MODELS, *EXPERTS) if args.static else (*MODELS,)
+    args.model = args.model.split(",") if args.model else [*known]
     tokens = args.tokens or (STATIC_TOKENS if args.static else GPU_TOKENS)
     args.tokens = [int(m) if m.isdecimal() else 0 for m in tokens.split(",")]
-    unknown = ", ".join(name or "no name" for name in args.model if name not in MODELS)
+    unknown = ", ".join(name or "no name" for name in args.model if name not in known)
     gpu = bool(args.static) or torch.cuda.is_available()
     problems = {
-        f"--model: unknown {unknown!r}, choose from {', '.join(MODELS)}": bool(unknown),
+        f"--model: unknown {unknown!r}, choose from {', '.join(known)}": bool(unknown),
         f"--static: unknown {args.static!r}, choose from {', '.join(MACHINES)}": args.static not in (None, *MACHINES),
         f"--bits must be 1 to {MAX_PLANES}": not 1 <= args.bits <= MAX_PLANES,
         f"--group-size must be one of {GROUP_SIZES}": args.group_size not in GROUP_SIZES,
@@ -115,9 +118,10 @@ def static(args: argparse.Namespace) -> Row:
     """Compile, print the tables and return the figures; writes the cubins where --emit says."""
     machine, dtype = MACHINES[args.static], {"bfloat16": "bf16", "float16": "fp16"}[args.dtype]
     kernels = []
-    variants = kernel_static.variants(
-        args.model, args.tokens, args.bits, args.group_size, machine, dtype, args.coefficient_bits
-    )
+    dense, sparse = ([name for name in args.model if name in table] for table in (MODELS, EXPERTS))
+    scheme = (args.bits, args.group_size, machine, dtype, args.coefficient_bits)
+    variants = kernel_static.variants(dense, args.tokens, *scheme) if dense else []
+    variants += expert_static.variants(sparse, args.tokens, *scheme)
     for i, variant in enumerate(variants):
         print(f"\rcompiling {i + 1} of {len(variants)} kernels", end="", file=sys.stderr, flush=True)
         kernels.append(kernel_static.compile_kernel(variant, machine.arch))
@@ -129,16 +133,16 @@ def static(args: argparse.Namespace) -> Row:
         "machine": machine._asdict(),
         "kernels": [kernel_static.kernel_row(kernel, machine) for kernel in kernels],
         "layers": [
-            kernel_static.layer_row(layer, m, args.bits, args.group_size, machine, dtype, args.coefficient_bits)
-            | {"model": model}
-            for model in args.model
+            kernel_static.layer_row(layer, m, *scheme) | {"model": model}
+            for model in dense
             for layer in (*MODELS[model].layers, MODELS[model].head)
             for m in args.tokens
             if modelled(args, m, layer, machine)
-        ],
+        ]
+        + [row for model in sparse for m in args.tokens for row in expert_static.rows(model, m, *scheme)],
         "models": [
             kernel_static.model_row(model, k, args.group_size, machine, dtype, args.coefficient_bits)
-            for model in args.model
+            for model in dense
             for k in PLOTTED_PLANES
         ],
     }
@@ -147,7 +151,7 @@ def static(args: argparse.Namespace) -> Row:
     )
     print("\nMain loop, time on each pipe / time in which DRAM delivers its weights; `!` marks a missed bar\n")
     print(kernel_table(report["kernels"]))
-    print("\nLayers; x/W: activation bytes that blocks read from caches / packed bytes\n")
+    print("\nLayers; x/W: activation bytes that blocks read from caches / packed bytes. Experts: of those chosen\n")
     print(layer_table(report["layers"]))
     print("\nOne-token decoding, all Linears and a 16-bit LM head\n")
     print(model_table(report["models"]))
@@ -282,7 +286,8 @@ def plot_static(report: Row) -> "Figure":
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    machine, rows, models = report["machine"], report["models"], report["settings"]["model"]
+    machine, rows = report["machine"], report["models"]
+    models = list(dict.fromkeys(row["model"] for row in rows))
     figure = Figure(figsize=(8, 4.8), layout="constrained")
     axes = figure.subplots()
     for row in rows:

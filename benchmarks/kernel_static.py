@@ -12,7 +12,8 @@ from triton.compiler import ASTSource
 
 from benchmarks.sass import MACHINES, Code, Machine, clocks, ctas_per_sm, read_cubin
 from benchmarks.shapes import MODELS, Layer
-from bpdq_kernels import triton_gemm, triton_gemv
+from bpdq_kernels import triton_activation, triton_expert_gemm, triton_expert_gemv, triton_gemm, triton_gemv
+from bpdq_kernels.activation import Activation
 from bpdq_kernels.dispatch import Config, Dense, balance, linear_config
 from bpdq_kernels.format import Scheme
 from bpdq_kernels.layout import GROUP_SIZES, MAX_PLANES, TILE_ROWS, UNIT, cdiv, groups_in_unit
@@ -23,14 +24,15 @@ MAX_IDLE = 0.15
 
 
 class Variant(NamedTuple):
-    """One compilation of a kernel: planes, group size, tile, the activations' dtype (Triton's name), and the width of
-    the coefficients."""
+    """One compilation of a kernel: planes, group size, tile, the activations' dtype (Triton's name), the width of the
+    coefficients, and of experts which matrix: "gate_up" or "down"."""
 
     planes: int
     group: int
     config: Config
     dtype: str = "bf16"
     coefficient_bits: int = 16
+    matrix: str = ""
 
     @property
     def scheme(self) -> Scheme:
@@ -46,7 +48,9 @@ class Variant(NamedTuple):
         if isinstance(self.config, Dense):
             return f"dense-{scheme_name(self.scheme)}-n{self.config.outputs}"
         tile = f"t{self.config.tiles}-w{self.config.warps}-s{self.split}"
-        return f"{'gemv' if self.tokens == 1 else 'gemm'}-{scheme_name(self.scheme)}-m{self.tokens}-{tile}"
+        kernel = f"{self.matrix and 'experts-'}{'gemv' if self.tokens == 1 else 'gemm'}"
+        matrix = self.matrix and f"-{self.matrix}"
+        return f"{kernel}-{scheme_name(self.scheme)}-m{self.tokens}-{tile}{matrix}"
 
     @property
     def split(self) -> int:
@@ -100,14 +104,9 @@ def config_for(
 
 @cache
 def compile_kernel(variant: Variant, arch: str) -> Kernel:
-    """Compile for sizes and pointers that 16 divides and inputs that 128 divides, without a bias, as `launch` would."""
-    if variant.tokens == 1:
-        kernel, options = triton_gemv.gemv_kernel, triton_gemv.options(variant.config)
-    else:
-        kernel, options = (
-            triton_gemm.gemm_kernel,
-            triton_gemm.options(variant.config, variant.planes, variant.coefficient_bits),
-        )
+    """Compile for sizes and pointers that 16 divides and inputs that 128 divides, without a bias, as `launch` would;
+    experts with a gate and silu."""
+    kernel, options = kernel_of(variant)
     activations = f"*{variant.dtype}"
     types = {"x_ptr": activations, "planes_ptr": "*i32", "scales_ptr": "*fp32"}
     eight = variant.coefficient_bits == 8
@@ -117,12 +116,22 @@ def compile_kernel(variant: Variant, arch: str) -> Kernel:
     constants |= {} if eight else {"ratios_ptr": None}
     constants |= {"TILES": variant.config.tiles, "WARPS": variant.config.warps, "SPLIT": variant.split}
     constants |= {"TOKENS": variant.tokens, "BF16": variant.dtype == "bf16"}
+    if variant.matrix:
+        types |= dict.fromkeys(("ids_ptr", "blocks_ptr", "order_ptr"), "*i32") | {"y_ptr": "*fp32"}
+        types |= dict.fromkeys(("E", "stride_y", "choices"), "i32")
+        gated = variant.matrix == "gate_up"
+        types |= {"y_ptr": activations} if gated else {}
+        constants |= triton_activation.constants(Activation("silu") if gated else None, gated)
     names = kernel.arg_names
     source = ASTSource(
         kernel,
         signature={name: types.get(name, "constexpr") for name in names},
         constexprs={name: value for name, value in constants.items() if name in names},
-        attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in types and name != "M"},
+        attrs={
+            (i,): [["tt.divisibility", 16]]
+            for i, name in enumerate(names)
+            if name in types and name not in ("M", "E", "choices")
+        },
     )
     target = GPUTarget("cuda", MACHINES[arch].capability, 32)
     compiled = triton.compile(source, target=target, options=options)
@@ -130,6 +139,18 @@ def compile_kernel(variant: Variant, arch: str) -> Kernel:
     code = read_cubin(cubin)
     ctas = ctas_per_sm(code.registers, shared, variant.config.warps, MACHINES[arch])
     return Kernel(variant, cubin, code, shared, ctas)
+
+
+def kernel_of(variant: Variant) -> tuple[triton.JITFunction, dict[str, Any]]:
+    """The kernel and its compiler options."""
+    planes, group, config, bits = variant.planes, variant.group, variant.config, variant.coefficient_bits
+    if variant.matrix and variant.tokens == 1:
+        return triton_expert_gemv.expert_gemv_kernel, triton_expert_gemv.options(config, planes, group)
+    if variant.matrix:
+        return triton_expert_gemm.expert_gemm_kernel, triton_expert_gemm.options(config, planes, bits)
+    if variant.tokens == 1:
+        return triton_gemv.gemv_kernel, triton_gemv.options(config)
+    return triton_gemm.gemm_kernel, triton_gemm.options(config, planes, bits)
 
 
 def variants(
@@ -226,21 +247,28 @@ def kernel_row(kernel: Kernel, machine: Machine) -> dict[str, Any]:
 def layer_row(
     layer: Layer, tokens: int, planes: int, group: int, machine: Machine, dtype: str, coefficient_bits: int = 16
 ) -> dict[str, Any]:
-    """How a layer's kernel fills the machine, and its predicted time: the larger of DRAM's and the busiest pipe's.
+    """How a layer's kernel fills the machine, and its predicted time: `fill` of its packed weights, read once."""
+    config = config_for(tokens, layer, planes, group, machine.multiprocessors, machine.capability, coefficient_bits)
+    variant = Variant(planes, group, config, dtype, coefficient_bits)
+    size = variant.scheme.tiled_bytes(layer.out_features, layer.in_features)
+    return fill(variant, layer, tokens, cdiv(tokens, variant.tokens), size, machine)
 
-    Pipes: the SM with most blocks, all their instructions, those around the loop too. Bytes: the packed weights, once.
+
+def fill(
+    variant: Variant, layer: Layer, tokens: int, token_blocks: float, size: float, machine: Machine
+) -> dict[str, Any]:
+    """How blocks for all outputs of a layer and each of `token_blocks` fill the machine, and their predicted time: the
+    larger of that in which DRAM delivers `size` bytes and the busiest pipe's.
+
+    Pipes: the SM with most blocks, all their instructions, those around the loop too.
     """
     sms = machine.multiprocessors
-    config = config_for(tokens, layer, planes, group, sms, machine.capability, coefficient_bits)
-    variant = Variant(planes, group, config, dtype, coefficient_bits)
     kernel = compile_kernel(variant, machine.arch)
-    token_blocks = cdiv(tokens, variant.tokens)
-    ctas = token_blocks * cdiv(layer.out_features, variant.outputs)
+    ctas = round(token_blocks * cdiv(layer.out_features, variant.outputs))
     trips = cdiv(cdiv(layer.in_features, UNIT), variant.split)
     trip, once = (clocks(part, machine.rates) for part in (kernel.code.trip, kernel.code.once))
     busy = {p: cdiv(ctas, sms) * variant.config.warps * (trips * trip[p] + once[p]) for p in machine.rates}
     pipe = max(busy, key=lambda p: busy[p])
-    size = variant.scheme.tiled_bytes(layer.out_features, layer.in_features)
     dram_us, pipe_us = size / machine.gbps / 1e3, busy[pipe] / machine.ghz / 1e3
     in_flight = min(kernel.ctas, ctas / sms) * variant.config.warps * variant.bytes_ahead
     idle = 1 - balance(ctas, sms)

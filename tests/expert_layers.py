@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import torch
-from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.config import LoRAConfig, VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.fused_moe import (
     FusedMoEConfig,
     FusedMoEParallelConfig,
@@ -48,6 +48,7 @@ def expert_layer(
     biases: bool = False,
     dtype: torch.dtype = torch.float32,
     names: tuple[str, str, str | None] = ("gate_proj", "down_proj", "up_proj"),
+    lora: LoRAConfig | None = None,
     **settings: object,
 ) -> RoutedExperts:
     """A layer as vLLM's models build it, for one rank. settings: more arguments of RoutedExperts."""
@@ -77,5 +78,7 @@ def expert_layer(
         has_bias=biases,
     )
     config.activation = MoEActivation(activation)  # later, as some are for GPUs only
-    with set_current_vllm_config(VllmConfig()):
+    vllm_config = VllmConfig()
+    vllm_config.lora_config = lora
+    with set_current_vllm_config(vllm_config):
         return RoutedExperts(PREFIX, dtype, config, quant, placed, *names, **settings)

@@ -9,7 +9,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 from benchmarks.sass import read_cubin
-from bpdq_kernels import triton_gemm, triton_gemv, triton_linear
+from bpdq_kernels import (
+    triton_activation,
+    triton_expert_gemm,
+    triton_expert_gemv,
+    triton_gemm,
+    triton_gemv,
+    triton_linear,
+)
+from bpdq_kernels.activation import Activation
 from bpdq_kernels.dispatch import MAX_COEFFICIENTS, Dense, Gemm, Gemv
 from bpdq_kernels.layout import groups_in_unit
 from bpdq_kernels.triton_dequantize import UNITS, dequantize_kernel
@@ -24,10 +32,25 @@ GEMM = [
     Gemm(tokens, *tile) for tokens in (8, 16) for tile in ((1, 8, 8), (2, 8, 8), (2, 4, 4), (1, 16, 16), (2, 16, 16))
 ]
 GEMM_K4_8_BITS = [Gemm(64, 1, 8, 8), Gemm(64, 1, 4, 4), Gemm(64, 1, 4, 2)]  # instead of those with two tiles
+EXPERT_GEMV = [Gemv(tiles, warps) for tiles in (1, 2, 4) for warps in (2, 4, 8)]
+EXPERT_GEMM = [Gemm(tokens, 2, 4, split) for tokens in (8, 16, 32, 64) for split in (2, 4)]
 GEMM += [Gemm(32, 2, 8, 8), Gemm(32, 2, 4, 4), Gemm(64, 2, 8, 8), Gemm(64, 2, 4, 4), Gemm(64, 2, 4, 2)]
 
 # of a block at most: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"
 _SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+
+
+class OfflineDriver:
+    """What Triton asks of a GPU's driver before it launches; a device of its own, so that nothing compiled stays."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 86, 32)
+
+    def get_current_device(self) -> str:
+        return "offline"
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
 
 
 class Layer(NamedTuple):
@@ -111,6 +134,57 @@ def compile_tiled(
     return compile_kernel(kernel, types, constants, divisible, arch, options)
 
 
+class ExpertLayer(NamedTuple):
+    """One matrix of each expert; activation: None for the second one. The fields print as the test's name."""
+
+    layer: Layer
+    activation: Activation | None
+    is_fused: bool = False  # the gate is multiplied where the matrix is
+    is_sorted: bool = False
+
+    def __str__(self) -> str:
+        return "-".join([str(self.layer), self.activation.name if self.activation else "down"])
+
+    def takes(self, config: Gemv | Gemm) -> bool:
+        """Whether the dispatch may pick this configuration: not if the coefficients fill the registers."""
+        if isinstance(config, Gemm):
+            return config.tokens < 64 or (self.layer.coefficient_bits == 16 and self.layer.group >= 64)
+        if self.is_fused:
+            full = 2 * groups_in_unit(self.layer.group) * (self.layer.planes + 1) >= MAX_COEFFICIENTS
+            return config.tiles == 2 and (config.warps < 8 or not full)
+        return fits(config, self.layer.planes, self.layer.group)
+
+
+def compile_expert(config: Gemv | Gemm, experts: ExpertLayer, bias: bool, arch: int = 86) -> CompiledKernel:
+    """The kernel as its `launch` would start it for experts of these sizes."""
+    layer, x = experts.layer, POINTERS[experts.layer.dtype]
+    if isinstance(config, Gemv):
+        kernel = triton_expert_gemv.expert_gemv_kernel
+        options = triton_expert_gemv.options(config, layer.planes, layer.group)
+    else:
+        kernel = triton_expert_gemm.expert_gemm_kernel
+        options = triton_expert_gemm.options(config, layer.planes, layer.coefficient_bits)
+    types = {"x_ptr": x, "planes_ptr": "*i32", "scales_ptr": "*fp32", "ratios_ptr": "*i32", "bias_ptr": x}
+    types |= {"coefficients_ptr": "*i16" if layer.coefficient_bits == 8 else "*i32"}
+    types |= {"ids_ptr": "*i32", "blocks_ptr": "*i32", "order_ptr": "*i32"}
+    types |= {"y_ptr": x if experts.is_fused or experts.activation else "*fp32"}
+    types |= dict.fromkeys(("E", "N", "K", "stride_x", "stride_y", "choices"), "i32")
+    constants = {"PLANES": layer.planes, "GROUP": layer.group, "WHOLE": layer.K % 128 == 0, "TILES": config.tiles}
+    constants |= {"WARPS": config.warps, "BF16": layer.dtype == BF16}
+    constants |= triton_activation.constants(experts.activation, experts.is_fused)
+    constants |= {"TOKENS": config.tokens, "SPLIT": config.split} if isinstance(config, Gemm) else {}
+    constants |= {} if bias else {"bias_ptr": None}
+    constants |= {"ratios_ptr": None} if layer.coefficient_bits == 16 else {}
+    constants |= {} if experts.is_sorted else {"order_ptr": None}
+    divisible = {"x_ptr", "planes_ptr", "coefficients_ptr", "scales_ptr", "ratios_ptr", "bias_ptr"} - (
+        {"x_ptr"} if isinstance(config, Gemv) else set()
+    )
+    divisible |= {"N"} if layer.N % 16 == 0 else set()
+    divisible |= {"K", "stride_x"} & set(kernel.arg_names) if layer.K % 16 == 0 else set()
+    divisible |= {"stride_y"} if layer.N % 32 == 0 else set()
+    return compile_kernel(kernel, types, constants, divisible, arch, options)
+
+
 def compile_stored(
     arch: int, tile: Tile, dtype: torch.dtype, planes: int, group: int, aligned: bool = True, coefficient_bits: int = 16
 ) -> CompiledKernel:
@@ -154,10 +228,13 @@ def compile_dequantize(arch: int, layer: Layer) -> CompiledKernel:
     return compile_kernel(dequantize_kernel, types, constants, divisible, arch, dequantize_options())
 
 
-def flaws(arch: int, kernel: Gemv | Gemm | Dense | Tile | None, layer: Layer) -> list[str]:
+def flaws(arch: int, kernel: Gemv | Gemm | Dense | Tile | None, layer: Layer | ExpertLayer) -> list[str]:
     """What is wrong with the machine code of a layer's kernel: of the configuration, `stored_linear`'s of the tile, or
     the embedding's (None)."""
-    if isinstance(kernel, Dense):
+    if isinstance(layer, ExpertLayer):
+        compiled = compile_expert(kernel, layer, bias=True, arch=arch)
+        multiplies = "BMMA" if isinstance(kernel, Gemv) else "HMMA"
+    elif isinstance(kernel, Dense):
         compiled, multiplies = compile_dequantize(arch, layer), ""
     elif kernel is None:
         compiled, multiplies = compile_embedding(arch, layer), ""

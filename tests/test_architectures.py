@@ -8,9 +8,24 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
+from bpdq_kernels.activation import Activation
 from bpdq_kernels.dispatch import Config, Dense, Gemm, Gemv, linear_config
 from bpdq_kernels.triton_linear import TILES_16BIT, TILES_FP32, Tile
-from tests.offline import BF16, FP16, FP32, GEMM, GEMM_K4_8_BITS, GEMV, Layer, fits, flaws, name
+from tests.offline import (
+    BF16,
+    EXPERT_GEMM,
+    EXPERT_GEMV,
+    FP16,
+    FP32,
+    GEMM,
+    GEMM_K4_8_BITS,
+    GEMV,
+    ExpertLayer,
+    Layer,
+    fits,
+    flaws,
+    name,
+)
 
 ARCHITECTURES = [80, 86, 89, 90, 100, 120]
 SCHEMES = list(itertools.product((1, 2, 3, 4), (32, 64, 128, 256)))  # planes, group size
@@ -29,6 +44,9 @@ def test_kernels_of_a_common_layer_spill_and_emulate_nothing(arch: int, compiler
     kernels = {linear_config(m, layer.planes, layer.group, layer.N, layer.K, 82, arch) for m in tokens}
     jobs = [(kernel, layer) for kernel in (*kernels, Dense(128), TILES_16BIT[0], TILES_16BIT[-1], None)]
     jobs += [(kernel, layer._replace(coefficient_bits=8)) for kernel in (*kernels, Dense(128), TILES_16BIT[0], None)]
+    if arch > 86:  # for that the experts' kernels are compiled to be run and counted
+        experts = ExpertLayer(Layer(2, 128, 1536, 2048, BF16), Activation("silu"), is_fused=True, is_sorted=True)
+        jobs.append((Gemv(2, 4) if arch == 90 else Gemm(8, 2, 4, 2), experts))
     found = compilers.map(flaws, itertools.repeat(arch), *zip(*jobs, strict=True))
     assert not [*itertools.chain.from_iterable(found)]
 
@@ -58,4 +76,24 @@ def test_nothing_that_the_dispatch_picks_spills_or_is_emulated(
     if isinstance(kernel, Gemv) and arch >= 100:
         pytest.skip("one token gets a Gemm")
     found = compilers.map(flaws, itertools.repeat(arch), itertools.repeat(kernel), layers(kernel, coefficient_bits))
+    assert not [*itertools.chain.from_iterable(found)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("coefficient_bits", [16, 8])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("kernel", EXPERT_GEMV + EXPERT_GEMM, ids=name)
+def test_no_kernel_of_experts_spills_or_is_emulated(
+    arch: int, kernel: Gemv | Gemm, coefficient_bits: int, compilers: ProcessPoolExecutor
+):
+    """Activations take turns: they are computed where most registers are free again."""
+    if isinstance(kernel, Gemv) and arch >= 100:
+        pytest.skip("one token gets a Gemm")
+    names = itertools.cycle(("silu", "swigluoai", "gelu", "gelu_tanh"))
+    jobs = []
+    for i, scheme in enumerate(SCHEMES):
+        layer = Layer(*scheme, 1536, 2048, (BF16, FP16)[(i + i // 4) % 2], coefficient_bits)
+        up, down = ExpertLayer(layer, Activation(next(names), limit=7.0), is_fused=True), ExpertLayer(layer, None)
+        jobs += [experts._replace(is_sorted=i % 3 > 0) for experts in (up, down) if experts.takes(kernel)]
+    found = compilers.map(flaws, itertools.repeat(arch), itertools.repeat(kernel), jobs)
     assert not [*itertools.chain.from_iterable(found)]

@@ -4,9 +4,29 @@ import itertools
 
 import pytest
 
-from bpdq_kernels.dispatch import Dense, balance, gemm_config, linear_config
+from bpdq_kernels.activation import Activation
+from bpdq_kernels.dispatch import (
+    Dense,
+    Gemm,
+    Matrix,
+    balance,
+    experts_config,
+    experts_configs,
+    gemm_config,
+    linear_config,
+)
 from bpdq_kernels.layout import cdiv
-from tests.offline import GEMM, GEMM_K4_8_BITS, GEMV, fits
+from tests.offline import (
+    BF16,
+    EXPERT_GEMM,
+    EXPERT_GEMV,
+    GEMM,
+    GEMM_K4_8_BITS,
+    GEMV,
+    ExpertLayer,
+    Layer,
+    fits,
+)
 
 SHAPES_7B = [(4608, 3584), (3584, 3584), (37888, 3584), (3584, 18944), (152064, 3584)]
 SHAPES_72B = [(10240, 8192), (8192, 8192), (59136, 8192), (8192, 29568), (152064, 8192)]
@@ -46,3 +66,45 @@ def test_dispatch_picks_only_what_the_tests_run(arch: int):
         eight = {config for config in gemm if config.tokens == 8}
         assert one == (eight if arch >= 100 else {config for config in GEMV if fits(config, planes, group)})
         assert {type(linear_config(M, planes, group, 4096, 4096, 82, arch)) for M in (1024, 5000)} == {Dense}
+
+
+# experts, chosen ones, hidden and inner size: Qwen3-30B-A3B, Qwen3-Next-80B-A3B, Mixtral, gpt-oss-20b, small ones
+EXPERTS = [(128, 8, 2048, 768), (512, 10, 2048, 512), (8, 2, 4096, 14336), (32, 4, 2880, 2880), (4, 1, 256, 100)]
+
+
+@pytest.mark.parametrize(("experts", "choices", "hidden", "inner"), EXPERTS[:4], ids=str)
+@pytest.mark.parametrize("tokens", [1, 2, 8])
+def test_decode_of_experts_fills_an_rtx_3090(experts: int, choices: int, hidden: int, inner: int, tokens: int):
+    up, down = Matrix(2, 128, 2 * inner, hidden), Matrix(2, 128, hidden, inner)
+    config = experts_config(tokens, choices, experts, up, down, True, 82, 86)
+    assert not config.is_sorted
+    assert config.is_fused
+    for matrix, part in ((up, config.up), (down, config.down)):
+        assert balance(tokens * choices * cdiv(matrix.out_features, 16 * part.tiles), 82) >= 0.85
+
+
+@pytest.mark.parametrize("arch", [80, 86, 90, 120])
+@pytest.mark.parametrize("coefficient_bits", [16, 8])
+@pytest.mark.parametrize("gated", [True, False])
+def test_experts_get_only_what_the_tests_compile(arch: int, coefficient_bits: int, gated: bool):
+    seen = set()
+    for (experts, choices, hidden, inner), planes, group, sms in itertools.product(
+        EXPERTS, (1, 2, 3, 4), (32, 64, 128, 256), (1, 82)
+    ):
+        up = Matrix(planes, group, (1 + gated) * inner, hidden, coefficient_bits)
+        down = Matrix(planes, group, hidden, inner, coefficient_bits)
+        configs = experts_configs(choices, experts, up, down, gated, sms, arch)
+        several = (1, 3, 8, 9, 30, 100, 500, 2000, 100_000)
+        assert {experts_config(m, choices, experts, up, down, gated, sms, arch) for m in several} <= {*configs}
+        for config in configs:
+            assert config.is_fused == (gated and inner % 16 == 0)
+            layers = [Layer(planes, group, m.out_features, m.in_features, BF16, coefficient_bits) for m in (up, down)]
+            first = ExpertLayer(layers[0], Activation("silu"), config.is_fused)
+            assert first.takes(config.up)
+            assert ExpertLayer(layers[1], None).takes(config.down)
+            assert not config.is_sorted or config.up.tokens == config.down.tokens
+            seen |= {config.up, config.down}
+    gemm = {config for config in EXPERT_GEMM if coefficient_bits == 16 or config.tokens < 64}
+    assert {config for config in seen if isinstance(config, Gemm)} == gemm
+    assert seen - gemm <= {*EXPERT_GEMV}
+    assert (seen == gemm) == (arch >= 100)

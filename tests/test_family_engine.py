@@ -5,17 +5,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 import bpdq_quantizer
 from architectures import TEXT, WRAPPERS, dequantized, model_folder
 from families import FAMILIES
-from generate import PROMPTS, greedy_tokens, vllm_tokens
+from generate import greedy_tokens, same_up_to_a_tie, vllm_tokens
 
 SERVED = [name for name, family in FAMILIES.items() if not isinstance(family.engine, str)]
 GROUPS = [SERVED[i : i + 6] for i in range(0, len(SERVED), 6)]
-NEAR_TIE = 0.05  # standard deviations of the logits
 QUICK = {"bits": 2, "group_size": 32, "samples": 3, "seq_len": 32, "iterations": 1, "solver": "paper"}
 
 
@@ -53,19 +51,11 @@ def faults(folder: Path, archs: list[str], text: str) -> dict[str, list]:
     return {arch: pair for arch, pair in found.items() if not agree(arch, models[arch].model, *pair)}
 
 
-@torch.inference_mode()
 def agree(arch: str, model: PreTrainedModel, tokens: list[list[int]] | str, expected: list[list[int]] | str) -> bool:
     """Whether tokens are the same: in bf16 up to the first near tie of logits, which rounding decides."""
     if isinstance(tokens, str) or "dtype" not in FAMILIES[arch].engine:
         return tokens == expected
-    for prompt, ours, theirs in zip(PROMPTS, tokens, expected, strict=True):
-        differing = [i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b]
-        if differing:
-            logits = model(torch.tensor([prompt + theirs[: differing[0]]]), use_cache=False).logits[0, -1]
-            a, b = logits[[ours[differing[0]], theirs[differing[0]]]]
-            if abs(a - b) > NEAR_TIE * logits.std():
-                return False
-    return True
+    return same_up_to_a_tie(model, tokens, expected)
 
 
 def test_one_of_each_kind_is_served(tmp_path, text):

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import kernel_bench, kernel_static, kernel_timing, sass
+from benchmarks import expert_static, kernel_bench, kernel_static, kernel_timing, sass, shapes
 from benchmarks.kernel_static import Variant, compile_kernel
 from benchmarks.random_planes import random_layer
-from benchmarks.shapes import MODELS, Layer, Model
-from bpdq_kernels import reference
+from benchmarks.shapes import EXPERTS, MODELS, Layer, Model
+from bpdq_kernels import dispatch, reference
 from bpdq_kernels.dispatch import Gemm, Gemv
 
 RTX_3090 = sass.MACHINES["sm_86"]
@@ -141,6 +141,34 @@ def test_kernel_stays_within_its_budget_on_an_rtx_3090(planes, group, config, co
     assert compiled.code.trip[tensor_cores] > 0
 
 
+@pytest.mark.parametrize(
+    ("config", "matrix"), [(Gemv(2, 4), "gate_up"), (Gemv(4, 2), "down"), (Gemm(8, 2, 4, 2), "gate_up")], ids=str
+)
+def test_experts_stay_within_the_budget_of_one_layer(config, matrix):
+    compiled = compile_kernel(Variant(2, 128, config, matrix=matrix), "sm_86")
+    assert kernel_static.missed(compiled, RTX_3090) == []
+    assert max(kernel_static.over_dram(compiled, RTX_3090).values()) <= 0.75
+
+
+@pytest.mark.parametrize("model", EXPERTS)
+def test_one_tokens_experts_keep_all_multiprocessors_of_an_rtx_3090_busy(model):
+    rows = expert_static.rows(model, 1, 2, 128, RTX_3090, "bf16", 16)
+    assert [row["missed"] for row in rows] == [[], []]
+    experts = EXPERTS[model]
+    weights = 3 * experts.chosen * experts.inner * experts.hidden
+    assert sum(row["packed_bytes"] for row in rows) == pytest.approx(weights * 2.375 / 8, rel=0.02)
+    assert all(row["pipe_us"] <= 0.75 * row["dram_us"] for row in rows)
+
+
+def test_the_tokens_of_an_expert_fill_blocks_on_average():
+    experts = shapes.Experts("pairs", count=2, chosen=1, hidden=64, inner=64)
+    both = dispatch.Experts(Gemm(8, 2, 4, 2), Gemm(8, 2, 4, 2), is_sorted=True, is_fused=True)
+    # 9 tokens: all for one in 2 of 512 cases, which are 2 blocks; 8 and 1 in 18, which are 2; two blocks else
+    assert expert_static.blocks(experts, 9, both) == pytest.approx(2)
+    assert expert_static.blocks(experts, 2, both) == pytest.approx(1.5)
+    assert expert_static.blocks(experts, 9, both._replace(is_sorted=False)) == 9
+
+
 def test_a_kernel_over_its_budget_is_flagged():
     trip = sass.Counter({"issue": 4000, "hmma32": 64, "alu": 1900})
     made = kernel_static.Kernel(
@@ -221,14 +249,15 @@ def test_static_run_prints_tables_and_writes_json_and_plot(tmp_path, capsys, mon
     monkeypatch.setattr(
         kernel_static, "compile_kernel", lambda variant, arch: kernel_static.Kernel(variant, b"", code, 1024, 2)
     )
-    argv = ["--static", "sm_89", "--model", "qwen2.5-7b,qwen2.5-72b", "--tokens", "1,8", "--dtype", "float16"]
+    argv = ["--static", "sm_89", "--tokens", "1,8", "--dtype", "float16"]
+    argv += ["--model", "qwen2.5-7b,qwen2.5-72b,qwen3-30b-a3b"]
     argv += ["--json", str(tmp_path / "k.json"), "--plot", str(tmp_path / "k.png"), "--emit", str(tmp_path / "out")]
     assert kernel_bench.main(argv) == 0
     out = capsys.readouterr().out
     assert "Static model of the RTX 4090 (sm_89)" in out
     assert "nothing was run on a GPU" in out
     report = json.loads((tmp_path / "k.json").read_text())
-    assert len(report["layers"]) == 2 * 5 * 2
+    assert len(report["layers"]) == 2 * 5 * 2 + 2 * 2
     assert [(row["model"], row["planes"]) for row in report["models"]][:3] == [("qwen2.5-7b", k) for k in (2, 3, 4)]
     for row in report["layers"] + report["kernels"]:
         assert f"| {row.get('kernel', row.get('name'))} |" in out

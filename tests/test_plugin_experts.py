@@ -3,12 +3,14 @@
 import re
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import cache
 from math import inf
 
 import pytest
 import torch
 from torch.nn import functional as F
+from vllm.config import LoRAConfig
 from vllm.model_executor.layers.fused_moe import GateLinear, RoutedExperts
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
@@ -19,6 +21,7 @@ from vllm.model_executor.model_loader.reload.layerwise import (
 )
 from vllm.model_executor.models.mixtral import MixtralModel
 
+import vllm_bpdq.experts
 from bpdq_kernels.activation import Activation, activate
 from bpdq_kernels.format import Format, Scheme
 from expert_layers import DOWN, GATE, PARTS, PREFIX, UP, Rank, expert_layer
@@ -268,6 +271,22 @@ def test_nothing_that_was_loaded_is_kept_twice(width):
     assert sum(t.nbytes for t in layer.parameters()) == sum(t.nbytes for t in held)
 
 
+def test_kernels_are_warmed_up_once_with_all_that_they_are_called_with(width, monkeypatch):
+    """On a GPU, a specialization that loading leaves out is compiled while the first request waits."""
+    warmed, called = [], []
+    monkeypatch.setattr(vllm_bpdq.experts, "warm_up_experts", lambda *arguments: warmed.append(arguments))
+    layer = loaded(ONE[0], experts(width), biased=True, apply_router_weight_on_input=True)
+    finish(layer)
+    monkeypatch.setattr(vllm_bpdq.experts, "moe", lambda x, weights, ids, *rest: called.append(rest))
+    layer.forward_modular(*inputs(), IDS)
+    ((up, down, activation, choices, *rest),) = warmed
+    assert choices == IDS.shape[1]
+    for ours, theirs in zip(
+        (*up, *down, activation, *rest), (*called[0][0], *called[0][1], *called[0][2:]), strict=True
+    ):
+        assert ours is theirs or ours == theirs
+
+
 def test_compiled_experts_share_one_graph_for_every_number_of_tokens(width):
     layer, graphs = loaded(SPLIT[0], experts(width), biased=True), []
 
@@ -304,6 +323,14 @@ def test_experts_that_differ_are_refused(part, as_ignored):
 def test_an_activation_that_the_kernels_lack_is_refused():
     with pytest.raises(ValueError, match=rf"{PREFIX}: the activation swiglustep .* --ignore 're:.*experts.*'"):
         expert_layer(config(), activation="swiglustep")
+
+
+@pytest.mark.parametrize(("targets", "is_refused"), [(None, True), (["experts"], True), (["q_proj"], False)])
+def test_adapters_of_experts_are_refused(targets, is_refused):
+    lora = LoRAConfig(max_lora_rank=8, target_modules=targets)
+    refused = pytest.raises(ValueError, match=rf"{PREFIX}: .*--lora-target-modules")
+    with refused if is_refused else nullcontext():
+        expert_layer(config(), lora=lora)
 
 
 def test_routers_stay_in_16_bits(monkeypatch):

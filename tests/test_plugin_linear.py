@@ -1,6 +1,7 @@
 """Loading BPDQ layers into vLLM's own layers, over simulated tensor-parallel ranks, without an engine."""
 
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from vllm.model_executor.model_loader.reload.layerwise import (
     initialize_layerwise_reload,
     record_metadata_for_reloading,
 )
+from vllm.model_executor.models.llama4 import Llama4ForCausalLM
 
 import vllm_bpdq.linear
 from bpdq_kernels.layout import Stored
@@ -119,6 +121,29 @@ def test_qkv_with_fewer_key_heads_loads_each_head_on_the_right_rank(rank, width,
             ]
         )
         assert torch.equal(weight(finish(layer)), expected)
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_rotated_pairs_of_llama_4_become_halves_of_heads(rank, width, tp_size):
+    """As its model in vLLM has them, which reorders a `weight` alone."""
+    from transformers import Llama4TextConfig
+
+    parts = {shard: stored(n, 128, 64, seed=i, width=width) for i, (shard, n) in enumerate(QKV.items())}
+    quant = config(width=width)
+    quant.hf_config = Llama4TextConfig(num_attention_heads=4, num_key_value_heads=2)
+    model = SimpleNamespace(config=quant.hf_config)
+    for tp_rank in range(tp_size):
+        rank(tp_rank, tp_size)
+        layer = QKVParallelLinear(128, 32, 4, 2, bias=False, quant_config=quant, prefix="m.qkv_proj")
+        for shard, (tensors, _) in parts.items():
+            load(layer, tensors, shard)
+        expected = [
+            Llama4ForCausalLM.permute_qk_weight_for_rotary(model, f"m.{shard}_proj.weight", W)[1].chunk(tp_size)[
+                tp_rank
+            ]
+            for shard, (_, W) in parts.items()
+        ]
+        assert torch.equal(weight(finish(layer)), torch.cat(expected))
 
 
 @pytest.mark.parametrize("tp_size", [1, 2])

@@ -18,6 +18,7 @@ def test_kernels_neither_spill_nor_emulate_and_agree_with_the_oracle_under_trito
     used = [sys.executable, "-c", "import triton; print(triton.__version__)"]
     assert subprocess.run(used, env=environment, capture_output=True, text=True).stdout.strip() == version
     tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    ptx = subprocess.run([*tests, "tests/test_tiled_linear.py", "-k", "ptx_for_rtx_3090"], env=environment)
+    files = ["tests/test_tiled_linear.py", "tests/test_tiled_moe.py"]
+    ptx = subprocess.run([*tests, *files, "-k", "ptx_for_rtx_3090"], env=environment)
     architectures = subprocess.run([*tests, "-m", "slow or not slow", "tests/test_architectures.py"], env=environment)
     assert (ptx.returncode, architectures.returncode) == (0, 0)

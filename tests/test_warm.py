@@ -7,18 +7,24 @@ from collections.abc import Iterator
 import pytest
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
 
 import bpdq_kernels
-from bpdq_kernels import layout, tiled_linear, triton_embedding, warm
+from bpdq_kernels import Activation, layout, tiled_linear, tiled_moe, triton_embedding, warm
+from bpdq_kernels.triton_activation import activation_kernel
 from bpdq_kernels.triton_dequantize import dequantize_kernel
 from bpdq_kernels.triton_embedding import embedding_kernel
+from bpdq_kernels.triton_expert_gemm import expert_gemm_kernel
+from bpdq_kernels.triton_expert_gemv import expert_gemv_kernel
 from bpdq_kernels.triton_gemm import gemm_kernel
 from bpdq_kernels.triton_gemv import gemv_kernel
 from bpdq_kernels.triton_linear import linear_kernel, stored_linear
-from tests.offline import BF16, FP16, FP32, Layer
+from bpdq_kernels.triton_routing import combine_kernel, count_kernel, place_kernel
+from test_moe import random_case
+from test_tiled_moe import tiled as tiled_experts
+from tests.offline import BF16, FP16, FP32, Layer, OfflineDriver
 
 KERNELS = (dequantize_kernel, embedding_kernel, gemm_kernel, gemv_kernel, linear_kernel)
+KERNELS += (activation_kernel, expert_gemm_kernel, expert_gemv_kernel, combine_kernel, count_kernel, place_kernel)
 
 
 LAYERS = [
@@ -28,19 +34,6 @@ LAYERS = [
     Layer(1, 32, 70, 333, BF16),  # rows that are copied to be read in vectors
     Layer(2, 64, 1000, 1100, FP16, 8),
 ]
-
-
-class OfflineDriver:
-    """What Triton asks of a GPU's driver before it launches; a device of its own, so that nothing compiled stays."""
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 86, 32)
-
-    def get_current_device(self) -> str:
-        return "offline"
-
-    def get_current_stream(self, device: str) -> int:
-        return 0
 
 
 @pytest.fixture
@@ -154,6 +147,47 @@ def test_no_batch_of_an_fp32_model_needs_a_kernel_that_loading_does_not_compile(
         stored_linear(x[:tokens], stored.B, stored.c, layer.group, b, stored.s)
     assert {kernel for kernel, _ in requested} == {"linear_kernel"}
     assert requested == ahead
+
+
+@pytest.mark.parametrize("machine", [(82, 86), (170, 120)], ids=str)
+@pytest.mark.parametrize(
+    ("inner", "activation", "weights_on_input"),
+    [
+        (32, Activation("silu"), False),
+        (36, Activation("gelu", limit=1.0), False),
+        (40, Activation("relu2_no_mul"), True),
+    ],
+    ids=str,
+)
+def test_no_batch_needs_a_kernel_of_experts_that_loading_does_not_compile(
+    inner: int,
+    activation: Activation,
+    weights_on_input: bool,
+    machine: tuple[int, int],
+    requested: set[tuple[str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    for module in (tiled_linear, tiled_moe):
+        monkeypatch.setattr(module, "machine", lambda device: machine)
+    case = random_case(
+        *(200, 2, 100, inner),
+        dtype=BF16,
+        activation=activation,
+        biases=True,
+        weights_on_input=weights_on_input,
+        ids_dtype=torch.int64,
+    )
+    up, down = tiled_experts(case.up, BF16), tiled_experts(case.down, BF16)
+    warm.compile_all(warm.expert_launches(up, down, activation, 2, *case[6:]))
+    ahead = requested.copy()
+    requested.clear()
+    x = torch.zeros(200, 124, dtype=BF16)
+    for tokens in (*range(1, 40), 63, 65, 200):
+        for start in (0, 1, 8):
+            batch = x[:tokens, start : start + 100], case.weights[:tokens], case.ids[:tokens]
+            tiled_moe.tiled_moe(*batch, up, down, *case[5:])
+    assert {kernel for kernel, _ in requested} >= {"expert_gemm_kernel", "place_kernel", "combine_kernel"}
+    assert requested <= ahead
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=str)

@@ -14,7 +14,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from bpdq_kernels import format
 from bpdq_kernels.ops import ACTIVATION_DTYPES
 from bpdq_kernels.patterns import PREFIX
-from vllm_bpdq.names import numbered_experts, origins, renamed
+from vllm_bpdq.names import numbered_experts, origins, renamed, rotated_pairs
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe import RoutedExperts
@@ -113,8 +113,8 @@ class BPDQConfig(QuantizationConfig):
 
         Before the first layer the checkpoint's files are checked: this is where vLLM's load format is known. Raises
         ValueError for what they lack, for fused layers whose parts differ in scheme and experts that do, for experts
-        with an activation that the kernels lack, and for an embedding in bit-planes where a draft model of EAGLE's kind
-        or MTP is to share it.
+        with an activation that the kernels lack or with LoRA adapters, and for an embedding in bit-planes where a draft
+        model of EAGLE's kind or MTP is to share it.
         """
         from vllm.model_executor.layers.attention import Attention
         from vllm.model_executor.layers.fused_moe import GateLinear, RoutedExperts
@@ -147,10 +147,14 @@ class BPDQConfig(QuantizationConfig):
         if isinstance(layer, LinearBase):
             parts = self._parts(prefix)
             scheme = self._scheme(prefix, parts)
-            return UnquantizedLinearMethod() if scheme is None else BPDQLinearMethod(scheme, prefix, parts)
+            pairs = rotated_pairs(self.hf_config, parts)
+            return UnquantizedLinearMethod() if scheme is None else BPDQLinearMethod(scheme, prefix, parts, pairs)
         if isinstance(layer, RoutedExperts):
             scheme = self._experts_scheme(layer, prefix)
-            return None if scheme is None else BPDQExpertsMethod(layer, scheme, prefix)
+            if scheme is None:
+                return None
+            _check_unadapted(prefix)
+            return BPDQExpertsMethod(layer, scheme, prefix)
         return None
 
     def _embedding_name(self) -> str:
@@ -208,6 +212,18 @@ def _check_unshared(name: str) -> None:
         raise ValueError(
             f"{name}: an embedding in bit-planes can't be shared with a draft model that reads hidden states: serve "
             "without --speculative-config, or quantize the model again without --embed-bits"
+        )
+
+
+def _check_unadapted(name: str) -> None:
+    """Raise ValueError where vLLM would put LoRA adapters on the experts `name`."""
+    from vllm.config import get_current_vllm_config_or_none
+
+    current = get_current_vllm_config_or_none()
+    lora = None if current is None else current.lora_config
+    if lora is not None and (lora.target_modules is None or "experts" in lora.target_modules):
+        raise ValueError(
+            f"{name}: experts in bit-planes take no LoRA adapters: name other layers with --lora-target-modules"
         )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
 
-from bpdq_kernels import Activation, PreparedExperts, moe, prepare_experts
+from bpdq_kernels import Activation, PreparedExperts, moe, prepare_experts, warm_up_experts
 from bpdq_kernels.activation import NAMES
 from bpdq_kernels.format import Scheme, check_coefficients, check_finite, check_planes, check_scales, is_finite
 from bpdq_kernels.layout import Stored, coefficient_shape, plane_shape, split_groups, trim
@@ -200,6 +200,7 @@ class BPDQExpertsMethod(FusedMoEMethodBase):
         for param in params.values():
             param.prepared = True
             param.loaded = frozenset()  # a later reload is checked anew
+        warm_up_experts(*self._matrices(layer), self.activation, self.moe.experts_per_token, *self._rest(layer))
 
     def _check_arrived(self, params: dict[str, ExpertsParameter]) -> None:
         missing = [
@@ -243,10 +244,15 @@ class BPDQExpertsMethod(FusedMoEMethodBase):
         """What this rank adds to the outputs [T, H] of tokens x [T, H], of the experts topk_ids [T, A]."""
         if layer.expert_map is not None:
             topk_ids = torch.where(topk_ids < 0, -1, layer.expert_map[topk_ids.clamp(min=0)])
-        up, down = (self.prepared(layer, matrix) for matrix in (self.up, self.down))
+        return moe(x, topk_weights, topk_ids, *self._matrices(layer), self.activation, *self._rest(layer))
+
+    def _matrices(self, layer: Module) -> tuple[PreparedExperts, PreparedExperts]:
+        return self.prepared(layer, self.up), self.prepared(layer, self.down)
+
+    def _rest(self, layer: Module) -> tuple[Tensor | None, Tensor | None, bool]:
+        """Biases, and whether weights count on the input."""
         biases = (getattr(layer, f"{matrix.key}_bias", None) for matrix in (self.up, self.down))
-        on_input = layer.apply_router_weight_on_input
-        return moe(x, topk_weights, topk_ids, up, down, self.activation, *biases, on_input)
+        return *biases, layer.apply_router_weight_on_input
 
     def prepared(self, layer: Module, matrix: Matrix) -> PreparedExperts:
         """A matrix for the kernels; only after `process_weights_after_loading`."""

@@ -3,10 +3,11 @@
 vLLM's layers say which outputs of which part of a fused layer a tensor holds; the inputs are cut here.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import accumulate
 from math import gcd, nan
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,6 +24,9 @@ from vllm.model_executor.parameter import ModelWeightParameter
 from bpdq_kernels import Prepared, linear, prepare, warm_up
 from bpdq_kernels.format import Scheme, check_coefficients, check_finite, check_planes, check_scales
 from bpdq_kernels.layout import WORD, Stored, coefficient_shape, plane_shape, split_groups, trim
+
+Fit = Callable[[str, Tensor, int], Tensor]
+NO_PAIRS: Mapping[str, int] = MappingProxyType({})
 
 
 class OwnersLoader:
@@ -47,7 +51,7 @@ class StoredParameter(ModelWeightParameter):
         data: Tensor,
         weight_loader: Callable[..., None],
         parts: dict[int, str],
-        fit: Callable[[str, Tensor, int], Tensor],
+        fit: Fit,
         owners: OwnersLoader,
     ) -> None:
         super().__init__(data=data, input_dim=0, output_dim=data.ndim - 1, weight_loader=weight_loader)
@@ -118,12 +122,14 @@ def load_replicated(param: StoredParameter, loaded_weight: Tensor) -> None:
 
 @register_weight_loader_v2_supported_method
 class BPDQLinearMethod(LinearMethodBase):
-    """Layer `name` in `scheme`; `parts` are the layers of the checkpoint that vLLM fuses into it."""
+    """Layer `name` in `scheme`; `parts` are the layers of the checkpoint that vLLM fuses into it. pairs: how many heads
+    a part has whose rotary embeddings turn outputs 2i and 2i + 1, which vLLM's model has in the halves of a head."""
 
-    def __init__(self, scheme: Scheme, name: str, parts: list[str]) -> None:
+    def __init__(self, scheme: Scheme, name: str, parts: list[str], pairs: Mapping[str, int] = NO_PAIRS) -> None:
         self.scheme = scheme
         self.name = name
         self.parts = parts
+        self.pairs = pairs
 
     def create_weights(
         self,
@@ -155,6 +161,12 @@ class BPDQLinearMethod(LinearMethodBase):
             check_scales(name, s, out_features, self.scheme)
             return s.float().repeat(input_size // input_size_per_partition, 1)  # each rank's part is all of s
 
+        def halved(fit: Fit, name: str, tensor: Tensor, out_features: int) -> Tensor:
+            tensor = fit(name, tensor, out_features)
+            if name not in self.pairs:
+                return tensor
+            return tensor.unflatten(-1, (self.pairs[name], -1, 2)).transpose(-1, -2).flatten(-3)
+
         loader = load_replicated if isinstance(layer, ReplicatedLinear) else extra_weight_attrs["weight_loader"]
         starts = list(accumulate(output_partition_sizes[:-1], initial=0))
         names = self.parts if len(self.parts) == len(starts) else [self.name] * len(starts)  # fused on disk, as Phi-3
@@ -170,7 +182,8 @@ class BPDQLinearMethod(LinearMethodBase):
             tensors["c"] = torch.full(shape, nan, dtype=params_dtype), fit_coefficients
         owners = OwnersLoader()
         for name, (data, fit) in tensors.items():
-            param = StoredParameter(data=data, weight_loader=loader, parts=parts, fit=fit, owners=owners)
+            fitted = partial(halved, fit)
+            param = StoredParameter(data=data, weight_loader=loader, parts=parts, fit=fitted, owners=owners)
             layer.register_parameter(name, param)
         if type(layer) is ColumnParallelLinear:
             layer.weight_scale = owners  # a name that Mamba-2's mixer looks for; gone once the layer is loaded

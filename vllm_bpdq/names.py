@@ -51,3 +51,13 @@ def numbered_experts(config: Any) -> "WeightsMapper":
             stacked[stored + "bias"] = f"{where}{number}.{key}_bias", place
             stacked[stored] = f"{where}routed_experts.{key}_", place
     return WeightsMapper(orig_to_new_stacked=stacked)
+
+
+def rotated_pairs(config: Any, layers: list[str]) -> dict[str, int]:
+    """The heads of those layers whose outputs vLLM's model reorders where they are called a `weight`: queries and keys
+    of Llama 4, of which rotary embeddings turn pairs that are next to each other."""
+    if not getattr(config, "model_type", "").startswith("llama4"):
+        return {}
+    text = config.get_text_config()
+    heads = {"q_proj": text.num_attention_heads, "k_proj": text.num_key_value_heads}
+    return {layer: heads[name] for layer in layers if (name := layer.rpartition(".")[2]) in heads}

@@ -17,6 +17,9 @@ DENSE_TILE = 128  # outputs
 # slower with fp32 sums, so that they, not the rest of the fused kernel, are the bound up to more tokens.
 DENSE_TOKENS = {80: 512, 90: 512, 100: 512, 103: 512}
 DENSE_TOKENS_ELSEWHERE = 1024
+DECODE_TOKENS, DECODE_PAIRS = 8, 2  # at most, and for each expert: then each pair of token and expert is a GEMV
+# pairs of an average expert up to which blocks have so many: most experts have then no more
+EXPERT_TOKENS = {8: 4, 16: 10, 32: 24}
 MAX_COEFFICIENTS = 12  # registers of a thread for one unit's; as many are on their way for the next
 
 
@@ -45,14 +48,35 @@ class Dense(NamedTuple):
 Config = Gemv | Gemm | Dense
 
 
+class Matrix(NamedTuple):
+    """One of the two matrices that each expert of a layer has."""
+
+    planes: int
+    group_size: int
+    out_features: int
+    in_features: int
+    coefficient_bits: int = 16
+
+
+class Experts(NamedTuple):
+    """The kernels for experts' first and second matrices; is_sorted: their blocks are of pairs with the same expert,
+    not of one pair; is_fused: the gate is multiplied where the first matrix is."""
+
+    up: Gemv | Gemm
+    down: Gemv | Gemm
+    is_sorted: bool
+    is_fused: bool
+
+
 def balance(blocks: int, multiprocessors: int) -> float:
     """The mean share of the time in which a multiprocessor has work, as that of the busiest one is 1."""
     return blocks / (cdiv(blocks, multiprocessors) * multiprocessors)
 
 
-def tiles_per_block(out_features: int, candidates: tuple[int, ...], multiprocessors: int) -> int:
-    """The first candidate that balances the blocks well enough, else the one that does best."""
-    blocks = {tiles: cdiv(out_features, TILE_ROWS * tiles) for tiles in candidates}
+def tiles_per_block(out_features: int, candidates: tuple[int, ...], multiprocessors: int, copies: int = 1) -> int:
+    """The first candidate that balances the blocks, `copies` for each of a layer's, well enough, else the one that
+    does best."""
+    blocks = {tiles: copies * cdiv(out_features, TILE_ROWS * tiles) for tiles in candidates}
     for tiles in candidates:
         if blocks[tiles] >= multiprocessors and balance(blocks[tiles], multiprocessors) >= MIN_BALANCE:
             return tiles
@@ -138,3 +162,54 @@ def linear_configs(
     first = (*range(1, 65), *range(65, MAX_TOKENS, 64))
     layer = (planes, group_size, out_features, in_features, multiprocessors, arch, coefficient_bits)
     return tuple(dict.fromkeys(linear_config(tokens, *layer) for tokens in first))
+
+
+def experts_config(
+    tokens: int, choices: int, experts: int, up: Matrix, down: Matrix, gated: bool, multiprocessors: int, arch: int
+) -> Experts:
+    """The kernels for `tokens` (at least 1), each of which chooses `choices` of `experts`, whichever those are.
+
+    Few tokens choose few experts twice: each pair is then a product of its own. Without binary tensor cores (from
+    sm_100 on) that is a block with one token. A gate's tiles match those of up where each has whole tiles.
+    """
+    pairs = tokens * choices
+    fused = gated and up.out_features % (2 * TILE_ROWS) == 0
+    if tokens <= DECODE_TOKENS and pairs <= DECODE_PAIRS * experts:
+        if arch < 100:
+            one = expert_gemv(up, pairs, fused, multiprocessors), expert_gemv(down, pairs, False, multiprocessors)
+        else:
+            one = expert_gemm(8, up, pairs, multiprocessors), expert_gemm(8, down, pairs, multiprocessors)
+        return Experts(*one, is_sorted=False, is_fused=fused)
+    bucket = next((size for size, mean in EXPERT_TOKENS.items() if pairs <= mean * experts), 64)
+    if any(matrix.coefficient_bits == 8 or matrix.group_size < 64 for matrix in (up, down)):
+        bucket = min(bucket, 32)  # 64 tokens leave such weights too few registers
+    hit = min(pairs, experts)
+    several = expert_gemm(bucket, up, hit, multiprocessors), expert_gemm(bucket, down, hit, multiprocessors)
+    return Experts(*several, is_sorted=True, is_fused=fused)
+
+
+def expert_gemv(matrix: Matrix, pairs: int, fused: bool, multiprocessors: int) -> Gemv:
+    """As `gemv_config`; two tiles, of gate and up, where their product is `fused`. Experts have few inputs, that few
+    warps share."""
+    coefficients = (matrix.planes + 1) * groups_in_unit(matrix.group_size)
+    candidates = tuple(tiles for tiles in (4, 2, 1) if tiles == 1 or tiles * coefficients <= MAX_COEFFICIENTS)
+    tiles = 2 if fused else tiles_per_block(matrix.out_features, candidates, multiprocessors, pairs)
+    units = cdiv(matrix.in_features, UNIT)
+    full = tiles * coefficients >= MAX_COEFFICIENTS
+    return Gemv(tiles, warps=2 if units < 8 else 4 if full or units < 32 else 8)
+
+
+def expert_gemm(tokens: int, matrix: Matrix, blocks: int, multiprocessors: int) -> Gemm:
+    """Four warps, which share the inputs of two tiles where blocks are few, else in pairs those of two tiles each."""
+    few = blocks * cdiv(matrix.out_features, 4 * TILE_ROWS) < 2 * multiprocessors
+    return Gemm(tokens, 2, 4, split=4 if few else 2)
+
+
+@cache
+def experts_configs(
+    choices: int, experts: int, up: Matrix, down: Matrix, gated: bool, multiprocessors: int, arch: int
+) -> tuple[Experts, ...]:
+    """All that `experts_config` gives a layer."""
+    most = cdiv(experts * (1 + max(EXPERT_TOKENS.values())), choices)
+    sizes = (choices, experts, up, down, gated, multiprocessors, arch)
+    return tuple(dict.fromkeys(experts_config(tokens, *sizes) for tokens in range(1, most + 1)))

@@ -158,7 +158,8 @@ def split_groups(c: Tensor, group_size: int, finer: int) -> Tensor:
 
 class Tiles(NamedTuple):
     """A layer as the CUDA kernels read it, built by `to_tiles`. T tiles of 16 outputs (a multiple of 4 of them), U
-    units of 128 inputs: together the tensor-core operand that a warp holds, lane 4r + q: r = 0..7, q = 0..3.
+    units of 128 inputs: together the tensor-core operand that a warp holds, lane 4r + q: r = 0..7, q = 0..3. Of E
+    experts, each shape has E in front.
 
     planes  int32 [T, U, k/v, 32, v, 2]   v = 2 for even k, else 1: lane 4r + q finds its words next to each other
 
@@ -202,7 +203,7 @@ class Tiles(NamedTuple):
     @property
     def bits(self) -> int:
         """Bit-planes: k."""
-        return self.coefficients.shape[3] - 1
+        return self.coefficients.shape[-2] - 1
 
     @property
     def coefficient_bits(self) -> int:

@@ -97,33 +97,115 @@ def gemm_kernel(
     WHOLE: tl.constexpr,  # UNIT divides K
 ) -> None:
     thread = tl.arange(0, 32 * WARPS)
-    warp = thread // 32
-    lane = thread % 32
-    r = lane // 4
-    TEAMS: tl.constexpr = WARPS // SPLIT  # of SPLIT warps, which share the inputs of the same tiles
-    BYTES: tl.constexpr = ratios_ptr is not None
-    units = tl.cdiv(K, UNIT)
-    u = warp // TEAMS
+    TEAMS: tl.constexpr = WARPS // SPLIT
     first_tile = tl.program_id(1) * (TEAMS * TILES)
     # misses at the end would be waited for
     first_row = first_tile * TILE_ROWS
     prefetch(scales_ptr + first_row + thread, (thread < TEAMS * TILES * TILE_ROWS) & (first_row + thread < N))
-    tile = first_tile + warp % TEAMS * TILES
-    inside = tile * TILE_ROWS < N
+    tile = first_tile + thread // 32 % TEAMS * TILES
+    tokens = ()
+    for n in tl.static_range(TOKENS // 8):
+        # rows past M: computed, never stored
+        tokens = tokens + (tl.minimum(tl.program_id(0) * TOKENS + n * 8 + thread % 32 // 4, M - 1),)
+    y = dot_rows(
+        x_ptr,
+        planes_ptr,
+        coefficients_ptr,
+        ratios_ptr,
+        tokens,
+        tile.to(tl.int64),
+        tile * TILE_ROWS < N,
+        1,
+        K,
+        stride_x,
+        PLANES,
+        GROUP,
+        BF16,
+        TOKENS,
+        TILES,
+        WARPS,
+        SPLIT,
+        WHOLE,
+    )
+    thread = tl.arange(0, TEAMS * 32)[:, None]
+    s = tl.arange(0, TILES * TOKENS // 2)[None, :]
+    row = (first_tile + thread // 32 * TILES + tile_of_sum(s, TOKENS)) * TILE_ROWS + row_of_sum(s, thread)
+    token = token_of_sum(s, thread, TOKENS)
+    y *= tl.load(scales_ptr + row, row < N, 0)
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + row, row < N, 0).to(tl.float32)
+    first_token = tl.program_id(0) * TOKENS
+    y_ptr += first_token.to(tl.int64) * N
+    tl.store(y_ptr + token * N + row, y.to(y_ptr.dtype.element_ty), (row < N) & (token < M - first_token))
+
+
+@triton.jit
+def tile_of_sum(s: tl.tensor, TOKENS: tl.constexpr) -> tl.tensor:
+    """Which of its tiles a warp's sum s is of. Slowest first, sums are of: tile, eight tokens, row r or r + 8, token 2q
+    or 2q + 1."""
+    return s // (TOKENS // 2)
+
+
+@triton.jit
+def row_of_sum(s: tl.tensor, thread: tl.tensor) -> tl.tensor:
+    """Which row of its tile a thread's sum s is of."""
+    return s // 2 % 2 * 8 + thread % 32 // 4
+
+
+@triton.jit
+def token_of_sum(s: tl.tensor, thread: tl.tensor, TOKENS: tl.constexpr) -> tl.tensor:
+    """Which token of the block a thread's sum s is of."""
+    return s % (TOKENS // 2) // 4 * 8 + thread % 4 * 2 + s % 2
+
+
+@triton.jit
+def dot_rows(
+    x_ptr: tl.tensor,
+    planes_ptr: tl.tensor,
+    coefficients_ptr: tl.tensor,
+    ratios_ptr: tl.tensor,
+    tokens: tl.tuple,
+    tile: tl.tensor,
+    inside: tl.tensor,
+    stride: tl.tensor,
+    K: tl.tensor,
+    stride_x: tl.tensor,
+    PLANES: tl.constexpr,
+    GROUP: tl.constexpr,
+    BF16: tl.constexpr,
+    TOKENS: tl.constexpr,
+    TILES: tl.constexpr,
+    WARPS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    WHOLE: tl.constexpr,
+) -> tl.tensor:
+    """[32 TEAMS, TILES TOKENS / 2] fp32: X W^T over the outputs' scales, by a whole block; which they are of,
+    `tile_of_sum`, `row_of_sum` and `token_of_sum` tell. A team is SPLIT warps that share the inputs of the same tiles.
+
+    tokens: of each eight of the block, the row of x that is token r. tile (int64): the warp's first; the others are
+    `stride` tiles apart; only those `inside` are read."""
+    thread = tl.arange(0, 32 * WARPS)
+    lane = thread % 32
+    r = lane // 4
+    TEAMS: tl.constexpr = WARPS // SPLIT
+    BYTES: tl.constexpr = ratios_ptr is not None
+    units = tl.cdiv(K, UNIT)
+    u = thread // 32 // TEAMS
     planes_stride = units * unit_words(PLANES)
     c_stride = tl.cdiv(units * UNIT, GROUP) * group_pairs(PLANES)
-    planes_ptr += tile.to(tl.int64) * planes_stride + u * unit_words(PLANES) + lane * lane_words(PLANES)
-    coefficients_ptr += tile.to(tl.int64) * c_stride + first_pair(r, PLANES, BYTES)
+    planes_ptr += tile * planes_stride + u * unit_words(PLANES) + lane * lane_words(PLANES)
+    coefficients_ptr += tile * c_stride + first_pair(r, PLANES, BYTES)
+    planes_stride *= stride
+    c_stride *= stride
     BESIDE: tl.constexpr = words_beside(GROUP)
     i = input_of_word(u * UNIT, lane % 4, BESIDE)
     x_rows = ()
     for n in tl.static_range(TOKENS // 8):
-        token = tl.minimum(tl.program_id(0) * TOKENS + n * 8 + r, M - 1)  # rows past M: computed, never stored
-        x_rows = x_rows + (x_ptr + token.to(tl.int64) * stride_x + i,)
+        x_rows = x_rows + (x_ptr + tokens[n].to(tl.int64) * stride_x + i,)
     CS: tl.constexpr = row_words(PLANES) if BYTES else PLANES + 1
     if BYTES:
-        ratios_ptr += tile.to(tl.int64) * group_pairs(PLANES) + r * row_pairs(PLANES)
-        factors = byte_factors(ratios_ptr, inside, PLANES, TILES, BF16)
+        ratios_ptr += tile * group_pairs(PLANES) + r * row_pairs(PLANES)
+        factors = byte_factors(ratios_ptr, stride * group_pairs(PLANES), inside, PLANES, TILES, BF16)
     acc = (tl.zeros([32 * WARPS], tl.float32),) * (TILES * TOKENS // 2)
     # with many tokens, other warps' multiplications hide the latency, and registers are short
     AHEAD: tl.constexpr = TOKENS < 64
@@ -186,19 +268,7 @@ def gemm_kernel(
         x_rows = next_rows
     y = tl.permute(tl.reshape(stack(acc), [SPLIT, TEAMS * 32, TILES * TOKENS // 2]), 1, 2, 0)
     y = sum_last(y, TEAMS * 32, TILES * TOKENS // 2, SPLIT)
-    # a lane's sums, slowest first: tile, eight tokens, row r or r + 8, token 2q or 2q + 1
-    thread = tl.arange(0, TEAMS * 32)[:, None]
-    s = tl.arange(0, TILES * TOKENS // 2)[None, :]
-    row = (first_tile + thread // 32 * TILES + s // (TOKENS // 2)) * TILE_ROWS + s // 2 % 2 * 8 + thread % 32 // 4
-    token = s % (TOKENS // 2) // 4 * 8 + thread % 4 * 2 + s % 2
-    y *= tl.load(scales_ptr + row, row < N, 0)
-    if BYTES:
-        y *= 512.0
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + row, row < N, 0).to(tl.float32)
-    first_token = tl.program_id(0) * TOKENS
-    y_ptr += first_token.to(tl.int64) * N
-    tl.store(y_ptr + token * N + row, y.to(y_ptr.dtype.element_ty), (row < N) & (token < M - first_token))
+    return y * 512.0 if BYTES else y
 
 
 @triton.jit
@@ -244,11 +314,16 @@ def coefficient_steps(c: tl.tuple, PLANES: tl.constexpr, BF16: tl.constexpr) -> 
 
 @triton.jit
 def byte_factors(
-    ptr: tl.tensor, live: tl.tensor, PLANES: tl.constexpr, TILES: tl.constexpr, BF16: tl.constexpr
+    ptr: tl.tensor,
+    stride: tl.tensor,
+    live: tl.tensor,
+    PLANES: tl.constexpr,
+    TILES: tl.constexpr,
+    BF16: tl.constexpr,
 ) -> tl.tuple:
-    """For `byte_steps`, of each pair of ratios at ptr: what a byte, read as a number, is multiplied with, and what is
-    added, for byte - 128 times the ratio over 2^10 (planes) or 2^9 (c_0)."""
-    ratios = load_coefficients(ptr, group_pairs(PLANES), live, 1, PLANES, TILES)
+    """For `byte_steps`, of each pair of ratios at ptr, those of tiles `stride` pairs apart: what a byte, read as a
+    number, is multiplied with, and what is added, for byte - 128 times the ratio over 2^10 (planes) or 2^9 (c_0)."""
+    ratios = load_coefficients(ptr, stride, live, 1, PLANES, TILES)
     minus_zero = tl.full([], -0x7FFF8000, tl.int32)
     # 2^123, -2^-3 in bf16, 2^14, -2^-3 in fp16; of c_0 twice that
     ONE: tl.constexpr = 0x00800080 if BF16 else 0x04000400

@@ -88,6 +88,37 @@ def gemv_kernel(
     WHOLE: tl.constexpr,  # UNIT divides K
 ) -> None:
     thread = tl.arange(0, 32 * WARPS)
+    tile = (tl.program_id(0) * TILES).to(tl.int64)
+    # misses at the end would be waited for
+    first_row = tile * TILE_ROWS
+    prefetch(scales_ptr + first_row + thread, (thread < TILES * TILE_ROWS) & (first_row + thread < N))
+    y = dot_tiles(x_ptr, planes_ptr, coefficients_ptr, ratios_ptr, tile, 1, K, PLANES, GROUP, BF16, TILES, WARPS, WHOLE)
+    row = first_row + 8 * tl.arange(0, 2 * TILES)[None, :] + tl.arange(0, 8)[:, None]
+    y *= tl.load(scales_ptr + row, row < N, 0)
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + row, row < N, 0).to(tl.float32)
+    tl.store(y_ptr + row, y.to(y_ptr.dtype.element_ty), row < N)
+
+
+@triton.jit
+def dot_tiles(
+    x_ptr: tl.tensor,
+    planes_ptr: tl.tensor,
+    coefficients_ptr: tl.tensor,
+    ratios_ptr: tl.tensor,
+    tile: tl.tensor,
+    stride: tl.tensor,
+    K: tl.tensor,
+    PLANES: tl.constexpr,
+    GROUP: tl.constexpr,
+    BF16: tl.constexpr,
+    TILES: tl.constexpr,
+    WARPS: tl.constexpr,
+    WHOLE: tl.constexpr,
+) -> tl.tensor:
+    """[8, 2 TILES] fp32: W x over the outputs' scales, for rows r and r + 8 of TILES tiles, by a whole block: `tile`
+    (int64) and the following ones, every `stride`-th."""
+    thread = tl.arange(0, 32 * WARPS)
     warp = thread // 32
     lane = thread % 32
     q = lane % 4
@@ -98,7 +129,6 @@ def gemv_kernel(
     CS: tl.constexpr = PARTS * (row_words(PLANES) if BYTES else PLANES + 1)
     planes_stride = units * unit_words(PLANES)
     c_stride = tl.cdiv(units * UNIT, GROUP) * group_pairs(PLANES)
-    tile = (tl.program_id(0) * TILES).to(tl.int64)
     planes_ptr += tile * planes_stride + warp * unit_words(PLANES) + lane * lane_words(PLANES)
     coefficients_ptr += tile * c_stride + warp * UNIT // GROUP * group_pairs(PLANES)
     coefficients_ptr += first_pair(lane // 4, PLANES, BYTES)
@@ -106,12 +136,12 @@ def gemv_kernel(
     x_ptr += warp * UNIT + input_of_lane(lane, BESIDE)
     inputs_left = K - warp * UNIT
     c_step: tl.constexpr = WARPS * UNIT // GROUP * group_pairs(PLANES)  # 256 divides UNIT x WARPS
+    planes_stride *= stride
+    c_stride *= stride
     own = 0 if WHOLE else input_of_lane(lane, BESIDE)
-    # misses at the end would be waited for
-    first_row = tile * TILE_ROWS
-    prefetch(scales_ptr + first_row + thread, (thread < TILES * TILE_ROWS) & (first_row + thread < N))
-    if BYTES:
-        prefetch(ratios_ptr + tile * group_pairs(PLANES) + 8 * thread, thread < TILES * (PLANES + 1))
+    if BYTES:  # misses at the end would be waited for
+        which = (tile + thread // (PLANES + 1) * stride) * group_pairs(PLANES) + thread % (PLANES + 1) * 8
+        prefetch(ratios_ptr + which, thread < TILES * (PLANES + 1))
     sign = tl.where(q == 3, -2, 2)  # bit 15 counts negative
     acc = (tl.zeros([32 * WARPS], tl.float32),) * (SUMS * TILES)
     next_words = load_planes(planes_ptr, planes_stride, inputs_left > 0, PLANES, TILES)
@@ -143,16 +173,11 @@ def gemv_kernel(
         acc = sums_of_products
     if BYTES:
         ratios_ptr += tile * group_pairs(PLANES) + lane // 4 * row_pairs(PLANES)
-        acc = sums_over_planes(acc, ratios_ptr, q, PLANES, TILES, BF16)
+        acc = sums_over_planes(acc, ratios_ptr, stride * group_pairs(PLANES), q, PLANES, TILES, BF16)
     y = tl.reshape(stack(acc), [WARPS, 8, 4, 2 * TILES])
     four_to_the_q = (1 << (2 * tl.arange(0, 4))).to(tl.float32)
     y = tl.permute(y * four_to_the_q[None, None, :, None], 1, 3, 0, 2)
-    y = sum_last(tl.reshape(y, [8, 2 * TILES, 4 * WARPS]), 8, 2 * TILES, 4 * WARPS)
-    row = first_row + 8 * tl.arange(0, 2 * TILES)[None, :] + tl.arange(0, 8)[:, None]
-    y *= tl.load(scales_ptr + row, row < N, 0)
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + row, row < N, 0).to(tl.float32)
-    tl.store(y_ptr + row, y.to(y_ptr.dtype.element_ty), row < N)
+    return sum_last(tl.reshape(y, [8, 2 * TILES, 4 * WARPS]), 8, 2 * TILES, 4 * WARPS)
 
 
 @triton.jit
@@ -314,17 +339,24 @@ def add_unit_of_bytes(
 
 @triton.jit
 def sums_over_planes(
-    acc: tl.tuple, ratios_ptr: tl.tensor, q: tl.tensor, PLANES: tl.constexpr, TILES: tl.constexpr, BF16: tl.constexpr
+    acc: tl.tuple,
+    ratios_ptr: tl.tensor,
+    stride: tl.tensor,
+    q: tl.tensor,
+    PLANES: tl.constexpr,
+    TILES: tl.constexpr,
+    BF16: tl.constexpr,
 ) -> tl.tuple:
-    """This lane's part, over 4^q, of the sums of rows r and r + 8 of each tile, of what `add_unit_of_bytes` summed."""
+    """This lane's part, over 4^q, of the sums of rows r and r + 8 of each tile, of what `add_unit_of_bytes` summed;
+    ratios of tiles are `stride` pairs apart."""
     y = ()
     for t in tl.static_range(TILES):
         part = acc[(2 * PLANES + 1) * t : (2 * PLANES + 1) * (t + 1)]
-        c_0, c_08 = unpack_pair(tl.load(ratios_ptr + (t * group_pairs(PLANES) + PLANES)), BF16)
+        c_0, c_08 = unpack_pair(tl.load(ratios_ptr + t * stride + PLANES), BF16)
         y_t = tl.where(q == 0, c_0 * part[2 * PLANES], 0.0)
         y_t8 = tl.where(q == 1, c_08 * 0.25 * part[2 * PLANES], 0.0)
         for p in tl.static_range(PLANES):
-            ratio, ratio8 = unpack_pair(tl.load(ratios_ptr + (t * group_pairs(PLANES) + p)), BF16)
+            ratio, ratio8 = unpack_pair(tl.load(ratios_ptr + t * stride + p), BF16)
             y_t += ratio * part[2 * p]
             y_t8 += ratio8 * part[2 * p + 1]
         y = y + (y_t, y_t8)

@@ -15,7 +15,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bpdq_kernels.layout import Tiles
+from bpdq_kernels.activation import Activation
+from bpdq_kernels.layout import PreparedExperts, Tiles
 from bpdq_kernels.ops import Prepared, embedding, is_stored
 
 
@@ -34,6 +35,48 @@ def warm_up_embedding(prepared: Prepared, dtype: torch.dtype) -> None:
     """Compile and load the kernel of `embedding` for int64 ids and rows in `dtype`. Elsewhere nothing is to be done."""
     if prepared.planes.is_cuda:
         embedding(torch.zeros(1, dtype=torch.int64, device=prepared.planes.device), prepared, dtype)
+
+
+def warm_up_experts(
+    up: PreparedExperts,
+    down: PreparedExperts,
+    activation: Activation,
+    choices: int,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    weights_on_input: bool = False,
+) -> None:
+    """Compile and load every kernel that `moe` can launch for these experts on their GPU, where each token chooses
+    `choices` of them. Elsewhere, and in fp32, nothing is to be done."""
+    if up.planes.is_cuda and not is_stored(up.planes[0]):
+        with torch.cuda.device_of(up.planes):
+            ahead = list(expert_launches(up, down, activation, choices, up_bias, down_bias, weights_on_input))
+            compile_all(ahead)
+            for launch in ahead:
+                launch()
+
+
+def expert_launches(
+    up: PreparedExperts,
+    down: PreparedExperts,
+    activation: Activation,
+    choices: int,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    weights_on_input: bool,
+) -> Iterator[Callable[..., None]]:
+    """Each kernel and configuration of a layer's experts, for one token; all take `compile_only`."""
+    from bpdq_kernels import tiled_linear, tiled_moe
+    from bpdq_kernels.dispatch import experts_configs
+
+    device = up.planes.device
+    x = torch.zeros(1, up.in_features, dtype=Tiles(*up[:4]).dtype, device=device)
+    weights, y = torch.zeros(1, choices, device=device), torch.empty_like(x)
+    ids = torch.zeros(1, choices, dtype=torch.int32, device=device)
+    layer = (choices, len(up.planes), tiled_moe.matrix_of(up), tiled_moe.matrix_of(down), activation.is_gated)
+    arguments = (x, weights, ids, up, down, activation, up_bias, down_bias, weights_on_input, y)
+    for config in experts_configs(*layer, *tiled_linear.machine(device)):
+        yield from tiled_moe.launches(*arguments, config)
 
 
 def launches(prepared: Prepared, bias: Tensor | None) -> Iterator[Callable[..., None]]:

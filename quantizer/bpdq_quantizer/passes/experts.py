@@ -26,22 +26,24 @@ class Sample(NamedTuple):
 
 
 class LayerTokens(NamedTuple):
-    """All tokens of a layer's experts, [T, H] in both models, and for each expert those that were routed to it."""
+    """All tokens of a layer's experts, [T, H] in both models, in host memory, and for each expert those that were
+    routed to it; device: on which they are asked for."""
 
     x: Tensor
     original: Tensor | None
     rows: dict[int, Tensor]
+    device: torch.device
 
     def of(self, expert: int) -> Sample:
         """Those of an expert, and others to fill it up."""
-        rows = self.rows.get(expert, torch.empty(0, dtype=torch.int64, device=self.x.device))
+        rows = self.rows.get(expert, torch.empty(0, dtype=torch.int64))
         missing = max(0, FILL - len(rows))
-        others = spread(len(self.x), missing + len(rows)).to(rows.device) if missing else rows[:0]
+        others = spread(len(self.x), missing + len(rows)) if missing else rows[:0]
         others = others[~torch.isin(others, rows)][:missing]
-        weights = torch.cat((torch.ones(len(rows)), torch.full((len(others),), FILL_WEIGHT))).to(rows.device)
+        weights = torch.cat((torch.ones(len(rows)), torch.full((len(others),), FILL_WEIGHT)))
         rows, routed = torch.cat((rows, others)), len(rows)
-        original = None if self.original is None else self.original[rows]
-        return Sample(self.x[rows], original, weights[:, None], routed)
+        original = None if self.original is None else self.original[rows].to(self.device)
+        return Sample(self.x[rows].to(self.device), original, weights[:, None].to(self.device), routed)
 
 
 def spread(count: int, wanted: int) -> Tensor:
@@ -59,8 +61,9 @@ def layer_tokens(experts: int, inputs: Iterable[Routed], original: Callable[[int
         used = (index < experts).any(-1)
         if before is not None:  # Llama 4's are zero where they are not routed
             used &= routed.tokens.any(-1)
-            originals.append(before.tokens[used])
-        tokens.append(routed.tokens[used])
-        chosen.append(index[used])
+            originals.append(before.tokens[used].cpu())
+        tokens.append(routed.tokens[used].cpu())
+        chosen.append(index[used].cpu())
     rows = {i: found for i, found, _ in routes(torch.cat(chosen), experts)}
-    return LayerTokens(torch.cat(tokens), torch.cat(originals) if originals else None, rows)
+    device = routed.tokens.device
+    return LayerTokens(torch.cat(tokens), torch.cat(originals) if originals else None, rows, device)
