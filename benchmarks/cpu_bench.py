@@ -27,12 +27,14 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from benchmarks.dense_experts import dense_experts
 from benchmarks.packed_models import RANDOM_MODELS, write_random_models
 from benchmarks.random_planes import random_experts, random_layer
 from benchmarks.serve_bench import COLORS, machine, versions
 from benchmarks.shapes import EXPERTS, Experts, Layer
 from bpdq_kernels import Activation, layout, linear, moe, prepare, prepare_experts
 from bpdq_kernels.compiled import instruction_set
+from bpdq_kernels.experts import routes
 from bpdq_kernels.format import Scheme
 
 LAYERS = (
@@ -199,22 +201,11 @@ def expert_candidates(layer: Experts, scheme: Scheme) -> Measured:
         turns = {candidate: itertools.cycle(ids) for candidate in ("bpdq", "bf16")}
         candidates = {
             "bpdq": lambda: moe(x, weights, next(turns["bpdq"]), up, down, Activation("silu")),
-            "bf16": lambda: dense_experts(x, weights, next(turns["bf16"]), *half),
+            "bf16": lambda: dense_experts(x, weights, routes(next(turns["bf16"]), count), *half),
         }
         return candidates, packed_bytes * statistics.mean(len(choice.unique()) for choice in ids)
 
     return measured
-
-
-def dense_experts(x: Tensor, weights: Tensor, ids: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """y [T, H] of x [T, H]: experts `ids` [T, A] of up [E, 2I, H] and down [E, H, I], with SiLU between."""
-    y = torch.zeros_like(x)
-    for expert in ids.unique().tolist():
-        token, choice = (ids == expert).nonzero(as_tuple=True)
-        gate, h = torch.nn.functional.linear(x[token], up[expert]).chunk(2, -1)
-        out = torch.nn.functional.linear(torch.nn.functional.silu(gate) * h, down[expert])
-        y.index_add_(0, token, out * weights[token, choice, None].to(x.dtype))
-    return y
 
 
 def run_engine(model: str) -> Row:
