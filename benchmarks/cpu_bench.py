@@ -10,6 +10,7 @@ Times are medians over rounds; a round times every candidate once, so that a slo
 """
 
 import argparse
+import functools
 import itertools
 import json
 import os
@@ -218,7 +219,8 @@ def run_engine(model: str) -> Row:
 
 
 def measure_engine(model: str) -> Row:
-    """Prefill and decode tokens/s of a model in vLLM, and the process's resident memory after loading it."""
+    """Prefill and decode tokens/s of a model in vLLM, milliseconds of a decoder block for a token, and the process's
+    resident memory after loading it."""
     from vllm import LLM, SamplingParams
 
     llm = LLM(
@@ -239,12 +241,24 @@ def measure_engine(model: str) -> Row:
         return seconds(lambda: llm.generate(prompts, sampling, use_tqdm=False))
 
     row["prefill_tokens_s"] = PREFILL_TOKENS / statistics.median(generate(1, PREFILL_TOKENS, 1) for _ in range(5))
+    blocks: list[float] = []
+    llm.apply_model(functools.partial(time_blocks, blocks))
     for batch in (1, 8):
         generate(batch, 16, 4)
+        blocks.clear()
         # what the prompts take is in both times
         times = [generate(batch, 16, 1 + DECODE_TOKENS) - generate(batch, 16, 1) for _ in range(5)]
         row[f"decode_{batch}_tokens_s"] = batch * DECODE_TOKENS / statistics.median(times)
+        row[f"block_{batch}_ms"] = 1e3 * statistics.median(blocks)
     return row
+
+
+def time_blocks(times: list[float], model: torch.nn.Module) -> None:
+    """Append the seconds of every decoder block's forward pass to `times`."""
+    for block in model.model.layers:
+        started = []
+        block.register_forward_pre_hook(lambda *_, started=started: started.append(time.perf_counter()))
+        block.register_forward_hook(lambda *_, started=started: times.append(time.perf_counter() - started.pop()))
 
 
 def weight_bytes(model: torch.nn.Module) -> int:
@@ -271,18 +285,17 @@ def layer_table(rows: Sequence[Row], copy_gb_s: float) -> str:
 
 
 def model_table(rows: Sequence[Row]) -> str:
-    """Rows as markdown, with the ratio to the first model in brackets."""
-    lines = [
-        "| model | decode tokens/s, batch 1 | batch 8 | prefill tokens/s | weights, MB | resident, MB |",
-        "|---|---|---|---|---|---|",
-    ]
+    """Rows as markdown, in brackets how many times as fast as the first model."""
+    head = ("model", "decode tokens/s, batch 1", "batch 8", "a block, ms", "batch 8", "prefill tokens/s")
+    lines = [f"| {' | '.join(head)} | weights, MB | resident, MB |", "|---" * (len(head) + 2) + "|"]
     for row in rows:
         speeds = [
-            f"{row[key]:.1f} ({row[key] / rows[0][key]:.2f})"
-            for key in ("decode_1_tokens_s", "decode_8_tokens_s", "prefill_tokens_s")
+            f"{row[key]:.1f} ({row[key] / rows[0][key]:.2f})" for key in ("decode_1_tokens_s", "decode_8_tokens_s")
         ]
+        blocks = [f"{row[key]:.2f} ({rows[0][key] / row[key]:.2f})" for key in ("block_1_ms", "block_8_ms")]
+        prefill = f"{row['prefill_tokens_s']:.1f} ({row['prefill_tokens_s'] / rows[0]['prefill_tokens_s']:.2f})"
         memory = [f"{row[key] / 1e6:.0f}" for key in ("weight_bytes", "resident_bytes")]
-        lines.append(f"| {' | '.join([row['model'], *speeds, *memory])} |")
+        lines.append(f"| {' | '.join([row['model'], *speeds, *blocks, prefill, *memory])} |")
     return "\n".join(lines)
 
 
