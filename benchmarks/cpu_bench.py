@@ -104,6 +104,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--group-size", type=int, default=128, choices=layout.GROUP_SIZES, help="(%(default)s)")
     parser.add_argument("--coefficient-bits", type=int, default=16, choices=(8, 16), help="(%(default)s)")
     parser.add_argument("--rounds", type=int, default=15, help="at most, per layer and number of tokens (%(default)s)")
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="of layers, for busy machines: of all threads, so take OMP_NUM_THREADS=1",
+    )
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--models", nargs="+", metavar="DIR", help="serve these one after the other; first = baseline")
     source.add_argument("--random-models", choices=RANDOM_MODELS, help="the same for random weights of this shape")
@@ -125,10 +130,10 @@ def parse_layer(shape: str) -> Layer | Experts:
     return Experts(shape, *sizes) if len(sizes) > 2 else Layer(shape, *sizes)
 
 
-def seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
+def seconds(run: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
+    start = clock()
     run()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def copy_bandwidth() -> float:
@@ -152,7 +157,7 @@ def measure_layer(layer: Layer | Experts, args: argparse.Namespace) -> list[Row]
         end = time.perf_counter() + SECONDS_PER_ROW
         while len(times["bpdq"]) < args.rounds and (len(times["bpdq"]) < MIN_ROUNDS or time.perf_counter() < end):
             for candidate, run in candidates.items():
-                times[candidate].append(seconds(run))
+                times[candidate].append(seconds(run, time.process_time if args.cpu_time else time.perf_counter))
         row: Row = {"layer": layer.name, "shape": " x ".join(map(str, layer[1:])), "tokens": tokens}
         row["rounds"] = len(times["bpdq"])
         row |= {f"{candidate}_ms": statistics.median(values) * 1e3 for candidate, values in times.items()}

@@ -1,6 +1,7 @@
 """The CPU benchmark times every layer and token count asked for, and compares models with the first one."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -48,6 +49,19 @@ def test_experts_in_bf16_are_what_the_op_computes():
     prepared = [prepare_experts(matrix, 64, k) for matrix, k in zip(stored, (64, 32), strict=True)]
     y = moe(x, weights, ids, *prepared, Activation("silu"))
     torch.testing.assert_close(dense_experts(x, weights, routes(ids, 5), *dense), y, rtol=0.05, atol=0.02)
+
+
+def test_cpu_time_leaves_out_what_a_layer_waits(tmp_path, monkeypatch):
+    def waits(*_):
+        time.sleep(0.02)
+
+    monkeypatch.setattr(cpu_bench, "linear", waits)
+    found = []
+    for options in ([], ["--cpu-time"]):
+        argv = ["--layers", "64x96", "--tokens", "1", "--rounds", "3", "--output", str(tmp_path), *options]
+        assert cpu_bench.main(argv) == 0
+        found.append(json.loads((tmp_path / "cpu-layers.json").read_text())["layers"][0]["bpdq_ms"])
+    assert found[1] < 20 <= found[0]
 
 
 def test_layer_table_gives_speed_over_bf16_and_the_share_of_copy_bandwidth():
