@@ -4,12 +4,13 @@
     python -m benchmarks.cpu_bench --layers 8192x8192 --tokens 1 8
     python -m benchmarks.cpu_bench --models MODEL MODEL-bpdq    # the first is the baseline
     python -m benchmarks.cpu_bench --random-models 1.5B         # of Qwen2.5-1.5B's shape, written to --output first
-    python -m benchmarks.cpu_bench --random-models 30B-A3B      # four blocks of Qwen3-30B-A3B's shape
+    python -m benchmarks.cpu_bench --random-models 30B-A3B      # two blocks of Qwen3-30B-A3B's shape
 
 Times are medians over rounds; a round times every candidate once, so that a slower minute of the machine hits all.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import os
@@ -27,12 +28,14 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from benchmarks.dense_experts import dense_experts
 from benchmarks.packed_models import RANDOM_MODELS, write_random_models
 from benchmarks.random_planes import random_experts, random_layer
 from benchmarks.serve_bench import COLORS, machine, versions
 from benchmarks.shapes import EXPERTS, Experts, Layer
 from bpdq_kernels import Activation, layout, linear, moe, prepare, prepare_experts
 from bpdq_kernels.compiled import instruction_set
+from bpdq_kernels.experts import routes
 from bpdq_kernels.format import Scheme
 
 LAYERS = (
@@ -101,6 +104,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--group-size", type=int, default=128, choices=layout.GROUP_SIZES, help="(%(default)s)")
     parser.add_argument("--coefficient-bits", type=int, default=16, choices=(8, 16), help="(%(default)s)")
     parser.add_argument("--rounds", type=int, default=15, help="at most, per layer and number of tokens (%(default)s)")
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="of layers, for busy machines: of all threads, so take OMP_NUM_THREADS=1",
+    )
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--models", nargs="+", metavar="DIR", help="serve these one after the other; first = baseline")
     source.add_argument("--random-models", choices=RANDOM_MODELS, help="the same for random weights of this shape")
@@ -122,10 +130,10 @@ def parse_layer(shape: str) -> Layer | Experts:
     return Experts(shape, *sizes) if len(sizes) > 2 else Layer(shape, *sizes)
 
 
-def seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
+def seconds(run: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
+    start = clock()
     run()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def copy_bandwidth() -> float:
@@ -149,7 +157,7 @@ def measure_layer(layer: Layer | Experts, args: argparse.Namespace) -> list[Row]
         end = time.perf_counter() + SECONDS_PER_ROW
         while len(times["bpdq"]) < args.rounds and (len(times["bpdq"]) < MIN_ROUNDS or time.perf_counter() < end):
             for candidate, run in candidates.items():
-                times[candidate].append(seconds(run))
+                times[candidate].append(seconds(run, time.process_time if args.cpu_time else time.perf_counter))
         row: Row = {"layer": layer.name, "shape": " x ".join(map(str, layer[1:])), "tokens": tokens}
         row["rounds"] = len(times["bpdq"])
         row |= {f"{candidate}_ms": statistics.median(values) * 1e3 for candidate, values in times.items()}
@@ -199,22 +207,11 @@ def expert_candidates(layer: Experts, scheme: Scheme) -> Measured:
         turns = {candidate: itertools.cycle(ids) for candidate in ("bpdq", "bf16")}
         candidates = {
             "bpdq": lambda: moe(x, weights, next(turns["bpdq"]), up, down, Activation("silu")),
-            "bf16": lambda: dense_experts(x, weights, next(turns["bf16"]), *half),
+            "bf16": lambda: dense_experts(x, weights, routes(next(turns["bf16"]), count), *half),
         }
         return candidates, packed_bytes * statistics.mean(len(choice.unique()) for choice in ids)
 
     return measured
-
-
-def dense_experts(x: Tensor, weights: Tensor, ids: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """y [T, H] of x [T, H]: experts `ids` [T, A] of up [E, 2I, H] and down [E, H, I], with SiLU between."""
-    y = torch.zeros_like(x)
-    for expert in ids.unique().tolist():
-        token, choice = (ids == expert).nonzero(as_tuple=True)
-        gate, h = torch.nn.functional.linear(x[token], up[expert]).chunk(2, -1)
-        out = torch.nn.functional.linear(torch.nn.functional.silu(gate) * h, down[expert])
-        y.index_add_(0, token, out * weights[token, choice, None].to(x.dtype))
-    return y
 
 
 def run_engine(model: str) -> Row:
@@ -227,7 +224,8 @@ def run_engine(model: str) -> Row:
 
 
 def measure_engine(model: str) -> Row:
-    """Prefill and decode tokens/s of a model in vLLM, and the process's resident memory after loading it."""
+    """Prefill and decode tokens/s of a model in vLLM, milliseconds of a decoder block for a token, and the process's
+    resident memory after loading it."""
     from vllm import LLM, SamplingParams
 
     llm = LLM(
@@ -248,12 +246,24 @@ def measure_engine(model: str) -> Row:
         return seconds(lambda: llm.generate(prompts, sampling, use_tqdm=False))
 
     row["prefill_tokens_s"] = PREFILL_TOKENS / statistics.median(generate(1, PREFILL_TOKENS, 1) for _ in range(5))
+    blocks: list[float] = []
+    llm.apply_model(functools.partial(time_blocks, blocks))
     for batch in (1, 8):
         generate(batch, 16, 4)
+        blocks.clear()
         # what the prompts take is in both times
         times = [generate(batch, 16, 1 + DECODE_TOKENS) - generate(batch, 16, 1) for _ in range(5)]
         row[f"decode_{batch}_tokens_s"] = batch * DECODE_TOKENS / statistics.median(times)
+        row[f"block_{batch}_ms"] = 1e3 * statistics.median(blocks)
     return row
+
+
+def time_blocks(times: list[float], model: torch.nn.Module) -> None:
+    """Append the seconds of every decoder block's forward pass to `times`."""
+    for block in model.model.layers:
+        started = []
+        block.register_forward_pre_hook(lambda *_, started=started: started.append(time.perf_counter()))
+        block.register_forward_hook(lambda *_, started=started: times.append(time.perf_counter() - started.pop()))
 
 
 def weight_bytes(model: torch.nn.Module) -> int:
@@ -280,18 +290,17 @@ def layer_table(rows: Sequence[Row], copy_gb_s: float) -> str:
 
 
 def model_table(rows: Sequence[Row]) -> str:
-    """Rows as markdown, with the ratio to the first model in brackets."""
-    lines = [
-        "| model | decode tokens/s, batch 1 | batch 8 | prefill tokens/s | weights, MB | resident, MB |",
-        "|---|---|---|---|---|---|",
-    ]
+    """Rows as markdown, in brackets how many times as fast as the first model."""
+    head = ("model", "decode tokens/s, batch 1", "batch 8", "a block, ms", "batch 8", "prefill tokens/s")
+    lines = [f"| {' | '.join(head)} | weights, MB | resident, MB |", "|---" * (len(head) + 2) + "|"]
     for row in rows:
         speeds = [
-            f"{row[key]:.1f} ({row[key] / rows[0][key]:.2f})"
-            for key in ("decode_1_tokens_s", "decode_8_tokens_s", "prefill_tokens_s")
+            f"{row[key]:.1f} ({row[key] / rows[0][key]:.2f})" for key in ("decode_1_tokens_s", "decode_8_tokens_s")
         ]
+        blocks = [f"{row[key]:.2f} ({rows[0][key] / row[key]:.2f})" for key in ("block_1_ms", "block_8_ms")]
+        prefill = f"{row['prefill_tokens_s']:.1f} ({row['prefill_tokens_s'] / rows[0]['prefill_tokens_s']:.2f})"
         memory = [f"{row[key] / 1e6:.0f}" for key in ("weight_bytes", "resident_bytes")]
-        lines.append(f"| {' | '.join([row['model'], *speeds, *memory])} |")
+        lines.append(f"| {' | '.join([row['model'], *speeds, *blocks, prefill, *memory])} |")
     return "\n".join(lines)
 
 

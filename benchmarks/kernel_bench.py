@@ -69,7 +69,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--model", metavar="LIST", help=f"(all; timed: {','.join(MODELS)}; static also: {','.join(EXPERTS)})"
+        "--model", metavar="LIST", help=f"({','.join(MODELS)}; static also, timed if asked for: {','.join(EXPERTS)})"
     )
     parser.add_argument("--bits", type=int, default=2, metavar="K", help=f"bit-planes, 1 to {MAX_PLANES} (%(default)s)")
     parser.add_argument("--group-size", type=int, default=128, metavar="G", help=f"of {GROUP_SIZES} (%(default)s)")
@@ -86,8 +86,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--plot", type=Path, metavar="FILE", help="timed: ms against tokens; static: predicted tokens/s"
     )
     args = parser.parse_args(argv)
-    known = (*MODELS, *EXPERTS) if args.static else (*MODELS,)
-    args.model = args.model.split(",") if args.model else [*known]
+    known = (*MODELS, *EXPERTS)
+    args.model = args.model.split(",") if args.model else [*known] if args.static else [*MODELS]
     tokens = args.tokens or (STATIC_TOKENS if args.static else GPU_TOKENS)
     args.tokens = [int(m) if m.isdecimal() else 0 for m in tokens.split(",")]
     unknown = ", ".join(name or "no name" for name in args.model if name not in known)
@@ -199,7 +199,8 @@ def predictions(args: argparse.Namespace, machine: Machine) -> dict[tuple[str, s
     """Microseconds by the static model, by model, layer and tokens, where a kernel of ours multiplies; compiled in as
     many processes as there are cores."""
     dtype = {"bfloat16": "bf16", "float16": "fp16"}[args.dtype]
-    layers = [(model, layer) for model in args.model for layer in (*MODELS[model].layers, MODELS[model].head)]
+    dense, sparse = ([name for name in args.model if name in table] for table in (MODELS, EXPERTS))
+    layers = [(model, layer) for model in dense for layer in (*MODELS[model].layers, MODELS[model].head)]
     wanted = [(model, layer, m) for m in args.tokens for model, layer in layers if modelled(args, m, layer, machine)]
     rest = (
         itertools.repeat(args.bits),
@@ -211,7 +212,11 @@ def predictions(args: argparse.Namespace, machine: Machine) -> dict[tuple[str, s
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
         rows = pool.map(kernel_static.layer_row, [w[1] for w in wanted], [w[2] for w in wanted], *rest)
         found = [row["predicted_us"] for row in rows]
-    return {(model, layer.name, m): us for (model, layer, m), us in zip(wanted, found, strict=True)}
+    times = {(model, layer.name, m): us for (model, layer, m), us in zip(wanted, found, strict=True)}
+    for model, m in itertools.product(sparse, args.tokens):
+        rows = expert_static.rows(model, m, args.bits, args.group_size, machine, dtype, args.coefficient_bits)
+        times[model, "experts", m] = sum(row["predicted_us"] for row in rows)
+    return times
 
 
 def modelled(args: argparse.Namespace, tokens: int, layer: Layer, machine: Machine) -> bool:
@@ -310,7 +315,8 @@ def plot_static(report: Row) -> "Figure":
 
 
 def plot_timed(report: Row) -> "Figure":
-    """Measured milliseconds of a model's decoder Linears against the number of tokens, bit-planes and 16 bits."""
+    """Measured milliseconds of a model's decoder Linears, or of a layer's experts, against the number of tokens,
+    bit-planes and 16 bits."""
     from matplotlib.figure import Figure
 
     models, tokens = report["settings"]["model"], sorted(report["settings"]["tokens"])
@@ -324,7 +330,7 @@ def plot_timed(report: Row) -> "Figure":
         axes.set_xticks(tokens, [str(m) for m in tokens])
         axes.set_title(model, fontsize=11)
         axes.set_xlabel("tokens")
-        axes.set_ylabel("all decoder Linears, ms")
+        axes.set_ylabel("all decoder Linears, ms" if model in MODELS else "experts of one layer, ms")
         axes.legend(frameon=False, fontsize=8)
         axes.grid(alpha=0.25)
     settings = report["settings"]

@@ -9,14 +9,26 @@ import torch
 from torch import Tensor
 
 from benchmarks.cuda_core import cuda_core_linear
+from benchmarks.dense_experts import dense_experts
 from benchmarks.kernel_static import Variant, config_for
-from benchmarks.random_planes import random_layer
-from benchmarks.shapes import MODELS, Layer
-from bpdq_kernels import Prepared, dequantize, linear, prepare, tiled_linear
-from bpdq_kernels.dispatch import gemm_config
+from benchmarks.random_planes import random_experts, random_layer
+from benchmarks.shapes import EXPERTS, MODELS, Layer
+from bpdq_kernels import (
+    Activation,
+    Prepared,
+    dequantize,
+    linear,
+    moe,
+    prepare,
+    prepare_experts,
+    tiled_linear,
+    warm_up,
+    warm_up_experts,
+)
+from bpdq_kernels.dispatch import Matrix, experts_config, gemm_config
+from bpdq_kernels.experts import routes
 from bpdq_kernels.format import Scheme
 from bpdq_kernels.layout import Stored, Tiles, cdiv
-from bpdq_kernels.warm import warm_up
 
 Call = Callable[[], object]
 Timer = Callable[[dict[str, list[Call]]], dict[str, float]]
@@ -24,6 +36,8 @@ Timer = Callable[[dict[str, list[Call]]], dict[str, float]]
 ROUNDS = 15  # replays of each graph
 MIN_CALLS = 20  # in a graph, so that starting it does not count
 L2_SIZES = 8  # other bytes that are read before a weight is read again, in sizes of the L2 cache
+ROUTINGS = 16  # of a batch's tokens to experts, in turn, so that a layer is read before an expert is read again
+CHECKED_TOKENS = 4  # of a batch through experts
 COPY_BYTES = 1 << 30
 MATMUL_SIZE = 8192
 TOLERANCE = 0.01  # of the outputs' norm; rounding weights and outputs to bf16 costs 0.003
@@ -175,14 +189,75 @@ def one_token_alternatives(
     }
 
 
+def time_experts(model: str, settings: Settings, timer: Timer) -> Iterator[dict[str, Any]]:
+    """Time a layer's experts for every number of tokens, which choose theirs at random; in 16 bits one expert after
+    the other, known beforehand. Raises WrongResultError."""
+    name, count, chosen, hidden, inner = EXPERTS[model]
+    group, device, dtype, act = settings.group_size, settings.device, settings.dtype, Activation("silu")
+    shapes = (2 * inner, hidden), (hidden, inner)
+    stored = [random_experts(count, n, k, settings.scheme, torch.Generator(device)) for n, k in shapes]
+    prepared = [prepare_experts(s, group, k, dtype, device) for s, (_, k) in zip(stored, shapes, strict=True)]
+    warm_up_experts(*prepared, act, chosen)
+    dense = [0.02 * torch.randn(count, n, k, dtype=dtype, device=device) for n, k in shapes]
+    each = sum(field.nbytes for matrix in prepared for field in matrix if isinstance(field, Tensor)) / count
+    matrices = [Matrix(settings.bits, group, n, k, settings.coefficient_bits) for n, k in shapes]
+    for tokens in settings.tokens:
+        x = torch.randn(tokens, hidden, device=device).to(dtype)
+        weights = torch.full((tokens, chosen), 1 / chosen, device=device)
+        ids = [torch.rand(tokens, count, device=device).argsort(1)[:, :chosen].int() for _ in range(ROUTINGS)]
+        config = experts_config(tokens, chosen, count, *matrices, True, settings.multiprocessors, settings.arch)
+        kernel = Variant(settings.bits, group, config.up, "", settings.coefficient_bits, "gate_up").name
+        y = moe(x, weights, ids[0], *prepared, act)
+        check_experts(y, x, weights, ids[0], stored, settings, f"{model} {name}, {tokens} tokens, {kernel}")
+        contenders: dict[str, list[Call]] = {
+            "bpdq": [partial(moe, x, weights, choice, *prepared, act) for choice in ids],
+            "matmul": [partial(dense_experts, x, weights, [*routes(choice.long(), count)], *dense) for choice in ids],
+        }
+        seconds, flops = timer(contenders), 2 * tokens * chosen * 3 * inner * hidden
+        size = each * sum(len(choice.unique()) for choice in ids) / len(ids)
+        yield {
+            "model": model,
+            "layer": Layer("experts", inner, hidden)._asdict(),
+            "tokens": tokens,
+            "kernel": kernel,
+            "packed_bytes": size,
+            "us": seconds["bpdq"] * 1e6,
+            "matmul_us": seconds["matmul"] * 1e6,
+            "bytes_per_s": size / seconds["bpdq"],
+            "flops_per_s": flops / seconds["bpdq"],
+            "matmul_flops_per_s": flops / seconds["matmul"],
+            "alternatives_us": {},
+        }
+
+
+def check_experts(
+    y: Tensor, x: Tensor, weights: Tensor, ids: Tensor, stored: Sequence[Stored], settings: Settings, name: str
+) -> None:
+    """Raise WrongResultError unless y's first tokens are what their experts `stored` (gate and up, down) make of x."""
+    x, weights, ids = x[:CHECKED_TOKENS].float(), weights[:CHECKED_TOKENS], ids[:CHECKED_TOKENS].long()
+    up, down = (
+        {
+            expert: dequantize(B[expert], c[expert], settings.group_size, k, None if s is None else s[expert])
+            for expert in ids.unique().tolist()
+        }
+        for (B, c, s), k in zip(stored, (x.shape[1], stored[0].B.shape[-1] // 2), strict=True)
+    )
+    expected = dense_experts(x, weights, routes(ids, len(stored[0].B)), up, down)
+    error = float((y[:CHECKED_TOKENS].float() - expected).norm() / expected.norm())
+    if not error < TOLERANCE:
+        raise WrongResultError(f"{name}: the outputs are off by {error:.3g} of their norm, so no time is reported")
+
+
 def time_models(
     models: Sequence[str], settings: Settings, bandwidth: float, rate: float, timer: Timer = graph_timer
 ) -> Iterator[dict[str, Any]]:
     """Time all layers of the models; every row says which share of the copy's `bandwidth` (bytes/s) and of a large
     product's `rate` (FLOP/s) it reached."""
     for model in models:
-        for layer in (*MODELS[model].layers, MODELS[model].head):
-            for row in time_layer(model, layer, settings, timer):
+        layers = (*MODELS[model].layers, MODELS[model].head) if model in MODELS else ()
+        timings = [time_layer(model, layer, settings, timer) for layer in layers]
+        for rows in timings or [time_experts(model, settings, timer)]:
+            for row in rows:
                 shares = {"of_copy_bandwidth": row["bytes_per_s"] / bandwidth}
                 yield row | shares | {"of_matmul_rate": row["flops_per_s"] / rate}
             if settings.device != "cpu":
@@ -190,8 +265,10 @@ def time_models(
 
 
 def decoder_ms(rows: Sequence[dict[str, Any]], model: str, tokens: int, key: str) -> float:
-    """Milliseconds of all decoder Linears of a model, without the LM head; key "us" or "matmul_us"."""
+    """Milliseconds of all decoder Linears of a model, without the LM head, or of one layer's experts; key "us" or
+    "matmul_us"."""
     chosen = [
         row for row in rows if (row["model"], row["tokens"]) == (model, tokens) and row["layer"]["name"] != "head"
     ]
-    return MODELS[model].blocks * sum(row[key] for row in chosen) / 1e3
+    blocks = MODELS[model].blocks if model in MODELS else 1
+    return blocks * sum(row[key] for row in chosen) / 1e3

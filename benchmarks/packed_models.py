@@ -22,10 +22,10 @@ RANDOM_MODELS: dict[str, dict[str, Any]] = {
     | {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14},
     "1.5B": QWEN25
     | {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12},
-    "30B-A3B": {  # four blocks of 48, and few words, so that the blocks count
+    "30B-A3B": {  # two blocks of 48, and few words, so that the blocks count
         "model_type": "qwen3_moe",
         "hidden_size": 2048,
-        "num_hidden_layers": 4,
+        "num_hidden_layers": 2,
         "num_attention_heads": 32,
         "num_key_value_heads": 4,
         "head_dim": 128,

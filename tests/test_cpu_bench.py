@@ -1,6 +1,7 @@
 """The CPU benchmark times every layer and token count asked for, and compares models with the first one."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -8,10 +9,12 @@ from transformers import AutoModelForCausalLM
 
 import bpdq_quantizer  # noqa: F401  # so that transformers loads bit-planes
 from benchmarks import cpu_bench
+from benchmarks.dense_experts import dense_experts
 from benchmarks.packed_models import RANDOM_MODELS, write_random_models
 from benchmarks.random_planes import random_experts
 from benchmarks.shapes import Experts
 from bpdq_kernels import Activation, dequantize, moe, prepare_experts
+from bpdq_kernels.experts import routes
 from bpdq_kernels.format import Scheme
 
 
@@ -45,7 +48,20 @@ def test_experts_in_bf16_are_what_the_op_computes():
     ids = torch.rand(7, layer.count).argsort(1)[:, :2]
     prepared = [prepare_experts(matrix, 64, k) for matrix, k in zip(stored, (64, 32), strict=True)]
     y = moe(x, weights, ids, *prepared, Activation("silu"))
-    torch.testing.assert_close(cpu_bench.dense_experts(x, weights, ids, *dense), y, rtol=0.05, atol=0.02)
+    torch.testing.assert_close(dense_experts(x, weights, routes(ids, 5), *dense), y, rtol=0.05, atol=0.02)
+
+
+def test_cpu_time_leaves_out_what_a_layer_waits(tmp_path, monkeypatch):
+    def waits(*_):
+        time.sleep(0.02)
+
+    monkeypatch.setattr(cpu_bench, "linear", waits)
+    found = []
+    for options in ([], ["--cpu-time"]):
+        argv = ["--layers", "64x96", "--tokens", "1", "--rounds", "3", "--output", str(tmp_path), *options]
+        assert cpu_bench.main(argv) == 0
+        found.append(json.loads((tmp_path / "cpu-layers.json").read_text())["layers"][0]["bpdq_ms"])
+    assert found[1] < 20 <= found[0]
 
 
 def test_layer_table_gives_speed_over_bf16_and_the_share_of_copy_bandwidth():
@@ -59,10 +75,12 @@ def test_layer_table_gives_speed_over_bf16_and_the_share_of_copy_bandwidth():
 
 def test_model_table_gives_ratios_to_the_first_model():
     row = {"decode_1_tokens_s": 10.0, "decode_8_tokens_s": 40.0, "prefill_tokens_s": 100.0}
+    blocks = {"block_1_ms": 4.0, "block_8_ms": 9.0}
     memory = {"weight_bytes": 300_000_000, "resident_bytes": 2_000_000_000}
-    rows = [{"model": "base"} | row | memory, {"model": "bpdq"} | {key: 2 * row[key] for key in row} | memory]
+    rows = [{"model": "base"} | row | blocks | memory]
+    rows += [{"model": "bpdq", "block_1_ms": 1.0, "block_8_ms": 3.0} | {key: 2 * row[key] for key in row} | memory]
     last = cpu_bench.model_table(rows).splitlines()[-1]
-    assert last == "| bpdq | 20.0 (2.00) | 80.0 (2.00) | 200.0 (2.00) | 300 | 2000 |"
+    assert last == "| bpdq | 20.0 (2.00) | 80.0 (2.00) | 1.00 (4.00) | 3.00 (3.00) | 200.0 (2.00) | 300 | 2000 |"
 
 
 def test_tied_tensors_are_weighed_once():
@@ -89,8 +107,7 @@ def test_wrong_options_are_refused(argv):
     assert exit_info.value.code == 2
 
 
-@pytest.mark.parametrize("size", RANDOM_MODELS)
-@pytest.mark.parametrize("coefficient_bits", [8, 16])
+@pytest.mark.parametrize(("size", "coefficient_bits"), [("0.5B", 16), ("30B-A3B", 8)])
 def test_random_models_are_whole_checkpoints(tmp_path, monkeypatch, size, coefficient_bits):
     """Of fewer and smaller layers; transformers loads them, and says if a tensor is missing."""
     small = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 64, "num_hidden_layers": 2}
@@ -103,3 +120,15 @@ def test_random_models_are_whole_checkpoints(tmp_path, monkeypatch, size, coeffi
         assert torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits).all()
         has_planes = any(name.endswith("down_proj.B") for name in model.state_dict())
         assert has_planes == (folder != plain)
+
+
+def test_blocks_are_timed_one_by_one():
+    model = torch.nn.Module()
+    model.model = torch.nn.Module()
+    model.model.layers = torch.nn.ModuleList([torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)])
+    times: list[float] = []
+    cpu_bench.time_blocks(times, model)
+    for block in model.model.layers:
+        block(torch.zeros(1, 4))
+    assert len(times) == 2
+    assert all(seconds > 0 for seconds in times)

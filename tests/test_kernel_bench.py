@@ -10,7 +10,7 @@ import torch
 from benchmarks import expert_static, kernel_bench, kernel_static, kernel_timing, sass, shapes
 from benchmarks.kernel_static import Variant, compile_kernel
 from benchmarks.random_planes import random_layer
-from benchmarks.shapes import EXPERTS, MODELS, Layer, Model
+from benchmarks.shapes import EXPERTS, MODELS, Experts, Layer, Model
 from bpdq_kernels import dispatch, reference
 from bpdq_kernels.dispatch import Gemm, Gemv
 
@@ -315,6 +315,27 @@ def test_every_layer_and_batch_is_timed_against_matmul_with_weights_too_many_for
     figure = kernel_bench.plot_timed(report | {"rows": rows, "device": "X"})
     assert [line.get_label() for line in figure.axes[0].lines] == ["bit-planes", "torch.matmul, 16 bits"]
     assert list(figure.axes[0].lines[0].get_xdata()) == [1, 5]
+
+
+@pytest.mark.parametrize("coefficient_bits", [8, 16])
+def test_a_layers_experts_are_timed_and_their_outputs_checked(monkeypatch, coefficient_bits):
+    monkeypatch.setitem(EXPERTS, "tiny", Experts("tiny experts", count=20, chosen=2, hidden=256, inner=64))
+    settings = SETTINGS._replace(coefficient_bits=coefficient_bits)
+    rows = list(kernel_timing.time_models(["tiny"], settings, 4e9, 1e9, one_call_each))
+    assert [(row["layer"]["name"], row["tokens"]) for row in rows] == [("experts", 1), ("experts", 5)]
+    scheme = settings.scheme
+    expert = scheme.stored_bytes(128, 256) + scheme.stored_bytes(256, 64)
+    extra = 2 * 3 * (128 + 256) if coefficient_bits == 8 else 0  # scales are fp32 here
+    assert rows[0]["packed_bytes"] == 2 * (expert + extra)  # a token's
+    assert 2 < rows[1]["packed_bytes"] / (expert + extra) < 10
+    assert rows[0]["of_matmul_rate"] == pytest.approx(2 * 2 * 3 * 64 * 256 / 1e-6 / 1e9)
+    assert "| tiny experts 64x256 | 5 | 1.0 | 2.0 | 2.00 |" in kernel_bench.timed_table(rows)
+    report = {"settings": {"model": ["tiny"], "tokens": [5, 1], "bits": 2, "group_size": 64}}
+    axes = kernel_bench.plot_timed(report | {"rows": rows, "device": "X"}).axes[0]
+    assert axes.get_ylabel() == "experts of one layer, ms"
+    monkeypatch.setattr(kernel_timing, "moe", lambda x, *_: torch.zeros_like(x))
+    with pytest.raises(kernel_timing.WrongResultError, match=r"tiny experts, 1 tokens, experts-gemv-.* off by 1 of"):
+        list(kernel_timing.time_experts("tiny", settings, one_call_each))
 
 
 def test_outputs_of_8_bit_coefficients_are_checked_against_their_scales():

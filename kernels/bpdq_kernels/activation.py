@@ -45,7 +45,8 @@ def activate(h: Tensor, activation: Activation) -> Tensor:
     if not activation.is_gated:
         return _FUNCTIONS[activation.name.removesuffix("_no_mul")](h)
     gate, up = h.chunk(2, dim=-1)
-    gate, up = gate.clamp(max=activation.limit), up.clamp(-activation.limit, activation.limit)
+    if activation.limit < inf:
+        gate, up = gate.clamp(max=activation.limit), up.clamp(-activation.limit, activation.limit)
     if activation.name == "swigluoai":
         return gate * torch.sigmoid(activation.alpha * gate) * (up + 1)
     return _FUNCTIONS[activation.name](gate) * up

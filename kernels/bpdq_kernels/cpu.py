@@ -30,15 +30,14 @@ TOKENS_AT_ONCE = 2048  # of experts, whose rows between the two matrices are fp3
 
 
 def open_library(isa: str) -> ctypes.CDLL:
-    """The library for an instruction set, with `pairs`: whether it multiplies bf16 in pairs. Raises as
-    `compiled.compile_library`."""
+    """The library for an instruction set, which is its `isa`. Raises as `compiled.compile_library`."""
     library = load_library(SOURCE, isa, MACROS)
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
     library.bpdq_linear.restype = None
     library.bpdq_linear.argtypes = [pointer, pointer, ctypes.c_int, pointer, *[integer] * 5]
     library.bpdq_linear.argtypes += [pointer, ctypes.c_bool, integer, pointer, integer, integer]
     library.bpdq_linear.argtypes += [pointer, pointer, integer]
-    library.pairs = isa == "avx512_bf16"
+    library.isa = isa
     return library
 
 
@@ -81,9 +80,9 @@ def stored_rows(planes: Tensor, coefficients: Tensor, scales: Tensor | None, gro
     return rows_of_cpu_tiles(planes, coefficients, scales, group_size, rows)
 
 
-def few_tokens(pairs: bool) -> int:
-    """Up to how many tokens look-ups beat multiplications, in pairs of bf16 or in fp32."""
-    return 4 if pairs else 8
+def few_tokens(isa: str, dtype: torch.dtype) -> int:
+    """Up to how many tokens look-ups beat multiplications, of activations in `dtype`: in pairs of bf16, or in fp32."""
+    return 4 if isa == "avx2" or (isa == "avx512_bf16" and dtype == torch.bfloat16) else 8
 
 
 def linear(
@@ -169,5 +168,5 @@ def _multiply(
         1 if len(y) == len(x) else len(y) // len(x),
         None if bias is None else bias.data_ptr(),
         y.data_ptr(),
-        few_tokens(compiled.pairs and x.dtype == torch.bfloat16),
+        few_tokens(compiled.isa, x.dtype),
     )

@@ -154,14 +154,14 @@ struct Sorted {
 };
 
 /* layer: the first expert; bias: [E, N] or null. Threads get about equal shares of the work, in units of what one more
-   row costs a tile that is multiplied: its weights cost eight, and a row looked up two. */
+   row costs a tile that is multiplied: its weights cost three, and a row looked up two. */
 template <int PLANES>
 void run(const Layer& layer, const Inputs& inputs, const Sorted& sorted, int64_t choices, int64_t few,
          const float* bias, float* y) {
   const int64_t tiles = layer.tiles();
   const auto work = [&](int64_t expert) {
     const int64_t rows = sorted.count(expert);
-    return rows <= few ? 2 * rows : rows + 8;
+    return rows <= few ? 2 * rows : rows + 3;
   };
   int64_t all = 0;
   for (int64_t expert = 0; expert < sorted.experts(); expert++) all += work(expert) * tiles;
