@@ -80,7 +80,7 @@ def test_every_family_is_served(tmp_path, archs):
     ("arch", "changes"),
     [
         ("qwen3_moe", {}),
-        ("gpt_oss", {}),
+        ("gpt_oss", {"intermediate_size": 128}),
         ("qwen3_5_moe_text", {"linear_num_key_heads": 2, "linear_num_value_heads": 4}),
     ],
 )
