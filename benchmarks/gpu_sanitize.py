@@ -11,8 +11,8 @@ import sys
 import torch
 
 from benchmarks.gpu_part import Parser, finish, new_report, save
-from benchmarks.random_planes import random_layer
-from bpdq_kernels import embedding, linear, prepare, stored_linear
+from benchmarks.random_planes import random_experts, random_layer
+from bpdq_kernels import Activation, embedding, linear, moe, prepare, prepare_experts, stored_linear
 from bpdq_kernels.dispatch import DENSE_TOKENS, DENSE_TOKENS_ELSEWHERE
 from bpdq_kernels.format import Scheme
 from bpdq_kernels.tiled_linear import machine
@@ -23,7 +23,7 @@ SECONDS = 25  # of a tool
 
 def run_cases() -> None:
     """Each kernel once, on sizes that leave ragged ends, each result in memory of its own."""
-    N, K, group = 200, 328, 64
+    N, K, group, inner = 200, 328, 64, 48
     arch = machine(torch.device("cuda"))[1]
     bias = torch.randn(N, device="cuda").bfloat16()
     for coefficient_bits in (16, 8):
@@ -33,6 +33,16 @@ def run_cases() -> None:
             linear(torch.randn(tokens, K, device="cuda").bfloat16(), prepared, bias)
         stored_linear(torch.randn(3, K, device="cuda").bfloat16(), B, c, group, bias, s)
         embedding(torch.tensor([0, N - 1, 7], device="cuda"), prepared, torch.bfloat16)
+        up, down = (
+            prepare_experts(
+                random_experts(5, n, k, Scheme(2, group, coefficient_bits), torch.Generator("cuda")),
+                *(group, k, torch.bfloat16, "cuda"),
+            )
+            for n, k in ((2 * inner, K), (K, inner))
+        )
+        for tokens in (1, 30, 200):
+            x, ids = torch.randn(tokens, K, device="cuda").bfloat16(), torch.randint(-1, 5, (tokens, 2), device="cuda")
+            moe(x, torch.rand(tokens, 2, device="cuda"), ids, up, down, Activation("silu"))
     torch.cuda.synchronize()
 
 

@@ -21,11 +21,11 @@ HEADING = ("family", "published models", "kind", "quantize", "transformers", "vL
 
 def table() -> str:
     """One row for each family."""
-    from architectures import TEXT, WRAPPERS
+    from architectures import ARCHITECTURES
     from families import FAMILIES, ROTATED
 
     rows = [HEADING, ("---",) * len(HEADING)]
-    for name in [*TEXT, *WRAPPERS]:
+    for name in ARCHITECTURES:
         family = FAMILIES[name]
         refused = ", ".join(f"`{option}`" for option in family.refuses)
         cells = (f"`{name}`", family.models, family.kind, "yes", "yes", served(family), planned(name), refused)
@@ -58,7 +58,7 @@ def published_config(name: str) -> PreTrainedConfig:
     from architectures import config_of
 
     config = config_of(name)
-    for key in vars(config).keys() - vars(AutoConfig.for_model(name)).keys():
+    for key in vars(config).keys() - vars(AutoConfig.for_model(config.model_type)).keys():
         delattr(config, key)
     return config
 

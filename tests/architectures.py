@@ -21,7 +21,7 @@ from bpdq_quantizer.checkpoint.loader import open_checkpoint
 from bpdq_quantizer.model.stream import decoder_blocks
 from bpdq_quantizer.model.weights import weights_in
 from hybrids import CONFIGS, GDN, MAMBA
-from mixtures import MIXTURES
+from mixtures import EXPERTS, MIXTURES
 from tiny import load_tensors, tiny_tokenizer
 
 SIZES = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -83,7 +83,6 @@ HYBRID = {
     "recurrent_gemma": SIZES | {"lru_width": 128, "num_hidden_layers": 3, "attention_window_size": 16},
 }  # fmt: skip
 TEXT: dict[str, dict[str, Any]] = DENSE | WINDOWED | MLA | HYBRID
-EXPERTS = " (experts)"  # behind the names of `mixtures.MIXTURES`, of which some are among those without, too
 
 TOKENS = {"vocab_size": 384, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0}
 INNER = SIZES | TOKENS | {"tie_word_embeddings": False}
@@ -123,6 +122,9 @@ WRAPPERS: dict[str, dict[str, Any]] = {
     "smolvlm": wrapped("llama") | {"image_token_id": 380, "scale_factor": 2},
     "idefics3": wrapped("llama") | {"image_token_id": 380, "scale_factor": 2},
 }
+
+
+ARCHITECTURES = [*TEXT, *WRAPPERS, *(f"{arch}{EXPERTS}" for arch in MIXTURES)]
 
 
 def model_folder(folder: Path, arch: str, gain: float = 1.0, **changes: Any) -> Path:

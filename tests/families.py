@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from mixtures import EXPERTS
+
 
 class Family(NamedTuple):
     """engine: how vLLM 0.32's CPU engine is to load the tiny model, or why it does not run it in 16 bits; refuses: the
@@ -37,7 +39,7 @@ ROTATED = (
 
 NO_MODEL = "vLLM has no model of it"
 NO_ATTENTION = "vLLM has no model of it, and its Transformers backend does not find its attention"
-EXPERTS = "vLLM's model wants a layer of experts"
+ONLY_EXPERTS = "vLLM's model wants a layer of experts"
 NO_SCAN = "the CPU build has no Mamba-1 kernel; nor does vLLM take its layers in bit-planes elsewhere"
 FAMILIES: dict[str, Family] = {
     "apertus": Family("dense", "Apertus-8B-2509, Apertus-70B-2509"),
@@ -99,7 +101,7 @@ FAMILIES: dict[str, Family] = {
     "minicpm3": Family("latent attention", "MiniCPM3-4B"),
     "deepseek_v2": Family("latent attention", "", same=False),
     "deepseek_v3": Family("latent attention", "", same=False),
-    "glm4_moe_lite": Family("latent attention", "", EXPERTS),
+    "glm4_moe_lite": Family("latent attention", "", ONLY_EXPERTS),
     "youtu": Family(
         "latent attention",
         "Youtu-LLM-2B",
@@ -118,7 +120,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3_5_text": Family(
         "hybrid, GatedDeltaNet", "the text model of Qwen3.5 (see qwen3_5)", BF16, same=False, refuses=NO_SCALES
     ),
-    "qwen3_next": Family("hybrid, GatedDeltaNet", "", EXPERTS, refuses=NO_SCALES),
+    "qwen3_next": Family("hybrid, GatedDeltaNet", "", ONLY_EXPERTS, refuses=NO_SCALES),
     "olmo_hybrid": Family(
         "hybrid, GatedDeltaNet", "Olmo-Hybrid-7B", "its Triton kernels do not run in the CPU build", refuses=NO_SCALES
     ),
@@ -145,3 +147,41 @@ FAMILIES: dict[str, Family] = {
     "smolvlm": Family("images: Llama", "SmolVLM2 256M, 500M and 2.2B", NO_IMAGES),
     "idefics3": Family("images: Llama", "Idefics3-8B-Llama3", NO_IMAGES),
 }
+MIXED: dict[str, Family] = {
+    "mixtral": Family("experts", "Mixtral 8x7B and 8x22B"),
+    "qwen2_moe": Family("experts", "Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B"),
+    "qwen3_moe": Family("experts", "Qwen3-30B-A3B, Qwen3-235B-A22B, Qwen3-Coder-30B-A3B and 480B-A35B"),
+    "olmoe": Family("experts", "OLMoE-1B-7B"),
+    "gpt_oss": Family("experts, sliding windows", "gpt-oss-20b and 120b (in MXFP4)"),
+    "glm4_moe": Family("experts", "GLM-4.5, 4.6 and Air"),
+    "glm4_moe_lite": Family("experts, latent attention", "GLM-4.7-Flash", same=False),
+    "deepseek_v2": Family("experts, latent attention", "DeepSeek-V2, V2-Lite, Coder-V2", same=False),
+    "deepseek_v3": Family("experts, latent attention", "DeepSeek-V3, R1, Kimi-K2, Moonlight-16B-A3B", same=False),
+    "ernie4_5_moe": Family("experts", "ERNIE-4.5-21B-A3B and 300B-A47B"),
+    "granitemoe": Family("experts", "Granite 3.0 and 3.1 1B-A400M, 3B-A800M"),
+    "granitemoeshared": Family("experts", "granite-4.0 previews"),
+    "granitemoehybrid": Family("experts, Mamba-2", "Granite 4.0 H Tiny and H Small", refuses=NO_SCALES),
+    "minimax_m2": Family("experts", "MiniMax-M2", "its model for vLLM does not load the tiny one"),
+    "hunyuan_v1_moe": Family("experts", "Hunyuan-A13B", refuses=NO_SCALES),
+    "llama4_text": Family("experts", "the text models of Llama 4 Scout and Maverick"),
+    "phimoe": Family("experts", "Phi-3.5-MoE", "vLLM's model fails as it is built"),
+    "lfm2_moe": Family("experts, short convolutions", "LFM2-8B-A1B", same=False, refuses=NO_SCALES),
+    "qwen3_next": Family("experts, GatedDeltaNet", "Qwen3-Next-80B-A3B", BF16, same=False, refuses=NO_SCALES),
+    "qwen3_5_moe_text": Family(
+        "experts, GatedDeltaNet", "the text model of Qwen3.5-35B-A3B", BF16, same=False, refuses=NO_SCALES
+    ),
+    "gemma4_text": Family("experts, sliding windows", "the text model of Gemma-4-26B-A4B", refuses=SHARED_KEYS),
+    "nemotron_h": Family(
+        "experts, Mamba-2", "Nemotron 3 Nano", "experts without a gate are for GPUs in vLLM", refuses=NO_SCALES
+    ),
+    "afmoe": Family("experts", "Trinity", "not asked"),
+    "dots1": Family("experts", "dots.llm1"),
+    "exaone_moe": Family("experts", "K-EXAONE-236B-A23B"),
+    "flex_olmo": Family("experts", "FlexOlmo-7x7B-1T", "not asked"),
+    "cohere2_moe": Family("experts", "", "not asked"),
+    "jamba": Family("experts, Mamba-1", "Jamba", "the CPU build has no Mamba-1 kernel", refuses=NO_SCALES),
+    "kimi_linear": Family(
+        "experts, Kimi Delta Attention", "Kimi-Linear-48B-A3B", "vLLM's model needs NVIDIA's CUTLASS", refuses=NO_SCALES
+    ),
+}
+FAMILIES |= {f"{name}{EXPERTS}": family for name, family in MIXED.items()}

@@ -4,6 +4,7 @@ from typing import Any
 
 from hybrids import CONFIGS, GDN
 
+EXPERTS = " (experts)"  # behind names of MIXTURES elsewhere: some are among those of families without, too
 SIZES = {"hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 SIZES |= {"num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 256, "moe_intermediate_size": 64}
 MANY = {"num_experts": 8, "num_experts_per_tok": 2}
@@ -21,9 +22,11 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "olmoe": SIZES | MANY,
     "gpt_oss": SIZES | LOCAL | {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16},
     "glm4_moe": SIZES | ROUTED | GROUPS,
-    "glm4_moe_lite": SIZES | LATENT | ROUTED | GROUPS | {"mlp_layer_types": ["dense", "sparse"]},
+    "glm4_moe_lite": SIZES | LATENT | ROUTED | GROUPS | {
+        "mlp_layer_types": ["dense", "sparse"], "first_k_dense_replace": 1,
+    },
     "deepseek_v2": SIZES | LATENT | ROUTED,
-    "deepseek_v3": SIZES | LATENT | ROUTED | GROUPS,
+    "deepseek_v3": SIZES | LATENT | ROUTED | GROUPS | {"topk_method": "noaux_tc"},
     "ernie4_5_moe": SIZES | {"moe_num_experts": 8, "moe_k": 2, "moe_num_shared_experts": 1, "moe_layer_start_index": 1},
     "granitemoe": GRANITE,
     "granitemoeshared": GRANITE | {"shared_intermediate_size": 64},

@@ -46,7 +46,7 @@ def test_kernels_of_a_common_layer_spill_and_emulate_nothing(arch: int, compiler
     jobs += [(kernel, layer._replace(coefficient_bits=8)) for kernel in (*kernels, Dense(128), TILES_16BIT[0], None)]
     if arch > 86:  # for that the experts' kernels are compiled to be run and counted
         experts = ExpertLayer(Layer(2, 128, 1536, 2048, BF16), Activation("silu"), is_fused=True, is_sorted=True)
-        jobs.append((Gemv(2, 8) if arch == 90 else Gemm(8, 2, 4, 2), experts))
+        jobs.append((Gemv(2, 4) if arch == 90 else Gemm(8, 2, 4, 2), experts))
     found = compilers.map(flaws, itertools.repeat(arch), *zip(*jobs, strict=True))
     assert not [*itertools.chain.from_iterable(found)]
 

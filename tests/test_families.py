@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 import bpdq_quantizer
-from architectures import EXPERTS, MLA, TEXT, WRAPPERS, auto_class, dequantized, experts_apart, model_folder
+from architectures import ARCHITECTURES, EXPERTS, MLA, auto_class, dequantized, experts_apart, model_folder
 from bpdq_kernels.skeleton import arranged, check_stored
 from bpdq_quantizer.checkpoint.inspection import inspect
 from bpdq_quantizer.checkpoint.loader import open_checkpoint
@@ -22,7 +22,6 @@ from bpdq_quantizer.model.stream import load_block, open_model
 from bpdq_quantizer.model.support import check_blocks
 from bpdq_quantizer.model.weights import weights_in
 from bpdq_quantizer.model.windows import text_windows
-from mixtures import MIXTURES
 from tiny import load_tensors
 
 QUICK = {"bits": 3, "group_size": 32, "samples": 3, "seq_len": 32, "iterations": 1, "solver": "paper"}
@@ -58,7 +57,6 @@ EACH_KIND = (
     f"gemma4_text{EXPERTS}",
     f"nemotron_h{EXPERTS}",
 )
-ARCHITECTURES = [*TEXT, *WRAPPERS, *(f"{arch}{EXPERTS}" for arch in MIXTURES)]
 EVERY = [pytest.param(a, marks=() if a in EACH_KIND else pytest.mark.slow) for a in ARCHITECTURES]
 IN_16_BITS = {  # of the Linears of blocks, by the ends of their names
     "qwen3_5_text": {"in_proj_a", "in_proj_b"},

@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedModel
 
 import bpdq_quantizer
-from architectures import TEXT, WRAPPERS, dequantized, model_folder
+from architectures import ARCHITECTURES, dequantized, model_folder
 from families import FAMILIES
 from generate import greedy_tokens, same_up_to_a_tie, vllm_tokens
 
@@ -70,4 +70,4 @@ def test_every_family_is_served(tmp_path, text, archs):
 
 
 def test_each_family_is_known_of():
-    assert list(FAMILIES) == [*TEXT, *WRAPPERS]
+    assert list(FAMILIES) == ARCHITECTURES

@@ -3,7 +3,7 @@
 import pytest
 
 import bpdq_quantizer
-from architectures import TEXT, WRAPPERS, model_folder
+from architectures import ARCHITECTURES, model_folder
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.fit.plan import plan
 from bpdq_quantizer.run import prepare
@@ -17,7 +17,7 @@ def test_the_page_is_up_to_date():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", [*TEXT, *WRAPPERS])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_what_is_said_to_be_planned_is(tmp_path, arch):
     published_config(arch).save_pretrained(tmp_path)
     if planned(arch) == "yes":
@@ -28,7 +28,7 @@ def test_what_is_said_to_be_planned_is(tmp_path, arch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", [*TEXT, *WRAPPERS])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_what_is_said_to_be_refused_is_before_any_work(tmp_path, text, arch, monkeypatch):
     monkeypatch.setattr(prepare, "begin", None)
     source, refused = str(model_folder(tmp_path / "model", arch)), set()

@@ -181,7 +181,7 @@ def experts_config(
             one = expert_gemm(8, up, pairs, multiprocessors), expert_gemm(8, down, pairs, multiprocessors)
         return Experts(*one, is_sorted=False, is_fused=fused)
     bucket = next((size for size, mean in EXPERT_TOKENS.items() if pairs <= mean * experts), 64)
-    if any(matrix.coefficient_bits == 8 for matrix in (up, down)):
+    if any(matrix.coefficient_bits == 8 or matrix.group_size < 64 for matrix in (up, down)):
         bucket = min(bucket, 32)  # 64 tokens leave such weights too few registers
     hit = min(pairs, experts)
     several = expert_gemm(bucket, up, hit, multiprocessors), expert_gemm(bucket, down, hit, multiprocessors)
@@ -196,7 +196,7 @@ def expert_gemv(matrix: Matrix, pairs: int, fused: bool, multiprocessors: int) -
     tiles = 2 if fused else tiles_per_block(matrix.out_features, candidates, multiprocessors, pairs)
     units = cdiv(matrix.in_features, UNIT)
     full = tiles * coefficients >= MAX_COEFFICIENTS
-    return Gemv(tiles, warps=2 if units < 8 else 4 if full or units < 16 else 8)
+    return Gemv(tiles, warps=2 if units < 8 else 4 if full or units < 32 else 8)
 
 
 def expert_gemm(tokens: int, matrix: Matrix, blocks: int, multiprocessors: int) -> Gemm:

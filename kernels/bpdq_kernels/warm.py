@@ -48,7 +48,7 @@ def warm_up_experts(
 ) -> None:
     """Compile and load every kernel that `moe` can launch for these experts on their GPU, where each token chooses
     `choices` of them. Elsewhere, and in fp32, nothing is to be done."""
-    if up.planes.is_cuda and up.scales is not None and not is_stored(up.planes[0]):
+    if up.planes.is_cuda and not is_stored(up.planes[0]):
         with torch.cuda.device_of(up.planes):
             ahead = list(expert_launches(up, down, activation, choices, up_bias, down_bias, weights_on_input))
             compile_all(ahead)

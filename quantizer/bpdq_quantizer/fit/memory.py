@@ -10,15 +10,15 @@ CALIBRATION = 128, 2048  # windows and their tokens, defaults of `bpdq quantize`
 
 
 def quantize_device_bytes(m: Model, gpu: bool = True) -> int:
-    """What `bpdq quantize` needs where it solves: a block and its copy, one stage's matrices, a batch's activations,
-    and what experts are calibrated on."""
+    """What `bpdq quantize` needs where it solves: a block and its copy, one stage's matrices, a batch's activations.
+    Experts are solved one after the other: their stage's matrices are those of one."""
     stage = max(stage_bytes(n, k, gpu) for n, k in m.stages)
-    return 2 * m.itemsize * sum(n * k for n, k in m.heaviest) + stage + ACTIVATION_BYTES + expert_input_bytes(m)
+    return 2 * m.itemsize * sum(n * k for n, k in m.heaviest) + stage + ACTIVATION_BYTES
 
 
-def expert_input_bytes(m: Model, tokens: int = prod(CALIBRATION)) -> int:
-    """Of that, the inputs [tokens, H] of a layer's experts, in the quantized and in the 16-bit model, each twice while
-    they are put together. The experts are solved one after the other: the stage's matrices are those of one."""
+def expert_input_bytes(m: Model, tokens: int) -> int:
+    """What a layer's experts are given, [tokens, H], in the quantized and in the 16-bit model, each twice while they
+    are put together."""
     return max((4 * m.itemsize * tokens * max(k for _, k in x.linears) for x in m.mixtures if x.linears), default=0)
 
 
@@ -31,7 +31,8 @@ def stage_bytes(n: int, k: int, gpu: bool = True) -> int:
 
 
 def quantize_host_bytes(m: Model, calibration: tuple[int, int] = CALIBRATION, page_locked: bool = True) -> int:
-    """What `bpdq quantize` needs of the host beside it: embedding and head, one block, hidden states of both models.
+    """What `bpdq quantize` needs of the host beside it: embedding and head, one block, hidden states of both models, and
+    what experts are given.
 
     calibration: windows and their tokens; page_locked: as with a GPU, where each batch takes a power of two bytes.
     """
@@ -43,4 +44,5 @@ def quantize_host_bytes(m: Model, calibration: tuple[int, int] = CALIBRATION, pa
     states = [m.itemsize * count * length * hidden_size for count in batches]
     if page_locked:
         states = [1 << (size - 1).bit_length() for size in states]
-    return m.itemsize * (embeddings + sum(n * k for n, k in m.heaviest)) + 2 * sum(states)
+    held = m.itemsize * (embeddings + sum(n * k for n, k in m.heaviest))
+    return held + 2 * sum(states) + expert_input_bytes(m, windows * length)

@@ -168,7 +168,7 @@ def assumptions_for(m: Model, settings: Settings) -> list[str]:
         )
         found.append(
             "to quantize experts: one after the other, with Hessians of its own among the four matrices, from what all "
-            "of a layer read in the quantized and in the 16-bit model: on the device 4 x 2 bytes x "
+            "of a layer are given in the quantized and in the 16-bit model: on the host 4 x 2 bytes x "
             f"{prod(CALIBRATION)} tokens x hidden size"
         )
     if len(kv_bytes.types_for(m.layers)) < len(KV_TYPES):
