@@ -172,6 +172,15 @@ def test_files_that_lack_experts_or_hold_others(tmp_path, text, arch, name, chan
         quantize(folder, text)
 
 
+def test_fused_experts_in_integers_are_refused(tmp_path, text):
+    folder = model_folder(tmp_path / "model", f"gpt_oss{EXPERTS}")
+    tensors = load_tensors(folder)
+    tensors["model.layers.1.mlp.experts.down_proj"] = tensors["model.layers.1.mlp.experts.down_proj"].to(torch.int8)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.experts\.down_proj is I8, no 16-bit float"):
+        quantize(folder, text)
+
+
 def test_an_expert_that_no_token_chose_is_fitted_to_others():
     tokens = layer_tokens(4, [Routed(torch.randn(50, 8), torch.arange(50)[:, None] % 3, torch.ones(50, 1))], None)
     x, original, weights, routed = tokens.of(3)

@@ -106,6 +106,13 @@ class ExpertsInTurn(Experts):
         return super().forward(*self.routed(tokens))
 
 
+class _Held(nn.Linear):
+    """A Linear for tensors that are there already: a model has tens of thousands of experts' matrices."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
 def matrices(fused: nn.Module, names: Names) -> dict[str, Matrix]:
     """Where a fused module holds an expert's matrices, by their own names."""
     last = Matrix("down_proj", slice(None))
@@ -137,7 +144,7 @@ def _is_transposed(fused: nn.Module) -> bool:
 def _linear(fused: nn.Module, matrix: Matrix, i: int) -> nn.Linear:
     weight = matrix_of(getattr(fused, matrix.parameter)[i], matrix.outputs, _is_transposed(fused))
     bias = getattr(fused, f"{matrix.parameter}_bias", None)
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    linear = _Held(weight.shape[1], weight.shape[0], bias is not None, device="meta")
     linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
     if bias is not None:
         linear.bias = nn.Parameter(bias[i][matrix.outputs].detach().clone(), requires_grad=False)

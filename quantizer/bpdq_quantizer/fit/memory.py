@@ -31,8 +31,8 @@ def stage_bytes(n: int, k: int, gpu: bool = True) -> int:
 
 
 def quantize_host_bytes(m: Model, calibration: tuple[int, int] = CALIBRATION, page_locked: bool = True) -> int:
-    """What `bpdq quantize` needs of the host beside it: embedding and head, one block, hidden states of both models, and
-    what experts are given.
+    """What `bpdq quantize` needs of the host beside it: embedding and head, one block, hidden states of both models,
+    and what experts are given.
 
     calibration: windows and their tokens; page_locked: as with a GPU, where each batch takes a power of two bytes.
     """

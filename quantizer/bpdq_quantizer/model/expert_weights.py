@@ -15,7 +15,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bpdq_kernels.experts import FUSED, Experts, fused_experts, matrix_of, take_apart, without_fusing
-from bpdq_kernels.folder import Entry, Headers
+from bpdq_kernels.folder import FLOATS, Entry, Headers
 from bpdq_kernels.skeleton import renaming
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.opening import misfit
@@ -112,6 +112,8 @@ def _of_fused(
     turned = (*wanted[:1], *reversed(wanted[1:]))  # as older Qwen3-VL files have them
     if shape not in (wanted, turned):
         raise InputError(misfit(model, fused.name, shape, tuple(wanted)))
+    if isinstance(fused, Whole) and fused.entry.dtype not in FLOATS:
+        raise InputError(f"{model}: {fused.name} is {fused.entry.dtype}, no 16-bit float: start from the 16-bit model")
     is_transposed = len(wanted) == 3 and (shape != wanted) != module.is_transposed
     return OfFused(fused, tensor.i, tensor.outputs, is_transposed)
 
