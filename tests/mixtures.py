@@ -25,7 +25,7 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "glm4_moe_lite": SIZES | LATENT | ROUTED | GROUPS | {
         "mlp_layer_types": ["dense", "sparse"], "first_k_dense_replace": 1,
     },
-    "deepseek_v2": SIZES | LATENT | ROUTED,
+    "deepseek_v2": SIZES | LATENT | ROUTED | {"n_group": 1, "topk_group": 1},
     "deepseek_v3": SIZES | LATENT | ROUTED | GROUPS | {"topk_method": "noaux_tc"},
     "ernie4_5_moe": SIZES | {"moe_num_experts": 8, "moe_k": 2, "moe_num_shared_experts": 1, "moe_layer_start_index": 1},
     "granitemoe": GRANITE,
