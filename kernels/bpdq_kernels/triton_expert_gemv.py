@@ -12,12 +12,14 @@ from torch import Tensor
 
 from bpdq_kernels import layout
 from bpdq_kernels.activation import Activation
-from bpdq_kernels.dispatch import MAX_COEFFICIENTS, Gemv
+from bpdq_kernels.dispatch import Gemv
 from bpdq_kernels.layout import Tiles, cdiv, groups_in_unit
 from bpdq_kernels.triton_activation import activate, activate_one, constants
 from bpdq_kernels.triton_gemv import dot_tiles
 from bpdq_kernels.triton_layout import TILE_ROWS
 from bpdq_kernels.warp import prefetch
+
+MANY_COEFFICIENTS = 20  # of a block's tiles in a unit: with as many, 168 registers are too few for some architectures
 
 
 @triton.jit(do_not_specialize=["E", "choices"], do_not_specialize_on_alignment=["x_ptr", "ids_ptr", "y_ptr"])
@@ -93,7 +95,7 @@ def expert_gemv_kernel(
 def options(config: Gemv, planes: int, group_size: int) -> dict[str, int]:
     """Compiler options: registers as for one token, or all where two tiles' coefficients want them."""
     coefficients = config.tiles * groups_in_unit(group_size) * (planes + 1)
-    registers = 128 if config.warps == 8 else 168 if coefficients <= 2 * MAX_COEFFICIENTS else 255
+    registers = 128 if config.warps == 8 else 168 if coefficients < MANY_COEFFICIENTS else 255
     return {"num_warps": config.warps, "maxnreg": registers, "enable_fp_fusion": True}
 
 
