@@ -49,6 +49,7 @@ def expert_layer(
     dtype: torch.dtype = torch.float32,
     names: tuple[str, str, str | None] = ("gate_proj", "down_proj", "up_proj"),
     lora: LoRAConfig | None = None,
+    prefix: str = PREFIX,
     **settings: object,
 ) -> RoutedExperts:
     """A layer as vLLM's models build it, for one rank. settings: more arguments of RoutedExperts."""
@@ -81,4 +82,4 @@ def expert_layer(
     vllm_config = VllmConfig()
     vllm_config.lora_config = lora
     with set_current_vllm_config(vllm_config):
-        return RoutedExperts(PREFIX, dtype, config, quant, placed, *names, **settings)
+        return RoutedExperts(prefix, dtype, config, quant, placed, *names, **settings)

@@ -174,10 +174,10 @@ MIXED: dict[str, Family] = {
     "nemotron_h": Family(
         "experts, Mamba-2", "Nemotron 3 Nano", "experts without a gate are for GPUs in vLLM", refuses=NO_SCALES
     ),
-    "afmoe": Family("experts", "Trinity", "not asked"),
+    "afmoe": Family("experts", "Trinity"),
     "dots1": Family("experts", "dots.llm1"),
     "exaone_moe": Family("experts", "K-EXAONE-236B-A23B"),
-    "flex_olmo": Family("experts", "FlexOlmo-7x7B-1T", "not asked"),
+    "flex_olmo": Family("experts", "FlexOlmo-7x7B-1T"),
     "cohere2_moe": Family("experts", "", "not asked"),
     "jamba": Family("experts, Mamba-1", "Jamba", "the CPU build has no Mamba-1 kernel", refuses=NO_SCALES),
     "kimi_linear": Family(

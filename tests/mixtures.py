@@ -48,10 +48,13 @@ MIXTURES: dict[str, dict[str, Any]] = {
         "layers_block_type": ["mamba", "moe", "attention", "mlp"], "moe_intermediate_size": 64,
         "moe_shared_expert_intermediate_size": 64,
     },
-    "afmoe": SIZES | {"num_experts": 8, "num_experts_per_tok": 2, "num_dense_layers": 1, "num_shared_experts": 1},
+    "afmoe": SIZES | {
+        "num_experts": 8, "num_experts_per_tok": 2, "num_dense_layers": 1, "num_shared_experts": 1,
+        "score_func": "sigmoid", "route_norm": True, "route_scale": 1.0, "n_group": 1, "topk_group": 1,
+    },
     "dots1": SIZES | ROUTED | GROUPS,
     "exaone_moe": SIZES | {"num_experts": 8, "num_experts_per_tok": 2, "num_shared_experts": 1},
-    "flex_olmo": SIZES | MANY,
+    "flex_olmo": SIZES | MANY | {"intermediate_size": 64},
     "cohere2_moe": SIZES | MANY,
     "jamba": SIZES | MANY | {
         "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1,

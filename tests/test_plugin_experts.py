@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import cache
 from math import inf
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -318,6 +319,16 @@ def test_experts_that_differ_are_refused(part, as_ignored):
     found = "16-bit" if as_ignored else r"Scheme\(bits=3, .*\)"
     with pytest.raises(ValueError, match=rf"{PREFIX}: .* differently .*1\.{part} {found}.* ignore all of them"):
         expert_layer(quant)
+
+
+@pytest.mark.parametrize(("model_type", "is_refused"), [("llama4", True), ("llama4_text", True), ("gpt_oss", False)])
+def test_llama_4_has_the_experts_of_all_layers_in_bit_planes_or_of_none(model_type, is_refused):
+    quant = BPDQConfig(Format(Scheme(2, 64), ignore=(r"re:model[.]layers[.]1[.].*experts",)))
+    quant.hf_config = SimpleNamespace(model_type=model_type)
+    expert_layer(quant)
+    refused = pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.experts: vLLM takes the experts of all layers")
+    with refused if is_refused else nullcontext():
+        expert_layer(quant, prefix="model.layers.1.mlp.experts")
 
 
 def test_an_activation_that_the_kernels_lack_is_refused():

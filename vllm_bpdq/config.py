@@ -32,6 +32,7 @@ class BPDQConfig(QuantizationConfig):
         # name or folder, revision, and transformers' config, until its files are checked
         self.model: tuple[str, str | None, Any] | None = None
         self.hf_config: Any = None
+        self.has_experts: set[bool] = set()  # in bit-planes, and not
 
     def __repr__(self) -> str:
         return f"BPDQConfig({self.format})"
@@ -151,6 +152,7 @@ class BPDQConfig(QuantizationConfig):
             return UnquantizedLinearMethod() if scheme is None else BPDQLinearMethod(scheme, prefix, parts, pairs)
         if isinstance(layer, RoutedExperts):
             scheme = self._experts_scheme(layer, prefix)
+            self._check_llama4(prefix, scheme)
             if scheme is None:
                 return None
             _check_unadapted(prefix)
@@ -183,6 +185,16 @@ class BPDQConfig(QuantizationConfig):
                 f"give them the same bits, group_size and coefficient_bits, or ignore all of them"
             )
         return schemes[parts[0]]
+
+    def _check_llama4(self, prefix: str, scheme: format.Scheme | None) -> None:
+        """Raise ValueError for experts that vLLM's loader of Llama 4 would not find: after a layer whose experts are
+        fused it looks for no others."""
+        self.has_experts.add(scheme is not None)
+        if len(self.has_experts) == 2 and getattr(self.hf_config, "model_type", "").startswith("llama4"):
+            raise ValueError(
+                f"{prefix}: vLLM takes the experts of all layers of Llama 4 in bit-planes, or of none: quantize the "
+                "model again without some of them in --ignore, or with 're:.*[.]experts[.].*' in it"
+            )
 
     def _experts_scheme(self, layer: "RoutedExperts", prefix: str) -> format.Scheme | None:
         parts = layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name, layer.ckpt_down_proj_name
