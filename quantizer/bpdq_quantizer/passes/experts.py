@@ -1,7 +1,8 @@
 """What the experts of a layer are calibrated on: each on the tokens that are routed to it.
 
-An expert that few tokens chose would be fitted to those few. It is filled up with tokens of the layer that others
-chose: FILL_WEIGHT of a token each, to FILL tokens in all.
+A token's error is multiplied by its routing weight, so that it counts the square of that, relative to the others'. An
+expert that few tokens chose would be fitted to those few. It is filled up with tokens of the layer that others chose:
+FILL_WEIGHT of a token each, to FILL tokens in all.
 """
 
 from collections.abc import Callable, Iterable
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from bpdq_kernels.experts import Routed, routes
 
-FILL, FILL_WEIGHT = 256, 0.25
+FILL, FILL_WEIGHT = 256, 0.1
 
 
 class Sample(NamedTuple):
@@ -26,21 +27,21 @@ class Sample(NamedTuple):
 
 
 class LayerTokens(NamedTuple):
-    """All tokens of a layer's experts, [T, H] in both models, in host memory, and for each expert those that were
-    routed to it; device: on which they are asked for."""
+    """All tokens of a layer's experts, [T, H] in both models, in host memory; routed: for each expert the rows that
+    were routed to it, and what each counts, fp32; device: on which they are asked for."""
 
     x: Tensor
     original: Tensor | None
-    rows: dict[int, Tensor]
+    routed: dict[int, tuple[Tensor, Tensor]]
     device: torch.device
 
     def of(self, expert: int) -> Sample:
         """Those of an expert, and others to fill it up."""
-        rows = self.rows.get(expert, torch.empty(0, dtype=torch.int64))
+        rows, weights = self.routed.get(expert, (torch.empty(0, dtype=torch.int64), torch.empty(0)))
         missing = max(0, FILL - len(rows))
         others = spread(len(self.x), missing + len(rows)) if missing else rows[:0]
         others = others[~torch.isin(others, rows)][:missing]
-        weights = torch.cat((torch.ones(len(rows)), torch.full((len(others),), FILL_WEIGHT)))
+        weights = torch.cat((weights, torch.full((len(others),), FILL_WEIGHT)))
         rows, routed = torch.cat((rows, others)), len(rows)
         original = None if self.original is None else self.original[rows].to(self.device)
         return Sample(self.x[rows].to(self.device), original, weights[:, None].to(self.device), routed)
@@ -54,16 +55,26 @@ def spread(count: int, wanted: int) -> Tensor:
 def layer_tokens(experts: int, inputs: Iterable[Routed], original: Callable[[int], Routed] | None) -> LayerTokens:
     """From what a layer's `experts` are given in every batch; original(i): in batch i in the 16-bit model, whose
     routing is then the one that counts."""
-    tokens, originals, chosen = [], [], []
+    tokens, originals, chosen, weights = [], [], [], []
     for i, routed in enumerate(inputs):
         before = None if original is None else original(i)
-        index = routed.index if before is None else before.index
+        _, index, counts = routed if before is None else before
         used = (index < experts).any(-1)
         if before is not None:  # Llama 4's are zero where they are not routed
             used &= routed.tokens.any(-1)
             originals.append(before.tokens[used].cpu())
         tokens.append(routed.tokens[used].cpu())
         chosen.append(index[used].cpu())
-    rows = {i: found for i, found, _ in routes(torch.cat(chosen), experts)}
+        weights.append(counts[used].float().cpu())
+    weights = torch.cat(weights)
+    found = {
+        i: (rows, relative_squares(weights[rows, places])) for i, rows, places in routes(torch.cat(chosen), experts)
+    }
     device = routed.tokens.device
-    return LayerTokens(torch.cat(tokens), torch.cat(originals) if originals else None, rows, device)
+    return LayerTokens(torch.cat(tokens), torch.cat(originals) if originals else None, found, device)
+
+
+def relative_squares(weights: Tensor) -> Tensor:
+    """The squares of weights [n], over their mean, which is not zero."""
+    squares = weights.square()
+    return squares / squares.mean() if squares.any() else torch.ones_like(squares)
