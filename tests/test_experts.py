@@ -172,6 +172,32 @@ def test_files_that_lack_experts_or_hold_others(tmp_path, text, arch, name, chan
         quantize(folder, text)
 
 
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["experts.8.w1.weight"], r"experts\.8\.w1\.weight has no place: config\.json has 8 experts"),
+        (["experts.gate_up_proj"], r"experts\.0\.w1\.weight is in its files twice, also in model.*gate_up_proj"),
+    ],
+)
+def test_experts_that_files_have_besides_are_refused(tmp_path, text, names, message):
+    folder = model_folder(tmp_path / "model", f"mixtral{EXPERTS}")
+    shapes = {"experts.8.w1.weight": (96, 128), "experts.gate_up_proj": (8, 192, 128)}
+    extra = {f"model.layers.1.block_sparse_moe.{name}": torch.zeros(shapes[name]) for name in names}
+    save_file(load_tensors(folder) | extra, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=message):
+        quantize(folder, text)
+
+
+def test_fused_experts_are_turned_only_where_transformers_turns_them(tmp_path, text):
+    folder = model_folder(tmp_path / "model", f"gpt_oss{EXPERTS}")
+    tensors = load_tensors(folder)
+    name = "model.layers.1.mlp.experts.down_proj"
+    tensors[name] = tensors[name].transpose(1, 2).contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"down_proj is \(8, 128, 96\) in its files, but \(8, 96, 128\)"):
+        quantize(folder, text)
+
+
 def test_fused_experts_in_integers_are_refused(tmp_path, text):
     folder = model_folder(tmp_path / "model", f"gpt_oss{EXPERTS}")
     tensors = load_tensors(folder)

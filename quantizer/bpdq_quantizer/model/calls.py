@@ -73,7 +73,9 @@ class _Output(_StandIn):
 
 def trunk(model: PreTrainedModel) -> nn.Module:
     """All of a model but the LM head."""
-    return model.model if model.base_model is model else model.base_model  # Llama 4's has not the name that it says
+    if model.base_model is not model:
+        return model.base_model
+    return model.model if hasattr(model, "model") else trunk(model.language_model)  # Llama 4, and what gives it images
 
 
 @contextmanager

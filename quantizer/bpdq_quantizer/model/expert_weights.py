@@ -56,23 +56,36 @@ def expert_weights(
     """Where the files `stored` of a model hold the weights and biases of the experts of its `skeleton`, by their names
     in that; without those that are `quantized` one by one.
 
-    Raises InputError for those that are missing, or have another shape.
+    Raises InputError for those that are missing, there twice, or have another shape, and for experts that config.json
+    does not know of.
     """
     modules = {name: module for name, module in skeleton.named_modules() if isinstance(module, Experts)}
     if not modules:
         return {}
-    _check_fusing(skeleton)
+    turned = _may_be_turned(skeleton)
     model_name = renaming(skeleton)
     files: dict[str, Whole | StoredWeight] = {model_name(name)[0]: Whole(name, entry) for name, entry in stored.items()}
     files |= quantized
     found: dict[str, Readable] = {}
     for name, module in modules.items():
         for tensor in _tensors(name, module):
+            fused = files.get(f"{name}.{tensor.fused}")
             if tensor.name not in files:
-                found[tensor.name] = _of_fused(model, name, module, tensor, files)
+                found[tensor.name] = _of_fused(model, module, tensor, fused, turned)
+            elif fused is not None:
+                raise InputError(
+                    f"{model}: {tensor.name} is in its files twice, also in {fused.name}: download it again"
+                )
             elif tensor.name not in quantized:
                 found[tensor.name] = files[tensor.name]
                 _check_shape(model, files[tensor.name], tensor.shape)
+    for name in files:
+        layer, _, rest = name.rpartition(".experts.")
+        number, module = rest.partition(".")[0], modules.get(f"{layer}.experts")
+        if module is not None and number.isdigit() and int(number) >= module.num_experts:
+            raise InputError(
+                f"{model}: {name} has no place: config.json has {module.num_experts} experts: download the model again"
+            )
     return found
 
 
@@ -102,14 +115,13 @@ def _check_shape(model: str, tensor: Whole, wanted: torch.Size) -> None:
 
 
 def _of_fused(
-    model: str, name: str, module: Experts, tensor: _Tensor, files: dict[str, Whole | StoredWeight]
+    model: str, module: Experts, tensor: _Tensor, fused: Whole | StoredWeight | None, may_be_turned: bool
 ) -> OfFused:
-    fused = files.get(f"{name}.{tensor.fused}")
     if fused is None:
         raise InputError(f"{model}: {tensor.name} is not in its files: download the model again")
     wanted = module.fused_shapes[tensor.fused]
     shape = wanted if isinstance(fused, StoredWeight) else fused.entry.shape
-    turned = (*wanted[:1], *reversed(wanted[1:]))  # as older Qwen3-VL files have them
+    turned = (*wanted[:1], *reversed(wanted[1:])) if may_be_turned else wanted
     if shape not in (wanted, turned):
         raise InputError(misfit(model, fused.name, shape, tuple(wanted)))
     if isinstance(fused, Whole) and fused.entry.dtype not in FLOATS:
@@ -118,9 +130,9 @@ def _of_fused(
     return OfFused(fused, tensor.i, tensor.outputs, is_transposed)
 
 
-def _check_fusing(skeleton: PreTrainedModel) -> None:
-    """Raise InputError where transformers does more with a family's experts than to put them together or to turn
-    them."""
+def _may_be_turned(skeleton: PreTrainedModel) -> bool:
+    """Whether transformers turns the fused experts of a family's files where they have the other shape (Qwen3-VL);
+    raises InputError where it does more than that, and than to put experts together."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     transforms = get_model_conversion_mapping(skeleton)
@@ -128,6 +140,7 @@ def _check_fusing(skeleton: PreTrainedModel) -> None:
     operations = [op for transform in transforms if id(transform) not in others for op in transform.operations]
     if not all(isinstance(operation, Concatenate | MergeModulelist | Transpose) for operation in operations):
         raise InputError(f"{type(skeleton).__name__}: its files hold experts in an order of their own: not supported")
+    return any(isinstance(operation, Transpose) for operation in operations)
 
 
 @register_quantization_config("bpdq_experts_apart")
