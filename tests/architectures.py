@@ -85,7 +85,8 @@ HYBRID = {
 TEXT: dict[str, dict[str, Any]] = DENSE | WINDOWED | MLA | HYBRID
 
 TOKENS = {"vocab_size": 384, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0}
-INNER = SIZES | TOKENS | {"tie_word_embeddings": False}
+UNTIED = TOKENS | {"tie_word_embeddings": False}
+INNER = SIZES | UNTIED
 MROPE = INNER | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}}
 HALF = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "mrope_section": [2, 3, 3]}
 QWEN_TOWER = {"depth": 2, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 128}
@@ -121,7 +122,17 @@ WRAPPERS: dict[str, dict[str, Any]] = {
     "llava_onevision": wrapped("qwen2", "siglip_vision_model") | IMAGE | {"image_grid_pinpoints": [[28, 28], [28, 56]]},
     "smolvlm": wrapped("llama") | {"image_token_id": 380, "scale_factor": 2},
     "idefics3": wrapped("llama") | {"image_token_id": 380, "scale_factor": 2},
-}
+    "qwen3_5_moe": CONFIGS["qwen3_5"] | {"text_config": UNTIED | MIXTURES["qwen3_5_moe_text"]},
+    "qwen3_vl_moe": {
+        "text_config": MROPE | MIXTURES["qwen3_moe"] | {"num_hidden_layers": 3, "norm_topk_prob": True},
+        "vision_config": DEEP_TOWER,
+    } | IMAGES,
+    "llama4": {
+        "text_config": UNTIED | MIXTURES["llama4_text"] | {"model_type": "llama4_text"},
+        "vision_config": TOWER | {"vision_output_dim": 64, "projector_input_dim": 64, "projector_output_dim": 64}
+        | {"intermediate_size": 256},
+    } | IMAGE,
+}  # fmt: skip
 
 
 ARCHITECTURES = [*TEXT, *WRAPPERS, *(f"{arch}{EXPERTS}" for arch in MIXTURES)]

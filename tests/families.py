@@ -146,6 +146,11 @@ FAMILIES: dict[str, Family] = {
     "llava_onevision": Family("images: Qwen2", "LLaVA-OneVision 0.5B, 7B and 72B (`-hf`)", NO_IMAGES),
     "smolvlm": Family("images: Llama", "SmolVLM2 256M, 500M and 2.2B", NO_IMAGES),
     "idefics3": Family("images: Llama", "Idefics3-8B-Llama3", NO_IMAGES),
+    "qwen3_5_moe": Family(
+        "images: experts, GatedDeltaNet", "Qwen3.5-35B-A3B", NO_IMAGES | BF16, same=False, refuses=NO_SCALES
+    ),
+    "qwen3_vl_moe": Family("images: experts", "Qwen3-VL-30B-A3B and 235B-A22B", NO_IMAGES),
+    "llama4": Family("images: experts", "Llama 4 Scout and Maverick", NO_IMAGES),
 }
 MIXED: dict[str, Family] = {
     "mixtral": Family("experts", "Mixtral 8x7B and 8x22B"),

@@ -71,6 +71,8 @@ IN_16_BITS = {  # of the Linears of blocks, by the ends of their names
     f"qwen2_moe{EXPERTS}": {"shared_expert_gate"},
     f"qwen3_next{EXPERTS}": {"in_proj_ba", "shared_expert_gate"},
     f"qwen3_5_moe_text{EXPERTS}": {"in_proj_a", "in_proj_b", "shared_expert_gate"},
+    "qwen3_5_moe": {"in_proj_a", "in_proj_b", "shared_expert_gate"},
+    "llama4": {"router"},
     f"hunyuan_v1_moe{EXPERTS}": {"wg"},
     f"llama4_text{EXPERTS}": {"router"},
     f"phimoe{EXPERTS}": {"router"},
