@@ -13,8 +13,9 @@ from bpdq_quantizer.cli import main
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model import calibration
 from bpdq_quantizer.model.calibration import calibration_windows, file_windows
+from bpdq_quantizer.model.support import check_tokens
 from bpdq_quantizer.model.tokens import PROBES, leading_tokens, load_tokenizer
-from bpdq_quantizer.model.windows import all_tokens
+from bpdq_quantizer.model.windows import all_tokens, text_windows
 from tiny import TEXT, tiny_model, tiny_tokenizer
 
 QUICK = ["--samples", "4", "--seq-len", "32", "--iterations", "1", "--group-size", "64", "--solver", "paper"]
@@ -149,3 +150,16 @@ def test_tokens_and_positions_that_the_model_does_not_have_are_named(tmp_path, t
         model.save_pretrained(tmp_path / "model")
         assert main([str(a) for a in (command, tmp_path / "model", *options, "--seq-len", length)]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_model_that_does_not_say_what_its_embedding_is_is_refused_by_name(tmp_path):
+    """As PP-FormulaNet's of transformers."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model(tmp_path / "model"))
+
+    class Silent(type(model)):
+        def get_input_embeddings(self):
+            raise NotImplementedError
+
+    model.__class__ = Silent
+    with pytest.raises(InputError, match="Silent does not say what its embedding is: not supported"):
+        check_tokens(model, text_windows(torch.tensor([[0, 1]])), "text.txt")
