@@ -132,17 +132,36 @@ def capture_one(weight: Weight, run: Run, batch: Tensor) -> Any:
 
 @torch.no_grad()
 def input_statistics(
-    weight: Weight, inputs: Iterable[Tensor], tokens: int, original: Callable[[int], Tensor] | None
+    weight: Weight,
+    inputs: Iterable[Tensor],
+    tokens: int,
+    original: Callable[[int], Tensor] | None,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """H and C (`accumulate_shift`) of a weight's inputs in all batches, which hold `tokens` tokens; `original(i)` gives
-    the 16-bit model's inputs of batch i."""
+    the 16-bit model's inputs of batch i; weights [L]: what a token counts at each place of a window, if not one."""
     H = torch.zeros(2 * weight.shape[1:], device=weight.matrix.device)
     C = None if original is None else torch.zeros_like(H)
     for i, x in enumerate(inputs):
+        x = x if weights is None else counted(x, weights)
         accumulate(H, x, tokens)
         if C is not None:
-            accumulate_shift(C, original(i), x, tokens)
+            before = original(i)
+            accumulate_shift(C, before if weights is None else counted(before, weights), x, tokens)
     return symmetrize(H), C
+
+
+def counted(x: Tensor, weights: Tensor) -> Tensor:
+    """x [n, L, K] or [n L, K] of n windows, times the roots of what their tokens count, weights [at least L], in fp32.
+
+    Where an input has other axes, all of it counts the same.
+    """
+    roots, rows = weights.sqrt().unsqueeze(-1), x.shape[:-1].numel()
+    if x.ndim == 2 and rows % len(roots) == 0:
+        x = x.unflatten(0, (-1, len(roots)))
+    if x.ndim != 3 or x.shape[1] > len(roots):
+        return x
+    return x.float() * roots[: x.shape[1]]
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from bpdq_kernels.experts import Experts, Routed
 from bpdq_kernels.format import Scheme
 from bpdq_kernels.layout import Stored
 from bpdq_quantizer.algorithm.hessian import corrected
+from bpdq_quantizer.algorithm.outputs import solve_in_turn
 from bpdq_quantizer.algorithm.solver import Solution, Solve
 from bpdq_quantizer.model.activations import (
     Original,
@@ -39,6 +40,7 @@ from bpdq_quantizer.model.weights import Weight, hooked, weights_in
 from bpdq_quantizer.model.windows import Window, text_windows, token_count
 from bpdq_quantizer.passes.experts import in_two, layer_tokens, slices
 from bpdq_quantizer.passes.layers import LayerReport, check_finite, layer_report, solve_checked, stored
+from bpdq_quantizer.passes.outputs import Outputs, token_weights
 from bpdq_quantizer.storage.offload import Batches
 
 
@@ -61,6 +63,7 @@ def quantize_blocks(
     start: States | None = None,
     offload: Path | None = None,
     asymmetric: float = 0.0,
+    outputs: Callable[[int], Mapping[str, Outputs]] | None = None,
 ) -> Iterator[tuple[nn.Module, list[LayerReport], States]]:
     """Quantize the model's decoder blocks one after the other, from the first or from `start`.
 
@@ -71,7 +74,8 @@ def quantize_blocks(
     at a time on `device`. If all windows fit one batch, a block takes one forward pass, otherwise about two for the
     four usual stages.
     With `asymmetric` > 0, every weight is first corrected for what quantization has done to its inputs, by that share
-    (`hessian.corrected`). The reports are of the corrected weights.
+    (`hessian.corrected`). The reports are of the corrected weights. outputs(i): of block i's Linears, by name, what
+    errors of their outputs do to the model.
     """
     if start is None:
         batches, calls = embed(source, windows, device, offload)
@@ -88,7 +92,8 @@ def quantize_blocks(
         stages = find_stages(weights, runs[0], batches[0][:1])
         firsts = [stage[0] for stage in stages]
         original = Original(block, name, firsts, original_calls[index], device, full) if full else None
-        solver = StageSolver(schemes, solve, token_count(windows), asymmetric, original)
+        known = {} if outputs is None else outputs(index)
+        solver = StageSolver(schemes, solve, token_count(windows), asymmetric, original, known)
         quantize_block(stages, runs, batches, solver)
         if original is not None:
             full = original.outputs()
@@ -99,12 +104,14 @@ def quantize_blocks(
 
 class Problem(NamedTuple):
     """Weights that are solved together, as they share their inputs. W [N, K]: what their rows are to come close to;
-    H [K, K]: of their inputs; tokens: that it is of."""
+    H [K, K]: of their inputs; tokens: that it is of; covariances: of chunks of their outputs, as of `solve_in_turn`, if
+    they are known."""
 
     weights: list[Weight]
     W: Tensor
     H: Tensor
     tokens: int
+    covariances: Sequence[Tensor] = ()
 
 
 class StageSolver:
@@ -112,7 +119,8 @@ class StageSolver:
 
     A solved weight goes on as the matrix that its bit-planes stand for, which later stages' inputs are of; `finish`
     puts the bit-planes in its place. reports: of the weights solved so far. tokens: of the calibration windows;
-    original: the 16-bit block, for `asymmetric` calibration, or None.
+    original: the 16-bit block, for `asymmetric` calibration, or None; outputs: what errors of the Linears' outputs do
+    to the model, by name, where that is known.
     """
 
     def __init__(
@@ -122,9 +130,10 @@ class StageSolver:
         tokens: int,
         asymmetric: float,
         original: Original | None,
+        outputs: Mapping[str, Outputs],
     ) -> None:
         self.schemes, self.solve, self.tokens = schemes, solve, tokens
-        self.asymmetric, self.original = asymmetric, original
+        self.asymmetric, self.original, self.outputs = asymmetric, original, outputs
         self.reports: list[LayerReport] = []
         self.packed: list[tuple[Weight, Stored, int]] = []
 
@@ -132,8 +141,12 @@ class StageSolver:
         """Solve a stage from its inputs in every batch."""
         original = None if self.original is None else partial(self.original.input, stage[0].name)
         if stage[0].layer is None:
-            statistics = input_statistics(stage[0], inputs, self.tokens, original)
-            self._solve([self._problem(stage, *statistics, self.tokens)])
+            known = [self.outputs[weight.name] for weight in stage if weight.name in self.outputs]
+            weights = token_weights(known) if known else None
+            statistics = input_statistics(stage[0], inputs, self.tokens, original, weights)
+            problem = self._problem(stage, *statistics, self.tokens)
+            covariances = [G for outputs in known for G in outputs.covariances]
+            self._solve([problem._replace(covariances=covariances)])
         else:
             self._solve_experts(stage, stage[0].layer.module, inputs, original)
 
@@ -178,13 +191,14 @@ class StageSolver:
             return
         trim_heap()
         started = time.perf_counter()
-        weights, targets, hessians, tokens = zip(*problems, strict=True)
+        weights, targets, hessians, tokens, (covariances, *_) = zip(*problems, strict=True)
         alone = len(problems) == 1
         W, H = (tensors[0] if alone else torch.stack(tensors) for tensors in (targets, hessians))
         problems.clear()
         del targets, hessians
         scheme = self.schemes[weights[0][0].name]
-        solutions = solve_checked([stage[0].name for stage in weights], W, H, scheme, self.solve)
+        solve = partial(solve_in_turn, self.solve, covariances) if covariances else self.solve
+        solutions = solve_checked([stage[0].name for stage in weights], W, H, scheme, solve)
         seconds_per_row = (time.perf_counter() - started) / W.shape[:-1].numel()
         for stage, solution, count in zip(weights, solutions, tokens, strict=True):
             self._keep(stage, solution, scheme, seconds_per_row, count)

@@ -20,7 +20,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import nll_loss
 from tqdm import tqdm
 
 from bpdq_kernels.format import WIDTHS, Scheme
@@ -31,12 +30,12 @@ from bpdq_quantizer.algorithm.order import group_aware_order
 from bpdq_quantizer.algorithm.refine import refine
 from bpdq_quantizer.algorithm.solver import one_pass, undamped, used_inputs
 from bpdq_quantizer.model.activations import embed, find_stages, run_batches
-from bpdq_quantizer.model.calls import Run, block_inputs, block_runs, head_inputs
+from bpdq_quantizer.model.calls import Run, block_runs
 from bpdq_quantizer.model.stream import Streamed, drop_block, load_block, solved
 from bpdq_quantizer.model.weights import Weight, hooked
-from bpdq_quantizer.model.windows import Window, first_tokens, image_token, token_count
+from bpdq_quantizer.model.windows import Window, first_tokens, token_count
+from bpdq_quantizer.passes.gradients import backwards, first_windows, loss_gradients
 from bpdq_quantizer.passes.layers import check_finite
-from bpdq_quantizer.passes.tune import LOSS_ELEMENTS, log_probabilities, softcap
 from bpdq_quantizer.storage.offload import Batches
 
 SAMPLE_ROWS = 64  # of each weight
@@ -166,16 +165,6 @@ def sample_rows_of(
     }
 
 
-def first_windows(batches: Batches, count: int) -> list[Tensor]:
-    """The first `count` windows [1, L, D] of batches [n, L, D]."""
-    found: list[Tensor] = []
-    for batch in batches:
-        found += [window.clone() for window in batch[: count - len(found)].split(1)]
-        if len(found) == count:
-            break
-    return found
-
-
 def all_hessians(weights: Sequence[Weight], runs: Sequence[Run], batches: Batches, tokens: int) -> dict[str, Tensor]:
     """H of the inputs of weights of a block, by name, which read `tokens` tokens, an expert's those that are routed to
     it; `batches` become the block's outputs."""
@@ -236,43 +225,12 @@ def gradient_energies(
     states: as returned by `row_losses`, of these windows. The loss is the sum over tokens of the negative
     log-likelihood.
     """
-    calls = block_inputs(source.model, source.blocks, windows, source.by_window).calls
     gradients = loss_gradients(source, windows, states[-1])
-    energies: dict[str, Tensor] = {}
-    for index in reversed(range(len(source.blocks))):
-        block = load_block(source, index, device).requires_grad_(False)
-        weights = solved(source, index)
-        here = {name: torch.zeros(weight.shape[0], device=device) for name, weight in weights.items()}
-        runs = block_runs(block, calls[index], device, len(gradients))
-        with hooked(weight.on_gradient(partial(add_squares, here[name])) for name, weight in weights.items()):
-            for i, gradient in enumerate(gradients):
-                with torch.enable_grad():
-                    hidden = states[index][i].detach().to(device).requires_grad_()
-                    (gradients[i],) = torch.autograd.grad(runs[i](hidden), hidden, gradient.to(device))
-        drop_block(block)
-        energies |= {name: energy.cpu() / token_count(windows) for name, energy in here.items()}
-    return energies
+    energies = {name: torch.zeros(weight.shape[0], device=device) for name, weight in solved(source).items()}
 
+    def add_squares(name: str, gradient: Tensor) -> None:
+        energies[name].add_(gradient.float().square().sum(tuple(range(gradient.ndim - 1))))
 
-def add_squares(energy: Tensor, gradient: Tensor) -> None:
-    """Add to `energy` [N] the squares of a gradient [..., N], summed over tokens."""
-    energy.add_(gradient.float().square().sum(tuple(range(gradient.ndim - 1))))
-
-
-def loss_gradients(source: Streamed, windows: Sequence[Window], last: list[Tensor]) -> list[Tensor]:
-    """The gradient of the loss at the last block's output, a tensor [1, L, D] for every window, as `last` is. No model
-    predicts an image's tokens."""
-    head, cap = source.model.get_output_embeddings(), softcap(source.model)
-    step = max(1, LOSS_ELEMENTS // head.weight.shape[0])
-    nll = partial(nll_loss, reduction="sum", ignore_index=image_token(source.model))
-    gradients = []
-    for window, hidden in zip(windows, last, strict=True):
-        with torch.enable_grad():
-            hidden = hidden.detach().requires_grad_()
-            (final,) = head_inputs(source.model, source.blocks, [hidden])
-            states = final.detach()[0, :-1].requires_grad_()
-            for rows, targets in zip(states.split(step), window.tokens[0, 1:].split(step), strict=True):
-                nll(log_probabilities(rows, head, cap), targets).backward()
-            padded = torch.nn.functional.pad(states.grad[None], (0, 0, 0, 1))
-            gradients.append(torch.autograd.grad(final, hidden, padded)[0])
-    return gradients
+    for _ in backwards(source, windows, states, gradients, device, add_squares):
+        pass
+    return {name: energy.cpu() / token_count(windows) for name, energy in energies.items()}

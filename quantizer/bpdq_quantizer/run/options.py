@@ -151,6 +151,17 @@ class Method:
         within=(0, 1),
         expected="0 (off) to 1",
     )
+    output_tokens: int = option(
+        0,
+        "tokens for gradients, by which errors are weighed",
+        "so many tokens of the calibration text, at least a window, are followed backwards through the 16-bit model: "
+        "its gradients say which tokens count how much, and which outputs of a Linear make good each other's errors "
+        "(YAQA); 0 is off. All blocks' hidden states of these tokens are held in host memory, and `DIR.partial` has "
+        "4096 bytes for every output of a Linear",
+        metavar="TOKENS",
+        within=(0, 2**31 - 1),
+        expected="0 (off) or more",
+    )
     rotate: str = option(
         "none",
         "spread outliers over all channels",

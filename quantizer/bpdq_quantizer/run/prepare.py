@@ -75,9 +75,14 @@ def prepare(o: Options, folder: RunFolder) -> Run:
     source = leave_alone(open_model(model), o.schemes.ignore or [])
     check_tokens(source.model, found, o.text.calibration)
     source = check_blocks(source, found)
-    if source.carries and (o.schemes.target_bpw or o.schemes.target_size):
+    backwards = {
+        "--target-bpw / --target-size": o.schemes.target_bpw or o.schemes.target_size,
+        "--output-tokens": o.method.output_tokens,
+    }
+    if source.carries and any(backwards.values()):
+        option = next(name for name, given in backwards.items() if given)
         raise InputError(
-            f"--target-bpw / --target-size: blocks of {type(source.model).__name__} share keys and values, through "
+            f"{option}: blocks of {type(source.model).__name__} share keys and values, through "
             "which gradients are not followed: leave it out"
         )
     heads = find_heads(model, source.model, source.quantized)

@@ -26,6 +26,14 @@ def recover(folder: RunFolder) -> None:
         _say(f"{e}: starting again from the first block")
         for name in BLOCKS:
             (resume / name).unlink(missing_ok=True)
+    outputs = sorted(resume.glob("outputs-*.safetensors"))
+    try:
+        for file in outputs:
+            read_sealed(file)
+    except DamagedError as e:
+        _say(f"{e}: following the 16-bit model's loss backwards again")
+        for file in outputs:
+            file.unlink()
     try:
         if (resume / "teacher.safetensors").is_file():
             read_sealed(resume / "teacher.safetensors")

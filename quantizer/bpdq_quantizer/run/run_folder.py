@@ -4,6 +4,7 @@
                    resume/lock                        held while a run is under way; names its process
                           run.json                    options, model and calibration tokens of the run
                           schemes.json                bits and group size of each layer, if --target-... asked
+                          outputs-00000.safetensors   of block 0 and so on, the first one last, with --output-tokens
                           states.safetensors          what the next block reads, written after each block
                           teacher.safetensors, tuning.safetensors, tuned.json     of --tune model
                           carried/                    what the checkpoint takes over from the source
@@ -32,7 +33,12 @@ from bpdq_quantizer.storage.files import DamagedError, read_json, sync, write_js
 from bpdq_quantizer.storage.offload import state_files
 
 PROGRAM = "bpdq quantize"
-KEPT = ("states.safetensors", "schemes.json", "teacher.safetensors")  # what makes a folder worth keeping
+KEPT = (  # what makes a folder worth keeping
+    "states.safetensors",
+    "schemes.json",
+    "teacher.safetensors",
+    "outputs-00000.safetensors",
+)
 ATTEMPTS = 100  # to lock a folder that other runs create and remove meanwhile
 REMEDIES = {
     "threads": "set OMP_NUM_THREADS={}",

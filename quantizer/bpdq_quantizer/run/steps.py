@@ -1,6 +1,6 @@
 """The steps of the recipe that leave something in the run's folder, from which a stopped run goes on."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from math import prod
 from typing import Any, NamedTuple
@@ -12,9 +12,11 @@ from bpdq_kernels.format import Scheme
 from bpdq_quantizer.algorithm.solver import Solve
 from bpdq_quantizer.cost import Clock
 from bpdq_quantizer.model.stream import solved
+from bpdq_quantizer.model.windows import first_tokens
 from bpdq_quantizer.passes.allocate import allocate, by_layer
 from bpdq_quantizer.passes.blocks import original_states, quantize_blocks
 from bpdq_quantizer.passes.experts import FILL
+from bpdq_quantizer.passes.outputs import Outputs, load_outputs, measure_outputs, save_outputs
 from bpdq_quantizer.passes.sensitivity import choices, sensitivities
 from bpdq_quantizer.passes.tune import tune_model
 from bpdq_quantizer.run.block_files import BlockFiles
@@ -78,6 +80,18 @@ def choose_schemes(run: Run) -> Allocation:
     return Allocation({name: Scheme(**scheme) for name, scheme in found.pop("schemes").items()}, found)
 
 
+def known_outputs(run: Run) -> Callable[[int], Mapping[str, Outputs]] | None:
+    """What reads the `Outputs` of a block's Linears, which are measured once; None where that is not asked for."""
+    o, source = run.options, run.source
+    if not o.method.output_tokens:
+        return None
+    files = [run.folder.resume / f"outputs-{i:05}.safetensors" for i in range(len(source.blocks))]
+    if not all(file.is_file() for file in files):
+        windows = first_tokens(run.windows.solving, o.method.output_tokens)
+        measure_outputs(source, windows, run.device, o.method.seed, lambda i, found: save_outputs(files[i], found))
+    return lambda index: load_outputs(files[index], run.device)
+
+
 def solve_blocks(run: Run, files: BlockFiles, solve: Solve) -> Solved:
     """Write the quantized blocks that the folder lacks."""
     o, source, folder = run.options, run.source, run.folder
@@ -100,6 +114,7 @@ def solve_blocks(run: Run, files: BlockFiles, solve: Solve) -> Solved:
         start=start,
         offload=folder.offload,
         asymmetric=o.method.asymmetric,
+        outputs=known_outputs(run),
     )
     del start  # whose hidden states are replaced one by one
     with tqdm(total=total, initial=done, unit="weight", unit_scale=True, desc="quantizing") as bar:

@@ -1,0 +1,123 @@
+"""What errors of a Linear's outputs do to the model's loss: Fisher information, from gradients of the 16-bit model.
+
+Two things of it steer the solver. Some tokens count more than others: those early in a window, which all later ones
+attend to. And outputs go together, so that an error of one can be made good by another (`algorithm.outputs`).
+Labels are drawn from the model's own distribution, for which the second derivative of the KL divergence is E[g g^T] of
+the gradients g. These have heavy tails: a few tokens would outweigh all others. Therefore each gradient is divided by
+the square root of its length, and what a token counts is that length, not its square, averaged over windows.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from bpdq_quantizer.model.stream import Streamed, solved
+from bpdq_quantizer.model.windows import Window
+from bpdq_quantizer.passes.gradients import all_states, backwards, loss_gradients
+from bpdq_quantizer.storage.files import read_sealed, write_tensors
+
+CHUNK = 1024  # outputs, at most, that know of each other's errors
+
+
+class Outputs(NamedTuple):
+    """Of a weight's N outputs. profile: fp32 [L], what a token counts at each place of a window, one on average;
+    covariances: E[g g^T / |g|] fp32 [n, n] of chunks of at most CHUNK of them."""
+
+    profile: Tensor
+    covariances: list[Tensor]
+
+
+class Sums:
+    """`Outputs` in the making. length: of the longest window."""
+
+    def __init__(self, outputs: int, length: int, device: torch.device) -> None:
+        sizes = [len(part) for part in torch.arange(outputs).tensor_split(-(-outputs // CHUNK))]
+        self.covariances = [torch.zeros(size, size, device=device) for size in sizes]
+        self.lengths = torch.zeros(2, length, device=device)  # sums of |g|, and of how many tokens
+
+    def add(self, gradient: Tensor) -> None:
+        """gradient [1, L, N] of a window."""
+        g = gradient.reshape(-1, gradient.shape[-1]).float()
+        norm = torch.linalg.vector_norm(g, dim=1)
+        self.lengths[:, : len(g)] += torch.stack((norm, torch.ones_like(norm)))
+        g = g * norm.clamp(min=torch.finfo(norm.dtype).tiny).rsqrt().unsqueeze(1)
+        for G, part in zip(self.covariances, g.split([len(G) for G in self.covariances], 1), strict=True):
+            G.addmm_(part.T, part)
+
+    def read(self) -> Outputs:
+        tokens = self.lengths[1].sum()
+        return Outputs(smooth(self.lengths[0] / self.lengths[1]).cpu(), [(G / tokens).cpu() for G in self.covariances])
+
+
+def smooth(profile: Tensor) -> Tensor:
+    """profile [L] averaged over a quarter of the way to the window's start on both sides, and scaled to a mean of
+    one."""
+    places = torch.arange(len(profile), device=profile.device)
+    low, high = places - places // 4, (places + places // 4 + 1).clamp(max=len(profile))
+    sums = torch.nn.functional.pad(profile.double().cumsum(0), (1, 0))
+    means = (sums[high] - sums[low]) / (high - low)
+    return (means / means.mean()).float() if means.any() else torch.ones_like(profile)
+
+
+def measure_outputs(
+    source: Streamed,
+    windows: Sequence[Window],
+    device: torch.device,
+    seed: int,
+    write: Callable[[int, Mapping[str, Outputs]], None],
+) -> None:
+    """Give `write` the `Outputs` of every block's Linears, by name, from the last block to the first.
+
+    Experts have none: each sees tokens of its own. The hidden states in front of all blocks are held in host memory:
+    2 bytes x tokens x width x blocks.
+    """
+    count = len(source.blocks)
+    with tqdm(total=2 * count, desc="measuring outputs", unit="block") as bar:
+        states = []
+        for hidden in all_states(source, windows, device):
+            states.append(hidden)
+            bar.update(len(states) > 1)
+        sampled = torch.Generator(states[-1][0].device).manual_seed(seed)
+        gradients = loss_gradients(source, windows, states[-1], sampled)
+        length, sums = max(window.tokens.shape[1] for window in windows), {}
+        alone = {name: weight for name, weight in solved(source).items() if weight.layer is None}
+
+        def see(name: str, gradient: Tensor) -> None:
+            if name in alone:
+                if name not in sums:
+                    sums[name] = Sums(alone[name].shape[0], length, device)
+                sums[name].add(gradient)
+
+        for index in backwards(source, windows, states, gradients, device, see):
+            write(index, {name: found.read() for name, found in sums.items()})
+            sums.clear()
+            states.pop()
+            bar.update()
+
+
+def save_outputs(file: Path, outputs: Mapping[str, Outputs]) -> None:
+    """Write what `load_outputs` reads."""
+    named = {f"profile/{name}": found.profile for name, found in outputs.items()}
+    named |= {f"{i}/{name}": G for name, found in outputs.items() for i, G in enumerate(found.covariances)}
+    write_tensors(file, named, {})
+
+
+def load_outputs(file: Path, device: torch.device) -> dict[str, Outputs]:
+    """Those of a block's Linears, by name, on `device`; raises DamagedError."""
+    named, _ = read_sealed(file)
+    found = {}
+    for key, profile in named.items():
+        kind, name = key.split("/", 1)
+        if kind == "profile":
+            chunks = sum(other.endswith(f"/{name}") for other in named) - 1
+            found[name] = Outputs(profile.to(device), [named[f"{i}/{name}"].to(device) for i in range(chunks)])
+    return found
+
+
+def token_weights(outputs: Iterable[Outputs]) -> Tensor:
+    """What a token counts at each place of a window for Linears with one input: fp32 [L], one on average."""
+    return torch.stack([found.profile for found in outputs]).mean(0)

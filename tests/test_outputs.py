@@ -1,0 +1,179 @@
+"""Errors weighed by what they do to the model's loss: gradients of the 16-bit model, and rows solved in turn."""
+
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+import bpdq_quantizer
+from bpdq_quantizer.algorithm.outputs import approximation, solve_in_turn
+from bpdq_quantizer.algorithm.solver import quantize_linear
+from bpdq_quantizer.errors import InputError
+from bpdq_quantizer.model.activations import counted
+from bpdq_quantizer.model.stream import open_model
+from bpdq_quantizer.model.windows import text_windows
+from bpdq_quantizer.passes import outputs
+from bpdq_quantizer.passes.outputs import Outputs, load_outputs, measure_outputs, save_outputs
+from tests.tiny import TEXT, load_tensors, tiny_model
+
+SOLVE = functools.partial(quantize_linear, iterations=2)
+
+
+def low_rank(size: int, rank: int, seed: int) -> Tensor:
+    """E[g g^T] of gradients that have `rank` directions in common."""
+    generator = torch.Generator().manual_seed(seed)
+    g = torch.randn(4 * size, rank, generator=generator) @ torch.randn(rank, size, generator=generator)
+    return g.T @ g + 0.05 * torch.eye(size) * g.square().sum() / size
+
+
+def both_sides(E: Tensor, G: Tensor, H: Tensor) -> float:
+    return torch.einsum("mn,nk,kl,ml->", G, E, H, E).item()
+
+
+@settings(max_examples=8, deadline=None)
+@given(seed=st.integers(0, 99), bits=st.sampled_from([2, 3]), coefficient_bits=st.sampled_from([8, 16]))
+def test_rows_in_turn_lower_the_loss_of_both_sides(seed: int, bits: int, coefficient_bits: int):
+    generator = torch.Generator().manual_seed(seed)
+    W = torch.randn(192, 64, generator=generator)
+    x = torch.randn(256, 64, generator=generator)
+    H, covariances = x.T @ x, [low_rank(128, 8, seed), low_rank(64, 8, seed + 1)]
+    alone = SOLVE(W, H, bits, 32, coefficient_bits)
+    in_turn = solve_in_turn(SOLVE, covariances, W, H, bits, 32, coefficient_bits)
+    losses = [both_sides(W - approximation(s, 32), torch.block_diag(*covariances), H) for s in (alone, in_turn)]
+    assert losses[1] < 0.9 * losses[0]
+
+
+def test_rows_whose_gradients_have_nothing_in_common_are_solved_as_if_alone():
+    generator = torch.Generator().manual_seed(0)
+    W, x = torch.randn(160, 64, generator=generator), torch.randn(256, 64, generator=generator)
+    covariances = [torch.rand(100, generator=generator).diag(), torch.rand(60, generator=generator).diag()]
+    alone = SOLVE(W, x.T @ x, 2, 32, 8)
+    in_turn = solve_in_turn(SOLVE, covariances, W, x.T @ x, 2, 32, 8)
+    assert torch.equal(in_turn.codes, alone.codes)
+    torch.testing.assert_close(in_turn.loss, alone.loss)
+    assert torch.equal(approximation(in_turn, 32), approximation(alone, 32))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("outputs") / "model")
+
+
+def measured(model: Path, tokens: Tensor, seed: int = 0) -> dict[str, Outputs]:
+    found = {}
+    measure_outputs(
+        open_model(str(model)), text_windows(tokens), torch.device("cpu"), seed, lambda _, part: found.update(part)
+    )
+    return found
+
+
+def test_gradients_are_those_of_the_whole_model(model: Path):
+    tokens = torch.randint(0, 384, (1, 6), generator=torch.Generator().manual_seed(0))
+    found = [measured(model, tokens, seed) for seed in range(4)]
+    whole = AutoModelForCausalLM.from_pretrained(model).requires_grad_(False)
+    name, seen = "model.layers.0.mlp.up_proj", []
+
+    def hook(_: nn.Module, __: tuple, output: Tensor) -> None:
+        output.register_hook(lambda g: seen.append(g[0]))
+
+    whole.get_submodule(name).register_forward_hook(hook)
+    for seed in range(4):
+        embedded = whole.get_input_embeddings()(tokens).requires_grad_()
+        log_p = whole(inputs_embeds=embedded).logits[0, :-1].log_softmax(-1)
+        labels = torch.multinomial(log_p.detach().exp(), 1, generator=torch.Generator().manual_seed(seed))
+        log_p.gather(1, labels).sum().neg().backward()
+        g, norms = seen[-1], seen[-1].norm(dim=1, keepdim=True)
+        expected = (g / norms.clamp(min=1e-30).sqrt()).T @ (g / norms.clamp(min=1e-30).sqrt()) / len(g)
+        torch.testing.assert_close(torch.block_diag(*found[seed][name].covariances), expected, rtol=1e-3, atol=1e-9)
+        assert found[seed][name].profile.argmax() == outputs.smooth(norms[:, 0]).argmax()
+
+
+def test_outputs_come_in_even_chunks(model: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(outputs, "CHUNK", 100)
+    found = measured(model, torch.randint(0, 384, (2, 8)))
+    sizes = {name.rpartition(".")[2]: [len(G) for G in part.covariances] for name, part in found.items()}
+    assert sizes["up_proj"] == [88] * 4
+    assert sizes["k_proj"] == [64]
+    assert len(found) == 14
+
+
+def test_what_was_measured_is_read_back(model: Path, tmp_path: Path):
+    found = measured(model, torch.randint(0, 384, (2, 8)))
+    save_outputs(tmp_path / "outputs.safetensors", found)
+    again = load_outputs(tmp_path / "outputs.safetensors", torch.device("cpu"))
+    assert again.keys() == found.keys()
+    for name, part in found.items():
+        assert torch.equal(part.profile, again[name].profile)
+        assert all(torch.equal(*pair) for pair in zip(part.covariances, again[name].covariances, strict=True))
+
+
+@given(length=st.integers(1, 70), value=st.floats(0.1, 10))
+def test_smoothed_profiles_have_a_mean_of_one(length: int, value: float):
+    profile = torch.rand(length) + value
+    assert outputs.smooth(profile).mean().item() == pytest.approx(1, rel=1e-5)
+    torch.testing.assert_close(outputs.smooth(torch.full((length,), value)), torch.ones(length))
+    assert torch.equal(outputs.smooth(torch.zeros(length)), torch.ones(length))
+
+
+def test_tokens_count_by_their_place():
+    weights = torch.tensor([4.0, 1.0, 0.25])
+    x = torch.ones(2, 3, 5)
+    assert torch.equal(counted(x, weights), torch.tensor([2, 1, 0.5])[None, :, None].expand(2, 3, 5))
+    assert torch.equal(counted(x.flatten(0, 1), weights).flatten(0, 1), counted(x, weights).flatten(0, 1))
+    assert torch.equal(counted(x[:, :2], weights), counted(x, weights)[:, :2])
+
+
+@pytest.mark.parametrize("batch_bytes", [1 << 30, 1])
+def test_a_run_that_knows_outputs_goes_on_to_the_same_tensors(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_bytes: int
+):
+    monkeypatch.setattr("bpdq_quantizer.model.activations.ACTIVATION_BYTES", batch_bytes)
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    options = {"group_size": 32, "calibration": str(text), "samples": 4, "seq_len": 16, "output_tokens": 32}
+    bpdq_quantizer.quantize(model, tmp_path / "once", **options)
+    write = "bpdq_quantizer.run.steps.save_progress"
+    with monkeypatch.context() as patched:
+        patched.setattr(write, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            bpdq_quantizer.quantize(model, tmp_path / "again", **options)
+    with monkeypatch.context() as patched:  # what was measured is there
+        patched.setattr("bpdq_quantizer.run.steps.measure_outputs", None)
+        bpdq_quantizer.quantize(model, tmp_path / "again", resume=True, **options)
+    once, again = load_tensors(tmp_path / "once"), load_tensors(tmp_path / "again")
+    assert once.keys() == again.keys()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in once.items())
+    bpdq_quantizer.quantize(model, tmp_path / "off", **{**options, "output_tokens": 0})
+    off = load_tensors(tmp_path / "off")
+    assert any(not torch.equal(tensor, off[name]) for name, tensor in once.items() if name.endswith(".B"))
+
+
+def test_damaged_statistics_are_measured_again(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    options = {"group_size": 32, "calibration": str(text), "samples": 2, "seq_len": 16, "output_tokens": 16}
+    bpdq_quantizer.quantize(model, tmp_path / "once", **options)
+    with monkeypatch.context() as patched:
+        patched.setattr("bpdq_quantizer.run.steps.save_progress", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            bpdq_quantizer.quantize(model, tmp_path / "again", **options)
+    file = tmp_path / "again.partial" / "resume" / "outputs-00001.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    bpdq_quantizer.quantize(model, tmp_path / "again", resume=True, **options)
+    assert "outputs-00001.safetensors" in capsys.readouterr().err
+    once, again = load_tensors(tmp_path / "once"), load_tensors(tmp_path / "again")
+    assert all(torch.equal(tensor, again[name]) for name, tensor in once.items())
+
+
+def test_the_option_is_checked(model: Path, tmp_path: Path):
+    with pytest.raises(InputError, match="--output-tokens"):
+        bpdq_quantizer.quantize(model, tmp_path / "out", output_tokens=-1)
