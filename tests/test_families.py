@@ -166,6 +166,7 @@ def test_a_stopped_run_goes_on_to_the_same_tensors(tmp_path, text, arch, stops_a
     ("arch", "options", "message"),
     [
         ("gemma4_text", {"target_bpw": 3.0}, "--target-bpw / --target-size: blocks of Gemma4ForCausalLM share keys"),
+        ("gemma4_text", {"output_tokens": 64}, "--output-tokens: blocks of Gemma4ForCausalLM share keys"),
         ("gemma4_text", {"kv_cache_scales": True}, r"--kv-cache-scales: model\.layers\.2 has no attention layer"),
         ("falcon_h1", {"kv_cache_scales": True}, r"--kv-cache-scales: what model\.layers\.0 caches can't be seen"),
     ],
