@@ -20,7 +20,7 @@ from bpdq_quantizer.model.stream import check_unchanged
 from bpdq_quantizer.model.weights import kept, weights_in
 from bpdq_quantizer.model.windows import token_count
 from bpdq_quantizer.passes import kv_scales
-from bpdq_quantizer.passes.blocks import final_batches
+from bpdq_quantizer.passes.blocks import last_batches
 from bpdq_quantizer.passes.embeddings import quantize_embeddings
 from bpdq_quantizer.run.block_files import BlockFiles
 from bpdq_quantizer.run.options import SOLVERS, described, resolved, signature
@@ -136,8 +136,9 @@ def head_states(run: Run, read: Callable[[int], nn.Module]) -> Batches:
     """What the LM head reads in the model with quantized blocks, tuned ones if they are. `read(i)` gives block i."""
     source, solving, offload = run.source, run.windows.solving, run.folder.offload
     if run.options.tuning.tune == "model":
-        return final_batches(source, solving, run.device, offload, read, "running the tuned model")
-    states = load_progress(run.folder.path, offload).states.quantized
+        states = last_batches(source, solving, run.device, offload, read, "running the tuned model")
+    else:
+        states = load_progress(run.folder.path, offload).states.quantized
     return head_inputs(source.model, source.blocks, states)
 
 
