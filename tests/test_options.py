@@ -27,8 +27,16 @@ OTHERS = {  # than the defaults
         "kv_cache_scales": True,
     },
     **{"ignore": ["re:.*[.]o_proj", "model.layers.0.mlp.down_proj"]},
-    **{"calibration": "t.txt", "samples": 9, "seq_len": 64, "special_tokens": "none", "iterations": 2},
-    **{"solver": "paper", "asymmetric": 0.25, "rotate": "hadamard", "seed": 7, "tune": "model", "tune_steps": 5},
+    **{"calibration": "t.txt", "samples": 9, "seq_len": 64, "special_tokens": "none", "evaluate": 8, "iterations": 2},
+    **{
+        "evaluate": 8,
+        "solver": "paper",
+        "asymmetric": 0.25,
+        "rotate": "hadamard",
+        "seed": 7,
+        "tune": "model",
+        "tune_steps": 5,
+    },
     **{"tune_loss": "mix", "tune_samples": 11, "offload_dir": "s", "device": "cpu", "devices": "cpu", "resume": True},
     "target_bpw": 2.5,
 }

@@ -160,6 +160,11 @@ def _quantize(args: argparse.Namespace) -> dict[str, Any] | None:
         f"{args.output}: {report['bits_per_weight']:.3f} bits per quantized weight, {report['seconds']:.0f} s "
         f"({report['cpu_seconds']:.0f} s CPU)" + (f", peak host memory {peak / 1e9:.2f} GB" if peak is not None else "")
     )
+    if found := report.get("evaluation"):
+        print(
+            f"{found['windows']} held-out windows: perplexity {found['perplexity']:.2f} (original: "
+            f"{found['reference_perplexity']:.2f}), KL {found['kl']:.3f}, same top token {found['top1_agreement']:.1%}"
+        )
     return {**{k: v for k, v in report.items() if k != "layers"}, "output": args.output}
 
 

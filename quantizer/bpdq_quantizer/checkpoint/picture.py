@@ -54,6 +54,6 @@ def draw(found: dict[str, Any]) -> "Figure":
 
 
 def place(name: str) -> tuple[int, str]:
-    """Block number and module of a layer's name; 0 for the embedding and the LM head."""
-    found = re.search(r"\.(\d+)\.(.+)", name)
+    """Block number and module of a layer's name, one for all experts; 0 for the embedding and the LM head."""
+    found = re.search(r"\.(\d+)\.(.+)", re.sub(r"experts\.\d+\.", "experts.", name))
     return (int(found[1]), found[2]) if found else (0, name)
