@@ -1,6 +1,9 @@
 """README.md of a checkpoint: the model card that the Hub shows, for the publisher to go on with."""
 
+import json
+import os
 import re
+import shlex
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -29,8 +32,8 @@ LICENSE_FILES = ("LICEN[CS]E*", "licen[cs]e*")
 
 
 class Origin(NamedTuple):
-    """What a model folder, hub id or `.gguf` file says of itself. name: without the path; hub_id: where it is on the
-    Hub, if that is known; metadata: TAKEN of its own card, or of its licence."""
+    """What a model folder, hub id or `.gguf` file says of itself. name: its hub id, or its own without the path;
+    hub_id: where it is on the Hub, if that is known; metadata: TAKEN of its own card."""
 
     name: str
     hub_id: str | None
@@ -51,16 +54,16 @@ class Made(NamedTuple):
 
 
 def origin(model: str) -> Origin:
-    """Of a source that is in its folder, or in the Hugging Face cache; `carried`: the files that it took over."""
-    path = Path(model)
+    """Of a source that is there: of a hub id in the Hugging Face cache."""
+    path = Path(os.path.abspath(model))
     if not path.exists():
         card = try_to_load_from_cache(model, CARD, revision=hub_commit(model))
-        return Origin(model.rpartition("/")[2], model, _metadata(Path(card) if isinstance(card, str) else None))
-    cached = [part for part in path.resolve().parts if part.startswith("models--")]  # of the Hugging Face cache
+        return Origin(model, model, _metadata(Path(card) if isinstance(card, str) else None))
+    cached = [part for part in path.parts if part.startswith("models--")]  # of the Hugging Face cache
     hub_id = cached[-1].removeprefix("models--").replace("--", "/") if cached else None
-    folder = path if path.is_dir() else path.parent
-    name = hub_id.rpartition("/")[2] if hub_id and path.is_dir() else path.resolve().name
-    return Origin(name, hub_id, _metadata(folder / CARD))
+    if path.is_dir():
+        return Origin(hub_id or path.name, hub_id, _metadata(path / CARD))
+    return Origin(path.name, hub_id, _metadata(path.parent / CARD))
 
 
 def _metadata(card: Path | None) -> dict[str, Any]:
@@ -144,14 +147,14 @@ def _use(name: str, auto: str) -> str:
 Install the package `vllm-bpdq` where vLLM is, which finds its plugin by itself:
 
 ```bash
-vllm serve {name}
+vllm serve {shlex.quote(name)}
 ```
 
 In transformers, which without the import goes on with random weights after a warning:
 
 ```python
 import bpdq_quantizer, transformers
-model = transformers.{auto}.from_pretrained("{name}")
+model = transformers.{auto}.from_pretrained({json.dumps(name)})
 ```"""
 
 
@@ -211,4 +214,4 @@ On {found["windows"]} windows of {found["seq_len"]} tokens of that text, behind 
 | perplexity | {found["perplexity"]:.3f} | {found["reference_perplexity"]:.3f} |
 | KL to the original, nats a token | {found["kl"]:.4f}{spread} | 0 |
 | its 99th percentile over tokens | {found["kl_p99"]:.3f} | 0 |
-| same likeliest token | {found["top1_agreement"]:.1%} | 100 % |"""
+| same likeliest token | {100 * found["top1_agreement"]:.1f} % | 100 % |"""

@@ -253,19 +253,19 @@ class Options:
     tuning: Tuning
     execution: Execution
 
-    def command(self) -> str:
-        """The command line that makes the same checkpoint: paths by their last parts, and without what is as by
-        default, or changes none of its tensors."""
-        model, calibration = Path(self.files.model), self.text.calibration
+    def command(self, model: str) -> str:
+        """The command line that makes the same checkpoint of what is called `model`: other paths by their last parts,
+        and without what is as by default, or changes none of its tensors."""
+        calibration = self.text.calibration
         given = {"solver": self.method.solver, "samples": self.text.samples, "tune": self.tuning.tune}
-        plain = resolved(model=self.files.model, output=self.files.output, **given).by_name()
+        plain = resolved(model=model, output=self.files.output, **given).by_name()
         shown = {name: value for name, value in self.by_name().items() if value != plain[name] and name not in SILENT}
         if not calibration.startswith("hf:"):
             calibration = Path(calibration).name
         shown |= {name: value for name, value in given.items() if value != FIELDS[name].default}
         shown = {"calibration": calibration, **shown, "output": Path(self.files.output).name}
         words = [word for name, value in shown.items() for word in _words(FIELDS[name], value)]
-        return shlex.join(["bpdq", "quantize", model.resolve().name if model.exists() else self.files.model, *words])
+        return shlex.join(["bpdq", "quantize", model, *words])
 
     def by_name(self) -> dict[str, Any]:
         """All of them as JSON, but for `output` and `resume`, on which nothing that is written depends."""

@@ -27,7 +27,7 @@ from bpdq_quantizer.passes.embeddings import quantize_embeddings
 from bpdq_quantizer.run.block_files import BlockFiles
 from bpdq_quantizer.run.held_out import evaluate
 from bpdq_quantizer.run.identity import release
-from bpdq_quantizer.run.options import SOLVERS, described, resolved, signature
+from bpdq_quantizer.run.options import SOLVERS, Options, described, resolved, signature
 from bpdq_quantizer.run.prepare import Run, checkpoint_config, prepare
 from bpdq_quantizer.run.progress import load_progress
 from bpdq_quantizer.run.run_folder import run_folder
@@ -85,16 +85,14 @@ def follow(run: Run, solve: Solve) -> dict[str, Any]:
     ignore = [*config_names(source, dict.fromkeys(kept, True)), *head_patterns(run.heads, source.model)]
     check_unchanged(o.files.model, run.stamps)
     config = checkpoint_config(run.source, o, schemes, run.embeddings, ignore)
-    made = Made(
-        Path(o.files.output).name,
-        origin(o.files.model),
-        o.command(),
-        release(),
-        text_name(o.text.calibration),
-        evaluation,
-    )
-    writer.finish(folder.path, source, config, found, digests, scales, run.heads, made)
+    writer.finish(folder.path, source, config, found, digests, scales, run.heads, made(o, evaluation))
     return found
+
+
+def made(o: Options, evaluation: dict[str, Any] | None) -> Made:
+    """What the model card says that the report does not."""
+    source, text = origin(o.files.model), text_name(o.text.calibration)
+    return Made(Path(o.files.output).name, source, o.command(source.name), release(), text, evaluation)
 
 
 def seconds_by_part(
