@@ -6,6 +6,7 @@ Where there is no compiler, or others can write the cache, layers stay as stored
 import ctypes
 import functools
 import mmap
+import sys
 from pathlib import Path
 
 import torch
@@ -35,7 +36,7 @@ def open_library(isa: str) -> ctypes.CDLL:
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
     library.bpdq_linear.restype = None
     library.bpdq_linear.argtypes = [pointer, pointer, ctypes.c_int, pointer, *[integer] * 5]
-    library.bpdq_linear.argtypes += [pointer, ctypes.c_bool, integer, pointer, integer, integer]
+    library.bpdq_linear.argtypes += [pointer, ctypes.c_int, integer, pointer, integer, integer]
     library.bpdq_linear.argtypes += [pointer, pointer, integer]
     library.isa = isa
     return library
@@ -59,7 +60,7 @@ def prepare(B: Tensor, c: Tensor, group_size: int, s: Tensor | None = None) -> t
     B, c = (torch.nn.functional.pad(tensor, (0, padding)) for tensor in (B, c))
     s = None if s is None else torch.nn.functional.pad(s, (0, padding))
     planes = huge_pages(B.shape)
-    return planes, *to_cpu_tiles(B, c, group_size, planes, s)
+    return planes, *to_cpu_tiles(B, c, group_size, planes, s, bytes_together())
 
 
 def huge_pages(shape: torch.Size) -> Tensor:
@@ -77,12 +78,19 @@ def stored_rows(planes: Tensor, coefficients: Tensor, scales: Tensor | None, gro
     """The tensors of the outputs `rows` [R] from what `prepare` returned, as they were stored, but s in fp32."""
     if library() is None:
         return Stored(planes, coefficients, scales).outputs(rows)
-    return rows_of_cpu_tiles(planes, coefficients, scales, group_size, rows)
+    return rows_of_cpu_tiles(planes, coefficients, scales, group_size, rows, bytes_together())
+
+
+def bytes_together() -> bool:
+    """Whether the library reads planes with the bytes of outputs together (`bpdq_kernels.layout.to_cpu_tiles`)."""
+    return library().isa == "avx2"
 
 
 def few_tokens(isa: str, dtype: torch.dtype) -> int:
-    """Up to how many tokens look-ups beat multiplications, of activations in `dtype`: in pairs of bf16, or in fp32."""
-    return 4 if isa == "avx2" or (isa == "avx512_bf16" and dtype == torch.bfloat16) else 8
+    """Up to how many tokens look-ups beat multiplications, of activations in `dtype`."""
+    if isa == "avx2":
+        return 4 if dtype == torch.float32 else sys.maxsize  # in bytes
+    return 4 if isa == "avx512_bf16" and dtype == torch.bfloat16 else 8
 
 
 def linear(
@@ -96,7 +104,8 @@ def linear(
 ) -> Tensor:
     """y [..., N] = x [..., K] @ W.T + bias in x.dtype; planes, coefficients and scales from `prepare`.
 
-    Sums are fp32. W is exact, or rounded to bf16 where bf16 x is multiplied in bf16.
+    Sums are fp32. W is exact, or rounded to bf16 where bf16 x is multiplied in bf16. With AVX2, 16-bit x is rounded to
+    multiples of at most 2^-14 of the most that four neighbours have together in its group.
     """
     if library() is None:
         return reference.linear(x, planes, coefficients, group_size, bias, scales)
@@ -145,8 +154,6 @@ def _multiply(
     """Write y [M, N] fp32; of experts, the rows that one of `ids`, M in all, has."""
     compiled = library()
     planes, coefficients, scales = stored
-    if x.dtype != torch.bfloat16:
-        x = x.float()
     if x.stride(1) != 1:
         x = x.contiguous()
     bias = None if bias is None else bias.float().contiguous()
@@ -161,7 +168,7 @@ def _multiply(
         planes.shape[-2],
         1 if ids is None else len(planes),
         x.data_ptr(),
-        x.dtype == torch.bfloat16,
+        DTYPE_CODES[x.dtype],
         x.stride(0),
         None if ids is None else ids.data_ptr(),
         len(y),

@@ -1,6 +1,6 @@
-/* y = x @ W.T + bias on a CPU, straight from bit-planes. Two kernels walk the same layout: the tiles that `to_cpu_tiles`
+/* y = x @ W.T + bias on a CPU, straight from bit-planes. The kernels walk the same layout: the tiles that `to_cpu_tiles`
    in layout.py makes, draws, and gives the sizes of (BPDQ_WORD, BPDQ_TILE and BPDQ_MAX_GROUP are set by cpu.py). Bit j
-   of a lane is the plane bit of the word's input j: both kernels take the low bits first.
+   of a lane is the plane bit of the word's input j: all kernels take the low bits first.
 
    Lookup, for few tokens: four inputs of a token have 16 possible partial sums, which fill one register. The low
    four bits of every lane pick 16 outputs' sums in one permutation:
@@ -8,7 +8,8 @@
      sums += c_p * permute(table[inputs 4j .. 4j+3], word);  word >>= 4         3 instructions for 64 plane bits
 
    and once per group y += c0 * sum(x) + sum_p sums_p. The product costs nothing: where permutations, shifts and
-   additions would share pipes, multiply-adds have their own. AVX2 does the same with eight sums of three inputs.
+   additions would share pipes, multiply-adds have their own. AVX2 does the same with eight sums of three inputs, and
+   for inputs of 16 bits, any number of tokens, with bytes of 16 sums (cpu_linear_bytes.h).
 
    Multiply, for many tokens: the 2^k possible weights of a group and tile are computed once; bit tests and blends
    choose among them, once for up to 64 tokens. With AVX512_BF16 the weights are rounded to bf16, as a 16-bit layer
@@ -25,17 +26,19 @@
 #include <memory>
 #include <numeric>
 #include <omp.h>
+#include <type_traits>
 #include <vector>
 
+#include "cpu_linear_bytes.h"
 #include "cpu_linear_lookup.h"
 #include "cpu_linear_multiply.h"
 
 namespace {
 
-/* x [rows, K], of bf16 or fp32, with rows `stride` elements apart. */
+/* x [rows, K], with rows `stride` elements apart. */
 struct Inputs {
   const void* x;
-  bool bfloat;
+  Dtype dtype;  // fp32, or 16 bits
   int64_t stride;
 
   /* `count` inputs of a row from `first` on. */
@@ -43,14 +46,14 @@ struct Inputs {
     memcpy(out, (const uint16_t*)x + row * stride + first, count * sizeof *out);
   }
   void read(int64_t row, int64_t first, int64_t count, float* out) const {
-    if (!bfloat) {
+    if (dtype == FLOAT32) {
       memcpy(out, (const float*)x + row * stride + first, count * sizeof *out);
       return;
     }
     uint16_t halves[MAX_GROUP] = {};
     read(row, first, count, halves);
     for (int64_t i = 0; i < count; i += LANES) {
-      const Floats values = widen(halves, i, BFLOAT16);
+      const Floats values = widen(halves, i, dtype);
       memcpy(out + i, &values, sizeof values);
     }
   }
@@ -89,7 +92,11 @@ void run_tiles(Scratch<Kernel>& scratch, const Layer& layer, const Rows& rows, c
           scratch.kernel.take(i, values, words);
         }
         for (int64_t tile = block; tile < end; tile++) {
-          const TileGroup<PLANES> held(layer, group, tile, block, end);
+          TileGroup<PLANES> held(layer, group, tile, block, end);
+#ifdef BPDQ_BYTES
+          alignas(64) uint32_t gathered[MAX_GROUP / WORD * PLANES * TILE];
+          if (!std::is_same_v<Kernel, LookupBytes<PLANES>>) held.gather(gathered);
+#endif
           scratch.kernel.tile(held, count, scratch.sums[tile - block][0]);
         }
       }
@@ -113,6 +120,9 @@ struct Kernels {
 #ifdef __AVX512BF16__
   Held<Multiply<PLANES, TwoBfloats>> multiply_pairs;
 #endif
+#ifdef BPDQ_BYTES
+  Held<LookupBytes<PLANES>> lookup_bytes;
+#endif
 
   template <class Kernel, class... Rest>
   static void run(Held<Kernel>& held, const Rest&... rest) {
@@ -121,9 +131,12 @@ struct Kernels {
   }
 
   void run(const Layer& layer, const Rows& rows, int64_t few, const float* bias, int64_t first, int64_t last) {
+#ifdef BPDQ_BYTES
+    if (rows.count <= few && rows.inputs.dtype != FLOAT32) return run(lookup_bytes, layer, rows, bias, first, last);
+#endif
     if (rows.count <= few) return run(lookup, layer, rows, bias, first, last);
 #ifdef __AVX512BF16__
-    if (rows.inputs.bfloat) return run(multiply_pairs, layer, rows, bias, first, last);
+    if (rows.inputs.dtype == BFLOAT16) return run(multiply_pairs, layer, rows, bias, first, last);
 #endif
     run(multiply, layer, rows, bias, first, last);
   }
@@ -189,14 +202,14 @@ void run(const Layer& layer, const Inputs& inputs, const Sorted& sorted, int64_t
 }  // namespace
 
 /* y fp32 [rows, N]: row i = x[i / choices] @ W[ids[i]].T + bias[ids[i]], or as it was where ids[i] is not in [0, E).
-   x is bf16 where `bfloat`, else fp32; ids null where E = 1 and all rows are of that expert; bias fp32 [E, N] or null,
+   x is of `x_dtype`, fp32 or 16 bits; ids null where E = 1 and all rows are of that expert; bias fp32 [E, N] or null,
    and so are the scales but of INT8. Planes, coefficients and scales of the experts follow each other. */
 extern "C" void bpdq_linear(const uint32_t* planes, const char* coefficients, int dtype, const float* scales,
                             int64_t in_features, int64_t out_features, int64_t group_size, int64_t plane_count,
-                            int64_t experts, const void* x, bool bfloat, int64_t stride, const int64_t* ids,
+                            int64_t experts, const void* x, int x_dtype, int64_t stride, const int64_t* ids,
                             int64_t rows, int64_t choices, const float* bias, float* y, int64_t few) {
   const Layer layer{planes, coefficients, (Dtype)dtype, scales, in_features, out_features, group_size};
-  const Inputs inputs{x, bfloat, stride};
+  const Inputs inputs{x, (Dtype)x_dtype, stride};
   const Sorted sorted(ids, rows, experts);
   if (plane_count == 1) run<1>(layer, inputs, sorted, choices, few, bias, y);
   if (plane_count == 2) run<2>(layer, inputs, sorted, choices, few, bias, y);
