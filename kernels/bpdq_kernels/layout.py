@@ -311,7 +311,7 @@ def to_cpu_tiles(
      plane p   '------'------'---   ---'------'
 
     With `bytes_together`, for AVX2, the words of a plane in a tile lie as four registers, byte b of all outputs (of
-    inputs 8b to 8b + 7) in the one b, and there outputs 8i + 4h + j at 16h + 4i + j: so unpacking twice, which halves of
+    inputs 8b to 8b + 7) in the one b, and there outputs 8i + 4h + j at 16h + 4i + j: unpacking twice, which halves of
     a register do apart, puts words or sums of 8 outputs into a register in order.
     """
     start = 0
