@@ -246,8 +246,8 @@ extern "C" void bpdq_linear(const Matrix* matrix, const void* x, int64_t dtype, 
   share(Thread(), *matrix, inputs, Outputs{y, (Dtype)dtype}, sorted, 1, few);
 }
 
-/* y [tokens, N of down] = the sum over `choices` of weights * (down(act(up(x))) + bias) of the expert in ids, where it is
-   in [0, experts). x, y and the activation's output are of `dtype`; x [tokens, K] or, where `row_each`, [tokens,
+/* y [tokens, N of down] = the sum over `choices` of weights * (down(act(up(x))) + bias) of the expert in ids, where it
+   is in [0, experts). x, y and the activation's output are of `dtype`; x [tokens, K] or, where `row_each`, [tokens,
    choices, K]; weights [tokens, choices] fp32. Planes, coefficients, scales and biases of experts follow each other. */
 extern "C" void bpdq_experts(const Matrix* up, const Matrix* down, int64_t experts, const void* x, int64_t dtype,
                              int64_t stride, bool row_each, const int64_t* ids, const float* weights, int64_t tokens,
