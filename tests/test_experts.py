@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,13 @@ import bpdq_quantizer
 from architectures import EXPERTS, config_of, model_folder
 from bpdq_kernels import dequantize
 from bpdq_kernels.experts import Experts, Routed, routes, take_apart
+from bpdq_quantizer.algorithm.solver import Solution, quantize_linear
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.stream import decoder_blocks
 from bpdq_quantizer.model.weights import kept, weights_in
+from bpdq_quantizer.passes import experts
 from bpdq_quantizer.passes.experts import FILL_WEIGHT, layer_tokens
+from bpdq_quantizer.run import workers
 from mixtures import MIXTURES
 from tiny import load_tensors
 
@@ -106,6 +110,29 @@ def test_each_expert_reports_its_tokens_and_rare_ones_are_told_of(tmp_path, text
     assert sum(seen) == 2 * 3 * 32  # each token chooses two
     assert tokens["model.layers.0.self_attn.q_proj"] == 3 * 32
     assert "48 matrices of experts were fitted to fewer than 256 tokens of their own" in capfd.readouterr().out
+
+
+def test_experts_are_solved_some_at_a_time_and_as_alone(tmp_path, text, monkeypatch):
+    """Of 8 experts as many at once as are allowed, or as have inputs that fit the device."""
+    monkeypatch.setattr(experts, "matrices_at_once", lambda rows, inputs: 3)
+    solved = []
+
+    def solve(W: torch.Tensor, H: torch.Tensor, *args: object, **options: object) -> Solution:
+        solved.append(len(W) if W.ndim == 3 else 1)
+        return quantize_linear(W, H, *args, **options)
+
+    monkeypatch.setattr(workers, "quantize_linear", solve)
+    source = model_folder(tmp_path / "model", f"mixtral{EXPERTS}")
+    found = []
+    for room, sizes in ((1 << 30, [3, 3, 3, 3, 2, 2]), (1, [1] * 16)):
+        monkeypatch.setattr(experts, "ACTIVATION_BYTES", room)
+        quantize(source, text)
+        found.append(load_tensors(source.with_name("out")))
+        assert solved == 2 * [1, 1, *sizes]  # two blocks: q, k, v, then o, then experts
+        solved.clear()
+        shutil.rmtree(source.with_name("out"))
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
 def test_the_experts_of_a_layer_are_one_pattern_in_the_config(tmp_path, text):

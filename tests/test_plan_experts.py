@@ -6,6 +6,7 @@ Qwen3-Next-80B-A3B (80 and 3), as their model cards and config.json have them.
 
 import functools
 import json
+from math import inf
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from bpdq_kernels.format import Scheme
 from bpdq_quantizer.cli import main
-from bpdq_quantizer.fit.memory import expert_input_bytes, quantize_device_bytes, quantize_host_bytes, stage_bytes
+from bpdq_quantizer.fit import hours
+from bpdq_quantizer.fit.memory import expert_input_bytes, experts_at_once, quantize_device_bytes, quantize_host_bytes
 from bpdq_quantizer.fit.parts import Model, read_model
 from bpdq_quantizer.fit.plan import plan
 from mixtures import MIXTURES
@@ -71,14 +73,18 @@ def test_a_token_of_qwen3_30b_reads_eight_experts_of_each_layer(monkeypatch, cap
     assert all(line in readme for line in lines if line.startswith("to quantize"))
 
 
-def test_memory_to_quantize_holds_one_experts_matrices_and_a_layers_inputs():
+def test_memory_to_quantize_holds_some_experts_matrices_and_a_layers_inputs():
     m = qwen3()
     tokens = 128 * 2048
     inputs = 4 * 2 * tokens * HIDDEN
     assert expert_input_bytes(m, tokens) == inputs
     block = weights(ATTENTION + EXPERTS * EXPERT)
-    stage = max(stage_bytes(n, k) for n, k in [*m.blocks[0].stages, *m.blocks[0].experts[0].stages])
-    assert quantize_device_bytes(m) == 2 * 2 * block + stage + (1 << 30)
+    (mixture,) = m.mixtures
+    count = experts_at_once(mixture)
+    stage = max(4 * 4 * (count * (k * k + n * k) + 3 * count * n * k) for n, k in mixture.stages)
+    assert (1 << 30) < stage <= (2 << 30), "1 GiB of matrices and 1 GiB to refine them"
+    assert quantize_device_bytes(m) == 2 * 2 * block + stage + 2 * (1 << 30)
+    assert quantize_device_bytes(m) > quantize_device_bytes(m._replace(blocks=[m.blocks[0]._replace(experts=())]))
     tables = 2 * VOCABULARY * HIDDEN
     hidden_states = 2 * tokens * HIDDEN
     least = 2 * (tables + block + hidden_states) + inputs
@@ -116,6 +122,19 @@ def test_hours_are_those_of_all_experts_and_forward_passes_those_of_the_chosen(t
     assert all_of_them["quantize_cpu_seconds"] > few["quantize_cpu_seconds"]
     assert all_of_them["active_bytes"] > few["active_bytes"]
     assert all_of_them["parameters"] == all_of_them["active_parameters"]
+
+
+def test_experts_that_are_solved_at_once_share_launches(tmp_path):
+    """On a card without limits only launches are left; groups that are no whole ones are solved one by one."""
+    (mixture,) = read_model(tiny(tmp_path, "qwen3_moe", num_experts=64)).mixtures
+    expert = hours.Block(mixture.stages, [])
+    card = hours.RTX_3090._replace(bytes=inf, half=inf, full=inf)
+    one, eight, whole = (hours.card_seconds(expert, 2, 64, 256, card, count) for count in (1, 8, 64))
+    assert one == pytest.approx(8 * eight) == pytest.approx(64 * whole)
+    assert hours.card_seconds(expert, 2, 256, 256, card, 8) == hours.card_seconds(expert, 2, 256, 256, card)
+    assert experts_at_once(mixture) == 64
+    large = mixture._replace(stages=((28672, 4096), (4096, 14336)))  # Mixtral's
+    assert experts_at_once(large) == 1
 
 
 def test_outputs_of_chosen_experts_need_room_on_the_card(tmp_path):

@@ -22,11 +22,11 @@ def wide_model(folder, size, layers):
     return tiny_model(folder, "qwen2", layers=layers, dtype=torch.bfloat16, tie_word_embeddings=False, **widths)
 
 
-def nothing_solved(name, W, H, scheme, solve):
+def nothing_solved(names, W, H, scheme, solve):
     """A `Solution` of the right shapes."""
     n, k = W.shape
     c = torch.zeros(layout.coefficient_shape(k, n, scheme.bits, scheme.group_size), dtype=torch.bfloat16)
-    return Solution(torch.zeros(n, k, dtype=torch.uint8), c, torch.zeros(n), torch.ones(n), 0.01)
+    return [Solution(torch.zeros(n, k, dtype=torch.uint8), c, torch.zeros(n), torch.ones(n), torch.tensor(0.01))]
 
 
 @pytest.mark.slow

@@ -30,10 +30,10 @@ def level_table(bits: int, device: torch.device) -> Tensor:
 
 
 def features(codes: Tensor, bits: int) -> Tensor:
-    """X [g, k+1, N] fp32: the bits of codes [g, N] and a one, so that W_hat = sum over X * c."""
-    X = torch.ones(codes.shape[0], bits + 1, codes.shape[1], device=codes.device)
+    """X [..., g, k+1, N] fp32: the bits of codes [..., g, N] and a one, so that W_hat = sum over X * c."""
+    X = torch.ones(*codes.shape[:-1], bits + 1, codes.shape[-1], device=codes.device)
     for p in range(bits):
-        X[:, p] = (codes >> p) & 1
+        X[..., p, :] = (codes >> p) & 1
     return X
 
 

@@ -43,6 +43,11 @@ def solver_for(device: torch.device, bits: int, inputs: int, starts: Sequence[St
     return grid
 
 
+def takes_batches(device: torch.device, bits: int, inputs: int, starts: Sequence[Start]) -> bool:
+    """Whether groups of several matrices, with an axis in front, are solved there together."""
+    return solver_for(device, bits, inputs, starts) not in (cpu_solver, grid)
+
+
 @contextmanager
 def threads_for(solver: ModuleType, rows: int) -> Iterator[None]:
     """One CPU thread for torch's loops over short columns. They are thousands of small operations; shared by several
@@ -65,16 +70,16 @@ def quantize_group(
     dtype: torch.dtype,
     starts: Sequence[Start] = (paper_start,),
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `grid.quantize_group`."""
-    solver = solver_for(W.device, bits, len(W), starts)
-    with threads_for(solver, W.shape[1]):
+    """As `grid.quantize_group`; of several matrices where the device `takes_batches`."""
+    solver = solver_for(W.device, bits, W.shape[-2], starts)
+    with threads_for(solver, W.shape[-1]):
         return solver.quantize_group(W, U, bits, iterations, alpha, dtype, starts)
 
 
 def descend_group(W_hat: Tensor, V: Tensor, H: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """As `grid.descend_group`."""
-    solver = solver_for(W_hat.device, len(c) - 1, len(W_hat))
-    with threads_for(solver, W_hat.shape[1]):
+    """As `grid.descend_group`; of several matrices where the device `takes_batches`."""
+    solver = solver_for(W_hat.device, c.shape[-2] - 1, W_hat.shape[-2])
+    with threads_for(solver, W_hat.shape[-1]):
         return solver.descend_group(W_hat, V, H, c)
 
 

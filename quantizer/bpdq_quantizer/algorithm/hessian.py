@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from bpdq_quantizer.algorithm.order import in_order
+
 MAX_DAMPING = 1.0
 CORRECTION_DAMPING = 0.1  # of `live_mean`
 UNFACTORIZED = (
@@ -49,23 +51,24 @@ def accumulate_shift(C: Tensor, original: Tensor, x: Tensor, total_tokens: int) 
 
 
 def live_mean(diagonal: Tensor) -> Tensor:
-    """Mean of diag(H) [K] over the inputs that were used, those where it is not zero; 1 if none was. A scalar tensor.
+    """Mean [...] of diag(H) [..., K] over the inputs that were used, those where it is not zero; 1 if none was.
 
     Damping is a share of it, so that neither the scale of H nor the number of dead inputs changes what it does.
     """
-    live = diagonal.count_nonzero()
-    return torch.where(live > 0, diagonal.mean() * (len(diagonal) / live), 1)
+    live = diagonal.count_nonzero(-1)
+    return torch.where(live > 0, diagonal.mean(-1) * (diagonal.shape[-1] / live), 1)
 
 
-def factorize(A: Tensor, upper: bool = False) -> tuple[Tensor, bool]:
-    """Cholesky factor of the symmetric A [K, K], in A's memory, and whether there is none. The other triangle is zero.
+def factorize(A: Tensor, upper: bool = False) -> tuple[Tensor, Tensor]:
+    """Cholesky factors of the symmetric A [..., K, K], in A's memory, and where there is none, bool [...]. The other
+    triangle is zero.
 
     At K = 29568 a matrix has 3.5 GB: no more of them than need be.
     """
-    A = A if A.stride(0) == 1 else A.mT  # in the order of LAPACK and cuSOLVER, which else get a copy
-    info = torch.empty((), dtype=torch.int32, device=A.device)
+    A = A if A.stride(-2) == 1 else A.mT  # in the order of LAPACK and cuSOLVER, which else get a copy
+    info = torch.empty(A.shape[:-2], dtype=torch.int32, device=A.device)
     torch.linalg.cholesky_ex(A, upper=upper, out=(A, info))
-    return A, bool(info)
+    return A, info != 0
 
 
 def corrected(W: Tensor, H: Tensor, C: Tensor, share: float) -> Tensor:
@@ -90,27 +93,30 @@ def corrected(W: Tensor, H: Tensor, C: Tensor, share: float) -> Tensor:
     raise ValueError(UNFACTORIZED)
 
 
-def upper_factor(H: Tensor, order: Tensor, damping: float) -> tuple[Tensor, float]:
-    """Upper triangular R with H' + d I = R R^T, and the damping that was needed.
+def upper_factor(H: Tensor, order: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """Upper triangular R [..., K, K] with H' + d I = R R^T, and the damping that was needed, [...] fp64 on the CPU.
 
-    H' is H with its rows and columns in `order`; inputs that were never used have d alone on the diagonal.
-    d = damping * `live_mean`; `damping` is doubled until the Cholesky factorization succeeds. Raises ValueError when
-    even damping 1 is not enough, which means that H holds NaN or infinity.
+    H' is H with its rows and columns in `order` [..., K]; inputs that were never used have d alone on the diagonal.
+    d = damping * `live_mean`; of a matrix `damping` is doubled until the Cholesky factorization succeeds. Raises
+    ValueError when even damping 1 is not enough, which means that H holds NaN or infinity.
     """
-    backwards = order.flip(0)
-    diagonal = H.diagonal()[backwards]
-    while damping <= MAX_DAMPING:
-        damped = H.index_select(0, backwards).index_select(1, backwards)
-        damped.diagonal().copy_(diagonal + damping * live_mean(diagonal))
+    backwards = order.flip(-1)
+    diagonal = in_order(H.diagonal(dim1=-2, dim2=-1), backwards, -1)
+    used = torch.full(H.shape[:-2], damping, dtype=torch.float64)
+    while (used <= MAX_DAMPING).all():
+        damped = in_order(in_order(H, backwards, -2), backwards, -1)
+        d = used.to(diagonal) * live_mean(diagonal)
+        damped.diagonal(dim1=-2, dim2=-1).copy_(diagonal + d.unsqueeze(-1))
         L, failed = factorize(damped)
         del damped
-        if not failed and torch.isfinite(L.diagonal()).all():
-            return L.flip(0, 1), damping
-        damping *= 2
+        failed |= ~torch.isfinite(L.diagonal(dim1=-2, dim2=-1)).all(-1)
+        if not failed.any():
+            return L.flip(-2, -1), used
+        used = torch.where(failed.cpu(), 2 * used, used)
     raise ValueError(UNFACTORIZED)
 
 
-def inverse_factor(H: Tensor, order: Tensor, damping: float) -> tuple[Tensor, float]:
+def inverse_factor(H: Tensor, order: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     """Upper triangular U with (H' + d I)^-1 = U^T U (GPTQ, section 3.3), and d / `live_mean`, as of `upper_factor`."""
-    R, damping = upper_factor(H, order, damping)
-    return torch.linalg.solve_triangular(R, torch.eye(len(R), device=R.device), upper=True), damping
+    R, used = upper_factor(H, order, damping)
+    return torch.linalg.solve_triangular(R, torch.eye(R.shape[-1], device=R.device), upper=True), used

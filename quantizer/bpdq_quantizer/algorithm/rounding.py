@@ -24,9 +24,9 @@ NearestPlane = Callable[[Tensor, Tensor, Tensor | None, torch.dtype], tuple[Tens
 
 
 def steps_for(c: Tensor, margin: float = 1.0) -> Tensor:
-    """Steps [k+1, N] fp32 that hold coefficients c [ceil(K/G), k+1, N]; margin: of the largest, 1 to 2."""
-    largest = c.abs().amax(0)
-    most = (largest.amax(0) * margin).clamp_min(2.0**-90)
+    """Steps [..., k+1, N] fp32 that hold coefficients c [..., ceil(K/G), k+1, N]; margin: of the largest, 1 to 2."""
+    largest = c.abs().amax(-3)
+    most = (largest.amax(-2, keepdim=True) * margin).clamp_min(2.0**-90)
     finer = torch.floor(torch.log2(most / largest.clamp_min(2.0**-120))).clamp(0, FINER)
     return (most / MOST).bfloat16().float() * torch.exp2(-finer)
 

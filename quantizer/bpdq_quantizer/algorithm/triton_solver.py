@@ -14,10 +14,12 @@ k-means, iterations and fits on its own, with nothing to wait for but its own sh
 Step t of an assignment: the weight of input t less S[:, t] . e, its nearest level, then e[t] and V X += V[:, t] x, so
 that the fit finds V X done. G is g rounded up to a power of two, at least 32: the factors are zero past g. With four
 planes R is half as much, else registers spill. S = U / diag(U) and
-V = U^-T come from a kernel that is launched before, transposed, so that column t is contiguous.
+V = U^-T come from a kernel that is launched before, transposed, so that column t is contiguous. Matrices of a batch are
+the grid's second axis, each with factors of its own.
 """
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -170,6 +172,14 @@ def quantize_kernel(
 ) -> None:
     i = tl.arange(0, G)
     n = tl.program_id(0) * R + tl.arange(0, R)
+    e = tl.program_id(1).to(tl.int64)
+    W_ptr += e * g * N
+    VW_ptr += e * g * N
+    whiten_ptr += e * (G + 1) * G
+    spread_ptr += e * G * G
+    codes_ptr += e * g * N
+    c_ptr += e * (BITS + 1) * N
+    E_ptr += e * g * N
     tile = i[:, None] * N + n[None, :]
     inside = (i < g)[:, None] & (n < N)[None, :]
     best_loss = tl.full([R], float("inf"), tl.float32)
@@ -212,20 +222,26 @@ def quantize_kernel(
         tl.store(c_ptr + p * N + n, best_c[p], n < N)
 
 
-@triton.jit(do_not_specialize=["g", "row", "column"])
+@triton.jit(do_not_specialize=["g", "matrix", "row", "column"])
 def factor_kernel(
     U_ptr: tl.tensor,
     whiten_ptr: tl.tensor,
     spread_ptr: tl.tensor,
     g: tl.tensor,
+    matrix: tl.tensor,
     row: tl.tensor,
     column: tl.tensor,
     G: tl.constexpr,
     R: tl.constexpr,
 ) -> None:
-    """R columns of V = U^-T and of S, each contiguous; column G of V: its rows' sums. row, column: strides of U."""
+    """R columns of V = U^-T and of S, each contiguous; column G of V: its rows' sums. matrix, row, column: strides of
+    U."""
     i = tl.arange(0, G)
     t = tl.program_id(0) * R + tl.arange(0, R)
+    e = tl.program_id(1).to(tl.int64)
+    U_ptr += e * matrix
+    whiten_ptr += e * (G + 1) * G
+    spread_ptr += e * G * G
     one = (i[:, None] == t[None, :]) | (t == G)[None, :]
     x = tl.where(one & (i < g)[:, None], 1.0, 0.0)
     for j in tl.range(0, g, num_stages=_STAGES):  # U^T x = one, forwards
@@ -242,7 +258,7 @@ def factor_kernel(
     tl.store(spread_ptr + to, u / pivots[:, None], (t < G)[None, :])
 
 
-@triton.jit(do_not_specialize=["g", "N", "stride"])
+@triton.jit(do_not_specialize=["g", "N", "W_hat_matrix", "V_matrix", "H_matrix", "c_matrix", "stride"])
 def descend_kernel(
     W_hat_ptr: tl.tensor,
     V_ptr: tl.tensor,
@@ -252,14 +268,26 @@ def descend_kernel(
     change_ptr: tl.tensor,
     g: tl.tensor,
     N: tl.tensor,
+    W_hat_matrix: tl.tensor,
+    V_matrix: tl.tensor,
+    H_matrix: tl.tensor,
+    c_matrix: tl.tensor,
     stride: tl.tensor,
     BITS: tl.constexpr,
     G: tl.constexpr,
     R: tl.constexpr,
 ) -> None:
+    """X_matrix: from one matrix of a batch to the next; stride: from a row of H to the next."""
     i = tl.arange(0, G)
     n = tl.program_id(0) * R + tl.arange(0, R)
     live = n < N
+    e = tl.program_id(1).to(tl.int64)
+    W_hat_ptr += e * W_hat_matrix
+    V_ptr += e * V_matrix
+    H_ptr += e * H_matrix
+    c_ptr += e * c_matrix
+    codes_ptr += e * g * N
+    change_ptr += e * g * N
     c = ()
     for p in tl.static_range(BITS + 1):
         c = c + (tl.load(c_ptr + p * N + n, live, 0.0),)
@@ -301,18 +329,29 @@ def quantize_group(
     dtype: torch.dtype,
     starts: Sequence[Start] = (paper_start,),
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `grid.quantize_group`, for what `supports` allows, in 3 launches."""
-    g, N = W.shape
+    """As `grid.quantize_group`, for what `supports` allows, in 3 launches; of one matrix or a batch, W [E, g, N] with
+    U [E, g, g]."""
+    *batch, g, N = W.shape
     W, sizes = W.contiguous(), tile(bits, g)
     G, R = sizes["G"], sizes["R"]
-    whiten, spread = W.new_empty(G + 1, G), W.new_empty(G, G)
-    codes, c, E = W.new_empty(g, N, dtype=torch.uint8), W.new_empty(bits + 1, N), torch.empty_like(W)
+    whiten, spread = W.new_empty(*batch, G + 1, G), W.new_empty(*batch, G, G)
+    codes, c = W.new_empty(*batch, g, N, dtype=torch.uint8), W.new_empty(*batch, bits + 1, N)
+    E, matrices = torch.empty_like(W), prod(batch)
     kinds = sum(STARTS[start] << (2 * i) for i, start in enumerate(starts))
     with torch.cuda.device_of(W):
         factor_kernel.run(
-            U, whiten, spread, g, *U.stride(), **sizes, grid=(triton.cdiv(G + 1, R),), warmup=False, **options()
+            U,
+            whiten,
+            spread,
+            g,
+            matrix_stride(U),
+            *U.stride()[-2:],
+            **sizes,
+            grid=(triton.cdiv(G + 1, R), matrices),
+            warmup=False,
+            **options(),
         )
-        VW = whiten[:g, :g].T @ W
+        VW = whiten[..., :g, :g].mT @ W
         quantize_kernel.run(
             W,
             VW,
@@ -330,7 +369,7 @@ def quantize_group(
             BITS=bits,
             **sizes,
             DTYPE=DTYPES[dtype],
-            grid=(triton.cdiv(N, R),),
+            grid=(triton.cdiv(N, R), matrices),
             warmup=False,
             **options(),
         )
@@ -338,11 +377,13 @@ def quantize_group(
 
 
 def descend_group(W_hat: Tensor, V: Tensor, H: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """As `grid.descend_group` for a symmetric H and what `supports` allows, in one launch."""
-    g, N = W_hat.shape
-    W_hat, V, c, H = W_hat.contiguous(), V.contiguous(), c.contiguous(), H if H.stride(1) == 1 else H.contiguous()
-    sizes = tile(len(c) - 1, g)
-    codes, change = W_hat.new_empty(g, N, dtype=torch.uint8), torch.empty_like(W_hat)
+    """As `grid.descend_group` for a symmetric H and what `supports` allows, in one launch; of one matrix or a batch,
+    with an axis in front of all."""
+    *batch, g, N = W_hat.shape
+    bits, H = c.shape[-2] - 1, H if H.stride(-1) == 1 else H.contiguous()
+    W_hat, V, c = (tensor if has_whole_rows(tensor) else tensor.contiguous() for tensor in (W_hat, V, c))
+    sizes = tile(bits, g)
+    codes, change = W_hat.new_empty(*batch, g, N, dtype=torch.uint8), W_hat.new_empty(*batch, g, N)
     with torch.cuda.device_of(W_hat):
         descend_kernel.run(
             W_hat,
@@ -353,11 +394,22 @@ def descend_group(W_hat: Tensor, V: Tensor, H: Tensor, c: Tensor) -> tuple[Tenso
             change,
             g,
             N,
-            H.stride(0),
-            BITS=len(c) - 1,
+            *(matrix_stride(tensor) for tensor in (W_hat, V, H, c)),
+            H.stride(-2),
+            BITS=bits,
             **sizes,
-            grid=(triton.cdiv(N, sizes["R"]),),
+            grid=(triton.cdiv(N, sizes["R"]), prod(batch)),
             warmup=False,
             **options(),
         )
     return codes, change
+
+
+def has_whole_rows(x: Tensor) -> bool:
+    """Whether the rows of each matrix of x [..., rows, columns] follow each other."""
+    return x.stride()[-2:] == (x.shape[-1], 1)
+
+
+def matrix_stride(x: Tensor) -> int:
+    """From one matrix of x [E, rows, columns] to the next; of a single one 0."""
+    return x.stride(0) if x.ndim == 3 else 0

@@ -122,8 +122,8 @@ def seconds(work: Work, rates: Rates) -> float:
     return sum(amount * rate for amount, rate in zip(work, rates, strict=True))
 
 
-def card_seconds(block: Block, bits: int, group_size: int, tokens: int, card: Card) -> float:
-    """A decoder block's on a GPU, by count."""
+def card_seconds(block: Block, bits: int, group_size: int, tokens: int, card: Card, at_once: int = 1) -> float:
+    """A decoder block's on a GPU, by count; or an expert's, of which `at_once` share launches."""
     work, width = block_work(block, bits, group_size, tokens), bits + 1
     tables = work.tables / bits * width  # H X of planes and ones, half of H, two flops
     loops = 2 * ((len(STARTS) * ITERATIONS) * work.groups / 2 + work.columns / width / 2)
@@ -132,9 +132,11 @@ def card_seconds(block: Block, bits: int, group_size: int, tokens: int, card: Ca
     launches, moved = 0, 0.0
     for n, k in block.stages:
         groups = -(-k // group_size)
+        together = at_once if k % group_size == 0 else 1
         fitted = min(BATCH, max(1, CHUNK_ELEMENTS // max((groups * width) ** 2, k * width)))
-        chunks, fits = -(-n // rows_at_once(k, width)), -(-n // fitted)
-        launches += 8 * groups + REFINEMENTS * groups * ((8 * SWEEPS + 3) * chunks + (6 + 6 * width) * fits)
+        chunks, fits = -(-n * together // rows_at_once(k, width)), -(-n * together // fitted)
+        shared = 8 + REFINEMENTS * ((8 * SWEEPS + 3) * chunks + (6 + 6 * width) * fits)
+        launches += groups * shared / together
         # a matrix [k, n] in fp32 is read and written by each group's propagation, each sweep's, and X^T (H X)
         moved += 4.0 * n * k * groups * (1 + REFINEMENTS * (SWEEPS + width))
     return flops + launches * card.launch + moved / card.bytes

@@ -2,18 +2,26 @@
 
 from math import prod
 
-from bpdq_quantizer.algorithm.refine import CHUNK_ELEMENTS
-from bpdq_quantizer.fit.parts import Model
+from bpdq_quantizer.algorithm.refine import CHUNK_ELEMENTS, matrices_at_once
+from bpdq_quantizer.fit.parts import Mixture, Model
 from bpdq_quantizer.model.activations import ACTIVATION_BYTES, windows_per_batch
 
 CALIBRATION = 128, 2048  # windows and their tokens, defaults of `bpdq quantize`
 
 
 def quantize_device_bytes(m: Model, gpu: bool = True) -> int:
-    """What `bpdq quantize` needs where it solves: a block and its copy, one stage's matrices, a batch's activations.
-    Experts are solved one after the other: their stage's matrices are those of one."""
-    stage = max(stage_bytes(n, k, gpu) for n, k in m.stages)
-    return 2 * m.itemsize * sum(n * k for n, k in m.heaviest) + stage + ACTIVATION_BYTES
+    """What `bpdq quantize` needs where it solves: a block and its copy, one stage's matrices, a batch's activations,
+    and what the experts that are solved at once read."""
+    stages = [(n, k, 1) for block in m.blocks for n, k in block.stages]
+    stages += [(n, k, experts_at_once(x)) for x in m.mixtures for n, k in x.stages]
+    stage = max(stage_bytes(n, k, gpu, count) for n, k, count in stages)
+    activations = ACTIVATION_BYTES * (2 if m.mixtures else 1)
+    return 2 * m.itemsize * sum(n * k for n, k in m.heaviest) + stage + activations
+
+
+def experts_at_once(x: Mixture) -> int:
+    """How many are solved at once, at most (`passes.experts.slices`); 1 where all stay in 16 bits."""
+    return min([x.count, *(matrices_at_once(n, k) for n, k in x.stages)]) if x.stages else 1
 
 
 def expert_input_bytes(m: Model, tokens: int) -> int:
@@ -22,12 +30,12 @@ def expert_input_bytes(m: Model, tokens: int) -> int:
     return max((4 * m.itemsize * tokens * max(k for _, k in x.linears) for x in m.mixtures if x.linears), default=0)
 
 
-def stage_bytes(n: int, k: int, gpu: bool = True) -> int:
-    """Of that, a stage with weights [n, k]: about four fp32 [k, k] (H, its factors, a solver's copy) and four [n, k]
-    (W, the target, what is left of it), and four of the refinement's temporaries: on a GPU features of its rows, with
-    two planes and a bias, on a CPU the rows themselves."""
-    refined = min(3 * n * k, CHUNK_ELEMENTS) if gpu else min(n * k, CHUNK_ELEMENTS // 3)
-    return 4 * 4 * (k * k + n * k + refined)
+def stage_bytes(n: int, k: int, gpu: bool = True, count: int = 1) -> int:
+    """Of that, a stage with weights [n, k], or those of `count` experts: for each about four fp32 [k, k] (H, its
+    factors, a solver's copy) and four [n, k] (W, the target, what is left of it), and four of the refinement's
+    temporaries: on a GPU features of its rows, with two planes and a bias, on a CPU the rows themselves."""
+    refined = min(3 * n * k * count, CHUNK_ELEMENTS) if gpu else min(n * k, CHUNK_ELEMENTS // 3)
+    return 4 * 4 * ((k * k + n * k) * count + refined)
 
 
 def quantize_host_bytes(m: Model, calibration: tuple[int, int] = CALIBRATION, page_locked: bool = True) -> int:

@@ -104,12 +104,6 @@ class Model(NamedTuple):
         return [mixture for block in self.blocks for mixture in block.experts]
 
     @property
-    def stages(self) -> list[Shape]:
-        """Of one block of each kind, and one expert of each."""
-        experts = [shape for mixture in self.mixtures for shape in mixture.stages]
-        return [shape for block in self.blocks for shape in block.stages] + experts
-
-    @property
     def heaviest(self) -> tuple[Shape, ...]:
         """The Linears of the block with most weights."""
         return max((block.all_linears for block in self.blocks), key=lambda linears: sum(n * k for n, k in linears))

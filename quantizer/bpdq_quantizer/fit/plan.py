@@ -16,7 +16,7 @@ from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.fit import hours, kv_bytes
 from bpdq_quantizer.fit.kv_bytes import IN_FLIGHT, MAX_SEQUENCES, STEP_TOKENS, Attention, State
 from bpdq_quantizer.fit.kv_types import FLASHINFER_WORKSPACE, KV_TYPES
-from bpdq_quantizer.fit.memory import CALIBRATION, quantize_device_bytes, quantize_host_bytes
+from bpdq_quantizer.fit.memory import CALIBRATION, experts_at_once, quantize_device_bytes, quantize_host_bytes
 from bpdq_quantizer.fit.parts import IMAGE_SIDE, Model, read_model
 from bpdq_quantizer.fit.weight_bytes import Settings, card_bytes, checkpoint_bytes, token_figures
 from bpdq_quantizer.model.activations import ACTIVATION_BYTES
@@ -167,9 +167,10 @@ def assumptions_for(m: Model, settings: Settings) -> list[str]:
             "hidden size + 2 bytes x inner size) of activations besides"
         )
         found.append(
-            "to quantize experts: one after the other, with Hessians of its own among the four matrices, from what all "
-            "of a layer are given in the quantized and in the 16-bit model: on the host 4 x 2 bytes x "
-            f"{prod(CALIBRATION)} tokens x hidden size"
+            f"to quantize experts: {' or '.join(str(experts_at_once(x)) for x in dict.fromkeys(m.mixtures))} at once "
+            "on the device (fewer where their inputs take more than "
+            f"{ACTIVATION_BYTES / GIB:.0f} GiB), the four matrices for each; on the host what all of a layer are given "
+            f"in the quantized and in the 16-bit model: 4 x 2 bytes x {prod(CALIBRATION)} tokens x hidden size"
         )
     if len(kv_bytes.types_for(m.layers)) < len(KV_TYPES):
         found.append("types of KV cache that are not shown are not counted for such layers, or vLLM refuses them")
@@ -271,14 +272,15 @@ def quantize_seconds(m: Model, scheme: Scheme, rates: hours.Rates) -> dict[str, 
     hidden, tokens, cpu, card = m.embedding[1], prod(CALIBRATION), 0.0, 0.0
     for kind in m.blocks:
         block = hours.Block(kind.stages, [k for _, k in kind.stages] + [hidden])  # attention's output has its own
-        parts = [(1, block, tokens)]
+        parts = [(1, block, tokens, 1)]
         for mixture in kind.experts:
             expert = hours.Block(mixture.stages, [k for _, k in mixture.stages])
-            parts.append((mixture.count, expert, tokens * mixture.chosen // mixture.count))
-        for times, part, inputs in parts:
+            inputs = tokens * mixture.chosen // mixture.count
+            parts.append((mixture.count, expert, inputs, experts_at_once(mixture)))
+        for times, part, inputs, at_once in parts:
             work = hours.block_work(part, scheme.bits, scheme.group_size, inputs)
             cpu += kind.count * times * hours.seconds(work, rates)
-            spent = hours.card_seconds(part, scheme.bits, scheme.group_size, inputs, hours.RTX_3090)
+            spent = hours.card_seconds(part, scheme.bits, scheme.group_size, inputs, hours.RTX_3090, at_once)
             card += kind.count * times * spent
     return {"quantize_cpu_seconds": cpu, "quantize_gpu_seconds": card}
 

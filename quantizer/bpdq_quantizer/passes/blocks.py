@@ -2,14 +2,13 @@
 
 Within a block the weights are grouped into stages, those that read the same tensor (q/k/v, o, gate/up, down), in
 the order in which the forward pass reaches them. Each stage's Hessian is taken with all earlier stages already
-quantized, and the rows of its weights are solved together, as they share H.
+quantized, and the rows of its weights are solved together, as they share H. Experts have a Hessian each; those of a
+layer are solved some at a time.
 """
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import groupby
-from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +21,7 @@ from bpdq_kernels.experts import Experts, Routed
 from bpdq_kernels.format import Scheme
 from bpdq_kernels.layout import Stored
 from bpdq_quantizer.algorithm.hessian import corrected
-from bpdq_quantizer.algorithm.solver import Solve
+from bpdq_quantizer.algorithm.solver import Solution, Solve
 from bpdq_quantizer.model.activations import (
     Original,
     block_calls,
@@ -38,7 +37,7 @@ from bpdq_quantizer.model.products import quick_products
 from bpdq_quantizer.model.stream import Streamed, drop_block, load_block, trim_heap
 from bpdq_quantizer.model.weights import Weight, hooked, weights_in
 from bpdq_quantizer.model.windows import Window, text_windows, token_count
-from bpdq_quantizer.passes.experts import layer_tokens
+from bpdq_quantizer.passes.experts import in_two, layer_tokens, slices
 from bpdq_quantizer.passes.layers import LayerReport, check_finite, layer_report, solve_checked, stored
 from bpdq_quantizer.storage.offload import Batches
 
@@ -98,6 +97,16 @@ def quantize_blocks(
         drop_block(block)
 
 
+class Problem(NamedTuple):
+    """Weights that are solved together, as they share their inputs. W [N, K]: what their rows are to come close to;
+    H [K, K]: of their inputs; tokens: that it is of."""
+
+    weights: list[Weight]
+    W: Tensor
+    H: Tensor
+    tokens: int
+
+
 class StageSolver:
     """Solves the stages of a block in the order of its forward pass.
 
@@ -123,8 +132,8 @@ class StageSolver:
         """Solve a stage from its inputs in every batch."""
         original = None if self.original is None else partial(self.original.input, stage[0].name)
         if stage[0].layer is None:
-            H, C = input_statistics(stage[0], inputs, self.tokens, original)
-            self._solve(stage, H, C, self.tokens)
+            statistics = input_statistics(stage[0], inputs, self.tokens, original)
+            self._solve([self._problem(stage, *statistics, self.tokens)])
         else:
             self._solve_experts(stage, stage[0].layer.module, inputs, original)
 
@@ -135,32 +144,55 @@ class StageSolver:
         inputs: Iterable[Routed],
         original: Callable[[int], Routed] | None,
     ) -> None:
-        """Solve a layer's experts one by one, the matrix that reads the others' outputs last."""
+        """Solve a layer's experts, some at a time, the matrix that reads the others' outputs last."""
         tokens = layer_tokens(layer.num_experts, inputs, original)
-        for expert, members in groupby(stage, attrgetter("expert")):
-            weights, sample = list(members), tokens.of(expert)
-            last = [weight for weight in weights if weight.key == layer.names.down]
-            with quick_products(sample.x.device):
-                middle = None if sample.original is None else layer.middle(expert, sample.original)
-            if first := [weight for weight in weights if weight not in last]:
-                self._solve(first, *expert_statistics(sample.x, sample.original, sample.weights), sample.routed)
-            if last:
-                with quick_products(sample.x.device):
-                    x = layer.middle(expert, sample.x)
-                self._solve(last, *expert_statistics(x, middle, sample.weights), sample.routed)
+        for part in slices(in_two(stage, layer.names.down), tokens):
+            samples, problems = [], []
+            for expert in part:
+                sample = tokens.of(expert.number)
+                if expert.first:
+                    statistics = expert_statistics(sample.x, sample.original, sample.weights)
+                    problems.append(self._problem(expert.first, *statistics, sample.routed))
+                with quick_products(tokens.device):
+                    middle = None if sample.original is None else layer.middle(expert.number, sample.original)
+                samples.append(sample._replace(original=middle))
+            self._solve(problems)
+            for expert, sample in zip(part, samples, strict=True):
+                if expert.last:
+                    with quick_products(tokens.device):
+                        x = layer.middle(expert.number, sample.x)
+                    statistics = expert_statistics(x, sample.original, sample.weights)
+                    problems.append(self._problem(expert.last, *statistics, sample.routed))
+            self._solve(problems)
 
-    def _solve(self, stage: list[Weight], H: Tensor, C: Tensor | None, tokens: int) -> None:
-        """Solve the rows of all weights of a stage together. H, C: as of `input_statistics`, of so many tokens."""
-        matrices = {f"{weight.name}.weight": weight.matrix for weight in stage}
+    def _problem(self, weights: list[Weight], H: Tensor, C: Tensor | None, tokens: int) -> Problem:
+        """H, C: as of `input_statistics`, of so many tokens."""
+        matrices = {f"{weight.name}.weight": weight.matrix for weight in weights}
         check_finite(matrices, H, *([] if C is None else [C]))
         W = torch.cat(list(matrices.values()))
-        if C is not None:
-            W = corrected(W, H, C, self.asymmetric)
+        return Problem(weights, W if C is None else corrected(W, H, C, self.asymmetric), H, tokens)
+
+    def _solve(self, problems: list[Problem]) -> None:
+        """Solve problems that are alike at once, and forget them."""
+        if not problems:
+            return
         trim_heap()
         started = time.perf_counter()
-        scheme = self.schemes[stage[0].name]
-        solution = solve_checked(stage[0].name, W, H, scheme, self.solve)
-        seconds_per_row = (time.perf_counter() - started) / len(W)
+        weights, targets, hessians, tokens = zip(*problems, strict=True)
+        alone = len(problems) == 1
+        W, H = (tensors[0] if alone else torch.stack(tensors) for tensors in (targets, hessians))
+        problems.clear()
+        del targets, hessians
+        scheme = self.schemes[weights[0][0].name]
+        solutions = solve_checked([stage[0].name for stage in weights], W, H, scheme, self.solve)
+        seconds_per_row = (time.perf_counter() - started) / W.shape[:-1].numel()
+        for stage, solution, count in zip(weights, solutions, tokens, strict=True):
+            self._keep(stage, solution, scheme, seconds_per_row, count)
+
+    def _keep(
+        self, stage: list[Weight], solution: Solution, scheme: Scheme, seconds_per_row: float, tokens: int
+    ) -> None:
+        """Go on with the solution of a stage's rows, which took so long and is fitted to so many tokens."""
         first = 0
         for weight in stage:
             rows = slice(first, first + weight.shape[0])
@@ -168,10 +200,8 @@ class StageSolver:
             weight.assign(dequantize(layer.B, layer.c, scheme.group_size, weight.shape[1], layer.s))
             self.packed.append((weight, layer.to("cpu"), scheme.group_size))
             loss, energy = (part[rows].sum().item() for part in (solution.loss, solution.energy))
-            seconds = seconds_per_row * weight.shape[0]
-            self.reports.append(
-                layer_report(weight.name, weight.shape, scheme, loss, energy, solution.damping, seconds, tokens)
-            )
+            damping, seconds = solution.damping.item(), seconds_per_row * weight.shape[0]
+            self.reports.append(layer_report(weight.name, weight.shape, scheme, loss, energy, damping, seconds, tokens))
             first = rows.stop
 
     def finish(self) -> None:

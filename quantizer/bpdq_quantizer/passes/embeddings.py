@@ -113,10 +113,10 @@ def solve_rows(
     loss, energy, damping = 0.0, 0.0, 0.0
     chunks = weight.split(max(1, CHUNK_ELEMENTS // weight.shape[1]))
     for rows in tqdm(chunks, desc=f"quantizing {name}", unit="chunk"):
-        solution = solve_checked(name, rows.to(H.device), H, scheme, solve)
+        (solution,) = solve_checked([name], rows.to(H.device), H, scheme, solve)
         parts.append(stored(solution, scheme.bits).to("cpu"))
         loss += solution.loss.sum().item()
         energy += solution.energy.sum().item()
-        damping = solution.damping
+        damping = solution.damping.item()
     joined = [None if tensors[0] is None else torch.cat(tensors, dim=-1) for tensors in zip(*parts, strict=True)]
     return Stored(*joined), loss, energy, damping

@@ -5,15 +5,35 @@ expert that few tokens chose would be fitted to those few. It is filled up with 
 FILL_WEIGHT of a token each, to FILL tokens in all.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import groupby
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from bpdq_kernels.experts import Routed, routes
+from bpdq_quantizer.algorithm.refine import matrices_at_once
+from bpdq_quantizer.model.activations import ACTIVATION_BYTES
+from bpdq_quantizer.model.weights import Weight
 
 FILL, FILL_WEIGHT = 256, 0.1
+
+
+class Expert(NamedTuple):
+    """Weights of an expert. first: those that read its inputs; last: the one that reads their outputs. Either may be
+    missing."""
+
+    number: int
+    first: list[Weight]
+    last: list[Weight]
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """(outputs, inputs) that are solved together."""
+        stages = [stage for stage in (self.first, self.last) if stage]
+        return [(sum(weight.shape[0] for weight in stage), stage[0].shape[1]) for stage in stages]
 
 
 class Sample(NamedTuple):
@@ -35,6 +55,10 @@ class LayerTokens(NamedTuple):
     routed: dict[int, tuple[Tensor, Tensor]]
     device: torch.device
 
+    def count(self, expert: int) -> int:
+        """How many an expert is calibrated on, at most."""
+        return max(FILL, len(self.routed[expert][0]) if expert in self.routed else 0)
+
     def of(self, expert: int) -> Sample:
         """Those of an expert, and others to fill it up."""
         rows, weights = self.routed.get(expert, (torch.empty(0, dtype=torch.int64), torch.empty(0)))
@@ -45,6 +69,32 @@ class LayerTokens(NamedTuple):
         rows, routed = torch.cat((rows, others)), len(rows)
         original = None if self.original is None else self.original[rows].to(self.device)
         return Sample(self.x[rows].to(self.device), original, weights[:, None].to(self.device), routed)
+
+
+def in_two(weights: Iterable[Weight], last: str) -> list[Expert]:
+    """A layer's experts from all their weights; last: the key of the last one."""
+    found = []
+    for number, members in groupby(weights, attrgetter("expert")):
+        own = list(members)
+        lasts = [weight for weight in own if weight.key == last]
+        found.append(Expert(number, [weight for weight in own if weight.key != last], lasts))
+    return found
+
+
+def slices(experts: Iterable[Expert], tokens: LayerTokens) -> Iterator[list[Expert]]:
+    """Experts that are solved at once: as many as `matrices_at_once` of each of their shapes, and as have what their
+    matrices read in ACTIVATION_BYTES, or one."""
+    part: list[Expert] = []
+    taken = 0
+    for expert in experts:
+        size = 2 * tokens.count(expert.number) * max(k for _, k in expert.shapes) * tokens.x.itemsize
+        most = min(matrices_at_once(*shape) for shape in expert.shapes)
+        if part and (len(part) >= most or taken + size > ACTIVATION_BYTES):
+            yield part
+            part, taken = [], 0
+        part.append(expert)
+        taken += size
+    yield part
 
 
 def spread(count: int, wanted: int) -> Tensor:

@@ -1,5 +1,6 @@
 """One solved matrix: what is asked of it beforehand, what is stored of it, and what is reported."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -41,16 +42,21 @@ def check_finite(weights: dict[str, Tensor], *statistics: Tensor) -> None:
             raise InputError(f"{name} holds NaN or infinity: the model is damaged, download it again")
 
 
-def solve_checked(name: str, W: Tensor, H: Tensor, scheme: Scheme, solve: Solve) -> Solution:
-    """Quantize W [N, K], rows that share the inputs with Hessian H [K, K]; `name`: of the first of their layers.
+def solve_checked(names: Sequence[str], W: Tensor, H: Tensor, scheme: Scheme, solve: Solve) -> list[Solution]:
+    """Quantize W [N, K], rows that share the inputs with Hessian H [K, K], or several such matrices, W [E, N, K] with
+    H [E, K, K]; names: of the first layer of each.
 
     Raises InputError for coefficients that overflow their dtype.
     """
-    solution = solve(W, H, scheme.bits, scheme.group_size, scheme.coefficient_bits)
-    coefficients = solution.c if solution.s is None else solution.s
-    if not is_finite(coefficients):
-        raise InputError(f"{name}: its coefficients overflow {coefficients.dtype}: convert the model to bfloat16 first")
-    return solution
+    found = solve(W, H, scheme.bits, scheme.group_size, scheme.coefficient_bits)
+    solutions = [found] if W.ndim == 2 else [found.of(i) for i in range(len(W))]
+    for name, solution in zip(names, solutions, strict=True):
+        coefficients = solution.c if solution.s is None else solution.s
+        if not is_finite(coefficients):
+            raise InputError(
+                f"{name}: its coefficients overflow {coefficients.dtype}: convert the model to bfloat16 first"
+            )
+    return solutions
 
 
 def stored(solution: Solution, bits: int, rows: slice = slice(None)) -> Stored:

@@ -208,14 +208,14 @@ def try_schemes(
     target, diagonal = used_inputs(W, H.diagonal()), H.diagonal()
     found = []
     for group_size, alike in groupby(sorted(schemes, key=by_planes), key=attrgetter("group_size")):
-        steps = group_aware_order(diagonal, group_size)
-        R, used = upper_factor(H, torch.cat([columns for _, columns in steps]), damping)
-        d = used * live_mean(diagonal)
+        order = group_aware_order(diagonal, group_size)
+        R, used = upper_factor(H, order.columns, damping)
+        d = used.to(diagonal) * live_mean(diagonal)
         damped = H.clone()
         damped.diagonal().add_(d)
         HW = damped @ target
         for bits, widths in groupby(alike, key=attrgetter("bits")):
-            solved = one_pass(target, R, steps, bits, ITERATIONS, alpha, torch.float32, (range_start,))
+            solved = one_pass(target, R, order, bits, ITERATIONS, alpha, torch.float32, (range_start,))
             for scheme in widths:
                 dtype = torch.int8 if scheme.coefficient_bits == 8 else torch.bfloat16
                 codes, c, loss, _ = refine(*solved, target, HW, damped, group_size, 1, alpha, dtype)

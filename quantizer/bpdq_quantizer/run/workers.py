@@ -1,8 +1,9 @@
 """The rows of a stage, an embedding or an LM head, solved by several workers (`--devices`), on one machine or more.
 
-Rows are independent given H. Rank 0 runs the pipeline; for every stage it sends each worker H and its share of the
-rows, solves its own, and collects codes and coefficients: two messages with each worker (`run.links`), for
-which a scheduler like Ray would have nothing to schedule.
+Rows are independent given H, and so are the matrices of several experts, each with its H. Rank 0 runs the pipeline; for
+every stage it sends each worker H and its share of the rows, or its share of the matrices, solves its own, and collects
+codes and coefficients: two messages with each worker (`run.links`), for which a scheduler like Ray would have nothing
+to schedule.
 
     rank 0      job, H, rows -> each       solves its share       <- damping or error, codes, c, loss, energy
     a worker    waits for a job            solves its share       -> damping or error, codes, c, loss, energy
@@ -37,7 +38,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bpdq_quantizer.algorithm.grid import Start, paper_start, range_start, residual_start
-from bpdq_quantizer.algorithm.solver import STARTS, Solution, quantize_linear
+from bpdq_quantizer.algorithm.solver import STARTS, Solution, joined, quantize_linear
 from bpdq_quantizer.errors import InputError, WorkerError
 from bpdq_quantizer.run.links import DTYPES, authenticate, receive, send
 
@@ -242,26 +243,34 @@ def _solve_together(
 ) -> Solution:
     unit = _unit(W.device)
     options |= {"bits": bits, "group_size": group_size, "coefficient_bits": coefficient_bits, "rows": unit}
-    own, *others = W.split(shares_of(len(W), len(links) + 1, unit or 1))
-    busy = [(number, link, rows) for number, (link, rows) in enumerate(zip(links, others, strict=True), 1) if len(rows)]
+    batch = W.ndim == 3
+    counts = shares_of(len(W), len(links) + 1, 1 if batch else unit or 1)
+    jobs = [*zip(W.split(counts), H.split(counts) if batch else [H] * len(counts), strict=True)]
+    busy = [(number, link) for number, link in enumerate(links, 1) if counts[number]]
     job = {"threads": torch.get_num_threads(), "starts": [start.__name__ for start in starts], "dtype": str(dtype)}
     with _connected(children):
-        for _, link, rows in busy:
-            send(link, job | {"options": options}, H, rows)
-    parts = [quantize_linear(own, H, starts=starts, dtype=dtype, **options)]
+        for number, link in busy:
+            send(link, job | {"options": options}, *jobs[number])
+    parts = [quantize_linear(*jobs[0], starts=starts, dtype=dtype, **options)]
     with _connected(children):
-        replies = [(number, *receive(link)) for number, link, _ in busy]
+        replies = [(number, *receive(link)) for number, link in busy]
     for number, reply, tensors in replies:
         if "error" in reply:
             raise WorkerError(f"worker {number} of --devices: {reply['error']}")
-        parts.append(Solution(*tensors[:4], reply["damping"], *tensors[4:]))
+        codes, c, loss, energy, *s = (tensor.to(W.device) for tensor in tensors)
+        parts.append(Solution(codes, c, loss, energy, torch.tensor(reply["damping"], dtype=torch.float64), *s))
+    return joined(parts, torch.cat) if batch else _joined_rows(parts)
+
+
+def _joined_rows(parts: list[Solution]) -> Solution:
+    """Solutions of rows of one matrix as that of all."""
     return Solution(
-        codes=torch.cat([part.codes.to(W.device) for part in parts]),
-        c=torch.cat([part.c.to(W.device) for part in parts], dim=2),
-        loss=torch.cat([part.loss.to(W.device) for part in parts]),
-        energy=torch.cat([part.energy.to(W.device) for part in parts]),
+        codes=torch.cat([part.codes for part in parts]),
+        c=torch.cat([part.c for part in parts], dim=2),
+        loss=torch.cat([part.loss for part in parts]),
+        energy=torch.cat([part.energy for part in parts]),
         damping=parts[0].damping,
-        s=None if parts[0].s is None else torch.cat([part.s.to(W.device) for part in parts], dim=1),
+        s=None if parts[0].s is None else torch.cat([part.s for part in parts], dim=1),
     )
 
 
@@ -275,7 +284,7 @@ def _connected(children: list[subprocess.Popen]) -> Iterator[None]:
 
 
 def shares_of(rows: int, workers: int, unit: int) -> list[int]:
-    """Rows for each worker, in whole units but for the last one, as even as that allows."""
+    """Rows, or matrices, for each worker, in whole units but for the last one, as even as that allows."""
     units = -(-rows // unit)
     bounds = [min(rows, -(-units * number // workers) * unit) for number in range(workers + 1)]
     return [stop - start for start, stop in pairwise(bounds)]
@@ -299,10 +308,10 @@ def _solved(
 ) -> tuple[dict[str, Any], list[Tensor]]:
     torch.set_num_threads(job["threads"])
     try:
-        H, W = (tensor.to(device) for tensor in tensors)
+        W, H = (tensor.to(device) for tensor in tensors)
         starts, dtype = [NAMED_STARTS[name] for name in job["starts"]], DTYPES[job["dtype"]]
         solution = quantize_linear(W, H, starts=starts, dtype=dtype, **job["options"])
     except Exception as e:  # whatever it is, rank 0 must learn of it
         return {"error": f"{type(e).__name__}: {e}"}, []
     tensors = [solution.codes, solution.c, solution.loss, solution.energy]
-    return {"damping": solution.damping}, tensors if solution.s is None else [*tensors, solution.s]
+    return {"damping": solution.damping.tolist()}, tensors if solution.s is None else [*tensors, solution.s]
