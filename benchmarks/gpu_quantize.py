@@ -29,7 +29,7 @@ from benchmarks.shapes import MODELS, Layer, Model
 from bpdq_quantizer import quantize
 from bpdq_quantizer.checkpoint.loader import load_model
 from bpdq_quantizer.errors import InputError
-from bpdq_quantizer.evaluate import perplexity
+from bpdq_quantizer.evaluation.perplexity import perplexity
 from bpdq_quantizer.fit import plan
 from bpdq_quantizer.model.calibration import file_windows
 from bpdq_quantizer.model.tokens import load_tokenizer

@@ -12,29 +12,30 @@ needs versions that vLLM does not: give it an environment of its own and name it
 
 import argparse
 import json
-import math
 import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
 
-from benchmarks import tasks
 from benchmarks.serve_bench import COLORS, machine
 from benchmarks.server import ServerError
+from benchmarks.tasks import through_vllm
 from bpdq_kernels.format import Scheme
 from bpdq_quantizer.checkpoint.loader import load_model
 from bpdq_quantizer.errors import InputError
+from bpdq_quantizer.evaluation.compare import summary, token_scores
+from bpdq_quantizer.evaluation.logits import Logits, opened
+from bpdq_quantizer.evaluation.tasks import check_tasks, in_transformers
 from bpdq_quantizer.model.calibration import file_windows
 from bpdq_quantizer.model.tokens import load_tokenizer
-from bpdq_quantizer.passes.tune import final_states, log_probabilities, softcap
 
 METHODS = {  # options of `bpdq quantize`; gptq has a script of its own
     "paper": ["--solver", "paper"],
@@ -46,7 +47,7 @@ METHODS = {  # options of `bpdq quantize`; gptq has a script of its own
     "bpdq-rotated-tuned": ["--rotate", "hadamard", "--tune", "model"],
     "gptq": [],
 }
-CHUNK = 128  # tokens whose logits are held at a time
+CPU = torch.device("cpu")
 Row = dict[str, Any]
 
 
@@ -64,6 +65,8 @@ def main(argv: list[str] | None = None) -> int:
         "rows": [],
     }
     try:
+        if args.tasks:
+            check_tasks(args.tasks, args.task_folder)
         for row in measure(args):
             report["rows"].append(row)
             (args.output / "quality.json").write_text(json.dumps(report, indent=2) + "\n")
@@ -114,25 +117,21 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def measure(args: argparse.Namespace) -> Any:
+def measure(args: argparse.Namespace) -> Iterator[Row]:
     """Yield a row for each 16-bit model, then for each of its quantized versions."""
     for model in args.models:
         tokens = file_windows(args.text, load_tokenizer(model), args.eval_seq_len, args.windows)
-        base = load_model(model, torch.float32)
-        states, head = final_states(base, tokens), base.get_output_embeddings()
         named = {"model": Path(model).name}
-        scores = run_tasks(model, base, args)
-        yield named | {"method": "16-bit", "bits_per_weight": 16.0} | evaluate(base, tokens, states, head) | scores
-        del base
-        for method, bits, group_size in product(args.methods, args.bits, args.group_sizes):
-            scheme = Scheme(bits, group_size, width_of(method, args))
-            print(f"{named['model']}: {method}, k = {bits}, G = {group_size}", flush=True)
-            name = f"{named['model']}-{method}-k{bits}-g{group_size}-c{scheme.coefficient_bits}"
-            checkpoint = args.output / "checkpoints" / name
-            cost = quantize(model, method, scheme, checkpoint, args)
-            quantized = load_model(str(checkpoint), torch.float32)
-            quality = evaluate(quantized, tokens, states, head) | run_tasks(str(checkpoint), quantized, args)
-            yield named | {"method": method} | vars(scheme) | cost | quality
+        with opened(model, tokens, CPU, args.text) as reference:
+            yield named | {"method": "16-bit", "bits_per_weight": 16.0} | evaluate(model, tokens, reference, args)
+            for method, bits, group_size in product(args.methods, args.bits, args.group_sizes):
+                scheme = Scheme(bits, group_size, width_of(method, args))
+                print(f"{named['model']}: {method}, k = {bits}, G = {group_size}", flush=True)
+                name = f"{named['model']}-{method}-k{bits}-g{group_size}-c{scheme.coefficient_bits}"
+                checkpoint = args.output / "checkpoints" / name
+                cost = quantize(model, method, scheme, checkpoint, args)
+                quality = evaluate(str(checkpoint), tokens, reference, args)
+                yield named | {"method": method} | vars(scheme) | cost | quality
 
 
 def width_of(method: str, args: argparse.Namespace) -> int:
@@ -168,47 +167,26 @@ def quantize(model: str, method: str, scheme: Scheme, checkpoint: Path, args: ar
     }
 
 
-@torch.inference_mode()
-def evaluate(model: PreTrainedModel, tokens: Tensor, states: Tensor, head: nn.Module) -> Row:
-    """Perplexity, KL(16-bit || model) in nats and share of equal top tokens, over all but each window's last position.
-
-    tokens: [W, L]; states: `final_states` of the 16-bit model; head: its LM head. `model` has one of its own, which may
-    be rotated or quantized.
-    """
+def evaluate(path: str, tokens: Tensor, reference: Logits, args: argparse.Namespace) -> Row:
+    """Perplexity of a model, and how close it is to the 16-bit one (`evaluation.compare`), on windows [W, L] of ids;
+    scores of `--tasks` under the key `tasks`."""
     started = time.perf_counter()
-    cap = softcap(model)
-    nll = kl = same = 0.0
-    for window, reference in zip(tokens, states, strict=True):
-        hidden = final_states(model, window[None])[0]
-        for start in range(0, len(window) - 1, CHUNK):
-            rows = slice(start, min(start + CHUNK, len(window) - 1))
-            log_p = log_probabilities(reference[rows], head, cap)
-            log_q = log_probabilities(hidden[rows], model.get_output_embeddings(), cap)
-            nll -= log_q.gather(1, window[rows.start + 1 : rows.stop + 1, None]).sum().item()
-            kl += torch.nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True).item()
-            same += (log_p.argmax(1) == log_q.argmax(1)).sum().item()
-    count = tokens.shape[0] * (tokens.shape[1] - 1)
-    return {
-        "perplexity": math.exp(nll / count),
-        "kl": kl / count,
-        "top1_agreement": same / count,
-        "evaluation_seconds": time.perf_counter() - started,
-    }
+    with opened(path, tokens, CPU, args.text) as logits:
+        found = summary(token_scores(reference, logits, tokens))
+    return found | {"evaluation_seconds": time.perf_counter() - started} | run_tasks(path, args)
 
 
-def run_tasks(path: str, model: PreTrainedModel, args: argparse.Namespace) -> Row:
-    """Scores of `--tasks` for a model and its folder, under the key `tasks`."""
+def run_tasks(path: str, args: argparse.Namespace) -> Row:
     if not args.tasks:
         return {}
+    how = args.tasks, args.task_folder, args.tasks_limit
+    if args.tasks_through == "transformers":
+        return {"tasks": in_transformers(load_model(path, torch.float32), load_tokenizer(path), *how)}
+    serve_args, log = shlex.split(args.serve_args), args.output / f"{Path(path).name}.log"
     try:
-        if args.tasks_through == "transformers":
-            found = tasks.in_transformers(model, load_tokenizer(path), args.tasks, args.task_folder, args.tasks_limit)
-        else:
-            serve_args, log = shlex.split(args.serve_args), args.output / f"{Path(path).name}.log"
-            found = tasks.through_vllm(path, args.tasks, args.task_folder, args.tasks_limit, serve_args, log)
-    except (ValueError, ServerError) as e:
+        return {"tasks": through_vllm(path, *how, serve_args, log)}
+    except ServerError as e:
         raise BenchError(f"{path}: {e}") from e
-    return {"tasks": found}
 
 
 def table(rows: list[Row]) -> str:

@@ -97,14 +97,15 @@ def test_splitting_into_a_size_that_does_not_divide_is_refused():
 @pytest.mark.parametrize(
     ("k", "group", "words", "n"), [(1, 32, 3, 64), (3, 64, 5, 32), (2, 128, 6, 96), (4, 256, 9, 64)]
 )
-def test_cpu_tiles_hold_words_and_coefficients_as_drawn(k: int, group: int, words: int, n: int):
+@pytest.mark.parametrize("bytes_together", [False, True])
+def test_cpu_tiles_hold_words_and_coefficients_as_drawn(k: int, group: int, words: int, n: int, bytes_together: bool):
     """The last group is short."""
     B = torch.arange(words * k * n, dtype=torch.int32).view(words, k, n)
     groups = -(-32 * words // group)
     c = torch.arange(groups * (k + 1) * n, dtype=torch.float32).view(groups, k + 1, n)
     s = torch.arange((k + 1) * n).view(k + 1, n).bfloat16()
     planes = torch.empty_like(B)
-    coefficients, scales = layout.to_cpu_tiles(B, c, group, planes, s)
+    coefficients, scales = layout.to_cpu_tiles(B, c, group, planes, s, bytes_together)
     expected_planes, expected_coefficients = [], []
     for g in range(groups):
         for tile in range(0, n, 32):
@@ -112,11 +113,18 @@ def test_cpu_tiles_hold_words_and_coefficients_as_drawn(k: int, group: int, word
                 expected_planes += [B[word, p, tile : tile + 32] for p in range(k)]
             expected_coefficients += [c[g, p, tile : tile + 32] for p in range(k + 1)]
     expected_scales = [s[p, tile : tile + 32].float() for tile in range(0, n, 32) for p in range(k + 1)]
-    assert torch.equal(planes.flatten(), torch.cat(expected_planes))
+    words_of_tiles = torch.stack(expected_planes)
+    if bytes_together:
+        expected = torch.empty(len(words_of_tiles), 4, 32, dtype=torch.uint8)
+        for output in range(32):
+            place = 16 * (output // 4 % 2) + 4 * (output // 8) + output % 4
+            expected[:, :, place] = words_of_tiles[:, output : output + 1].view(torch.uint8)
+        words_of_tiles = expected.flatten().view(torch.int32)
+    assert torch.equal(planes.flatten(), words_of_tiles.flatten())
     assert torch.equal(coefficients.flatten(), torch.cat(expected_coefficients))
     assert torch.equal(scales.flatten(), torch.cat(expected_scales))
     rows = torch.tensor([n - 1, 0, 33 % n])
-    found = layout.rows_of_cpu_tiles(planes, coefficients, scales, group, rows)
+    found = layout.rows_of_cpu_tiles(planes, coefficients, scales, group, rows, bytes_together)
     expected = layout.Stored(B, c, s.float()).outputs(rows)
     assert all(torch.equal(tensor, other) for tensor, other in zip(found, expected, strict=True))
 

@@ -163,8 +163,9 @@ def test_a_rank_without_experts_of_a_token_gives_zeros():
 
 
 @pytest.mark.parametrize("tokens", [1, 40])
-def test_threads_change_no_bit(tokens):
-    case = random_case(tokens, 3, 64, 48)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_threads_change_no_bit(tokens, dtype):
+    case = random_case(tokens, 3, 64, 48, dtype=dtype)
     results = []
     for threads in (1, 2, 3, 7):
         torch.set_num_threads(threads)

@@ -27,7 +27,7 @@ OTHERS = {  # than the defaults
         "kv_cache_scales": True,
     },
     **{"ignore": ["re:.*[.]o_proj", "model.layers.0.mlp.down_proj"]},
-    **{"calibration": "t.txt", "samples": 9, "seq_len": 64, "special_tokens": "none", "iterations": 2},
+    **{"calibration": "t.txt", "samples": 9, "seq_len": 64, "special_tokens": "none", "evaluate": 8, "iterations": 2},
     **{"solver": "paper", "asymmetric": 0.25, "rotate": "hadamard", "seed": 7},
     **{"output_tokens": 99, "tune": "model", "tune_steps": 5},
     **{"tune_loss": "mix", "tune_samples": 11, "offload_dir": "s", "device": "cpu", "devices": "cpu", "resume": True},

@@ -1,7 +1,6 @@
 """The quality benchmark: what it measures, and that a matrix of runs ends in a table that can be read."""
 
 import json
-import math
 import sys
 
 import pytest
@@ -9,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks import quality_bench
-from bpdq_quantizer.passes.tune import final_states
+from bpdq_quantizer.cli import main
 from tiny import TEXT, bpdq_checkpoint, tiny_model, tiny_tokenizer
 
 
@@ -25,31 +24,6 @@ def arguments(folder, output, *more):
     text = str(folder / "text.txt")
     fixed = ["--models", str(folder / "model"), "--calibration", text, "--text", text, "--output", str(output)]
     return [*fixed, "--samples", "4", "--seq-len", "32", "--eval-seq-len", "40", "--windows", "2", *more]
-
-
-def test_quality_is_that_of_plain_logits(folder, monkeypatch):
-    monkeypatch.setattr(quality_bench, "CHUNK", 7)
-    base, model = (AutoModelForCausalLM.from_pretrained(folder / name) for name in ("model", "checkpoint-dequantized"))
-    tokens = torch.tensor(tiny_tokenizer()(TEXT * 4, add_special_tokens=False)["input_ids"][:80]).view(2, 40)
-    row = quality_bench.evaluate(model, tokens, final_states(base, tokens), base.get_output_embeddings())
-    with torch.no_grad():
-        p, q = (m(tokens).logits[:, :-1].log_softmax(-1) for m in (base, model))
-    nll = -q.gather(2, tokens[:, 1:, None]).mean().item()
-    assert row["perplexity"] == pytest.approx(math.exp(nll), rel=1e-4)
-    assert row["kl"] == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-3)
-    assert row["top1_agreement"] == pytest.approx((p.argmax(-1) == q.argmax(-1)).float().mean().item())
-
-
-def test_a_model_in_another_basis_is_compared_by_its_own_head(folder):
-    base, scaled = (AutoModelForCausalLM.from_pretrained(folder / "model") for _ in range(2))
-    with torch.no_grad():
-        scaled.model.norm.weight *= 2
-        scaled.lm_head.weight /= 2
-    tokens = torch.tensor(tiny_tokenizer()(TEXT, add_special_tokens=False)["input_ids"][:40]).view(1, 40)
-    assert not scaled.config.tie_word_embeddings
-    row = quality_bench.evaluate(scaled, tokens, final_states(base, tokens), base.get_output_embeddings())
-    assert row["kl"] == pytest.approx(0, abs=1e-5)
-    assert row["top1_agreement"] == 1
 
 
 def test_a_matrix_gives_json_table_and_plot(folder, tmp_path, capsys):
@@ -161,9 +135,23 @@ def test_tasks_from_local_files_are_scored(folder, questions, tmp_path):
     assert "| planes acc |" in (tmp_path / "quality.md").read_text()
 
 
+@pytest.mark.parametrize("reference", [True, False])
+def test_eval_scores_them_too(folder, questions, capsys, reference):
+    tasks, docs = questions
+    argv = ["eval", folder / "checkpoint", "--text", folder / "text.txt", "--seq-len", "40", "--windows", "2", "--json"]
+    argv += ["--tasks", "planes", "--task-folder", tasks]
+    argv += ["--reference", folder / "model"] if reference else []
+    assert main([str(a) for a in argv]) == 0
+    out = capsys.readouterr().out
+    found = json.loads(out.splitlines()[-1])
+    scored = found["models"][0] if reference else found
+    assert scored["tasks"] == {"planes acc": accuracy(folder / "checkpoint", docs)}
+    assert "planes acc" in out.partition("{")[0]
+
+
 def test_an_unknown_task_is_named(folder, questions, tmp_path, capsys):
     argv = arguments(folder, tmp_path, "--tasks", "plains", "--task-folder", str(questions[0]))
-    assert quality_bench.main(argv) == 1
+    assert quality_bench.main(argv) == 2
     assert "--tasks plains: lm-eval knows no such task" in capsys.readouterr().err
 
 

@@ -12,7 +12,7 @@ BELOW = {  # what a package, or a room of the quantizer, may import
     "bpdq_kernels": set(),
     "bpdq_quantizer": {"bpdq_kernels"},
 }
-ROOMS = ["storage", "algorithm", "model", {"passes", "checkpoint", "fit"}, "run"]
+ROOMS = ["storage", "algorithm", "model", {"passes", "checkpoint", "fit"}, "evaluation", "run"]
 BASE = {"errors", "cost"}  # modules beside the rooms that all may import
 
 

@@ -6,13 +6,14 @@ Where there is no compiler, or others can write the cache, layers stay as stored
 import ctypes
 import functools
 import mmap
+import sys
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from bpdq_kernels import reference
-from bpdq_kernels.activation import Activation, activate
+from bpdq_kernels.activation import NAMES, Activation
 from bpdq_kernels.compiled import DTYPE_CODES, library_or_none, load_library
 from bpdq_kernels.layout import (
     CPU_TILE,
@@ -29,14 +30,34 @@ MACROS = (f"-DBPDQ_WORD={WORD}", f"-DBPDQ_TILE={CPU_TILE}", f"-DBPDQ_MAX_GROUP={
 TOKENS_AT_ONCE = 2048  # of experts, whose rows between the two matrices are fp32
 
 
+class _Matrix(ctypes.Structure):
+    """`Matrix` of the source."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("planes", "coefficients", "scales", "bias")),
+        *((name, ctypes.c_int64) for name in ("dtype", "in_features", "out_features", "group_size", "plane_count")),
+    ]
+
+
 def open_library(isa: str) -> ctypes.CDLL:
     """The library for an instruction set, which is its `isa`. Raises as `compiled.compile_library`."""
     library = load_library(SOURCE, isa, MACROS)
-    pointer, integer = ctypes.c_void_p, ctypes.c_int64
-    library.bpdq_linear.restype = None
-    library.bpdq_linear.argtypes = [pointer, pointer, ctypes.c_int, pointer, *[integer] * 5]
-    library.bpdq_linear.argtypes += [pointer, ctypes.c_bool, integer, pointer, integer, integer]
-    library.bpdq_linear.argtypes += [pointer, pointer, integer]
+    pointer, integer, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+    matrix = ctypes.POINTER(_Matrix)
+    library.bpdq_linear.restype = library.bpdq_experts.restype = None
+    library.bpdq_linear.argtypes = [matrix, pointer, *[integer] * 4, pointer]
+    library.bpdq_experts.argtypes = [
+        matrix,
+        matrix,
+        integer,
+        pointer,
+        integer,
+        integer,
+        ctypes.c_bool,
+        pointer,
+        pointer,
+    ]
+    library.bpdq_experts.argtypes += [*[integer] * 3, number, number, integer, pointer]
     library.isa = isa
     return library
 
@@ -59,7 +80,7 @@ def prepare(B: Tensor, c: Tensor, group_size: int, s: Tensor | None = None) -> t
     B, c = (torch.nn.functional.pad(tensor, (0, padding)) for tensor in (B, c))
     s = None if s is None else torch.nn.functional.pad(s, (0, padding))
     planes = huge_pages(B.shape)
-    return planes, *to_cpu_tiles(B, c, group_size, planes, s)
+    return planes, *to_cpu_tiles(B, c, group_size, planes, s, bytes_together())
 
 
 def huge_pages(shape: torch.Size) -> Tensor:
@@ -77,12 +98,19 @@ def stored_rows(planes: Tensor, coefficients: Tensor, scales: Tensor | None, gro
     """The tensors of the outputs `rows` [R] from what `prepare` returned, as they were stored, but s in fp32."""
     if library() is None:
         return Stored(planes, coefficients, scales).outputs(rows)
-    return rows_of_cpu_tiles(planes, coefficients, scales, group_size, rows)
+    return rows_of_cpu_tiles(planes, coefficients, scales, group_size, rows, bytes_together())
+
+
+def bytes_together() -> bool:
+    """Whether the library reads planes with the bytes of outputs together (`bpdq_kernels.layout.to_cpu_tiles`)."""
+    return library().isa == "avx2"
 
 
 def few_tokens(isa: str, dtype: torch.dtype) -> int:
-    """Up to how many tokens look-ups beat multiplications, of activations in `dtype`: in pairs of bf16, or in fp32."""
-    return 4 if isa == "avx2" or (isa == "avx512_bf16" and dtype == torch.bfloat16) else 8
+    """Up to how many tokens look-ups beat multiplications, of activations in `dtype`."""
+    if isa == "avx2":
+        return 4 if dtype == torch.float32 else sys.maxsize  # in bytes
+    return 4 if isa == "avx512_bf16" and dtype == torch.bfloat16 else 8
 
 
 def linear(
@@ -96,14 +124,26 @@ def linear(
 ) -> Tensor:
     """y [..., N] = x [..., K] @ W.T + bias in x.dtype; planes, coefficients and scales from `prepare`.
 
-    Sums are fp32. W is exact, or rounded to bf16 where bf16 x is multiplied in bf16.
+    Sums are fp32. W is exact, or rounded to bf16 where bf16 x is multiplied in bf16. With AVX2, 16-bit x is rounded to
+    multiples of at most 2^-14 of the most that four neighbours have together in its group.
     """
     if library() is None:
         return reference.linear(x, planes, coefficients, group_size, bias, scales)
-    y = torch.empty(*x.shape[:-1], out_features)
-    rows = x.reshape(-1, x.shape[-1])
-    _multiply(rows, Stored(planes, coefficients, scales), group_size, bias, y.view(-1, out_features))
-    return y.to(x.dtype)
+    y = torch.empty(*x.shape[:-1], out_features, dtype=x.dtype)
+    rows = _rows(x.reshape(-1, x.shape[-1]))
+    bias = None if bias is None else bias.float().contiguous()
+    stored = Stored(planes, coefficients, scales)
+    compiled = library()
+    compiled.bpdq_linear(
+        _matrix(stored, rows.shape[1], out_features, group_size, bias),
+        rows.data_ptr(),
+        DTYPE_CODES[x.dtype],
+        rows.stride(0),
+        len(rows),
+        few_tokens(compiled.isa, x.dtype),
+        y.data_ptr(),
+    )
+    return y
 
 
 def moe(
@@ -121,52 +161,65 @@ def moe(
     if library() is None:
         return reference.moe(x, topk_weights, topk_ids, up, down, activation, up_bias, down_bias, weights_on_input)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    biases = [None if bias is None else bias.float().contiguous() for bias in (up_bias, down_bias)]
     for start in range(0, len(x), TOKENS_AT_ONCE):
         part = slice(start, start + TOKENS_AT_ONCE)
-        rows, weights, ids = x[part], topk_weights[part].float(), topk_ids[part].long().contiguous()
+        rows, weights, ids = x[part], topk_weights[part].float().contiguous(), topk_ids[part].long().contiguous()
         if weights_on_input:
             rows = (rows.unsqueeze(1) * weights.unsqueeze(2)).to(x.dtype).flatten(0, 1)
             weights = torch.ones_like(weights)
-        h = activate(_experts(rows, up, up_bias, ids), activation).to(x.dtype)
-        y[part] = (weights.unsqueeze(1) @ _experts(h, down, down_bias, ids).unflatten(0, ids.shape)).squeeze(1)
+        _experts(_rows(rows), weights, ids, (up, down), biases, activation, y[part])
     return y
 
 
-def _experts(rows: Tensor, experts: PreparedExperts, bias: Tensor | None, ids: Tensor) -> Tensor:
-    """[T * A, N] fp32: rows [T, K] or [T * A, K] through the experts `ids` [T, A], 0 where there is none."""
-    y = torch.zeros(ids.numel(), experts.out_features)
-    _multiply(rows, experts.stored, experts.group_size, bias, y, ids)
-    return y
-
-
-def _multiply(
-    x: Tensor, stored: Stored, group_size: int, bias: Tensor | None, y: Tensor, ids: Tensor | None = None
+def _experts(
+    rows: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    matrices: tuple[PreparedExperts, PreparedExperts],
+    biases: list[Tensor | None],
+    activation: Activation,
+    y: Tensor,
 ) -> None:
-    """Write y [M, N] fp32; of experts, the rows that one of `ids`, M in all, has."""
+    """Write y [T, N] of rows [T, K], or [T * A, K] one for each choice, through the experts `ids` [T, A]."""
     compiled = library()
+    held = [
+        _matrix(m.stored, m.in_features, m.out_features, m.group_size, bias)
+        for m, bias in zip(matrices, biases, strict=True)
+    ]
+    compiled.bpdq_experts(
+        *held,
+        len(matrices[0].planes),
+        rows.data_ptr(),
+        DTYPE_CODES[rows.dtype],
+        rows.stride(0),
+        len(rows) != len(y),
+        ids.data_ptr(),
+        weights.data_ptr(),
+        *ids.shape,
+        NAMES.index(activation.name),
+        activation.alpha,
+        activation.limit,
+        few_tokens(compiled.isa, rows.dtype),
+        y.data_ptr(),
+    )
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x [M, K] with each row's numbers beside each other."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _matrix(stored: Stored, in_features: int, out_features: int, group_size: int, bias: Tensor | None) -> _Matrix:
     planes, coefficients, scales = stored
-    if x.dtype != torch.bfloat16:
-        x = x.float()
-    if x.stride(1) != 1:
-        x = x.contiguous()
-    bias = None if bias is None else bias.float().contiguous()
-    compiled.bpdq_linear(
+    return _Matrix(
         planes.data_ptr(),
         coefficients.data_ptr(),
-        DTYPE_CODES[coefficients.dtype],
         None if scales is None else scales.data_ptr(),
-        x.shape[1],
-        y.shape[1],
+        None if bias is None else bias.data_ptr(),
+        DTYPE_CODES[coefficients.dtype],
+        in_features,
+        out_features,
         group_size,
         planes.shape[-2],
-        1 if ids is None else len(planes),
-        x.data_ptr(),
-        x.dtype == torch.bfloat16,
-        x.stride(0),
-        None if ids is None else ids.data_ptr(),
-        len(y),
-        1 if len(y) == len(x) else len(y) // len(x),
-        None if bias is None else bias.data_ptr(),
-        y.data_ptr(),
-        few_tokens(compiled.isa, x.dtype),
     )

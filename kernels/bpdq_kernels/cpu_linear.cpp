@@ -1,6 +1,6 @@
-/* y = x @ W.T + bias on a CPU, straight from bit-planes. Two kernels walk the same layout: the tiles that `to_cpu_tiles`
-   in layout.py makes, draws, and gives the sizes of (BPDQ_WORD, BPDQ_TILE and BPDQ_MAX_GROUP are set by cpu.py). Bit j
-   of a lane is the plane bit of the word's input j: both kernels take the low bits first.
+/* y = x @ W.T + bias on a CPU, straight from bit-planes. The kernels walk the same layout: tiles that `to_cpu_tiles` in
+   layout.py makes, draws, and gives the sizes of (BPDQ_WORD, BPDQ_TILE and BPDQ_MAX_GROUP are set by cpu.py). Bit j
+   of a lane is the plane bit of the word's input j: all kernels take the low bits first.
 
    Lookup, for few tokens: four inputs of a token have 16 possible partial sums, which fill one register. The low
    four bits of every lane pick 16 outputs' sums in one permutation:
@@ -8,7 +8,8 @@
      sums += c_p * permute(table[inputs 4j .. 4j+3], word);  word >>= 4         3 instructions for 64 plane bits
 
    and once per group y += c0 * sum(x) + sum_p sums_p. The product costs nothing: where permutations, shifts and
-   additions would share pipes, multiply-adds have their own. AVX2 does the same with eight sums of three inputs.
+   additions would share pipes, multiply-adds have their own. AVX2 does the same with eight sums of three inputs, and
+   for inputs of 16 bits, any number of tokens, with bytes of 16 sums (cpu_linear_bytes.h).
 
    Multiply, for many tokens: the 2^k possible weights of a group and tile are computed once; bit tests and blends
    choose among them, once for up to 64 tokens. With AVX512_BF16 the weights are rounded to bf16, as a 16-bit layer
@@ -25,17 +26,20 @@
 #include <memory>
 #include <numeric>
 #include <omp.h>
+#include <type_traits>
 #include <vector>
 
+#include "cpu_linear_activation.h"
+#include "cpu_linear_bytes.h"
 #include "cpu_linear_lookup.h"
 #include "cpu_linear_multiply.h"
 
 namespace {
 
-/* x [rows, K], of bf16 or fp32, with rows `stride` elements apart. */
+/* x [rows, K], with rows `stride` elements apart. */
 struct Inputs {
   const void* x;
-  bool bfloat;
+  Dtype dtype;  // fp32, or 16 bits
   int64_t stride;
 
   /* `count` inputs of a row from `first` on. */
@@ -43,31 +47,44 @@ struct Inputs {
     memcpy(out, (const uint16_t*)x + row * stride + first, count * sizeof *out);
   }
   void read(int64_t row, int64_t first, int64_t count, float* out) const {
-    if (!bfloat) {
+    if (dtype == FLOAT32) {
       memcpy(out, (const float*)x + row * stride + first, count * sizeof *out);
       return;
     }
     uint16_t halves[MAX_GROUP] = {};
     read(row, first, count, halves);
     for (int64_t i = 0; i < count; i += LANES) {
-      const Floats values = widen(halves, i, BFLOAT16);
+      const Floats values = widen(halves, i, dtype);
       memcpy(out + i, &values, sizeof values);
     }
   }
 };
 
-/* Rows of y [.., N] fp32 and what makes them: row i is that of inputs i / choices. */
+/* y [rows, N], without gaps. */
+struct Outputs {
+  void* y;
+  Dtype dtype;  // fp32, or 16 bits
+
+  void write(int64_t at, float value) const {
+    if (dtype == FLOAT32)
+      ((float*)y)[at] = value;
+    else
+      ((uint16_t*)y)[at] = dtype == BFLOAT16 ? narrow_to_bfloat(value) : narrow_to_half(value);
+  }
+};
+
+/* Rows of y [.., N] and what makes them: row i is that of inputs i / choices. */
 struct Rows {
   const int64_t* of;
   int64_t count, choices;
   Inputs inputs;
-  float* y;
+  Outputs outputs;
 };
 
 template <class Kernel>
 struct Scratch {
   Kernel kernel;
-  alignas(64) float sums[BLOCK][Kernel::TOKENS][TILE];
+  alignas(64) float sums[BLOCK * Kernel::TOKENS][TILE];  // of a tile those of all tokens beside each other
 };
 
 /* Tiles [first, last) of `rows`. */
@@ -79,7 +96,8 @@ void run_tiles(Scratch<Kernel>& scratch, const Layer& layer, const Rows& rows, c
     for (int64_t block = first; block < last; block += BLOCK) {
       const int64_t end = std::min(block + BLOCK, last);
       const int count = std::min<int64_t>(Kernel::TOKENS, rows.count - row);
-      for (auto& sums : scratch.sums) memset(sums, 0, count * sizeof *sums);
+      const int room = (count + Kernel::AT_ONCE - 1) / Kernel::AT_ONCE * Kernel::AT_ONCE;
+      memset(scratch.sums, 0, (end - block) * room * sizeof *scratch.sums);
       for (int64_t word = 0, group = 0; word < layer.words(); word += group_words, group++) {
         const int words = std::min(group_words, layer.words() - word);
         for (int i = 0; i < count; i++) {
@@ -89,16 +107,21 @@ void run_tiles(Scratch<Kernel>& scratch, const Layer& layer, const Rows& rows, c
           scratch.kernel.take(i, values, words);
         }
         for (int64_t tile = block; tile < end; tile++) {
-          const TileGroup<PLANES> held(layer, group, tile, block, end);
-          scratch.kernel.tile(held, count, scratch.sums[tile - block][0]);
+          TileGroup<PLANES> held(layer, group, tile, block, end);
+#ifdef BPDQ_BYTES
+          alignas(64) uint32_t gathered[MAX_GROUP / WORD * PLANES * TILE];
+          if (!std::is_same_v<Kernel, LookupBytes<PLANES>>) held.gather(gathered);
+#endif
+          scratch.kernel.tile(held, count, scratch.sums[(tile - block) * room]);
         }
       }
       for (int64_t tile = block; tile < end; tile++)
         for (int i = 0; i < count; i++) {
-          float* out = rows.y + rows.of[row + i] * layer.out_features + tile * TILE;
+          const float* sums = scratch.sums[(tile - block) * room + i];
+          const int64_t out = rows.of[row + i] * layer.out_features + tile * TILE;
           const int lanes = std::min<int64_t>(TILE, layer.out_features - tile * TILE);
           for (int lane = 0; lane < lanes; lane++)
-            out[lane] = scratch.sums[tile - block][i][lane] + (bias ? bias[tile * TILE + lane] : 0);
+            rows.outputs.write(out + lane, sums[lane] + (bias ? bias[tile * TILE + lane] : 0));
         }
     }
 }
@@ -113,6 +136,9 @@ struct Kernels {
 #ifdef __AVX512BF16__
   Held<Multiply<PLANES, TwoBfloats>> multiply_pairs;
 #endif
+#ifdef BPDQ_BYTES
+  Held<LookupBytes<PLANES>> lookup_bytes;
+#endif
 
   template <class Kernel, class... Rest>
   static void run(Held<Kernel>& held, const Rest&... rest) {
@@ -121,9 +147,12 @@ struct Kernels {
   }
 
   void run(const Layer& layer, const Rows& rows, int64_t few, const float* bias, int64_t first, int64_t last) {
+#ifdef BPDQ_BYTES
+    if (rows.count <= few && rows.inputs.dtype != FLOAT32) return run(lookup_bytes, layer, rows, bias, first, last);
+#endif
     if (rows.count <= few) return run(lookup, layer, rows, bias, first, last);
 #ifdef __AVX512BF16__
-    if (rows.inputs.bfloat) return run(multiply_pairs, layer, rows, bias, first, last);
+    if (rows.inputs.dtype == BFLOAT16) return run(multiply_pairs, layer, rows, bias, first, last);
 #endif
     run(multiply, layer, rows, bias, first, last);
   }
@@ -153,53 +182,102 @@ struct Sorted {
   int64_t count(int64_t expert) const { return begin[expert + 1] - begin[expert]; }
 };
 
-/* layer: the first expert; bias: [E, N] or null. Threads get about equal shares of the work, in units of what one more
-   row costs a tile that is multiplied: its weights cost three, and a row looked up two. */
+/* A matrix of experts, or of the one that a Linear is; bias [E, N] or null. */
+struct Matrix {
+  const uint32_t* planes;
+  const char* coefficients;
+  const float *scales, *bias;
+  int64_t dtype, in_features, out_features, group_size, plane_count;
+
+  Layer first() const { return {planes, coefficients, (Dtype)dtype, scales, in_features, out_features, group_size}; }
+};
+
+/* One of a team of threads. */
+struct Thread {
+  int64_t number = omp_get_thread_num(), team = omp_get_num_threads();
+};
+
+/* What one thread computes. Threads get about equal shares of the work, in units of what one more row costs a tile that
+   is multiplied: its weights cost three, and a row looked up two. */
 template <int PLANES>
-void run(const Layer& layer, const Inputs& inputs, const Sorted& sorted, int64_t choices, int64_t few,
-         const float* bias, float* y) {
+void share(const Thread& thread, const Matrix& matrix, const Inputs& inputs, const Outputs& outputs,
+           const Sorted& sorted, int64_t choices, int64_t few) {
+  const Layer layer = matrix.first();
   const int64_t tiles = layer.tiles();
   const auto work = [&](int64_t expert) {
     const int64_t rows = sorted.count(expert);
     return rows <= few ? 2 * rows : rows + 3;
   };
-  int64_t all = 0;
+  int64_t all = 0, before = 0;
   for (int64_t expert = 0; expert < sorted.experts(); expert++) all += work(expert) * tiles;
-#pragma omp parallel
-  {
-    Kernels<PLANES> kernels;
-    const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
-    int64_t before = 0;
-    for (int64_t expert = 0; expert < sorted.experts(); expert++) {
-      const int64_t each = work(expert);
-      if (!each) continue;
-      const auto tile = [&](int64_t thread) {
-        const int64_t share = all * thread / threads - before;
-        return std::clamp<int64_t>((share + each - 1) / each, 0, tiles);
-      };
-      const int64_t first = tile(thread), last = tile(thread + 1);
-      const Rows rows{sorted.rows.data() + sorted.begin[expert], sorted.count(expert), choices, inputs, y};
-      const float* added = bias ? bias + expert * layer.out_features : nullptr;
-      if (first < last) kernels.run(layer.expert(expert, PLANES), rows, few, added, first, last);
-      before += each * tiles;
-    }
+  Kernels<PLANES> kernels;
+  for (int64_t expert = 0; expert < sorted.experts(); expert++) {
+    const int64_t each = work(expert);
+    if (!each) continue;
+    const auto tile = [&](int64_t number) {
+      const int64_t share = all * number / thread.team - before;
+      return std::clamp<int64_t>((share + each - 1) / each, 0, tiles);
+    };
+    const int64_t first = tile(thread.number), last = tile(thread.number + 1);
+    const Rows rows{sorted.rows.data() + sorted.begin[expert], sorted.count(expert), choices, inputs, outputs};
+    const float* bias = matrix.bias ? matrix.bias + expert * layer.out_features : nullptr;
+    if (first < last) kernels.run(layer.expert(expert, PLANES), rows, few, bias, first, last);
+    before += each * tiles;
   }
+}
+
+template <class... Rest>
+void share(const Thread& thread, const Matrix& matrix, const Rest&... rest) {
+  if (matrix.plane_count == 1) share<1>(thread, matrix, rest...);
+  if (matrix.plane_count == 2) share<2>(thread, matrix, rest...);
+  if (matrix.plane_count == 3) share<3>(thread, matrix, rest...);
+  if (matrix.plane_count == 4) share<4>(thread, matrix, rest...);
 }
 
 }  // namespace
 
-/* y fp32 [rows, N]: row i = x[i / choices] @ W[ids[i]].T + bias[ids[i]], or as it was where ids[i] is not in [0, E).
-   x is bf16 where `bfloat`, else fp32; ids null where E = 1 and all rows are of that expert; bias fp32 [E, N] or null,
-   and so are the scales but of INT8. Planes, coefficients and scales of the experts follow each other. */
-extern "C" void bpdq_linear(const uint32_t* planes, const char* coefficients, int dtype, const float* scales,
-                            int64_t in_features, int64_t out_features, int64_t group_size, int64_t plane_count,
-                            int64_t experts, const void* x, bool bfloat, int64_t stride, const int64_t* ids,
-                            int64_t rows, int64_t choices, const float* bias, float* y, int64_t few) {
-  const Layer layer{planes, coefficients, (Dtype)dtype, scales, in_features, out_features, group_size};
-  const Inputs inputs{x, bfloat, stride};
+/* y [rows, N] = x @ W.T + bias, both of `dtype`, fp32 or 16 bits; rows of x are `stride` elements apart. Only INT8 has
+   scales, others null. */
+extern "C" void bpdq_linear(const Matrix* matrix, const void* x, int64_t dtype, int64_t stride, int64_t rows,
+                            int64_t few, void* y) {
+  const Sorted sorted(nullptr, rows, 1);
+  const Inputs inputs{x, (Dtype)dtype, stride};
+#pragma omp parallel
+  share(Thread(), *matrix, inputs, Outputs{y, (Dtype)dtype}, sorted, 1, few);
+}
+
+/* y [tokens, N of down] = the sum over `choices` of weights * (down(act(up(x))) + bias) of the expert in ids, where it
+   is in [0, experts). x, y and the activation's output are of `dtype`; x [tokens, K] or, where `row_each`, [tokens,
+   choices, K]; weights [tokens, choices] fp32. Planes, coefficients, scales and biases of experts follow each other. */
+extern "C" void bpdq_experts(const Matrix* up, const Matrix* down, int64_t experts, const void* x, int64_t dtype,
+                             int64_t stride, bool row_each, const int64_t* ids, const float* weights, int64_t tokens,
+                             int64_t choices, int64_t activation, float alpha, float limit, int64_t few, void* y) {
+  const int64_t rows = tokens * choices, inner = down->in_features, outer = down->out_features;
   const Sorted sorted(ids, rows, experts);
-  if (plane_count == 1) run<1>(layer, inputs, sorted, choices, few, bias, y);
-  if (plane_count == 2) run<2>(layer, inputs, sorted, choices, few, bias, y);
-  if (plane_count == 3) run<3>(layer, inputs, sorted, choices, few, bias, y);
-  if (plane_count == 4) run<4>(layer, inputs, sorted, choices, few, bias, y);
+  const std::unique_ptr<float[]> middle(new float[rows * up->out_features]), outs(new float[rows * outer]);
+  const std::unique_ptr<float[]> room(new float[rows * inner]);
+  const Outputs activated{room.get(), (Dtype)dtype}, outputs{y, (Dtype)dtype};
+#pragma omp parallel
+  {
+    const Thread thread;
+    const auto part = [&](int64_t count, int64_t number) { return count * number / thread.team; };
+    share(thread, *up, Inputs{x, (Dtype)dtype, stride}, Outputs{middle.get(), FLOAT32}, sorted,
+          row_each ? 1 : choices, few);
+#pragma omp barrier
+    const int64_t first = sorted.begin[0], ours = sorted.begin[experts] - first;
+    for (int64_t i = part(ours * inner, thread.number); i < part(ours * inner, thread.number + 1); i++) {
+      const int64_t row = sorted.rows[first + i / inner], at = i % inner;
+      const float* values = middle.get() + row * up->out_features + at;
+      activated.write(row * inner + at, activate((Activation)activation, alpha, limit, values, inner));
+    }
+#pragma omp barrier
+    share(thread, *down, Inputs{room.get(), (Dtype)dtype, inner}, Outputs{outs.get(), FLOAT32}, sorted, 1, few);
+#pragma omp barrier
+    for (int64_t i = part(tokens * outer, thread.number); i < part(tokens * outer, thread.number + 1); i++) {
+      float sum = 0;
+      for (int64_t row = i / outer * choices; row < (i / outer + 1) * choices; row++)
+        if (ids[row] >= 0 && ids[row] < experts) sum += weights[row] * outs[row * outer + i % outer];
+      outputs.write(i, sum);
+    }
+  }
 }

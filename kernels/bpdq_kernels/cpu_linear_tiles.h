@@ -15,6 +15,7 @@ namespace {
 constexpr int LANES = 16, TABLE_BITS = 4;
 #elif defined(__AVX2__)
 constexpr int LANES = 8, TABLE_BITS = 3;
+#define BPDQ_BYTES  // planes hold bytes together: `to_cpu_tiles` with `bytes`
 #else
 constexpr int LANES = 4, TABLE_BITS = 1;
 #endif
@@ -124,6 +125,27 @@ struct TileGroup {
       fill([&](int at) { return widen(layer.coefficients, row + at, layer.dtype); });
     }
   }
+
+#ifdef BPDQ_BYTES
+  /* Puts words, which lie as bytes of all outputs, together at `to`. */
+  void gather(uint32_t* to) {
+    for (int word = 0; word < words * PLANES; word++) {
+      const uint32_t* from = planes + word * TILE;
+      __m256i byte[4], pair[4];
+      for (int i = 0; i < 4; i++) byte[i] = load<__m256i>(from + i * LANES);
+      for (int i = 0; i < 2; i++) {
+        pair[i] = _mm256_unpacklo_epi8(byte[2 * i], byte[2 * i + 1]);
+        pair[i + 2] = _mm256_unpackhi_epi8(byte[2 * i], byte[2 * i + 1]);
+      }
+      for (int i = 0; i < 4; i++) {
+        const __m256i *of = pair + i / 2 * 2;
+        const __m256i whole = i % 2 ? _mm256_unpackhi_epi16(of[0], of[1]) : _mm256_unpacklo_epi16(of[0], of[1]);
+        memcpy(to + word * TILE + i * LANES, &whole, sizeof whole);
+      }
+    }
+    planes = to;
+  }
+#endif
 
   /* Sets `c` to what `at(number)` gives, of LANES numbers of the tile. */
   template <class Numbers>

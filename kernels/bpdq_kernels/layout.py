@@ -36,6 +36,7 @@ GROUP_SIZES = (32, 64, 128, 256)
 MAX_PLANES = 4
 TILE_ROWS, UNIT, RUN = 16, 128, 8  # of `Tiles`: outputs, inputs, inputs
 CPU_TILE = 32  # outputs
+_BYTES = (4, 2, 4, 4)  # of the outputs of a tile
 _TILED_AT_ONCE = 1 << 24  # words: 64 MiB
 
 
@@ -295,7 +296,7 @@ def _interleave_pairs(B: Tensor) -> Tensor:
 
 
 def to_cpu_tiles(
-    B: Tensor, c: Tensor, group_size: int, planes: Tensor, s: Tensor | None = None
+    B: Tensor, c: Tensor, group_size: int, planes: Tensor, s: Tensor | None = None, bytes_together: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Fill `planes`, int32 of B's size, from B [ceil(K/32), k, N], and return c [ceil(K/G), k+1, N] and, in fp32,
     s [k+1, N] in the same order, the one that cpu_linear.cpp walks; CPU_TILE divides N:
@@ -308,10 +309,17 @@ def to_cpu_tiles(
                .------.------.---   ---.------.
      word t,   |  n   | n+1  |   ...   | n+15 |   bit j of a lane = plane bit of input 32t + j of that output
      plane p   '------'------'---   ---'------'
+
+    With `bytes_together`, for AVX2, the words of a plane in a tile lie as four registers, byte b of all outputs (of
+    inputs 8b to 8b + 7) in the one b, and there outputs 8i + 4h + j at 16h + 4i + j: unpacking twice, which halves of
+    a register do apart, puts words or sums of 8 outputs into a register in order.
     """
     start = 0
     for group in B.unflatten(2, (-1, CPU_TILE)).split(group_size // WORD):  # [words of the group, k, tiles, 32]
         group = group.permute(2, 0, 1, 3)
+        if bytes_together:
+            parts = group.contiguous().view(torch.uint8).unflatten(3, _BYTES)  # outputs 8i + 4h + j, then bytes
+            group = parts.permute(0, 1, 2, 6, 4, 3, 5).flatten(3).view(torch.int32)
         planes.view(-1)[start : start + group.numel()].view(group.shape).copy_(group)
         start += group.numel()
     coefficients = c.unflatten(2, (-1, CPU_TILE)).transpose(1, 2).contiguous().view_as(c)
@@ -319,7 +327,12 @@ def to_cpu_tiles(
 
 
 def rows_of_cpu_tiles(
-    planes: Tensor, coefficients: Tensor, scales: Tensor | None, group_size: int, rows: Tensor
+    planes: Tensor,
+    coefficients: Tensor,
+    scales: Tensor | None,
+    group_size: int,
+    rows: Tensor,
+    bytes_together: bool = False,
 ) -> Stored:
     """The tensors of the outputs `rows` [R]: the inverse of `to_cpu_tiles`, whose planes are in a tensor
     [ceil(K/32), k, N]; s stays fp32."""
@@ -328,6 +341,12 @@ def rows_of_cpu_tiles(
     start = word // (group_size // WORD) * (group_size // WORD)  # of the word's group
     length = (words - start).clamp_max(group_size // WORD)
     plane = torch.arange(k).view(-1, 1)
-    B = planes.view(-1)[start * k * n + ((tile * length + word - start) * k + plane) * CPU_TILE + lane]
+    at = start * k * n + ((tile * length + word - start) * k + plane) * CPU_TILE
+    if bytes_together:
+        place = torch.arange(CPU_TILE).view(4, 2, 4).transpose(0, 1).flatten().argsort()[lane]
+        byte = (4 * at + place).unsqueeze(-1) + CPU_TILE * torch.arange(4)
+        B = planes.view(-1).view(torch.uint8)[byte].view(torch.int32).squeeze(-1)
+    else:
+        B = planes.view(-1)[at + lane]
     c = coefficients.view(-1, n // CPU_TILE, k + 1, CPU_TILE)[:, tile, :, lane].permute(1, 2, 0)
     return Stored(B, c, None if scales is None else scales[tile, :, lane].T)

@@ -6,7 +6,7 @@ Importing it also teaches transformers to read such checkpoints:
 
 import bpdq_quantizer.checkpoint.loader  # noqa: F401  registers with transformers
 from bpdq_quantizer.errors import InputError
-from bpdq_quantizer.evaluate import perplexity
+from bpdq_quantizer.evaluation.perplexity import perplexity
 from bpdq_quantizer.model.modules import BPDQLinear
 from bpdq_quantizer.run.pipeline import quantize
 

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import math
 import os
 import signal
 import sys
@@ -12,16 +11,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from bpdq_quantizer.checkpoint import manifest
 from bpdq_quantizer.checkpoint.inspection import inspect
 from bpdq_quantizer.checkpoint.loader import load_model
-from bpdq_quantizer.checkpoint.picture import draw
+from bpdq_quantizer.checkpoint.picture import blank, draw
 from bpdq_quantizer.errors import InputError, WorkerError
-from bpdq_quantizer.evaluate import perplexity
+from bpdq_quantizer.evaluation.logits import run_dtype
+from bpdq_quantizer.evaluation.perplexity import finite, perplexity, runnable
+from bpdq_quantizer.evaluation.several import compare_models
+from bpdq_quantizer.evaluation.several import draw as draw_kl
+from bpdq_quantizer.evaluation.tasks import check_tasks, in_transformers
 from bpdq_quantizer.fit.plan import MOST_BITS, plan
 from bpdq_quantizer.model.calibration import file_windows
 from bpdq_quantizer.model.sources import check_source
@@ -32,6 +35,9 @@ from bpdq_quantizer.run import workers
 from bpdq_quantizer.run.fields import add_arguments
 from bpdq_quantizer.run.options import FIELDS, PARTS
 from bpdq_quantizer.run.pipeline import mean_bits, quantize
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Terminated(BaseException):
@@ -94,11 +100,17 @@ def _parser() -> argparse.ArgumentParser:
         add_arguments(p.add_argument_group(part.__doc__), fields(part))
     p.set_defaults(run=_quantize)
 
-    p = commands.add_parser("eval", help="perplexity of a model or checkpoint")
-    p.add_argument("model", metavar="MODEL_OR_CHECKPOINT")
+    p = commands.add_parser("eval", help="perplexity of models and checkpoints, and how close they are to another")
+    p.add_argument("model", nargs="+", metavar="MODEL_OR_CHECKPOINT")
     p.add_argument("--text", required=True, metavar="FILE")
     p.add_argument("--windows", type=int, help="use the first N windows (all)")
     add_arguments(p, [FIELDS["seq_len"], FIELDS["special_tokens"]])
+    p.add_argument("--reference", metavar="MODEL", help="16-bit model to compare with: KL, top tokens, perplexity")
+    p.add_argument("--seed", type=int, default=0, help="of the intervals of KL (%(default)s)")
+    p.add_argument("--plot", metavar="FILE", help="draw KL against bits per weight (.png, .svg, .pdf)")
+    p.add_argument("--tasks", metavar="TASK,...", help="scores of lm-eval's tasks, in transformers")
+    p.add_argument("--task-folder", metavar="DIR", help="of YAML files of tasks that lm-eval does not have")
+    p.add_argument("--tasks-limit", type=int, metavar="N", help="the first N documents of each task (all)")
     p.set_defaults(run=_eval)
 
     p = commands.add_parser("inspect", help="layers, bits per weight and bytes of a checkpoint")
@@ -148,34 +160,38 @@ def _quantize(args: argparse.Namespace) -> dict[str, Any] | None:
         f"{args.output}: {report['bits_per_weight']:.3f} bits per quantized weight, {report['seconds']:.0f} s "
         f"({report['cpu_seconds']:.0f} s CPU)" + (f", peak host memory {peak / 1e9:.2f} GB" if peak is not None else "")
     )
+    if found := report.get("evaluation"):
+        print(
+            f"{found['windows']} held-out windows: perplexity {found['perplexity']:.2f} (original: "
+            f"{found['reference_perplexity']:.2f}), KL {found['kl']:.3f}, same top token {found['top1_agreement']:.1%}"
+        )
     return {**{k: v for k, v in report.items() if k != "layers"}, "output": args.output}
 
 
 def _eval(args: argparse.Namespace) -> dict[str, Any]:
     if args.seq_len < 2 or (args.windows is not None and args.windows < 1):
         raise InputError("--seq-len must be at least 2 and --windows at least 1")
-    check_source(args.model)
-    tokenizer = load_tokenizer(args.model)
+    tasks = args.tasks.split(",") if args.tasks else []
+    if tasks:
+        check_tasks(tasks, args.task_folder)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.reference is not None:
+        return _compare(args, tasks, device)
+    if len(args.model) > 1 or args.plot:
+        raise InputError("several models, and --plot, need --reference: name the 16-bit model that they were made of")
+    (name,) = args.model
+    check_source(name)
+    tokenizer = load_tokenizer(name)
     lead = leading_tokens(tokenizer, args.special_tokens)
     tokens = file_windows(args.text, tokenizer, args.seq_len, args.windows, lead)
-    cuda = torch.cuda.is_available()
-    model = load_model(args.model, "auto" if cuda else torch.float32).to("cuda" if cuda else "cpu")
+    model = load_model(name, run_dtype(device)).to(device)
     check_tokens(model, text_windows(tokens), args.text)
-    try:
-        value = perplexity(model, tokens, len(lead))
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:  # of transformers' code for the model
-        reason = f"{type(e).__name__}: {e}"
-        raise InputError(f"{args.model}: the model that its config.json describes can't be run ({reason})") from e
-    if not math.isfinite(value):  # which JSON has no word for
-        raise InputError(
-            f"{args.model}: its perplexity in {model.dtype} is {value}: the weights are damaged, or too large for that "
-            "dtype: download or quantize the model again"
-        )
+    with runnable(name):
+        value = finite(name, f"perplexity in {model.dtype}", perplexity(model, tokens, len(lead)))
     special = tokenizer.convert_ids_to_tokens(lead)
-    protocol = f"each begins with {' '.join(special)}" if special else "no special tokens"
-    print(f"perplexity {value:.4f} ({len(tokens)} windows of {args.seq_len} tokens, {protocol})")
-    return {
-        "model": args.model,
+    print(f"perplexity {value:.4f} ({_protocol(len(tokens), args.seq_len, special)})")
+    found = {
+        "model": name,
         "text": args.text,
         "perplexity": value,
         "windows": len(tokens),
@@ -183,16 +199,59 @@ def _eval(args: argparse.Namespace) -> dict[str, Any]:
         "special_tokens": special,
         "dtype": str(model.dtype).removeprefix("torch."),
     }
+    if tasks:
+        found["tasks"] = in_transformers(model, tokenizer, tasks, args.task_folder, args.tasks_limit)
+        for task, score in found["tasks"].items():
+            print(f"{task} {score:.4f}")
+    return found
+
+
+def _protocol(windows: int, seq_len: int, special: list[str]) -> str:
+    begins = f"each begins with {' '.join(special)}" if special else "no special tokens"
+    return f"{windows} windows of {seq_len} tokens, {begins}"
+
+
+def _compare(args: argparse.Namespace, tasks: list[str], device: torch.device) -> dict[str, Any]:
+    if args.plot:
+        blank(1, 1)  # or an error, before the work
+    options = args.text, args.seq_len, args.windows, args.special_tokens, args.seed, device
+    found = {"text": args.text, "seq_len": args.seq_len, **compare_models(args.model, args.reference, *options)}
+    for row in found["models"] if tasks else ():
+        model, tokenizer = load_model(row["model"], run_dtype(device)).to(device), load_tokenizer(row["model"])
+        row["tasks"] = in_transformers(model, tokenizer, tasks, args.task_folder, args.tasks_limit)
+        del model
+    reference, rows = found["reference"], found["models"]
+    width = max(len(row["model"]) for row in (reference, *rows))
+    scored = list(rows[0].get("tasks", {}))
+    heads = f"{'GB':>9}{'bits/weight':>13}{'perplexity':>12}{'KL, nats':>11}{'95 % interval':>19}{'99th pct':>10}"
+    print(f"{'model':<{width}}{heads}{'same top':>10}{''.join(f'  {name}' for name in scored)}")
+    print(f"{reference['model']:<{width}}{reference['bytes'] / 1e9:>9.3f}{'':>13}{reference['perplexity']:>12.4f}")
+    for row in rows:
+        bits = "" if row["bits_per_weight"] is None else f"{row['bits_per_weight']:.3f}"
+        interval = "" if row["kl_interval"] is None else "{:.4f} to {:.4f}".format(*row["kl_interval"])
+        print(
+            f"{row['model']:<{width}}{row['bytes'] / 1e9:>9.3f}{bits:>13}{row['perplexity']:>12.4f}{row['kl']:>11.5f}"
+            f"{interval:>19}{row['kl_p99']:>10.4f}{row['top1_agreement']:>10.2%}"
+            + "".join(f"{row['tasks'][name]:>{len(name) + 2}.4f}" for name in scored)
+        )
+    print(_protocol(found["windows"], args.seq_len, found["special_tokens"]))
+    if args.plot:
+        _save(draw_kl(rows), args.plot)
+    return found
+
+
+def _save(figure: "Figure", file: str) -> None:
+    try:
+        figure.savefig(file, dpi=150)
+    except (OSError, ValueError) as e:
+        raise InputError(f"--plot {file}: {e}") from None
 
 
 def _inspect(args: argparse.Namespace) -> dict[str, Any]:
     verified = manifest.verify(args.checkpoint) if args.verify else None
     found = inspect(args.checkpoint)
     if args.plot:
-        try:
-            draw(found).savefig(args.plot, dpi=150)
-        except (OSError, ValueError) as e:
-            raise InputError(f"--plot {args.plot}: {e}") from None
+        _save(draw(found), args.plot)
     print(f"{'layer':<48}{'N x K':>16}{'bits':>6}{'group':>7}{'c bits':>8}{'bits/weight':>13}{'MB':>10}")
     for layer in found["layers"]:
         shape = f"{layer['out_features']} x {layer['in_features']}"

@@ -34,7 +34,7 @@ def carry_over(model: str, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
         patterns = [*PATTERNS, *getattr(tokenizer, "vocab_files_names", {}).values()]
         source = Path(model)
         if not source.is_dir():
-            source = Path(snapshot_download(model, revision=hub_commit(model), allow_patterns=patterns))
+            source = Path(snapshot_download(model, revision=hub_commit(model), allow_patterns=[*patterns, "README.md"]))
         for name in _names(source, patterns):
             (to / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source / name, to / name)  # with the permissions of the umask

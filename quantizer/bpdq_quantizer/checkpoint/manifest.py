@@ -1,4 +1,5 @@
-"""`digests.json` of a checkpoint: SHA-256 of every tensor (`storage.files`) and of every other file."""
+"""`digests.json` of a checkpoint: SHA-256 of every tensor (`storage.files`) and of every other file but README.md, the
+model card, which is for the publisher to change."""
 
 import json
 from collections.abc import Iterator, Mapping

@@ -13,15 +13,20 @@ if TYPE_CHECKING:
 LARGEST = 160  # area of the dot of the largest error, in square points
 
 
+def blank(width: float, height: float) -> "Figure":
+    """An empty figure, in inches; raises InputError where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise InputError("--plot needs matplotlib: pip install matplotlib") from None
+    return Figure(figsize=(width, height), layout="constrained")
+
+
 def draw(found: dict[str, Any]) -> "Figure":
     """A figure of the layers of `checkpoint.inspect`, errors from the folder's quantization_report.json if it has one.
 
     Raises InputError where matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InputError("--plot needs matplotlib: pip install matplotlib") from None
     report = Path(found["checkpoint"]) / "quantization_report.json"
     reports = json.loads(report.read_text())["layers"] if report.is_file() else []
     errors = {layer["name"]: layer["relative_error"] for layer in reports}
@@ -29,7 +34,7 @@ def draw(found: dict[str, Any]) -> "Figure":
     modules = list(dict.fromkeys(module for _, module, _, _ in points))
     largest = max((error for *_, error in points), default=0.0)
     blocks = 1 + max((block for block, *_ in points), default=0)
-    figure = Figure(figsize=(max(5.0, 2.5 + 0.22 * blocks), 1.5 + 0.35 * len(modules)), layout="constrained")
+    figure = blank(max(5.0, 2.5 + 0.22 * blocks), 1.5 + 0.35 * len(modules))
     axes = figure.subplots()
     dots = axes.scatter(
         [block for block, *_ in points],
@@ -49,6 +54,6 @@ def draw(found: dict[str, Any]) -> "Figure":
 
 
 def place(name: str) -> tuple[int, str]:
-    """Block number and module of a layer's name; 0 for the embedding and the LM head."""
-    found = re.search(r"\.(\d+)\.(.+)", name)
+    """Block number and module of a layer's name, one for all experts; 0 for the embedding and the LM head."""
+    found = re.search(r"\.(\d+)\.(.+)", re.sub(r"experts\.\d+\.", "experts.", name))
     return (int(found[1]), found[2]) if found else (0, name)

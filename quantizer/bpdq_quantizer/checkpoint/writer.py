@@ -14,6 +14,7 @@ from torch import Tensor
 from bpdq_kernels.folder import Headers, read_headers
 from bpdq_kernels.format import KV_CACHE_SCHEME, Scheme
 from bpdq_quantizer.checkpoint import manifest
+from bpdq_quantizer.checkpoint.card import CARD, PICTURE, Made, write_card
 from bpdq_quantizer.checkpoint.carried import carried
 from bpdq_quantizer.checkpoint.heads import copy_heads, head_files
 from bpdq_quantizer.errors import InputError
@@ -71,7 +72,7 @@ def contents(folder: Path, blocks: int, heads: Headers) -> list[str]:
     shards = [shard(folder, number, blocks + 1).name for number in range(1, blocks + 2)]
     shards += [file.name for file in head_files(folder, heads)]
     taken = {path.parts[0] for path in carried(folder / CARRIED)}
-    return [*shards, INDEX, REPORT, manifest.NAME, "config.json", *sorted(taken)]
+    return [*shards, INDEX, REPORT, CARD, PICTURE, manifest.NAME, "config.json", *sorted(taken)]
 
 
 def write_config(source: Streamed, config: dict[str, Any], to: Path) -> None:
@@ -103,12 +104,13 @@ def finish(
     blocks: Mapping[str, str],
     scales: Mapping[str, Tensor],
     heads: Headers,
+    made: Made,
 ) -> None:
     """Write what a folder with the blocks' files lacks; config.json, without which no loader takes it, comes last.
 
     blocks: the combined digests of the blocks' files, by name; scales: those of the KV cache, by name; heads: for
-    multi-token prediction, in the source's files. Raises InputError for a file that has changed, is missing or of
-    something else.
+    multi-token prediction, in the source's files; made: for the model card. Raises InputError for a file that has
+    changed, is missing or of something else.
     """
     model, prefix, decoder = source.model, source.prefix, source.blocks
     rest = {
@@ -131,9 +133,11 @@ def finish(
     for name in names:
         (folder / name).parent.mkdir(exist_ok=True)
         save(folder / name, partial(shutil.copyfile, folder / CARRIED / name))
+    write_card(folder, made, model, report, size)
+    pictures = [PICTURE] if (folder / PICTURE).is_file() else []
     write_config(source, config, folder / CARRIED.parent)
     settings = folder / CARRIED.parent / "config.json"
-    others = {name: folder / name for name in (INDEX, REPORT, *names)}
+    others = {name: folder / name for name in (INDEX, REPORT, *pictures, *names)}
     manifest.write_manifest(folder, tensors, {**others, "config.json": settings})
     check_only(folder, contents(folder, len(decoder), heads))
     save(folder / "config.json", partial(shutil.copyfile, settings))

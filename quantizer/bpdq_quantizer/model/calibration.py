@@ -119,6 +119,16 @@ def calibration_windows(
     return text_windows(windows(ids, seq_len, samples, source, lead))
 
 
+def text_name(source: str) -> str:
+    """What a `source` of `calibration_windows` is called in prose, without the path to it."""
+    if source == "default":
+        return "the Python language reference"
+    if source.startswith("hf:"):
+        name, _, config = source.removeprefix("hf:").partition(":")
+        return f"[{name}](https://huggingface.co/datasets/{name})" + (f", {config}" if config else "")
+    return f"`{Path(source).name}`"
+
+
 def jsonl_windows(
     path: str,
     tokenizer: PreTrainedTokenizerBase,

@@ -16,7 +16,7 @@ from bpdq_quantizer.model.products import quick_products
 from bpdq_quantizer.model.windows import Window, arguments
 from bpdq_quantizer.storage.offload import Batches
 
-Run = Callable[[Tensor], Tensor]  # a block's outputs for a batch of its inputs
+Run = Callable[[Tensor], Tensor]  # a block's outputs for a batch of its inputs; logits for those of the last
 
 
 class Call(NamedTuple):
@@ -173,6 +173,23 @@ def head_inputs(model: PreTrainedModel, blocks: nn.ModuleList, hidden: Batches) 
                 states.append(trunk(model)(input_ids=ids, use_cache=False).last_hidden_state)
             hidden[i] = torch.cat(states)
     return hidden
+
+
+@contextmanager
+def head_alone(model: PreTrainedModel, blocks: nn.ModuleList, device: torch.device) -> Iterator[Run]:
+    """What turns the last block's outputs [n, L, D] into the model's logits [n, L, V], on `device`, to which all of the
+    model but its blocks goes. The blocks are not run."""
+    width = output_width(model, blocks)
+    last = _Output(blocks[-1], width)
+    with _standing_in(blocks, [*(_Recorder(block, width) for block in blocks[:-1]), last]):
+        model.to(device)
+
+        def logits(hidden: Tensor) -> Tensor:
+            last.output = hidden.to(device)
+            ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=device)
+            return model(input_ids=ids, use_cache=False).logits
+
+        yield logits
 
 
 def carries(call: Call) -> bool:

@@ -141,11 +141,12 @@ def _check_experts(source: Streamed, before: Mapping[str, Weight]) -> None:
         )
 
 
-def open_model(model: str) -> Streamed:
+def open_model(model: str, dtype: torch.dtype | str = "auto") -> Streamed:
     """Open a Hugging Face folder, hub id or `.gguf` file. A GGUF file is dequantized to bf16 and held in memory.
 
-    Weights that the files hold quantized are dequantized as they are read. Raises InputError for what `load_pretrained`
-    refuses, and for quantization that can't be undone. Later reads raise it if a file of the folder has changed since.
+    dtype: of all but the blocks' weights, of a model whose files are not quantized. Weights that they hold quantized
+    are dequantized as they are read. Raises InputError for what `load_pretrained` refuses, and for quantization that
+    can't be undone. Later reads raise it if a file of the folder has changed since.
     """
     before = stamps(model)
     if is_gguf(model):  # does not say which 16-bit float was the model's own
@@ -166,8 +167,10 @@ def open_model(model: str) -> Streamed:
     plain = {} if quantization is None else {"config": config, "key_mapping": packed_names(quantization)}
     if fused_shapes(skeleton):
         plain["quantization_config"] = ExpertsApart()
+    if quantization is not None:
+        dtype = "auto"
     with nullcontext() if quantization is None else unreported():
-        lm = load_pretrained(model, "auto", quantized, device_map=device_map, offload_folder=converted.name, **plain)
+        lm = load_pretrained(model, dtype, quantized, device_map=device_map, offload_folder=converted.name, **plain)
     hooks = [getattr(module, "_hf_hook", None) for module in lm.modules()]
     weights = next(hook.weights_map.dataset for hook in hooks if getattr(hook, "weights_map", None))
     remove_hook_from_module(lm, recurse=True)

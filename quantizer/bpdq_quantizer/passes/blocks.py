@@ -242,7 +242,7 @@ def quantize_block(stages: list[list[Weight]], runs: list[Run], batches: Batches
 
 
 @torch.no_grad()
-def final_batches(
+def last_batches(
     source: Streamed,
     windows: Sequence[Window],
     device: torch.device,
@@ -250,7 +250,7 @@ def final_batches(
     load: Callable[[int], nn.Module],
     label: str,
 ) -> Batches:
-    """What the LM head reads for windows, in batches [n, L, D] on the CPU, block by block.
+    """What the last block makes of windows, in batches [n, L, D] on the CPU, block by block.
 
     `load(i)` gives block i with its tensors, which are dropped afterwards; offload: as for `quantize_blocks`; label: of
     the progress bar.
@@ -260,11 +260,12 @@ def final_batches(
         block = load(index).to(device)
         run_batches(block_runs(block, here, device, len(hidden)), hidden)
         drop_block(block)
-    return head_inputs(source.model, source.blocks, hidden)
+    return hidden
 
 
 def original_states(source: Streamed, tokens: Tensor, device: torch.device, offload: Path | None) -> Tensor:
-    """What the LM head of the 16-bit model reads for windows [W, L]: [W, L, D] on the CPU (`final_batches`)."""
+    """What the LM head of the 16-bit model reads for windows [W, L]: [W, L, D] on the CPU."""
     load = partial(load_block, source, device=device)
     windows, label = text_windows(tokens), "running the 16-bit model"
-    return torch.cat(list(final_batches(source, windows, device, offload, load, label)))
+    hidden = last_batches(source, windows, device, offload, load, label)
+    return torch.cat(list(head_inputs(source.model, source.blocks, hidden)))

@@ -22,7 +22,7 @@ def identity(
 ) -> dict[str, Any]:
     """As JSON; windows: all calibration windows; dtype, stamps: of the model and its files, none on the hub."""
     model, offload = Path(o.files.model), o.execution.offload_dir
-    given = {name: value for name, value in o.by_name().items() if name not in ("calibration", "model")}
+    given = {name: value for name, value in o.by_name().items() if name not in ("calibration", "evaluate", "model")}
     return given | {
         "model": str(model.resolve()) if model.exists() else o.files.model,
         "offload_dir": None if offload is None else os.path.abspath(offload),
@@ -34,13 +34,13 @@ def identity(
         "dtype": str(dtype),
         "threads": torch.get_num_threads(),
         "instruction set": instruction_set() if cpu_solver.library() else "none",
-        "release": _release(),
+        "release": release(),
         "torch": torch.__version__,
         "model files": stamps or hub_commit(o.files.model),
     }
 
 
-def _release() -> str:
+def release() -> str:
     try:
         return version("vllm-bpdq")
     except PackageNotFoundError:

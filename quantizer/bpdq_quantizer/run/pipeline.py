@@ -12,18 +12,22 @@ from torch import nn
 
 from bpdq_quantizer.algorithm.solver import Solve
 from bpdq_quantizer.checkpoint import writer
+from bpdq_quantizer.checkpoint.card import Made, origin
 from bpdq_quantizer.checkpoint.config_names import config_names
 from bpdq_quantizer.checkpoint.heads import head_patterns
 from bpdq_quantizer.cost import Clock, peak_memory, total
+from bpdq_quantizer.model.calibration import text_name
 from bpdq_quantizer.model.calls import head_inputs
 from bpdq_quantizer.model.stream import check_unchanged
 from bpdq_quantizer.model.weights import kept, weights_in
 from bpdq_quantizer.model.windows import token_count
 from bpdq_quantizer.passes import kv_scales
-from bpdq_quantizer.passes.blocks import final_batches
+from bpdq_quantizer.passes.blocks import last_batches
 from bpdq_quantizer.passes.embeddings import quantize_embeddings
 from bpdq_quantizer.run.block_files import BlockFiles
-from bpdq_quantizer.run.options import SOLVERS, described, resolved, signature
+from bpdq_quantizer.run.held_out import evaluate
+from bpdq_quantizer.run.identity import release
+from bpdq_quantizer.run.options import SOLVERS, Options, described, resolved, signature
 from bpdq_quantizer.run.prepare import Run, checkpoint_config, prepare
 from bpdq_quantizer.run.progress import load_progress
 from bpdq_quantizer.run.run_folder import run_folder
@@ -73,13 +77,22 @@ def follow(run: Run, solve: Solve) -> dict[str, Any]:
     scales = {}
     if o.schemes.kv_cache_scales:
         scales = kv_scales.calibrate(source, run.windows.solving, run.device, folder.offload, read)
-    found = report(run, layers, tuning, parts, clock.read())
+    before = clock.read()["seconds"]
+    evaluation = evaluate(run, files, digests)
+    parts |= {"embedding, LM head, KV scales": before - sum(parts.values())}
+    found = report(run, layers, tuning, evaluation, parts, clock.read())
     kept = [name for name in weights_in(source.model) if name not in {layer["name"] for layer in layers}]
     ignore = [*config_names(source, dict.fromkeys(kept, True)), *head_patterns(run.heads, source.model)]
     check_unchanged(o.files.model, run.stamps)
     config = checkpoint_config(run.source, o, schemes, run.embeddings, ignore)
-    writer.finish(folder.path, source, config, found, digests, scales, run.heads)
+    writer.finish(folder.path, source, config, found, digests, scales, run.heads, made(o, evaluation))
     return found
+
+
+def made(o: Options, evaluation: dict[str, Any] | None) -> Made:
+    """What the model card says that the report does not."""
+    source, text = origin(o.files.model), text_name(o.text.calibration)
+    return Made(Path(o.files.output).name, source, o.command(source.name), release(), text, evaluation)
 
 
 def seconds_by_part(
@@ -99,22 +112,25 @@ def report(
     run: Run,
     layers: list[dict[str, Any]],
     tuning: dict[str, Any] | None,
+    evaluation: dict[str, Any] | None,
     parts: dict[str, float],
     cost: dict[str, float],
 ) -> dict[str, Any]:
-    """What quantization_report.json says. layers, tuning: their own reports; parts: seconds before the embeddings."""
+    """What quantization_report.json says. layers, tuning, evaluation: their own reports; parts: seconds before the
+    evaluation."""
     return {
         "model": run.options.files.model,
         "options": {name: value for name, value in run.options.by_name().items() if name != "model"},
         "source_quantization": run.source.quantization,
         **({} if tuning is None else {"tuning": tuning}),
+        **({} if evaluation is None else {"evaluation": evaluation}),
         "calibration_tokens": token_count(run.windows.solving),
         "calibration_windows_with_images": sum(bool(window.images) for window in run.windows.solving),
         "special_tokens": run.windows.special_tokens,
         "bits_per_weight": mean_bits(layers),
         **cost,
         "left_in_16_bits": left_in_16_bits(run, layers),
-        "seconds_by_part": parts | {"embedding, LM head, KV scales": cost["seconds"] - sum(parts.values())},
+        "seconds_by_part": parts | {"evaluation": cost["seconds"] - sum(parts.values())},
         "peak_host_memory_bytes": peak_memory(),
         "layers": layers,
     }
@@ -136,8 +152,9 @@ def head_states(run: Run, read: Callable[[int], nn.Module]) -> Batches:
     """What the LM head reads in the model with quantized blocks, tuned ones if they are. `read(i)` gives block i."""
     source, solving, offload = run.source, run.windows.solving, run.folder.offload
     if run.options.tuning.tune == "model":
-        return final_batches(source, solving, run.device, offload, read, "running the tuned model")
-    states = load_progress(run.folder.path, offload).states.quantized
+        states = last_batches(source, solving, run.device, offload, read, "running the tuned model")
+    else:
+        states = load_progress(run.folder.path, offload).states.quantized
     return head_inputs(source.model, source.blocks, states)
 
 

@@ -38,10 +38,12 @@ from bpdq_quantizer.run.workers import own_device
 
 class Windows(NamedTuple):
     """What is calibrated on. solving: to solve on; tuning: to tune the model on, tokens [W, L], none with images;
-    special_tokens: the names of those that each begins with."""
+    held_out: of the same text, to evaluate on, tokens [W, L], or None; special_tokens: the names of those that each
+    begins with."""
 
     solving: Sequence[Window]
     tuning: Tensor | None
+    held_out: Tensor | None
     special_tokens: list[str]
 
 
@@ -70,10 +72,10 @@ def prepare(o: Options, folder: RunFolder) -> Run:
     check_dense(*decoder_blocks(plain_skeleton(model)))
     tokenizer = load_tokenizer(model)
     lead = leading_tokens(tokenizer, o.text.special_tokens)
-    found = _windows(o, tokenizer, lead)
+    found, spare = _windows(o, tokenizer, lead)
     before = stamps(model)
     source = leave_alone(open_model(model), o.schemes.ignore or [])
-    check_tokens(source.model, found, o.text.calibration)
+    check_tokens(source.model, [*found, *spare], o.text.calibration)
     source = check_blocks(source, found)
     backwards = {
         "--target-bpw / --target-size": o.schemes.target_bpw or o.schemes.target_size,
@@ -105,16 +107,20 @@ def prepare(o: Options, folder: RunFolder) -> Run:
     recover(folder)
     names = tokenizer.convert_ids_to_tokens(lead)
     tuning = all_tokens(found[: o.tuning.tune_samples]) if o.tuning.tune == "model" else None
-    windows = Windows(found[: o.text.samples], tuning, names)
+    held_out = all_tokens(spare) if spare else None
+    windows = Windows(found[: o.text.samples], tuning, held_out, names)
     return Run(o, source, before, windows, embeddings, budget, device, folder, heads)
 
 
-def _windows(o: Options, tokenizer: PreTrainedTokenizerBase, lead: list[int]) -> list[Window]:
-    """Those for solving and tuning; raises InputError where they are too few, or can't be tuned on."""
+def _windows(o: Options, tokenizer: PreTrainedTokenizerBase, lead: list[int]) -> tuple[list[Window], list[Window]]:
+    """Those for solving and tuning, and those of text that are held out; raises InputError where the former are too
+    few, or can't be tuned on."""
     samples, seq_len, calibration, tune = o.text.samples, o.text.seq_len, o.text.calibration, o.tuning.tune
     wanted = max(samples, o.tuning.tune_samples) if tune == "model" else samples
     sight = None if is_gguf(o.files.model) else sight_of(o.files.model, tokenizer)
-    found = calibration_windows(calibration, tokenizer, wanted, seq_len, o.method.seed, lead, sight)
+    most = wanted + o.text.evaluate
+    read = calibration_windows(calibration, tokenizer, most, seq_len, o.method.seed, lead, sight)
+    found, spare = read[:wanted], [window for window in read[wanted:] if not window.images]
     if tune != "none" and any(window.images for window in found):
         raise InputError(f"--tune {tune} trains on text alone, and {calibration} has images: leave either out")
     if len(found) < 1 + (tune != "none"):
@@ -124,7 +130,7 @@ def _windows(o: Options, tokenizer: PreTrainedTokenizerBase, lead: list[int]) ->
         )
     if len(found) < wanted:
         tqdm.write(f"{calibration}: holds {len(found)} windows of {seq_len} tokens, --samples asked for {wanted}")
-    return found
+    return found, spare
 
 
 def _budget(source: Streamed, embeddings: Mapping[str, Scheme], copied: int, o: Schemes) -> int | None:

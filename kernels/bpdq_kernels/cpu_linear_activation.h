@@ -1,0 +1,54 @@
+/* Between the two matrices of an expert, and rounding to 16 bits. */
+
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+/* To the nearest, ties to even. */
+inline uint16_t narrow_to_bfloat(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  if ((bits & 0x7fffffff) > 0x7f800000) return bits >> 16 | 64;  // NaN
+  return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+inline uint16_t narrow_to_half(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  const uint32_t sign = bits >> 16 & 0x8000;
+  bits &= 0x7fffffff;
+  if (bits > 0x7f800000) return sign | 0x7e00;   // NaN
+  if (bits >= 0x477ff000) return sign | 0x7c00;  // from 65520 on
+  if (bits < 0x38800000) {                       // less than 2^-14: to multiples of 2^-24, which 0.5's last bit is
+    const float sum = std::fabs(value) + 0.5f;
+    memcpy(&bits, &sum, sizeof bits);
+    return sign | (bits - 0x3f000000);
+  }
+  return sign | (bits + 0xfff + (bits >> 13 & 1) - 0x38000000) >> 13;
+}
+
+enum Activation { SILU, GELU, GELU_TANH, SWIGLUOAI, RELU2_NO_MUL, SILU_NO_MUL, GELU_NO_MUL };  // as activation.NAMES
+
+inline float silu(float x) { return x / (1 + std::exp(-x)); }
+inline float gelu(float x) { return 0.5f * x * (1 + std::erf(x * 0.70710678f)); }
+inline float gelu_tanh(float x) { return 0.5f * x * (1 + std::tanh(0.79788456f * (x + 0.044715f * x * x * x))); }
+
+/* `bpdq_kernels.activation.activate` of the first number of gate, and up's `inner` places on, or of up alone. */
+inline float activate(Activation activation, float alpha, float limit, const float* values, int64_t inner) {
+  float gate = values[0];
+  if (activation == RELU2_NO_MUL) return gate < 0 ? 0 : gate * gate;
+  if (activation == SILU_NO_MUL) return silu(gate);
+  if (activation == GELU_NO_MUL) return gelu(gate);
+  float up = values[inner];
+  if (gate > limit) gate = limit;
+  if (up > limit) up = limit;
+  if (up < -limit) up = -limit;
+  if (activation == SWIGLUOAI) return gate / (1 + std::exp(-alpha * gate)) * (up + 1);
+  return (activation == SILU ? silu(gate) : activation == GELU ? gelu(gate) : gelu_tanh(gate)) * up;
+}
+
+}  // namespace
