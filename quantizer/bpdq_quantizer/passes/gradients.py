@@ -9,6 +9,7 @@ from torch.nn.functional import nll_loss, pad
 
 from bpdq_quantizer.model.activations import embed, run_batches
 from bpdq_quantizer.model.calls import block_inputs, block_runs, head_inputs
+from bpdq_quantizer.model.products import quick_products
 from bpdq_quantizer.model.stream import Streamed, drop_block, load_block, solved
 from bpdq_quantizer.model.weights import hooked
 from bpdq_quantizer.model.windows import Window, image_token
@@ -77,7 +78,7 @@ def loss_gradients(
     step, ignored = max(1, LOSS_ELEMENTS // head.weight.shape[0]), image_token(source.model)
     gradients = []
     for window, hidden in zip(windows, last, strict=True):
-        with torch.enable_grad():
+        with torch.enable_grad(), quick_products(hidden.device):
             hidden = hidden.detach().requires_grad_()
             (final,) = head_inputs(source.model, source.blocks, [hidden])
             states = final.detach()[0, :-1].requires_grad_()
