@@ -40,4 +40,6 @@ def in_order(x: Tensor, order: Tensor, dim: int) -> Tensor:
     if order.ndim == 1:  # moves whole rows, in a quarter of the time
         return x.index_select(dim, order)
     between, after = x.ndim + dim + 1 - order.ndim, -1 - dim
-    return torch.take_along_dim(x, order.reshape(*order.shape[:-1], *[1] * between, -1, *[1] * after), dim)
+    shape = [order.shape[-1] if i == x.ndim + dim else size for i, size in enumerate(x.shape)]
+    index = order.reshape(*order.shape[:-1], *[1] * between, -1, *[1] * after).expand(shape)
+    return x.gather(dim, index)  # take_along_dim computes a remainder besides
