@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import bpdq_quantizer
-from bpdq_quantizer.algorithm.outputs import approximation, solve_in_turn
+from bpdq_quantizer.algorithm.in_turn import approximation, solve_in_turn
 from bpdq_quantizer.algorithm.solver import quantize_linear
 from bpdq_quantizer.errors import InputError
-from bpdq_quantizer.model.activations import counted
+from bpdq_quantizer.model.activations import weighted
 from bpdq_quantizer.model.stream import open_model
 from bpdq_quantizer.model.windows import text_windows
 from bpdq_quantizer.passes import outputs
@@ -123,9 +123,9 @@ def test_smoothed_profiles_have_a_mean_of_one(length: int, value: float):
 def test_tokens_count_by_their_place():
     weights = torch.tensor([4.0, 1.0, 0.25])
     x = torch.ones(2, 3, 5)
-    assert torch.equal(counted(x, weights), torch.tensor([2, 1, 0.5])[None, :, None].expand(2, 3, 5))
-    assert torch.equal(counted(x.flatten(0, 1), weights).flatten(0, 1), counted(x, weights).flatten(0, 1))
-    assert torch.equal(counted(x[:, :2], weights), counted(x, weights)[:, :2])
+    assert torch.equal(weighted(x, weights), torch.tensor([2, 1, 0.5])[None, :, None].expand(2, 3, 5))
+    assert torch.equal(weighted(x.flatten(0, 1), weights).flatten(0, 1), weighted(x, weights).flatten(0, 1))
+    assert torch.equal(weighted(x[:, :2], weights), weighted(x, weights)[:, :2])
 
 
 @pytest.mark.parametrize("batch_bytes", [1 << 30, 1])

@@ -143,15 +143,15 @@ def input_statistics(
     H = torch.zeros(2 * weight.shape[1:], device=weight.matrix.device)
     C = None if original is None else torch.zeros_like(H)
     for i, x in enumerate(inputs):
-        x = x if weights is None else counted(x, weights)
+        x = x if weights is None else weighted(x, weights)
         accumulate(H, x, tokens)
         if C is not None:
             before = original(i)
-            accumulate_shift(C, before if weights is None else counted(before, weights), x, tokens)
+            accumulate_shift(C, before if weights is None else weighted(before, weights), x, tokens)
     return symmetrize(H), C
 
 
-def counted(x: Tensor, weights: Tensor) -> Tensor:
+def weighted(x: Tensor, weights: Tensor) -> Tensor:
     """x [n, L, K] or [n L, K] of n windows, times the roots of what their tokens count, weights [at least L], in fp32.
 
     Where an input has other axes, all of it counts the same.

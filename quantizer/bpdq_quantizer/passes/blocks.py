@@ -21,7 +21,7 @@ from bpdq_kernels.experts import Experts, Routed
 from bpdq_kernels.format import Scheme
 from bpdq_kernels.layout import Stored
 from bpdq_quantizer.algorithm.hessian import corrected
-from bpdq_quantizer.algorithm.outputs import solve_in_turn
+from bpdq_quantizer.algorithm.in_turn import solve_in_turn
 from bpdq_quantizer.algorithm.solver import Solution, Solve
 from bpdq_quantizer.model.activations import (
     Original,

@@ -1,13 +1,14 @@
 """What errors of a Linear's outputs do to the model's loss: Fisher information, from gradients of the 16-bit model.
 
 Two things of it steer the solver. Some tokens count more than others: those early in a window, which all later ones
-attend to. And outputs go together, so that an error of one can be made good by another (`algorithm.outputs`).
+attend to. And outputs go together, so that an error of one can be made good by another (`algorithm.in_turn`).
 Labels are drawn from the model's own distribution, for which the second derivative of the KL divergence is E[g g^T] of
 the gradients g. These have heavy tails: a few tokens would outweigh all others. Therefore each gradient is divided by
 the square root of its length, and what a token counts is that length, not its square, averaged over windows.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -101,20 +102,17 @@ def measure_outputs(
 
 def save_outputs(file: Path, outputs: Mapping[str, Outputs]) -> None:
     """Write what `load_outputs` reads."""
-    named = {f"profile/{name}": found.profile for name, found in outputs.items()}
-    named |= {f"{i}/{name}": G for name, found in outputs.items() for i, G in enumerate(found.covariances)}
+    named = {f"{name}/profile": found.profile for name, found in outputs.items()}
+    named |= {f"{name}/{i:05}": G for name, found in outputs.items() for i, G in enumerate(found.covariances)}
     write_tensors(file, named, {})
 
 
 def load_outputs(file: Path, device: torch.device) -> dict[str, Outputs]:
     """Those of a block's Linears, by name, on `device`; raises DamagedError."""
-    named, _ = read_sealed(file)
-    found = {}
-    for key, profile in named.items():
-        kind, name = key.split("/", 1)
-        if kind == "profile":
-            chunks = sum(other.endswith(f"/{name}") for other in named) - 1
-            found[name] = Outputs(profile.to(device), [named[f"{i}/{name}"].to(device) for i in range(chunks)])
+    named, found = read_sealed(file)[0], {}
+    for name, keys in groupby(sorted(named), lambda key: key.rpartition("/")[0]):
+        *covariances, profile = (named[key].to(device) for key in keys)
+        found[name] = Outputs(profile, covariances)
     return found
 
 

@@ -77,14 +77,14 @@ def prepare(o: Options, folder: RunFolder) -> Run:
     source = leave_alone(open_model(model), o.schemes.ignore or [])
     check_tokens(source.model, [*found, *spare], o.text.calibration)
     source = check_blocks(source, found)
-    backwards = {
+    asked = {
         "--target-bpw / --target-size": o.schemes.target_bpw or o.schemes.target_size,
         "--output-tokens": o.method.output_tokens,
     }
-    if source.carries and any(backwards.values()):
-        option = next(name for name, given in backwards.items() if given)
+    followed = [option for option, given in asked.items() if given]
+    if source.carries and followed:
         raise InputError(
-            f"{option}: blocks of {type(source.model).__name__} share keys and values, through "
+            f"{followed[0]}: blocks of {type(source.model).__name__} share keys and values, through "
             "which gradients are not followed: leave it out"
         )
     heads = find_heads(model, source.model, source.quantized)
