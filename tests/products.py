@@ -40,7 +40,8 @@ def assert_product(
     if rounded:
         four = torch.nn.functional.pad(magnitude, (0, -x.shape[-1] % 4)).unflatten(-1, (-1, 4)).sum(-1)
         allowed += 2**-15 * four.amax(-1, keepdim=True) * x.shape[-1] ** 0.5
-    allowed = allowed * W.abs().max() + 1e-30
+    subnormal = torch.finfo(x.dtype).smallest_normal * torch.finfo(x.dtype).eps  # y that small is a multiple of it
+    allowed = allowed * W.abs().max() + subnormal
     errors = []
     for weight in (W, W.to(x.dtype)):
         exact = x.double() @ weight.double().T + b

@@ -35,7 +35,9 @@ def test_products_are_the_oracles(isa, data):
     n, in_features = data.draw(st.integers(1, 70)), data.draw(st.integers(1, 700))
     tokens = data.draw(st.sampled_from([*range(1, 10), 17, 64, 100]))
     x_dtype, c_dtype = data.draw(st.sampled_from(DTYPES)), data.draw(st.sampled_from(STORED))
-    B, c, s = random_stored(k, group, n, in_features, c_dtype, seed=data.draw(st.integers(0, 9)))
+    seed = data.draw(st.integers(0, 9))
+    B, c, s = random_stored(k, group, n, in_features, c_dtype, seed=seed)
+    torch.manual_seed(seed)
     x = torch.randn(tokens, in_features).to(x_dtype)
     x = strided(x, data.draw(st.sampled_from(["contiguous", "columns apart", "rows apart", "transposed"])))
     bias = torch.randn(n).to(x_dtype) if data.draw(st.booleans()) else None
@@ -43,6 +45,18 @@ def test_products_are_the_oracles(isa, data):
         y = linear(x, prepare(B, c, group, in_features, s=s), bias)
     rounded = isa == "avx2" and x_dtype != torch.float32
     assert_product(y, x, dequantize(B, c, group, in_features, s), bias, rounded)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_outputs_are_rounded_to_nearest_even(isa, dtype):
+    """Ties, subnormal numbers, overflow and what is no number: a bias that stands alone."""
+    exact = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype).float()
+    outputs = torch.cat([exact, (exact + exact.roll(-1)) / 2, exact * (1 + 2**-20)])
+    B, c = random_layer(1, 32, len(outputs), 32)
+    with using(isa):
+        y = linear(torch.zeros(1, 32, dtype=dtype), prepare(B, c, 32, 32), outputs)
+    assert torch.equal(y[0].nan_to_num(7), outputs.to(dtype).nan_to_num(7))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
