@@ -153,7 +153,7 @@ def affordable_stages(models: dict[str, Model], pieces: Pieces, left: Callable[[
 
 
 def smollm2(args: argparse.Namespace, folder: Path) -> Row:
-    """SmolLM2 quantized at k = 2, G = 64 on the device, and its perplexity in fp32 (README, `Quality`)."""
+    """SmolLM2 quantized at k = 2, G = 64 on the device, and its perplexity in fp32 (docs/results.md)."""
     started = time.perf_counter()
     quantize(
         args.smollm2,

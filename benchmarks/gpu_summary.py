@@ -1,4 +1,4 @@
-"""The parts' figures (`gpu_check`), each in a sentence; and the kernels' as the README's table.
+"""The parts' figures (`gpu_check`), each in a sentence; and the kernels' as docs/kernels.md has them.
 
 python -m benchmarks.gpu_summary results/FILE.json
 """

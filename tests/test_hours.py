@@ -57,5 +57,5 @@ def test_the_probe_foretells_what_the_solver_takes(bits, monkeypatch):
         start = time.process_time()
         quantize_linear(W, H, bits, 64)
         taken.append(time.process_time() - start)
-    # within 30 % on an idle machine (README); here other tests run beside
+    # within 30 % on an idle machine (docs/plan.md); here other tests run beside
     assert 0.4 < hours.seconds(hours.solver_work(400, 768, bits, 64), rates) / median(taken) < 2.5

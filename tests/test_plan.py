@@ -135,7 +135,7 @@ def test_page_locked_states_take_powers_of_two(tmp_path):
     assert quantize_host_bytes(m) == quantize_host_bytes(m, (128, 2048))
 
 
-def test_the_72b_model_of_the_readme(tmp_path):
+def test_the_72b_model_of_the_docs(tmp_path):
     model = qwen(tmp_path / "Qwen2.5-72B", "72B")
     found = plan(model)
     assert round(found["linear_bytes"] / 1e9, 2) == 19.24
@@ -174,18 +174,18 @@ def test_json_and_table(tmp_path, capsys, embed):
     assert all(assumption in table for assumption in found["assumptions"])
 
 
-def test_the_output_in_the_readme(tmp_path, capsys):
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
+def test_the_output_in_the_docs(tmp_path, capsys):
+    page = (Path(__file__).parent.parent / "docs" / "plan.md").read_text()
     model = qwen(tmp_path / "Qwen2.5-72B-Instruct", "72B")
     assert main(["plan", model]) == 0
     table, _, command = capsys.readouterr().out.partition("assumptions")
-    assert table in readme
-    assert command[command.index("\nfor ") :] in readme
+    assert table in page
+    assert command[command.index("\nfor ") :] in page
     assert main(["plan", model, "--embed-bits", "4", "--head-bits", "4", "--context", "8192"]) == 0
     lines = capsys.readouterr().out.splitlines()
     kept = ("embedding", "head", "checkpoint", "weights", "left for", "auto", "int8", "fp8, ", "turboquant_3bit")
-    assert "\n".join(line for line in lines if line.strip().startswith(kept)) in readme
-    assert "\n".join(lines[-3:]) in readme
+    assert "\n".join(line for line in lines if line.strip().startswith(kept)) in page
+    assert "\n".join(lines[-3:]) in page
 
 
 def refusal(capsys, *argv):

@@ -7,7 +7,6 @@ Qwen3-Next-80B-A3B (80 and 3), as their model cards and config.json have them.
 import functools
 import json
 from math import inf
-from pathlib import Path
 
 import pytest
 from accelerate import init_empty_weights
@@ -21,7 +20,7 @@ from bpdq_quantizer.fit.parts import Model, read_model
 from bpdq_quantizer.fit.plan import plan
 from mixtures import MIXTURES
 from test_plan import refusal
-from test_plan_models import CONFIGS, readme_row
+from test_plan_models import CONFIGS, docs_row
 
 QWEN3_30B, QWEN3_NEXT = (str(CONFIGS / f"{name}.json") for name in ("qwen3-30b-a3b", "qwen3-next-80b-a3b"))
 HIDDEN, INNER, EXPERTS, CHOSEN, LAYERS, VOCABULARY = 2048, 768, 128, 8, 48, 151936
@@ -68,9 +67,9 @@ def test_a_token_of_qwen3_30b_reads_eight_experts_of_each_layer(monkeypatch, cap
     assert found["active_bytes"] == LAYERS * layer + 2 * VOCABULARY * HIDDEN + 2 * qwen3().others
     assert found["most_tokens_per_second"] == pytest.approx(936e9 / found["active_bytes"])
     assert found["linear_bytes"] == LAYERS * sum(scheme.stored_bytes(n, k) for n, k in ATTENTION + EXPERTS * EXPERT)
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    assert "\n".join(lines[:7]) in readme
-    assert all(line in readme for line in lines if line.startswith("to quantize"))
+    page = (CONFIGS.parent.parent / "docs" / "plan.md").read_text()
+    assert "\n".join(lines[:7]) in page
+    assert all(line in page for line in lines if line.startswith("to quantize"))
 
 
 def test_memory_to_quantize_holds_some_experts_matrices_and_a_layers_inputs():
@@ -155,9 +154,9 @@ def test_a_config_that_does_not_say_how_many_experts_a_token_chooses_is_refused(
         pytest.param("Qwen3-Next-80B-A3B", QWEN3_NEXT, (79.67, 3.87), marks=pytest.mark.slow),
     ],
 )
-def test_the_tables_rows_of_the_readme(monkeypatch, row, config, billions):
+def test_the_tables_rows_of_the_docs(monkeypatch, row, config, billions):
     if config == QWEN3_30B:
         monkeypatch.setattr("bpdq_quantizer.fit.plan.read_model", lambda model, ignore: qwen3())
     found = plan(config)
     assert (found["parameters"] / 1e9, found["active_parameters"] / 1e9) == pytest.approx(billions, abs=0.005)
-    assert readme_row(row, found) in (CONFIGS.parent.parent / "README.md").read_text()
+    assert docs_row(row, found) in (CONFIGS.parent.parent / "docs" / "plan.md").read_text()

@@ -295,11 +295,11 @@ def test_heads_that_predict_further_tokens_of_unknown_size_are_named(tmp_path):
         ("Qwen2.5-VL-72B, `--language-model-only`", QWEN25VL, {"language_model_only": True}),
     ],
 )
-def test_the_table_in_the_readme(row, config, options):
-    assert readme_row(row, plan(config, **options)) in (CONFIGS.parent.parent / "README.md").read_text()
+def test_the_table_in_the_docs(row, config, options):
+    assert docs_row(row, plan(config, **options)) in (CONFIGS.parent.parent / "docs" / "plan.md").read_text()
 
 
-def readme_row(row, found):
+def docs_row(row, found):
     states, windows = (found[f"{kind}_bytes_per_sequence"]["auto"] / 1e6 for kind in ("state", "window"))
     kept = f"{states:.0f} MB of states" if states else (f"{windows:.0f} MB of windows" if windows else "")
     tokens = [str(found["tokens_that_fit"][name]) for name in ("auto", "int8_per_token_head")]

@@ -1,4 +1,4 @@
-"""An option, declared once as the field of a dataclass: checked, and shown by the command line, Python and the README.
+"""An option, declared once as the field of a dataclass: checked, and shown by the command line, Python and the docs.
 
 transformers' HfArgumentParser makes a command line of dataclasses too, but knows no positional argument, shows every
 name twice (`--seq_len`, `--seq-len`), takes a value after a switch, and checks nothing else.
@@ -30,7 +30,7 @@ ACCEPTED = {  # types of a value by that of its field, and in words
 class About(NamedTuple):
     """What a field says beside its type and default.
 
-    help: a few words; more: what the README says instead; unset: what None stands for; metavar: of its value on the
+    help: a few words; more: what the docs say instead; unset: what None stands for; metavar: of its value on the
     command line; positional: without a flag there; choices: of a text; within: the least and the greatest number;
     expected: that, or what is no empty name, in words.
     """

@@ -43,7 +43,7 @@ def quantize(model: str | Path, output: str | Path, **options: Any) -> dict[str,
     the folder `output` appears only when everything is written. Until then `output`.partial holds the finished blocks,
     from which `resume` goes on (`run.run_folder`). The model's blocks are read from its files one at a time.
 
-    The options are those of `bpdq quantize`, of which README.md says more.
+    The options are those of `bpdq quantize`, of which docs/quantize.md says more.
     """
     o = resolved(model=model, output=output, **options)
     with run_folder(o.files.output, o.execution.offload_dir, o.execution.resume) as folder:
