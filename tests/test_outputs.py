@@ -18,7 +18,7 @@ from bpdq_quantizer.model.activations import weighted
 from bpdq_quantizer.model.stream import open_model
 from bpdq_quantizer.model.windows import text_windows
 from bpdq_quantizer.passes import outputs
-from bpdq_quantizer.passes.outputs import Outputs, load_outputs, measure_outputs, save_outputs
+from bpdq_quantizer.passes.outputs import Outputs, load_outputs, measure_outputs, save_outputs, token_weights
 from tests.tiny import TEXT, load_tensors, tiny_model
 
 SOLVE = functools.partial(quantize_linear, iterations=2)
@@ -90,7 +90,7 @@ def test_gradients_are_those_of_the_whole_model(model: Path):
         g, norms = seen[-1], seen[-1].norm(dim=1, keepdim=True)
         expected = (g / norms.clamp(min=1e-30).sqrt()).T @ (g / norms.clamp(min=1e-30).sqrt()) / len(g)
         torch.testing.assert_close(torch.block_diag(*found[seed][name].covariances), expected, rtol=1e-3, atol=1e-9)
-        assert found[seed][name].profile.argmax() == outputs.smooth(norms[:, 0]).argmax()
+        torch.testing.assert_close(found[seed][name].lengths, norms.T, rtol=1e-3, atol=1e-9)
 
 
 def test_outputs_come_in_even_chunks(model: Path, monkeypatch: pytest.MonkeyPatch):
@@ -108,7 +108,7 @@ def test_what_was_measured_is_read_back(model: Path, tmp_path: Path):
     again = load_outputs(tmp_path / "outputs.safetensors", torch.device("cpu"))
     assert again.keys() == found.keys()
     for name, part in found.items():
-        assert torch.equal(part.profile, again[name].profile)
+        assert torch.equal(part.lengths, again[name].lengths)
         assert all(torch.equal(*pair) for pair in zip(part.covariances, again[name].covariances, strict=True))
 
 
@@ -120,12 +120,22 @@ def test_smoothed_profiles_have_a_mean_of_one(length: int, value: float):
     assert torch.equal(outputs.smooth(torch.zeros(length)), torch.ones(length))
 
 
-def test_tokens_count_by_their_place():
-    weights = torch.tensor([4.0, 1.0, 0.25])
-    x = torch.ones(2, 3, 5)
-    assert torch.equal(weighted(x, weights), torch.tensor([2, 1, 0.5])[None, :, None].expand(2, 3, 5))
-    assert torch.equal(weighted(x.flatten(0, 1), weights).flatten(0, 1), weighted(x, weights).flatten(0, 1))
-    assert torch.equal(weighted(x[:, :2], weights), weighted(x, weights)[:, :2])
+def test_tokens_count_what_their_gradients_are_long_or_others_at_their_place():
+    found = Outputs(torch.tensor([[6.0, 2.0, 1.0], [6.0, 0.0, 0.0]]), [])  # the second window has one token
+    known, average = [1.6, 2 / 3.75, 1 / 3.75, 1.6], outputs.smooth(torch.tensor([6.0, 2.0, 1.0])).tolist()
+    expected = torch.tensor([*known, *average[:2], *average, average[2]])
+    torch.testing.assert_close(token_weights([found, found], [3, 1, 2, 4]), expected)
+    nothing = found._replace(lengths=torch.zeros(2, 3))
+    torch.testing.assert_close(token_weights([nothing, found], [3, 1, 2, 4]), (expected + 1) / 2)
+
+
+def test_inputs_of_other_axes_count_the_same_everywhere():
+    weights, x = torch.tensor([4.0, 1.0, 0.25, 9.0, 0.0, 1.0]), torch.ones(2, 3, 5)
+    expected = torch.tensor([2, 1, 0.5, 3, 0, 1]).view(2, 3, 1).expand(2, 3, 5)
+    assert torch.equal(weighted(x, weights), expected)
+    assert torch.equal(weighted(x.flatten(0, 1), weights), expected.flatten(0, 1))
+    assert weighted(x[:, :2], weights).shape == (2, 2, 5)
+    assert torch.equal(weighted(x[:, :2], weights), x[:, :2])
 
 
 @pytest.mark.parametrize("batch_bytes", [1 << 30, 1])

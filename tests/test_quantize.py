@@ -177,12 +177,12 @@ def test_each_layer_is_calibrated_on_the_quantized_prefix(quantized, text):
             capture([w], partial(m.base_model, use_cache=False), tokens)[0][name]
             for m, w in ((original, weight), (model, stored))
         )
-        H, C = input_statistics(stored, [now], tokens.numel(), lambda _, x=before: x)
+        H, C = input_statistics(stored, [now], [tokens.numel()], lambda _, x=before: x)
         target = corrected(weight.matrix.detach(), H, C, ASYMMETRIC["refined"])
         solved = quantize_linear(target, H, 2, 64, 8, iterations=3, **SOLVERS["refined"])
         D = target - stored.matrix.detach().float()
         assert ((D @ H) * D).sum().item() == pytest.approx(solved.loss.sum().item(), rel=0.02)
-        original_H, _ = input_statistics(weight, [before], tokens.numel(), None)
+        original_H, _ = input_statistics(weight, [before], [tokens.numel()], None)
         assert (original_H - H).norm() > 0.05 * H.norm(), "the prefix makes a difference that the test can see"
 
 

@@ -134,34 +134,29 @@ def capture_one(weight: Weight, run: Run, batch: Tensor) -> Any:
 def input_statistics(
     weight: Weight,
     inputs: Iterable[Tensor],
-    tokens: int,
+    tokens: Sequence[int],
     original: Callable[[int], Tensor] | None,
     weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """H and C (`accumulate_shift`) of a weight's inputs in all batches, which hold `tokens` tokens; `original(i)` gives
-    the 16-bit model's inputs of batch i; weights [L]: what a token counts at each place of a window, if not one."""
-    H = torch.zeros(2 * weight.shape[1:], device=weight.matrix.device)
+    """H and C (`accumulate_shift`) of a weight's inputs in all batches; tokens: those of each; `original(i)` gives the
+    16-bit model's inputs of batch i; weights [T]: what every token counts, if not one."""
+    total, H = sum(tokens), torch.zeros(2 * weight.shape[1:], device=weight.matrix.device)
     C = None if original is None else torch.zeros_like(H)
-    for i, x in enumerate(inputs):
-        x = x if weights is None else weighted(x, weights)
-        accumulate(H, x, tokens)
+    counts = [None] * len(tokens) if weights is None else weights.split(tokens)
+    for i, (x, count) in enumerate(zip(inputs, counts, strict=True)):
+        x = weighted(x, count)
+        accumulate(H, x, total)
         if C is not None:
-            before = original(i)
-            accumulate_shift(C, before if weights is None else weighted(before, weights), x, tokens)
+            accumulate_shift(C, weighted(original(i), count), x, total)
     return symmetrize(H), C
 
 
-def weighted(x: Tensor, weights: Tensor) -> Tensor:
-    """x [n, L, K] or [n L, K] of n windows, times the roots of what their tokens count, weights [at least L], in fp32.
-
-    Where an input has other axes, all of it counts the same.
-    """
-    roots, rows = weights.sqrt().unsqueeze(-1), x.shape[:-1].numel()
-    if x.ndim == 2 and rows % len(roots) == 0:
-        x = x.unflatten(0, (-1, len(roots)))
-    if x.ndim != 3 or x.shape[1] > len(roots):
+def weighted(x: Tensor, weights: Tensor | None) -> Tensor:
+    """x [..., K] of some tokens, times the roots of what they count, weights [tokens], in fp32. An input that has no
+    row for each of them counts the same everywhere."""
+    if weights is None or x.shape[:-1].numel() != len(weights):
         return x
-    return x.float() * roots[: x.shape[1]]
+    return x.float() * weights.sqrt().view(*x.shape[:-1], 1)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ layer are solved some at a time.
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +38,7 @@ from bpdq_quantizer.model.calls import Run, block_runs, head_inputs, twins
 from bpdq_quantizer.model.products import quick_products
 from bpdq_quantizer.model.stream import Streamed, drop_block, load_block, trim_heap
 from bpdq_quantizer.model.weights import Weight, hooked, weights_in
-from bpdq_quantizer.model.windows import Window, text_windows, token_count
+from bpdq_quantizer.model.windows import Window, text_windows
 from bpdq_quantizer.passes.experts import in_two, layer_tokens, slices
 from bpdq_quantizer.passes.layers import LayerReport, check_finite, layer_report, solve_checked, stored
 from bpdq_quantizer.passes.outputs import Outputs, token_weights
@@ -85,6 +86,8 @@ def quantize_blocks(
     first, batches, full = start
     del start
     original_calls = twins(calls)
+    lengths, count = [window.tokens.shape[1] for window in windows], len(batches[0])
+    lengths = [lengths[i : i + count] for i in range(0, len(lengths), count)]
     for index in range(first, len(source.blocks)):
         block, name = load_block(source, index, device), f"{source.prefix}.{index}"
         runs = block_runs(block, calls[index], device, len(batches))
@@ -93,7 +96,7 @@ def quantize_blocks(
         firsts = [stage[0] for stage in stages]
         original = Original(block, name, firsts, original_calls[index], device, full) if full else None
         known = {} if outputs is None else outputs(index)
-        solver = StageSolver(schemes, solve, token_count(windows), asymmetric, original, known)
+        solver = StageSolver(schemes, solve, lengths, asymmetric, original, known)
         quantize_block(stages, runs, batches, solver)
         if original is not None:
             full = original.outputs()
@@ -118,21 +121,21 @@ class StageSolver:
     """Solves the stages of a block in the order of its forward pass.
 
     A solved weight goes on as the matrix that its bit-planes stand for, which later stages' inputs are of; `finish`
-    puts the bit-planes in its place. reports: of the weights solved so far. tokens: of the calibration windows;
-    original: the 16-bit block, for `asymmetric` calibration, or None; outputs: what errors of the Linears' outputs do
-    to the model, by name, where that is known.
+    puts the bit-planes in its place. reports: of the weights solved so far. lengths: tokens of the windows of every
+    batch; original: the 16-bit block, for `asymmetric` calibration, or None; outputs: what errors of the Linears'
+    outputs do to the model, by name, where that is known.
     """
 
     def __init__(
         self,
         schemes: Mapping[str, Scheme],
         solve: Solve,
-        tokens: int,
+        lengths: Sequence[Sequence[int]],
         asymmetric: float,
         original: Original | None,
         outputs: Mapping[str, Outputs],
     ) -> None:
-        self.schemes, self.solve, self.tokens = schemes, solve, tokens
+        self.schemes, self.solve, self.lengths = schemes, solve, lengths
         self.asymmetric, self.original, self.outputs = asymmetric, original, outputs
         self.reports: list[LayerReport] = []
         self.packed: list[tuple[Weight, Stored, int]] = []
@@ -142,9 +145,10 @@ class StageSolver:
         original = None if self.original is None else partial(self.original.input, stage[0].name)
         if stage[0].layer is None:
             known = [self.outputs[weight.name] for weight in stage if weight.name in self.outputs]
-            weights = token_weights(known) if known else None
-            statistics = input_statistics(stage[0], inputs, self.tokens, original, weights)
-            problem = self._problem(stage, *statistics, self.tokens)
+            weights = token_weights(known, list(chain.from_iterable(self.lengths))) if known else None
+            tokens = [sum(lengths) for lengths in self.lengths]
+            statistics = input_statistics(stage[0], inputs, tokens, original, weights)
+            problem = self._problem(stage, *statistics, sum(tokens))
             covariances = [G for outputs in known for G in outputs.covariances]
             self._solve([problem._replace(covariances=covariances)])
         else:

@@ -4,7 +4,8 @@ Two things of it steer the solver. Some tokens count more than others: those ear
 attend to. And outputs go together, so that an error of one can be made good by another (`algorithm.in_turn`).
 Labels are drawn from the model's own distribution, for which the second derivative of the KL divergence is E[g g^T] of
 the gradients g. These have heavy tails: a few tokens would outweigh all others. Therefore each gradient is divided by
-the square root of its length, and what a token counts is that length, not its square, averaged over windows.
+the square root of its length, and what a token counts is that length, not its square. Tokens whose gradients are not
+known count what others do at their place in the window.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from tqdm import tqdm
 
 from bpdq_quantizer.model.stream import Streamed, solved
@@ -25,33 +27,33 @@ CHUNK = 1024  # outputs, at most, that know of each other's errors
 
 
 class Outputs(NamedTuple):
-    """Of a weight's N outputs. profile: fp32 [L], what a token counts at each place of a window, one on average;
-    covariances: E[g g^T / |g|] fp32 [n, n] of chunks of at most CHUNK of them."""
+    """Of a weight's N outputs, from gradients g in some windows of at most L tokens. lengths: |g| fp32 [windows, L],
+    zero behind a window's end; covariances: E[g g^T / |g|] fp32 [n, n] of chunks of at most CHUNK of them."""
 
-    profile: Tensor
+    lengths: Tensor
     covariances: list[Tensor]
 
 
 class Sums:
-    """`Outputs` in the making. length: of the longest window."""
+    """`Outputs` in the making, of windows of at most `length` tokens."""
 
     def __init__(self, outputs: int, length: int, device: torch.device) -> None:
         sizes = [len(part) for part in torch.arange(outputs).tensor_split(-(-outputs // CHUNK))]
         self.covariances = [torch.zeros(size, size, device=device) for size in sizes]
-        self.lengths = torch.zeros(2, length, device=device)  # sums of |g|, and of how many tokens
+        self.length, self.lengths, self.tokens = length, [], 0
 
     def add(self, gradient: Tensor) -> None:
         """gradient [1, L, N] of a window."""
         g = gradient.reshape(-1, gradient.shape[-1]).float()
         norm = torch.linalg.vector_norm(g, dim=1)
-        self.lengths[:, : len(g)] += torch.stack((norm, torch.ones_like(norm)))
+        self.lengths.append(pad(norm, (0, self.length - len(norm))))
+        self.tokens += len(norm)
         g = g * norm.clamp(min=torch.finfo(norm.dtype).tiny).rsqrt().unsqueeze(1)
         for G, part in zip(self.covariances, g.split([len(G) for G in self.covariances], 1), strict=True):
             G.addmm_(part.T, part)
 
     def read(self) -> Outputs:
-        tokens = self.lengths[1].sum()
-        return Outputs(smooth(self.lengths[0] / self.lengths[1]).cpu(), [(G / tokens).cpu() for G in self.covariances])
+        return Outputs(torch.stack(self.lengths).cpu(), [(G / self.tokens).cpu() for G in self.covariances])
 
 
 def smooth(profile: Tensor) -> Tensor:
@@ -59,7 +61,7 @@ def smooth(profile: Tensor) -> Tensor:
     one."""
     places = torch.arange(len(profile), device=profile.device)
     low, high = places - places // 4, (places + places // 4 + 1).clamp(max=len(profile))
-    sums = torch.nn.functional.pad(profile.double().cumsum(0), (1, 0))
+    sums = pad(profile.double().cumsum(0), (1, 0))
     means = (sums[high] - sums[low]) / (high - low)
     return (means / means.mean()).float() if means.any() else torch.ones_like(profile)
 
@@ -102,7 +104,7 @@ def measure_outputs(
 
 def save_outputs(file: Path, outputs: Mapping[str, Outputs]) -> None:
     """Write what `load_outputs` reads."""
-    named = {f"{name}/profile": found.profile for name, found in outputs.items()}
+    named = {f"{name}/lengths": found.lengths for name, found in outputs.items()}
     named |= {f"{name}/{i:05}": G for name, found in outputs.items() for i, G in enumerate(found.covariances)}
     write_tensors(file, named, {})
 
@@ -111,11 +113,25 @@ def load_outputs(file: Path, device: torch.device) -> dict[str, Outputs]:
     """Those of a block's Linears, by name, on `device`; raises DamagedError."""
     named, found = read_sealed(file)[0], {}
     for name, keys in groupby(sorted(named), lambda key: key.rpartition("/")[0]):
-        *covariances, profile = (named[key].to(device) for key in keys)
-        found[name] = Outputs(profile, covariances)
+        *covariances, lengths = (named[key].to(device) for key in keys)
+        found[name] = Outputs(lengths, covariances)
     return found
 
 
-def token_weights(outputs: Iterable[Outputs]) -> Tensor:
-    """What a token counts at each place of a window for Linears with one input: fp32 [L], one on average."""
-    return torch.stack([found.profile for found in outputs]).mean(0)
+def token_weights(outputs: Iterable[Outputs], windows: Sequence[int]) -> Tensor:
+    """What every token counts for Linears with one input, about one on average: fp32 [T] of all windows of so many
+    tokens, of which the first ones' gradients are known."""
+    return torch.stack([relative(found.lengths, windows) for found in outputs]).mean(0)
+
+
+def relative(lengths: Tensor, windows: Sequence[int]) -> Tensor:
+    """lengths: |g| [n, L] in the first n of these windows; fp32 [T] for all of them, over their mean."""
+    known = windows[: len(lengths)]
+    reach = torch.tensor(known, device=lengths.device).unsqueeze(1) > torch.arange(
+        lengths.shape[1], device=lengths.device
+    )
+    profile, mean = smooth(lengths.sum(0) / reach.sum(0)), lengths.sum() / reach.sum()
+    if not mean:
+        return profile.new_ones(sum(windows))
+    places = [torch.arange(size, device=profile.device).clamp(max=len(profile) - 1) for size in windows[len(known) :]]
+    return torch.cat([lengths[reach] / mean, *(profile[here] for here in places)])
