@@ -88,9 +88,34 @@ def test_gradients_are_those_of_the_whole_model(model: Path):
         labels = torch.multinomial(log_p.detach().exp(), 1, generator=torch.Generator().manual_seed(seed))
         log_p.gather(1, labels).sum().neg().backward()
         g, norms = seen[-1], seen[-1].norm(dim=1, keepdim=True)
-        expected = (g / norms.clamp(min=1e-30).sqrt()).T @ (g / norms.clamp(min=1e-30).sqrt()) / len(g)
+        g = g / norms.clamp(min=1e-30).sqrt()
+        expected = outputs.shrunk(g.T @ g / len(g), pair_squares(g), len(g))
         torch.testing.assert_close(torch.block_diag(*found[seed][name].covariances), expected, rtol=1e-3, atol=1e-9)
         torch.testing.assert_close(found[seed][name].lengths, norms.T, rtol=1e-3, atol=1e-9)
+
+
+def pair_squares(g: Tensor) -> Tensor:
+    """The mean over g [T, n] of the sum of (g_i g_j)^2 over i != j."""
+    products = (g.unsqueeze(1) * g.unsqueeze(2)).square()
+    return (products.sum((1, 2)) - products.diagonal(dim1=1, dim2=2).sum(1)).mean()
+
+
+@pytest.mark.parametrize(("common", "kept"), [(True, (0.5, 1.0)), (False, (0.0, 0.3))])
+@pytest.mark.parametrize("tokens", [64, 1024])
+def test_what_few_tokens_have_in_common_by_chance_is_taken_out(tokens: int, common: bool, kept: tuple[float, float]):
+    truth = low_rank(24, 3, 0)
+    truth = truth if common else truth.diagonal().diag()
+    g = torch.randn(tokens, 24, generator=torch.Generator().manual_seed(0)) @ torch.linalg.cholesky(truth).T
+    G = g.T @ g / tokens
+    found = outputs.shrunk(G, pair_squares(g), tokens)
+    assert torch.equal(found.diagonal(), G.diagonal())
+    assert (found - truth).norm() < (G - truth).norm()
+    assert kept[0] <= found.tril(-1).norm() / G.tril(-1).norm() < kept[1]
+
+
+def test_outputs_that_have_nothing_in_common_stay_so():
+    assert torch.equal(outputs.shrunk(torch.eye(3), torch.tensor(0.0), 8), torch.eye(3))
+    assert torch.equal(outputs.shrunk(torch.zeros(3, 3), torch.tensor(0.0), 8), torch.zeros(3, 3))
 
 
 def test_outputs_come_in_even_chunks(model: Path, monkeypatch: pytest.MonkeyPatch):

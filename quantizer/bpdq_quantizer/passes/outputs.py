@@ -5,7 +5,8 @@ attend to. And outputs go together, so that an error of one can be made good by 
 Labels are drawn from the model's own distribution, for which the second derivative of the KL divergence is E[g g^T] of
 the gradients g. These have heavy tails: a few tokens would outweigh all others. Therefore each gradient is divided by
 the square root of its length, and what a token counts is that length, not its square. Tokens whose gradients are not
-known count what others do at their place in the window.
+known count what others do at their place in the window. Of few tokens much of what outputs seem to have in common is
+chance, which is taken out.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,7 +29,7 @@ CHUNK = 1024  # outputs, at most, that know of each other's errors
 
 class Outputs(NamedTuple):
     """Of a weight's N outputs, from gradients g in some windows of at most L tokens. lengths: |g| fp32 [windows, L],
-    zero behind a window's end; covariances: E[g g^T / |g|] fp32 [n, n] of chunks of at most CHUNK of them."""
+    zero behind a window's end; covariances: of chunks of at most CHUNK outputs E[g g^T / |g|] fp32 [n, n], `shrunk`."""
 
     lengths: Tensor
     covariances: list[Tensor]
@@ -40,6 +41,7 @@ class Sums:
     def __init__(self, outputs: int, length: int, device: torch.device) -> None:
         sizes = [len(part) for part in torch.arange(outputs).tensor_split(-(-outputs // CHUNK))]
         self.covariances = [torch.zeros(size, size, device=device) for size in sizes]
+        self.squares = torch.zeros(len(sizes), device=device)  # sums over tokens and i != j of (g_i g_j)^2
         self.length, self.lengths, self.tokens = length, [], 0
 
     def add(self, gradient: Tensor) -> None:
@@ -49,11 +51,26 @@ class Sums:
         self.lengths.append(pad(norm, (0, self.length - len(norm))))
         self.tokens += len(norm)
         g = g * norm.clamp(min=torch.finfo(norm.dtype).tiny).rsqrt().unsqueeze(1)
-        for G, part in zip(self.covariances, g.split([len(G) for G in self.covariances], 1), strict=True):
+        parts = g.split([len(G) for G in self.covariances], 1)
+        for G, sums, part in zip(self.covariances, self.squares, parts, strict=True):
             G.addmm_(part.T, part)
+            squares = part.square()
+            sums += squares.sum(1).square().sum() - squares.square().sum()
 
     def read(self) -> Outputs:
-        return Outputs(torch.stack(self.lengths).cpu(), [(G / self.tokens).cpu() for G in self.covariances])
+        pairs = zip(self.covariances, self.squares, strict=True)
+        covariances = [shrunk(G / self.tokens, sums / self.tokens, self.tokens).cpu() for G, sums in pairs]
+        return Outputs(torch.stack(self.lengths).cpu(), covariances)
+
+
+def shrunk(G: Tensor, squares: Tensor, tokens: int) -> Tensor:
+    """G [n, n], the mean of g g^T over so many tokens, with less beside its diagonal: times one minus the share of its
+    squares there that is the variance of such means (Schaefer and Strimmer 2005, their target D); squares: the mean of
+    the sum of (g_i g_j)^2 over i != j."""
+    diagonal = G.diagonal()
+    signal = G.square().sum() - diagonal.square().sum()
+    noise = ((squares - signal) / tokens / signal.clamp(min=torch.finfo(G.dtype).tiny)).clamp(0, 1)
+    return torch.where(torch.eye(len(G), dtype=torch.bool, device=G.device), G, (1 - noise) * G)
 
 
 def smooth(profile: Tensor) -> Tensor:
