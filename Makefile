@@ -2,7 +2,7 @@
 PYTHON ?= python3
 export PYTHON
 
-.PHONY: demo test test-slow gpu-check lint install clean
+.PHONY: demo test test-slow gpu-check lint docs install clean
 
 demo: install
 	.venv/bin/python -m scripts.demo
@@ -21,8 +21,12 @@ lint: install
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
+docs: install
+	.venv/bin/python -m benchmarks.quality_picture docs/results/quality.json
+	.venv/bin/mkdocs build --strict
+
 install:
 	scripts/install.sh
 
 clean:
-	rm -rf .venv demo-output bench-output build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv demo-output bench-output site build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
-from benchmarks.serve_bench import COLORS, machine
+from benchmarks.quality_picture import plot
+from benchmarks.serve_bench import machine
 from benchmarks.server import ServerError
 from benchmarks.tasks import through_vllm
 from bpdq_kernels.format import Scheme
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"quality_bench: error: {e}", file=sys.stderr)
         return 1
     (args.output / "quality.md").write_text(table(report["rows"]) + "\n")
-    plot(report["rows"]).savefig(args.output / "quality.png", dpi=150)
+    plot(report["rows"], "perplexity").savefig(args.output / "quality.png", dpi=150)
     print(table(report["rows"]))
     print(f"\n{args.output}/quality.json, quality.md, quality.png")
     return 0
@@ -205,27 +205,6 @@ def table(rows: list[Row]) -> str:
         cells += [f"{r['tasks'][name]:.4g}" for name in names]
         lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
     return "\n".join(lines)
-
-
-def plot(rows: list[Row]) -> Figure:
-    """Perplexity (log scale) against bits per weight: a line for each model and method, dashes for 16 bits."""
-    figure = Figure(figsize=(7, 4.4), layout="constrained")
-    axes = figure.subplots()
-    series = dict.fromkeys((r["model"], r["method"]) for r in rows)
-    for i, (model, method) in enumerate(series):
-        points = [(r["bits_per_weight"], r["perplexity"]) for r in rows if (r["model"], r["method"]) == (model, method)]
-        style: dict[str, Any] = {"color": COLORS[i % len(COLORS)], "label": f"{model}, {method}"}
-        if method == "16-bit":
-            axes.axhline(points[0][1], linestyle="--", **style)
-        else:
-            axes.plot(*zip(*sorted(points), strict=True), marker="o", **style)
-    axes.set_yscale("log")
-    axes.set_xlabel("bits per quantized weight")
-    axes.set_ylabel("perplexity")
-    axes.grid(alpha=0.25, which="both")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
-    return figure
 
 
 if __name__ == "__main__":

@@ -21,12 +21,7 @@ from bpdq_quantizer.model.weights import kept, weights_in
 
 def main(argv: list[str] | None = None) -> int:
     """Round a model; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="rounding_peer", description=__doc__.splitlines()[0])
-    parser.add_argument("model", help="Hugging Face folder")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    parser.add_argument("--bits", type=int, default=2)
-    parser.add_argument("--group-size", type=int, default=32)
-    args = parser.parse_args(argv)
+    args = parse_args(argv)
     model = load_model(args.model)
     fused = fused_experts(model)
     take_apart(model)  # in the memory of the fused ones
@@ -40,6 +35,16 @@ def main(argv: list[str] | None = None) -> int:
     AutoTokenizer.from_pretrained(args.model).save_pretrained(args.output)
     print(f"{args.bits + (16 + args.bits) / args.group_size:.3f} bits per weight")
     return 0
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """The command's options."""
+    parser = argparse.ArgumentParser(prog="rounding_peer", description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="Hugging Face folder")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_argument("--bits", type=int, default=2)
+    parser.add_argument("--group-size", type=int, default=32)
+    return parser.parse_args(argv)
 
 
 def rounded(W: Tensor, bits: int, group_size: int) -> Tensor:

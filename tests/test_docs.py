@@ -1,0 +1,90 @@
+"""The README is short, docs/ builds as a site, and links lead somewhere."""
+
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from benchmarks.quality_picture import digest, main
+from doc_pages import CODE, FENCE, PAGES, ROOT
+
+README = ROOT / "README.md"
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+FIGURES = ROOT / "docs" / "results" / "quality.json"
+
+
+class Ids(HTMLParser):
+    """The ids of a page."""
+
+    def __init__(self, page: Path):
+        super().__init__()
+        self.found = set()
+        self.feed(page.read_text())
+
+    def handle_starttag(self, tag, attrs):
+        self.found |= {value for name, value in attrs if name == "id"}
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("docs") / "site"
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def links(page: Path) -> list[str]:
+    """Where a page's links lead, but for other hosts."""
+    text = CODE.sub("", FENCE.sub("", page.read_text()))
+    return [link for link in LINK.findall(text) if not re.match(r"https://", link)]
+
+
+def test_the_site_has_every_page_and_fetches_nothing(site):
+    for page in PAGES[1:]:
+        html = (site / page.relative_to(ROOT / "docs").with_suffix(".html")).read_text()
+        assert not re.findall(r"<(?:script|img)[^>]+src=\"https?:|<link[^>]+stylesheet[^>]+href=\"https?:", html)
+
+
+def test_links_of_the_readme_lead_to_files_and_headings(site):
+    found = links(README)
+    assert len(found) > 10
+    for link in found:
+        path, _, anchor = link.partition("#")
+        assert (ROOT / path).exists(), link
+        if anchor:
+            assert anchor in Ids(site / Path(path).relative_to("docs").with_suffix(".html")).found, link
+
+
+def test_the_readme_is_read_in_minutes():
+    lines = README.read_text().splitlines()
+    assert len(lines) <= 150
+    assert max(map(len, lines)) <= 120
+    assert max(len(line) for line in lines if line.startswith("|")) <= 100
+
+
+@pytest.mark.parametrize("page", PAGES[1:], ids=[page.name for page in PAGES[1:]])
+def test_a_page_begins_with_what_it_is_for(page):
+    title, empty, first = page.read_text().splitlines()[:3]
+    assert title.startswith("# ")
+    assert not empty
+    assert first[0].isalnum() or first.startswith(("`", "["))
+
+
+def test_the_picture_shows_the_figures_beside_it():
+    assert digest(FIGURES) in FIGURES.with_suffix(".svg").read_text(), (
+        f"run python -m benchmarks.quality_picture {FIGURES}"
+    )
+
+
+def test_a_picture_is_drawn_of_rows_of_several_models(tmp_path):
+    rows = [{"model": name, "method": "bpdq", "bits_per_weight": 2.5, "kl": 0.5} for name in "ab"]
+    rows.append({"model": "a", "method": "16-bit", "bits_per_weight": 16.0, "kl": 0.0})
+    report = tmp_path / "two.json"
+    report.write_text(json.dumps({"rows": rows}))
+    assert main([str(report)]) == 0
+    assert digest(report) in (tmp_path / "two.svg").read_text()
