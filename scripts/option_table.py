@@ -1,14 +1,26 @@
-"""Bring docs/quantize.md's table of the options of `bpdq quantize` up to date: python -m scripts.option_table."""
+"""Bring the tables of options in docs/quantize.md up to date: python -m scripts.option_table."""
 
-import re
+from dataclasses import fields
 from pathlib import Path
 
 from bpdq_quantizer.run.fields import table
-from bpdq_quantizer.run.options import FIELDS
+from bpdq_quantizer.run.options import PARTS
 
 PAGE = Path(__file__).parent.parent / "docs" / "quantize.md"
+BEGIN, END = "<!-- python -m scripts.option_table -->\n", "<!-- end -->\n"
+
+
+def tables() -> str:
+    """A heading and a table for each group of options."""
+    return "\n".join(
+        f"### {part.__doc__.capitalize()}\n\n{table('bpdq quantize', fields(part))}" for part in PARTS.values()
+    )
+
+
+def updated(page: str) -> str:
+    before, _, rest = page.partition(BEGIN)
+    return f"{before}{BEGIN}\n{tables()}\n{END}{rest.partition(END)[2]}"
+
 
 if __name__ == "__main__":
-    own = table("bpdq quantize", FIELDS.values())
-    heading = re.escape(own.partition("\n")[0])
-    PAGE.write_text(re.sub(rf"^{heading}\n(\|.*\n)+", lambda _: own, PAGE.read_text(), flags=re.MULTILINE))
+    PAGE.write_text(updated(PAGE.read_text()))

@@ -31,7 +31,7 @@ class Files:
         MISSING,
         "Hugging Face folder, hub id or .gguf file",
         "Hugging Face folder, hub id, or `.gguf` file (dequantized first; `pip install 'vllm-bpdq[gguf]'`); in 16 "
-        "bits, or quantized as said below",
+        "bits, or [quantized already](#sources-that-are-quantized-already)",
         positional=True,
     )
     output: PathName = option(
@@ -101,7 +101,7 @@ class Schemes:
         False,
         "calibrate scales for --kv-cache-dtype fp8_e4m3",
         "calibrates a scale for the keys and one for the values of each layer, for `vllm serve --kv-cache-dtype "
-        "fp8_e4m3`: see below",
+        "fp8_e4m3`: [Serve](serve.md#scales-for-an-fp8-kv-cache)",
     )
 
 
@@ -248,7 +248,8 @@ class Execution:
     devices: str | None = option(
         None,
         "several instead, such as cuda:0,cuda:1: a worker for each",
-        "instead of `--device`, a list such as `cuda:0,cuda:1` or `cpu,cpu`: one worker for each, see below",
+        "instead of `--device`, a list such as `cuda:0,cuda:1` or `cpu,cpu`: one worker for each, see [Several "
+        "devices](devices.md)",
         metavar="LIST",
     )
 
