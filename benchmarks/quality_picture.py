@@ -44,7 +44,7 @@ def digest(report: Path) -> str:
 def plot(rows: list[dict[str, Any]], score: str) -> Figure:
     """A score (log scale), `kl` or `perplexity`, against bits per weight: a line for each model and method, dashes for
     the perplexity of 16 bits."""
-    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
     series = dict.fromkeys((r["model"], r["method"]) for r in rows if r["method"] != "16-bit" or score != "kl")
     models = {model for model, _ in series}
@@ -62,7 +62,7 @@ def plot(rows: list[dict[str, Any]], score: str) -> Figure:
     axes.set_title(models.pop() if len(models) == 1 else "", fontsize=10, loc="left")
     axes.grid(alpha=0.25, which="both")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=9)
     return figure
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "models.md"
 BEGIN, END = "<!-- python -m scripts.model_table -->\n", "<!-- end -->\n"
-HEADING = ("family", "published models", "kind", "quantize", "transformers", "vLLM", "plan", "refused options")
+HEADING = ("family", "published models", "kind", "vLLM", "plan", "refused options")
 
 
 def table() -> str:
@@ -28,7 +28,7 @@ def table() -> str:
     for name in ARCHITECTURES:
         family = FAMILIES[name]
         refused = ", ".join(f"`{option}`" for option in family.refuses)
-        cells = (f"`{name}`", family.models, family.kind, "yes", "yes", served(family), planned(name), refused)
+        cells = (f"`{name}`", family.models, family.kind, served(family), planned(name), refused)
         rows.append(cells)
     rotated = ", ".join(f"`{name}`" for name in ROTATED)
     lines = "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
@@ -49,7 +49,8 @@ def planned(name: str) -> str:
         kept_layers(name, published_config(name))
     except InputError as e:
         reason = str(e).partition(": ")[2]
-        return f"no: {re.sub('^`bpdq plan` |, which .*', '', reason)}"
+        reason = re.sub("^`bpdq plan` |, which .*", "", reason)
+        return "no: " + re.sub(r"\b\w+_\w+\b", r"`\g<0>`", reason)
     return "yes"
 
 

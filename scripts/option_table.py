@@ -12,9 +12,7 @@ BEGIN, END = "<!-- python -m scripts.option_table -->\n", "<!-- end -->\n"
 
 def tables() -> str:
     """A heading and a table for each group of options."""
-    return "\n".join(
-        f"### {part.__doc__.capitalize()}\n\n{table('bpdq quantize', fields(part))}" for part in PARTS.values()
-    )
+    return "\n".join(f"### {part.__doc__.capitalize()}\n\n{table(fields(part))}" for part in PARTS.values())
 
 
 def updated(page: str) -> str:

@@ -131,9 +131,9 @@ def default_of(of: Field) -> str:
     return f"`{of.default}`" if isinstance(of.default, str) else str(of.default)
 
 
-def table(command: str, options: Iterable[Field]) -> str:
-    """A table of a command's options in Markdown."""
-    rows = [f"| option of `{command}` | default | |", "|---|---|---|"]
+def table(options: Iterable[Field]) -> str:
+    """A table of options in Markdown."""
+    rows = ["| option | default | |", "|---|---|---|"]
     for of in options:
         about = of.metadata["about"]
         name = f"{flag(of)} {about.metavar}" if about.metavar and not about.positional else flag(of)
