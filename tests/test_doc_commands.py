@@ -13,6 +13,7 @@ from collections.abc import Callable
 import pytest
 import tomllib
 from lm_eval._cli import HarnessCLI
+from torch.distributed.run import get_args_parser
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -44,10 +45,10 @@ def python(words: list[str]) -> None:
 
 
 def torchrun(words: list[str]) -> None:
-    """What it starts; its own options come first."""
-    at = words.index("-m")
-    assert words[at + 1] == "bpdq_quantizer"
-    _parser().parse_args(words[at + 2 :])
+    args = get_args_parser().parse_args(words)
+    assert args.module
+    assert args.training_script == "bpdq_quantizer"
+    _parser().parse_args(args.training_script_args)
 
 
 def make(words: list[str]) -> None:
