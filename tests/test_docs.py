@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.quality_picture import digest, main
-from doc_pages import CODE, FENCE, PAGES, ROOT
+from doc_pages import CODE, FENCE, PAGES, ROOT, blocks
 
 README = ROOT / "README.md"
 LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -65,6 +65,18 @@ def test_the_readme_is_read_in_minutes():
     assert len(lines) <= 150
     assert max(map(len, lines)) <= 120
     assert max(len(line) for line in lines if line.startswith("|")) <= 100
+
+
+def test_every_figure_of_the_readme_is_one_of_the_pages():
+    figures = re.compile(r"\d+(?:\.\d+)*")
+    pages = "\n".join(page.read_text() for page in PAGES[1:])
+    assert set(figures.findall(README.read_text())) <= set(figures.findall(pages))
+
+
+def test_the_plan_in_the_readme_is_that_of_its_page():
+    (example,) = (block for block in blocks(README) if block.language == "console")
+    page = (ROOT / "docs" / "plan.md").read_text().splitlines()
+    assert all(line in page for line in example.text.splitlines())
 
 
 @pytest.mark.parametrize("page", PAGES[1:], ids=[page.name for page in PAGES[1:]])
