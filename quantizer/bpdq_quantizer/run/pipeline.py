@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from bpdq_quantizer.algorithm.solver import Solve
-from bpdq_quantizer.checkpoint import writer
+from bpdq_quantizer.checkpoint import hub, writer
 from bpdq_quantizer.checkpoint.card import Made, origin
 from bpdq_quantizer.checkpoint.config_names import config_names
 from bpdq_quantizer.checkpoint.heads import head_patterns
@@ -46,12 +46,18 @@ def quantize(model: str | Path, output: str | Path, **options: Any) -> dict[str,
     The options are those of `bpdq quantize`, of which docs/quantize.md says more.
     """
     o = resolved(model=model, output=output, **options)
+    publishing = o.publishing
     with run_folder(o.files.output, o.execution.offload_dir, o.execution.resume) as folder:
+        if publishing.push_to_hub is not None:
+            hub.check(publishing.push_to_hub, publishing.private, publishing.force)
         run = prepare(o, folder)
         with team(o.execution.devices) as members:
             dtype = torch.float16 if run.source.model.dtype == torch.float16 else torch.bfloat16
             solver = SOLVERS[o.method.solver]
-            return follow(run, partial(members, iterations=o.method.iterations, dtype=dtype, **solver))
+            found = follow(run, partial(members, iterations=o.method.iterations, dtype=dtype, **solver))
+    if publishing.push_to_hub is not None:
+        hub.push(o.files.output, publishing.push_to_hub, publishing.private, publishing.force)
+    return found
 
 
 quantize.__signature__ = signature()
