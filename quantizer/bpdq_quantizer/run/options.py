@@ -292,16 +292,23 @@ class Options:
     def command(self, model: str) -> str:
         """The command line that makes the same checkpoint of what is called `model`: other paths by their last parts,
         and without what is as by default, or changes none of its tensors."""
-        calibration = self.text.calibration
         given = {"solver": self.method.solver, "samples": self.text.samples, "tune": self.tuning.tune}
         plain = resolved(model=model, output=self.files.output, **given).by_name()
-        shown = {name: value for name, value in self.by_name().items() if value != plain[name] and name not in SILENT}
-        if not calibration.startswith("hf:"):
-            calibration = Path(calibration).name
+        public = self.public()
+        shown = {name: value for name, value in public.items() if value != plain[name] and name not in SILENT}
         shown |= {name: value for name, value in given.items() if value != FIELDS[name].default}
-        shown = {"calibration": calibration, **shown, "output": Path(self.files.output).name}
+        shown = {"calibration": public["calibration"], **shown, "output": Path(self.files.output).name}
         words = [word for name, value in shown.items() for word in _words(FIELDS[name], value)]
         return shlex.join(["bpdq", "quantize", model, *words])
+
+    def public(self) -> dict[str, Any]:
+        """`by_name` without the model, for whoever reads the checkpoint: folders and files by their last parts."""
+        found = {name: value for name, value in self.by_name().items() if name != "model"}
+        if not self.text.calibration.startswith("hf:"):
+            found["calibration"] = Path(self.text.calibration).name
+        if self.execution.offload_dir is not None:
+            found["offload_dir"] = Path(self.execution.offload_dir).name
+        return found
 
     def by_name(self) -> dict[str, Any]:
         """Those that what is written depends on, as JSON: not `output`, `resume`, nor where it goes."""
@@ -310,7 +317,7 @@ class Options:
         return {name: value for name, value in found.items() if name not in ("output", "resume")}
 
 
-SILENT = ("model", "calibration", "evaluate", "offload_dir", "device", "devices")  # in `Options.command`
+SILENT = ("calibration", "evaluate", "offload_dir", "device", "devices")  # in `Options.command`
 PARTS = {part.name: part.type for part in fields(Options)}
 FIELDS = {of.name: of for part in PARTS.values() for of in fields(part)}
 

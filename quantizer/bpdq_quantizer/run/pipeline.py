@@ -86,12 +86,13 @@ def follow(run: Run, solve: Solve) -> dict[str, Any]:
     before = clock.read()["seconds"]
     evaluation = evaluate(run, files, digests)
     parts |= {"embedding, LM head, KV scales": before - sum(parts.values())}
-    found = report(run, layers, tuning, evaluation, parts, clock.read())
+    shown = made(o, evaluation)
+    found = report(run, layers, tuning, shown, parts, clock.read())
     kept = [name for name in weights_in(source.model) if name not in {layer["name"] for layer in layers}]
     ignore = [*config_names(source, dict.fromkeys(kept, True)), *head_patterns(run.heads, source.model)]
     check_unchanged(o.files.model, run.stamps)
     config = checkpoint_config(run.source, o, schemes, run.embeddings, ignore)
-    writer.finish(folder.path, source, config, found, digests, scales, run.heads, made(o, evaluation))
+    writer.finish(folder.path, source, config, found, digests, scales, run.heads, shown)
     return found
 
 
@@ -118,18 +119,18 @@ def report(
     run: Run,
     layers: list[dict[str, Any]],
     tuning: dict[str, Any] | None,
-    evaluation: dict[str, Any] | None,
+    shown: Made,
     parts: dict[str, float],
     cost: dict[str, float],
 ) -> dict[str, Any]:
-    """What quantization_report.json says. layers, tuning, evaluation: their own reports; parts: seconds before the
-    evaluation."""
+    """What quantization_report.json says, to whoever reads the checkpoint: no paths. layers, tuning: their own reports;
+    parts: seconds before the evaluation."""
     return {
-        "model": run.options.files.model,
-        "options": {name: value for name, value in run.options.by_name().items() if name != "model"},
+        "model": shown.origin.name,
+        "options": run.options.public(),
         "source_quantization": run.source.quantization,
         **({} if tuning is None else {"tuning": tuning}),
-        **({} if evaluation is None else {"evaluation": evaluation}),
+        **({} if shown.evaluation is None else {"evaluation": shown.evaluation}),
         "calibration_tokens": token_count(run.windows.solving),
         "calibration_windows_with_images": sum(bool(window.images) for window in run.windows.solving),
         "special_tokens": run.windows.special_tokens,
