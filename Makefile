@@ -25,4 +25,4 @@ install:
 	scripts/install.sh
 
 clean:
-	rm -rf .venv demo-output bench-output build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv demo-output bench-output build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

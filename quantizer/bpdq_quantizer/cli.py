@@ -33,6 +33,7 @@ from bpdq_quantizer.model.tokens import leading_tokens, load_tokenizer
 from bpdq_quantizer.model.windows import text_windows
 from bpdq_quantizer.run import workers
 from bpdq_quantizer.run.fields import add_arguments
+from bpdq_quantizer.run.identity import release
 from bpdq_quantizer.run.options import FIELDS, PARTS
 from bpdq_quantizer.run.pipeline import mean_bits, quantize
 
@@ -93,6 +94,7 @@ def _sigterm() -> Iterator[None]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bpdq", description="Quantize language models to bit-planes (BPDQ).")
+    parser.add_argument("--version", action="version", version=f"bpdq {release()}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     p = commands.add_parser("quantize", help="model -> BPDQ checkpoint")
