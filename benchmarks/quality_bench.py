@@ -25,7 +25,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from benchmarks.serve_bench import COLORS, machine
+from benchmarks.serve_bench import machine
+from benchmarks.serve_report import COLORS
 from benchmarks.server import ServerError
 from benchmarks.tasks import through_vllm
 from bpdq_kernels.format import Scheme
