@@ -29,4 +29,4 @@ install:
 	scripts/install.sh
 
 clean:
-	rm -rf .venv demo-output bench-output site build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv demo-output bench-output site build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -31,7 +31,8 @@ from torch import Tensor
 from benchmarks.dense_experts import dense_experts
 from benchmarks.packed_models import RANDOM_MODELS, write_random_models
 from benchmarks.random_planes import random_experts, random_layer
-from benchmarks.serve_bench import COLORS, machine, versions
+from benchmarks.serve_bench import machine, versions
+from benchmarks.serve_report import COLORS
 from benchmarks.shapes import EXPERTS, Experts, Layer
 from bpdq_kernels import Activation, layout, linear, moe, prepare, prepare_experts
 from bpdq_kernels.compiled import instruction_set

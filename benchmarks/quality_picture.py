@@ -15,7 +15,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from benchmarks.serve_bench import COLORS
+from benchmarks.serve_report import COLORS
 
 AXIS = {"kl": "KL to the 16-bit model, nats (lower is better)", "perplexity": "perplexity"}
 

@@ -28,7 +28,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_solver import random_inputs, random_weights
-from benchmarks.serve_bench import COLORS, machine
+from benchmarks.serve_bench import machine
+from benchmarks.serve_report import COLORS
 from bpdq_kernels.layout import GROUP_SIZES, MAX_PLANES
 from bpdq_quantizer.algorithm import cpu_solver, refine, solver
 from bpdq_quantizer.algorithm.hessian import accumulate, symmetrize

@@ -109,6 +109,23 @@ def test_nothing_of_this_machine_is_in_it(folder):
     assert [part for part in private if part in text] == []
 
 
+def test_no_file_of_a_checkpoint_tells_where_it_was_made(folder, tmp_path):
+    tuned = small(str(folder / "text.txt"), tune="model", tune_steps=1, target_bpw=3.0)
+    bpdq_quantizer.quantize(folder / "tiny", folder / "tuned", **tuned)
+    model = gguf_file(tiny_model(tmp_path / "qwen2", "qwen2"), folder / "tiny.gguf")
+    bpdq_quantizer.quantize(model, folder / "from-gguf", **small(str(folder / "text.txt")))
+    for name in ("tiny-bpdq", "tuned", "from-gguf"):
+        files = [path for path in (folder / name).rglob("*") if path.is_file()]
+        assert len(files) > 8
+        assert [path for path in files if b"secret-place" in path.read_bytes()] == [], name
+
+
+def test_the_report_has_names_of_files(folder):
+    report = json.loads((folder / "tiny-bpdq" / "quantization_report.json").read_text())
+    names = report["model"], report["options"]["calibration"], report["options"]["offload_dir"]
+    assert names == ("tiny", "text.txt", "states")
+
+
 def test_quality_is_that_of_held_out_windows(folder, card):
     report = json.loads((folder / "tiny-bpdq" / "quantization_report.json").read_text())["evaluation"]
     model, device = str(folder / "tiny"), torch.device("cpu")

@@ -5,16 +5,17 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import psutil
 import pytest
 import torch
 
-from benchmarks import serve_bench, server
+from benchmarks import serve_bench, serve_report, server
 from tiny import bpdq_checkpoint, tiny_model
 
-# A result of `vllm bench serve` 0.32 without its per-request lists.
+# A result of `vllm bench serve` 0.32 without its per-request lists, as `summed` leaves it.
 RESULT = {
     "backend": "openai",
     "label": None,
@@ -33,12 +34,14 @@ RESULT = {
     "p99_ttft_ms": 473.2,
     "mean_tpot_ms": 5.16,
     "median_tpot_ms": 4.25,
+    "std_tpot_ms": 0.4,
     "p99_tpot_ms": 7.75,
+    "chunks": 512,
 }
 
 
 def run(model: str, concurrency: int, **changes: float) -> dict:
-    return RESULT | {"model": model, "concurrency": concurrency} | changes
+    return RESULT | {"model": model, "concurrency": concurrency, "doubts": []} | changes
 
 
 def report(runs: list[dict]) -> dict:
@@ -66,7 +69,7 @@ def test_a_run_with_all_requests_answered_is_accepted():
 def test_table_sets_models_side_by_side_with_ratios_to_the_first():
     runs = [run("base", 1, output_throughput=100.0), run("base", 8, output_throughput=200.0)]
     runs += [run("quantized", 1, output_throughput=150.0), run("quantized", 8, output_throughput=100.0)]
-    rows = [line.split() for line in serve_bench.table(runs).splitlines()[2:]]
+    rows = [line.split() for line in serve_report.table(runs).splitlines()[2:]]
     assert [(row[0], row[1], row[-2], row[-1]) for row in rows] == [
         ("base", "1", "100.0", "1.00"),
         ("quantized", "1", "150.0", "1.50"),
@@ -79,15 +82,72 @@ def test_table_sets_models_side_by_side_with_ratios_to_the_first():
 def test_plot_draws_every_model_in_order_of_concurrency(tmp_path):
     runs = [run("base", c, output_throughput=10.0 * c, median_tpot_ms=c, p99_tpot_ms=2.0 * c) for c in (8, 1, 4)]
     runs += [run("quantized", c, output_throughput=20.0 * c) for c in (8, 1, 4)]
-    figure = serve_bench.plot(report(runs))
-    throughput, tpot = ({line.get_label(): line for line in axes.lines} for axes in figure.axes)
-    assert list(throughput["base"].get_xdata()) == [1, 4, 8]
-    assert list(throughput["base"].get_ydata()) == [10, 40, 80]
-    assert list(throughput["quantized"].get_ydata()) == [20, 80, 160]
-    assert list(tpot["base, median"].get_ydata()) == [1, 4, 8]
-    assert list(tpot["base, p99"].get_ydata()) == [2, 8, 16]
+    figure = serve_report.plot(report(runs))
+    throughput, tpot = ([(list(line.get_xdata()), list(line.get_ydata())) for line in a.lines] for a in figure.axes)
+    assert throughput == [([1, 4, 8], [10, 40, 80]), ([1, 4, 8], [20, 80, 160])]
+    assert tpot[:2] == [([1, 4, 8], [1, 4, 8]), ([1, 4, 8], [2, 8, 16])]
     figure.savefig(tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("goodput", [None, ["ttft:500", "tpot:50"]])
+@pytest.mark.parametrize("models", [1, 2, 6])
+def test_legend_and_caption_stay_beside_the_axes_and_in_the_picture(tmp_path, models, goodput):
+    names = [f"Qwen2.5-72B-Instruct-{i}-bits-of-some-other-method" for i in range(models)]
+    shown = report([run(name, c, request_goodput=0.1 * c) for name in names for c in (1, 4, 8)])
+    shown["settings"]["goodput"] = goodput
+    figure = serve_report.plot(shown)
+    figure.savefig(tmp_path / "plot.png")
+    (legend,) = figure.legends
+    frame = legend.get_window_extent()
+    assert [text.get_text() for text in legend.get_texts()] == names
+    assert 0 <= frame.x0 < frame.x1 <= figure.bbox.x1
+    assert 0 <= frame.y0 < frame.y1 <= figure.bbox.y1
+    assert len(figure.axes) == (3 if goodput else 2)
+    assert all(not frame.overlaps(axes.get_tightbbox()) for axes in figure.axes)
+
+
+def test_sound_runs_are_not_doubted():
+    runs = [run("base", c, median_tpot_ms=t) for c, t in ((1, 4.3), (4, 4.1), (8, 6.0))]  # 0.2 ms is noise
+    assert [r["doubts"] for r in serve_report.judged(runs)] == [[], [], []]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"median_tpot_ms": 0.0, "std_tpot_ms": 0.0, "chunks": 16}, "TPOT is 0: whole answers arrived at once"),
+        ({"chunks": 400}, "512 tokens arrived in 400 chunks"),
+        ({"median_tpot_ms": 2.0}, "TPOT is lower than at concurrency 1 (2.0 and 4.2 ms)"),
+    ],
+)
+def test_what_cannot_be_is_marked_and_said(changes, reason):
+    runs = serve_report.judged([run("base", 4, **changes), run("base", 1), run("quantized", 4)])
+    assert [len(r["doubts"]) for r in runs][1:] == [0, 0]
+    assert reason in runs[0]["doubts"][0]
+    lines = serve_report.table(runs).splitlines()
+    (marked,) = [line for line in lines[2:5] if "!" in line]
+    assert marked.split()[:2] == ["base", "4"]
+    assert lines[5].startswith("! base at concurrency 4: ")
+    assert reason in lines[5]
+
+
+def test_a_lower_tpot_within_the_spread_of_requests_is_noise():
+    runs = [run("base", 1, median_tpot_ms=4.25, std_tpot_ms=3.0), run("base", 4, median_tpot_ms=2.0, std_tpot_ms=3.0)]
+    assert [r["doubts"] for r in serve_report.judged(runs)] == [[], []]
+
+
+def test_the_chunks_of_answered_requests_are_counted():
+    found = serve_bench.summed(
+        {"itls": [[0.1, 0.1], [], []], "ttfts": [0.1, 0.1, 0.0], "errors": ["", "", "x"], "a": 1}
+    )
+    assert found == {"a": 1, "chunks": 4}
+
+
+def test_goodput_has_a_column():
+    runs = [run("base", 4, request_goodput=1.5), run("quantized", 4, request_goodput=2.25)]
+    rows = [line.split() for line in serve_report.table(runs).splitlines()]
+    assert rows[1][-1] == "requests/s"
+    assert [row[-1] for row in rows[2:]] == ["1.500", "2.250"]
 
 
 @pytest.mark.parametrize(
@@ -96,7 +156,9 @@ def test_plot_draws_every_model_in_order_of_concurrency(tmp_path):
         (["--models", "a/m", "b/m"], "two folders have the same name"),
         (["--models", "m", "--concurrency", "0"], "must be at least 1"),
         (["--models", "m", "--requests", "0"], "must be at least 1"),
-        (["--base-url", "http://x", "--server-args=--enforce-eager"], "already runs"),
+        (["--models", "m", "--goodput", "ttft=5"], "--goodput ttft=5: expected ttft:MS, tpot:MS or e2el:MS"),
+        (["--models", "m", "--goodput", "tpot:50", "itl:5"], "--goodput itl:5: expected"),
+        (["--base-url", "http://x", "--server-args=--enforce-eager"], "already run"),
         (["--base-url", "http://x", "--models", "m"], "not allowed with"),
         ([], "required"),
     ],
@@ -128,8 +190,71 @@ def test_benchmark_that_breaks_off_is_exit_status_1_and_names_the_log(tmp_path, 
         url = f"http://127.0.0.1:{broken.server_port}"
         assert serve_bench.main(["--base-url", url, "--concurrency", "2", "--output", str(tmp_path)]) == 1
         broken.shutdown()
-    assert f"server at concurrency 2: vllm bench serve failed; its log is {tmp_path}" in capsys.readouterr().err
+    assert f"server1 at concurrency 2: vllm bench serve failed; its log is {tmp_path}" in capsys.readouterr().err
     assert not (tmp_path / "serve.png").exists()
+
+
+class Streams(BaseHTTPRequestHandler):
+    """An OpenAI server whose answers come `size` tokens a chunk, as many as are asked for."""
+
+    model, size = "", 1
+
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        self.answer(json.dumps({"data": [{"id": self.model, "root": self.model}]}).encode())
+
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        tokens = asked["max_tokens"]
+        self.send_response(200)
+        self.end_headers()
+        for _ in range(0, tokens, self.size):
+            time.sleep(0.002)
+            self.event({"choices": [{"text": "a"}]})
+        self.event({"choices": [], "usage": {"completion_tokens": tokens, "prompt_tokens": 8}})
+        self.wfile.write(b"data: [DONE]\n\n")
+
+    def event(self, value):
+        self.wfile.write(f"data: {json.dumps(value)}\n\n".encode())
+
+    def answer(self, content):
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+
+@contextmanager
+def streaming(model, size):
+    handler = type("Handler", (Streams,), {"model": str(model), "size": size})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+
+
+@pytest.mark.slow
+def test_servers_are_compared_and_merged_chunks_found(tmp_path, capsys):
+    """vLLM's own client against three servers: a token a chunk, four, and all at once."""
+    models = {name: tiny_model(tmp_path / name) for name in ("sound", "merged", "at-once")}
+    with ExitStack() as stack:
+        urls = [stack.enter_context(streaming(models[n], size)) for n, size in zip(models, (1, 4, 16), strict=True)]
+        argv = ["--base-url", *urls, "--concurrency", "2", "--requests", "4", "--input-len", "8", "--output-len", "16"]
+        argv += ["--goodput", "ttft:10000", "tpot:10000", "--output", str(tmp_path / "out")]
+        assert serve_bench.main(argv) == 0, capsys.readouterr().err
+    runs = json.loads((tmp_path / "out" / "serve.json").read_text())["runs"]
+    assert [(r["model"], r["chunks"], len(r["doubts"])) for r in runs] == [
+        ("sound", 64, 0),
+        ("merged", 16, 1),
+        ("at-once", 4, 1),
+    ]
+    assert all(r["request_goodput"] == pytest.approx(r["request_throughput"]) for r in runs)
+    shown = capsys.readouterr().out
+    assert "! merged at concurrency 2: 64 tokens arrived in 16 chunks" in shown
+    assert "! at-once at concurrency 2: TPOT is 0" in shown
 
 
 def as_vllm(script, folder, monkeypatch):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bpdq_quantizer.checkpoint import manifest
+from bpdq_quantizer.checkpoint import hub, manifest
 from bpdq_quantizer.checkpoint.inspection import inspect
 from bpdq_quantizer.checkpoint.loader import load_model
 from bpdq_quantizer.checkpoint.picture import blank, draw
@@ -33,6 +33,7 @@ from bpdq_quantizer.model.tokens import leading_tokens, load_tokenizer
 from bpdq_quantizer.model.windows import text_windows
 from bpdq_quantizer.run import workers
 from bpdq_quantizer.run.fields import add_arguments
+from bpdq_quantizer.run.identity import release
 from bpdq_quantizer.run.options import FIELDS, PARTS
 from bpdq_quantizer.run.pipeline import mean_bits, quantize
 
@@ -93,6 +94,7 @@ def _sigterm() -> Iterator[None]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bpdq", description="Quantize language models to bit-planes (BPDQ).")
+    parser.add_argument("--version", action="version", version=f"bpdq {release()}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     p = commands.add_parser("quantize", help="model -> BPDQ checkpoint")
@@ -118,6 +120,12 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--verify", action="store_true", help="compare every tensor and file with digests.json first")
     p.add_argument("--plot", metavar="FILE", help="draw the layers' bits and errors too (.png, .svg, .pdf)")
     p.set_defaults(run=_inspect)
+
+    p = commands.add_parser("push", help="upload a checkpoint to the Hugging Face Hub, or go on with an upload")
+    p.add_argument("checkpoint", metavar="CHECKPOINT")
+    p.add_argument("repository", metavar="REPO", help="OWNER/NAME, which is created if need be")
+    add_arguments(p, [FIELDS["private"], FIELDS["force"]])
+    p.set_defaults(run=_push)
 
     p = commands.add_parser(
         "plan", help="does a model fit a card, and with how much context; needs its config.json only"
@@ -160,6 +168,8 @@ def _quantize(args: argparse.Namespace) -> dict[str, Any] | None:
         f"{args.output}: {report['bits_per_weight']:.3f} bits per quantized weight, {report['seconds']:.0f} s "
         f"({report['cpu_seconds']:.0f} s CPU)" + (f", peak host memory {peak / 1e9:.2f} GB" if peak is not None else "")
     )
+    if args.push_to_hub:
+        print(f"uploaded to {args.push_to_hub}")
     if found := report.get("evaluation"):
         print(
             f"{found['windows']} held-out windows: perplexity {found['perplexity']:.2f} (original: "
@@ -272,6 +282,12 @@ def _inspect(args: argparse.Namespace) -> dict[str, Any]:
     if verified is not None:
         print(f"{verified['tensors']} tensors and {verified['files']} other files are as they were written")
         found["verified"] = verified
+    return found
+
+
+def _push(args: argparse.Namespace) -> dict[str, Any]:
+    found = hub.push(args.checkpoint, args.repository, args.private, args.force)
+    print(f"{found['repository']}: {found['files']} files, {found['bytes'] / 1e6:.1f} MB")
     return found
 
 

@@ -115,8 +115,8 @@ class BPDQQuantizer(HfQuantizer):
             if fmt.kv_cache_scales and scale in KV_SCALES and parent in modules:
                 modules[parent].register_buffer(scale, entry.meta())
 
-    def update_weight_conversions(self, weight_conversions: list[WeightTransform]) -> list[WeightTransform]:
-        """Called before the tensors are read, after the modules are replaced."""
+    def update_weight_conversions(self, weight_conversions: list[WeightTransform], *_: Any) -> list[WeightTransform]:
+        """Called before the tensors are read, after the modules are replaced; by transformers 5.24 with the model."""
         return weight_conversions if self.fuses else without_fusing(weight_conversions)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:

@@ -254,6 +254,30 @@ class Execution:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Publishing:
+    """where it goes"""
+
+    push_to_hub: str | None = option(
+        None,
+        "upload the checkpoint to this repository of the Hugging Face Hub",
+        "uploads the finished checkpoint to this repository of the Hugging Face Hub, `OWNER/NAME`, as `bpdq push` "
+        "does. Token, name and repository are looked at before the work, too",
+        metavar="REPO",
+    )
+    private: bool = option(
+        False,
+        "of --push-to-hub: a repository that is created is private",
+        "of `--push-to-hub`: a repository that is created is private, and one that is public is refused",
+    )
+    force: bool = option(
+        False,
+        "of --push-to-hub: replace what the repository holds",
+        "of `--push-to-hub`: replaces all files that the repository holds, which is otherwise refused; its history "
+        "keeps them",
+    )
+
+
 @dataclass(frozen=True)
 class Options:
     """A run of `bpdq quantize`, its options decided: what `resolved` returns."""
@@ -264,28 +288,37 @@ class Options:
     method: Method
     tuning: Tuning
     execution: Execution
+    publishing: Publishing
 
     def command(self, model: str) -> str:
         """The command line that makes the same checkpoint of what is called `model`: other paths by their last parts,
         and without what is as by default, or changes none of its tensors."""
-        calibration = self.text.calibration
         given = {"solver": self.method.solver, "samples": self.text.samples, "tune": self.tuning.tune}
         plain = resolved(model=model, output=self.files.output, **given).by_name()
-        shown = {name: value for name, value in self.by_name().items() if value != plain[name] and name not in SILENT}
-        if not calibration.startswith("hf:"):
-            calibration = Path(calibration).name
+        public = self.public()
+        shown = {name: value for name, value in public.items() if value != plain[name] and name not in SILENT}
         shown |= {name: value for name, value in given.items() if value != FIELDS[name].default}
-        shown = {"calibration": calibration, **shown, "output": Path(self.files.output).name}
+        shown = {"calibration": public["calibration"], **shown, "output": Path(self.files.output).name}
         words = [word for name, value in shown.items() for word in _words(FIELDS[name], value)]
         return shlex.join(["bpdq", "quantize", model, *words])
 
+    def public(self) -> dict[str, Any]:
+        """`by_name` without the model, for whoever reads the checkpoint: folders and files by their last parts."""
+        found = {name: value for name, value in self.by_name().items() if name != "model"}
+        if not self.text.calibration.startswith("hf:"):
+            found["calibration"] = Path(self.text.calibration).name
+        if self.execution.offload_dir is not None:
+            found["offload_dir"] = Path(self.execution.offload_dir).name
+        return found
+
     def by_name(self) -> dict[str, Any]:
-        """All of them as JSON, but for `output` and `resume`, on which nothing that is written depends."""
-        found = {of.name: getattr(part, of.name) for part in vars(self).values() for of in fields(part)}
+        """Those that what is written depends on, as JSON: not `output`, `resume`, nor where it goes."""
+        parts = [part for part in vars(self).values() if part is not self.publishing]
+        found = {of.name: getattr(part, of.name) for part in parts for of in fields(part)}
         return {name: value for name, value in found.items() if name not in ("output", "resume")}
 
 
-SILENT = ("model", "calibration", "evaluate", "offload_dir", "device", "devices")  # in `Options.command`
+SILENT = ("calibration", "evaluate", "offload_dir", "device", "devices")  # in `Options.command`
 PARTS = {part.name: part.type for part in fields(Options)}
 FIELDS = {of.name: of for part in PARTS.values() for of in fields(part)}
 
@@ -336,6 +369,8 @@ def _check_together(o: Options) -> None:
         raise InputError(f"--tune-loss {o.tuning.tune_loss} needs --tune model")
     if s.target_bpw is not None and s.target_size is not None:
         raise InputError("--target-bpw and --target-size: give one of them")
+    if o.publishing.push_to_hub is None and (o.publishing.private or o.publishing.force):
+        raise InputError("--private and --force are of --push-to-hub: name its repository, or leave them out")
     if tune != "none" and min(o.text.samples, o.tuning.tune_samples) < 2:
         raise InputError(f"--tune {tune} needs two calibration windows or more: raise --samples and --tune-samples")
 

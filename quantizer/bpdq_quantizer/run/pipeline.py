@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from bpdq_quantizer.algorithm.solver import Solve
-from bpdq_quantizer.checkpoint import writer
+from bpdq_quantizer.checkpoint import hub, writer
 from bpdq_quantizer.checkpoint.card import Made, origin
 from bpdq_quantizer.checkpoint.config_names import config_names
 from bpdq_quantizer.checkpoint.heads import head_patterns
@@ -46,12 +46,18 @@ def quantize(model: str | Path, output: str | Path, **options: Any) -> dict[str,
     The options are those of `bpdq quantize`, of which docs/quantize.md says more.
     """
     o = resolved(model=model, output=output, **options)
+    publishing = o.publishing
     with run_folder(o.files.output, o.execution.offload_dir, o.execution.resume) as folder:
+        if publishing.push_to_hub is not None:
+            hub.check(publishing.push_to_hub, publishing.private, publishing.force)
         run = prepare(o, folder)
         with team(o.execution.devices) as members:
             dtype = torch.float16 if run.source.model.dtype == torch.float16 else torch.bfloat16
             solver = SOLVERS[o.method.solver]
-            return follow(run, partial(members, iterations=o.method.iterations, dtype=dtype, **solver))
+            found = follow(run, partial(members, iterations=o.method.iterations, dtype=dtype, **solver))
+    if publishing.push_to_hub is not None:
+        hub.push(o.files.output, publishing.push_to_hub, publishing.private, publishing.force)
+    return found
 
 
 quantize.__signature__ = signature()
@@ -80,12 +86,13 @@ def follow(run: Run, solve: Solve) -> dict[str, Any]:
     before = clock.read()["seconds"]
     evaluation = evaluate(run, files, digests)
     parts |= {"embedding, LM head, KV scales": before - sum(parts.values())}
-    found = report(run, layers, tuning, evaluation, parts, clock.read())
+    shown = made(o, evaluation)
+    found = report(run, layers, tuning, shown, parts, clock.read())
     kept = [name for name in weights_in(source.model) if name not in {layer["name"] for layer in layers}]
     ignore = [*config_names(source, dict.fromkeys(kept, True)), *head_patterns(run.heads, source.model)]
     check_unchanged(o.files.model, run.stamps)
     config = checkpoint_config(run.source, o, schemes, run.embeddings, ignore)
-    writer.finish(folder.path, source, config, found, digests, scales, run.heads, made(o, evaluation))
+    writer.finish(folder.path, source, config, found, digests, scales, run.heads, shown)
     return found
 
 
@@ -112,18 +119,18 @@ def report(
     run: Run,
     layers: list[dict[str, Any]],
     tuning: dict[str, Any] | None,
-    evaluation: dict[str, Any] | None,
+    shown: Made,
     parts: dict[str, float],
     cost: dict[str, float],
 ) -> dict[str, Any]:
-    """What quantization_report.json says. layers, tuning, evaluation: their own reports; parts: seconds before the
-    evaluation."""
+    """What quantization_report.json says, to whoever reads the checkpoint: no paths. layers, tuning: their own reports;
+    parts: seconds before the evaluation."""
     return {
-        "model": run.options.files.model,
-        "options": {name: value for name, value in run.options.by_name().items() if name != "model"},
+        "model": shown.origin.name,
+        "options": run.options.public(),
         "source_quantization": run.source.quantization,
         **({} if tuning is None else {"tuning": tuning}),
-        **({} if evaluation is None else {"evaluation": evaluation}),
+        **({} if shown.evaluation is None else {"evaluation": shown.evaluation}),
         "calibration_tokens": token_count(run.windows.solving),
         "calibration_windows_with_images": sum(bool(window.images) for window in run.windows.solving),
         "special_tokens": run.windows.special_tokens,
