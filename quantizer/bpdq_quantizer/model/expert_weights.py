@@ -163,7 +163,7 @@ class _ExpertsApart(HfQuantizer):
             rf"experts\.({'|'.join(FUSED)})",
         }
 
-    def update_weight_conversions(self, weight_conversions: list[WeightTransform]) -> list[WeightTransform]:
+    def update_weight_conversions(self, weight_conversions: list[WeightTransform], *_: Any) -> list[WeightTransform]:
         return without_fusing(weight_conversions)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
