@@ -1,10 +1,13 @@
 """What every number of planes and every group size would cost the model, for each stage of weights.
 
 To second order, errors e of a weight's outputs raise the model's loss by e^T F e / 2. F is taken as diagonal, from the
-gradients of the 16-bit model's loss (empirical Fisher information, as in RSAVQ, arXiv 2510.01240): output row i weighs
-what its gradient's mean square is, and its error is the loss that the solver minimizes,
+gradients g of the 16-bit model's loss at the outputs (empirical Fisher information, as in RSAVQ, arXiv 2510.01240):
+output row i weighs what its gradient's square is, and its error is the loss that the solver minimizes,
 
-    cost = sum over rows i of E[(d loss / d y_i)^2] (W - W_hat)_i H (W - W_hat)_i^T
+    cost = sum over rows i of E[|g|] E[g_i^2 / |g|] (W - W_hat)_i H (W - W_hat)_i^T
+
+That would be E[g_i^2] if all gradients were equally long. They are not: in that mean a few tokens, the first ones of a
+window, outweigh all others, and their inputs are unlike those that H is of.
 
 Rows are independent given H, so that SAMPLE_ROWS of each weight, quantized once in every way, speak for all, and
 SAMPLE_EXPERTS of a layer for its others.
@@ -220,17 +223,24 @@ def by_planes(scheme: Scheme) -> tuple[int, int, int]:
 def gradient_energies(
     source: Streamed, windows: Sequence[Window], states: list[list[Tensor]], device: torch.device
 ) -> dict[str, Tensor]:
-    """Mean over tokens of the squared gradient of the loss at each weight's outputs: fp32 [N] on the CPU, by name.
+    """E[|g|] E[g^2 / |g|] of the gradients g of the loss at each weight's outputs: fp32 [N] on the CPU, by name; an
+    expert's times the share of tokens that are routed to it.
 
     states: as returned by `row_losses`, of these windows. The loss is the sum over tokens of the negative
     log-likelihood.
     """
-    gradients = loss_gradients(source, windows, states[-1])
-    energies = {name: torch.zeros(weight.shape[0], device=device) for name, weight in solved(source).items()}
+    gradients, tokens = loss_gradients(source, windows, states[-1]), token_count(windows)
+    squares = {name: torch.zeros(weight.shape[0], device=device) for name, weight in solved(source).items()}
+    lengths = {name: torch.zeros((), device=device) for name in squares}
+    rows = dict.fromkeys(squares, 0)
 
-    def add_squares(name: str, gradient: Tensor) -> None:
-        energies[name].add_(gradient.float().square().sum(tuple(range(gradient.ndim - 1))))
+    def add(name: str, gradient: Tensor) -> None:
+        g = gradient.reshape(-1, gradient.shape[-1]).float()
+        length = torch.linalg.vector_norm(g, dim=1)
+        squares[name] += (g.square() / length.clamp(min=torch.finfo(g.dtype).tiny).unsqueeze(1)).sum(0)
+        lengths[name] += length.sum()
+        rows[name] += len(g)
 
-    for _ in backwards(source, windows, states, gradients, device, add_squares):
+    for _ in backwards(source, windows, states, gradients, device, add):
         pass
-    return {name: energy.cpu() / token_count(windows) for name, energy in energies.items()}
+    return {name: (squares[name] * lengths[name]).cpu() / (max(1, rows[name]) * tokens) for name in squares}
