@@ -116,7 +116,7 @@ class BPDQQuantizer(HfQuantizer):
                 modules[parent].register_buffer(scale, entry.meta())
 
     def update_weight_conversions(self, weight_conversions: list[WeightTransform], *_: Any) -> list[WeightTransform]:
-        """Called before the tensors are read, after the modules are replaced; by transformers 5.24 with the model."""
+        """Called before the tensors are read, after the modules are replaced; by newer transformers with the model."""
         return weight_conversions if self.fuses else without_fusing(weight_conversions)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
