@@ -21,9 +21,9 @@ def first_windows(batches: Batches, count: int) -> list[Tensor]:
     """The first `count` windows [1, L, D] of batches [n, L, D]."""
     found: list[Tensor] = []
     for batch in batches:
-        found += [window.clone() for window in batch[: count - len(found)].split(1)]
         if len(found) == count:
             break
+        found += [window.clone() for window in batch[: count - len(found)].split(1)]
     return found
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from tqdm import tqdm
 
+from bpdq_quantizer.algorithm.in_turn import row_costs
 from bpdq_quantizer.model.stream import Streamed, solved
 from bpdq_quantizer.model.windows import Window
 from bpdq_quantizer.passes.gradients import all_states, backwards, loss_gradients
@@ -152,3 +153,9 @@ def relative(lengths: Tensor, windows: Sequence[int]) -> Tensor:
         return profile.new_ones(sum(windows))
     places = [torch.arange(size, device=profile.device).clamp(max=len(profile) - 1) for size in windows[len(known) :]]
     return torch.cat([lengths[reach] / mean, *(profile[here] for here in places)])
+
+
+def energies(outputs: Outputs) -> Tensor:
+    """What a squared error of each output [N] costs the model in the end, fp32 on the CPU: as of
+    `sensitivity.gradient_energies`, less what other outputs make good."""
+    return (outputs.lengths.mean() * row_costs(outputs.covariances)).cpu()

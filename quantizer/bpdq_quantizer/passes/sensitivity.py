@@ -13,7 +13,7 @@ Rows are independent given H, so that SAMPLE_ROWS of each weight, quantized once
 SAMPLE_EXPERTS of a layer for its others.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import groupby, product
 from math import prod
@@ -79,16 +79,18 @@ def sensitivities(
     alpha: float,
     damping: float,
     offload: Path | None = None,
+    energies: Mapping[str, Tensor] | None = None,
 ) -> list[Stage]:
     """The stages of all decoder blocks in order, from windows; reads each block twice, forwards and backwards.
 
     schemes: `choices`, of which every stage gets the costs. The Hessians are of all windows in the 16-bit model, the
     gradients of the first GRADIENT_TOKENS. alpha, damping: as of `quantize_linear`; offload: a folder for the hidden
-    states of all windows, which else stay in memory.
+    states of all windows, which else stay in memory; energies: as of `gradient_energies`, where they are known of every
+    weight, for which nothing is followed backwards then.
     """
-    few = first_tokens(windows, GRADIENT_TOKENS)
+    few = [] if energies else first_tokens(windows, GRADIENT_TOKENS)
     sampled, states = row_losses(source, windows, len(few), device, schemes, alpha, damping, offload)
-    energies = gradient_energies(source, few, states, device)
+    energies = energies or gradient_energies(source, few, states, device)
     return [with_costs(samples, energies) for samples in sampled]
 
 
@@ -99,7 +101,7 @@ class Sampled(NamedTuple):
     samples: dict[str, Sample]
 
 
-def with_costs(stage: Sampled, energies: dict[str, Tensor]) -> Stage:
+def with_costs(stage: Sampled, energies: Mapping[str, Tensor]) -> Stage:
     """A stage from samples of its weights; energies: the mean squared gradients [N] of outputs, by name."""
     costs: dict[Scheme, float] = {}
     share = sum(map(prod, stage.shapes.values())) / sum(prod(sample.shape) for sample in stage.samples.values())

@@ -16,7 +16,7 @@ from bpdq_quantizer.model.windows import first_tokens
 from bpdq_quantizer.passes.allocate import allocate, by_layer
 from bpdq_quantizer.passes.blocks import original_states, quantize_blocks
 from bpdq_quantizer.passes.experts import FILL
-from bpdq_quantizer.passes.outputs import Outputs, load_outputs, measure_outputs, save_outputs
+from bpdq_quantizer.passes.outputs import Outputs, energies, load_outputs, measure_outputs, save_outputs
 from bpdq_quantizer.passes.sensitivity import choices, sensitivities
 from bpdq_quantizer.passes.tune import tune_model
 from bpdq_quantizer.run.block_files import BlockFiles
@@ -73,6 +73,7 @@ def choose_schemes(run: Run) -> Allocation:
             alpha=solver["alpha"],
             damping=solver["damping"],
             offload=run.folder.offload,
+            energies=known_energies(run),
         )
         schemes = by_layer(stages, allocate(stages, run.budget))
         write_json(file, {"schemes": {name: asdict(s) for name, s in schemes.items()}, **clock.read()})
@@ -90,6 +91,15 @@ def known_outputs(run: Run) -> Callable[[int], Mapping[str, Outputs]] | None:
         windows = first_tokens(run.windows.solving, o.method.output_tokens)
         measure_outputs(source, windows, run.device, o.method.seed, lambda i, found: save_outputs(files[i], found))
     return lambda index: load_outputs(files[index], run.device)
+
+
+def known_energies(run: Run) -> dict[str, Tensor] | None:
+    """What errors of all weights' outputs cost, by name; None unless `known_outputs` has all: it has no experts."""
+    outputs = known_outputs(run)
+    if outputs is None:
+        return None
+    found = {name: energies(known) for i in range(len(run.source.blocks)) for name, known in outputs(i).items()}
+    return found if found.keys() == solved(run.source).keys() else None
 
 
 def solve_blocks(run: Run, files: BlockFiles, solve: Solve) -> Solved:
