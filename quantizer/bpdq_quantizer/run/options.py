@@ -113,13 +113,12 @@ class Text:
     calibration: PathName = option(
         "self",
         "self, self:MODEL, FILE.txt, FILE.jsonl, hf:NAME, preset:NAME or python",
-        "what the model is [calibrated on](#calibration): `self` is text that the model itself writes, `self:MODEL` that of "
-        "another one with its tokenizer; `FILE.txt`; `FILE.jsonl` (rows with a string `text`, or `messages` for the "
-        "chat template; for a model that sees images also with paths of an `image` or several); `hf:NAME` or "
+        "[what the model is calibrated on](#calibration): `self` is text that the model itself writes, `self:MODEL` "
+        "that of another one with its tokenizer; `FILE.txt`; `FILE.jsonl` (rows with a string `text`, or `messages` "
+        "for the chat template; for a model that sees images also with paths of an `image` or several); `hf:NAME` or "
         "`hf:NAME:CONFIG` (a data set's train split, rows likewise, `pip install 'vllm-bpdq[hub]'`); `preset:general`, "
         "`preset:code` and `preset:chat` (open data sets); `python` (the Python language reference, which costs "
-        "nothing and is for trying things out). No more is read than the windows take. **Best is text like what the "
-        "model will serve**",
+        "nothing and is for trying things out). No more is read than the windows take",
         metavar="TEXT",
     )
     samples: int = option(128, "calibration windows")

@@ -50,8 +50,8 @@ def quantize(model: str | Path, output: str | Path, **options: Any) -> dict[str,
     with run_folder(o.files.output, o.execution.offload_dir, o.execution.resume) as folder:
         if publishing.push_to_hub is not None:
             hub.check(publishing.push_to_hub, publishing.private, publishing.force)
-        run = prepare(o, folder)
-        with team(o.execution.devices) as members:
+        with team(o.execution.devices) as members:  # which would not wait for a text that is yet to be written
+            run = prepare(o, folder)
             dtype = torch.float16 if run.source.model.dtype == torch.float16 else torch.bfloat16
             solver = SOLVERS[o.method.solver]
             found = follow(run, partial(members, iterations=o.method.iterations, dtype=dtype, **solver))
