@@ -169,15 +169,32 @@ def test_a_model_writes_where_it_fits(folder, monkeypatch):
     assert own_text.room(model, cpu, 1024) == (cpu, 3)
 
 
-def test_the_host_holds_a_model_that_goes_to_the_card(folder, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (GB, GB))
-    free(monkeypatch, 1000)
+@pytest.mark.parametrize("on_card", [GB, 1000])
+def test_the_host_holds_a_model_that_goes_to_the_card_and_one_that_does_not_all_of_it(folder, monkeypatch, on_card):
+    model, cuda = str(folder / "model"), torch.device("cuda")
+    weights = 4 * sum(parameter.numel() for parameter in open_model(model).model.parameters())
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (on_card, GB))
+    free(monkeypatch, weights - 1)
     with pytest.raises(InputError, match="has to be in memory as a whole"):
-        own_text.room(str(folder / "model"), torch.device("cuda"), 32)
+        own_text.room(model, cuda, 32)
+    free(monkeypatch, weights)
+    if on_card == GB:
+        assert own_text.room(model, cuda, 32)[0] == cuda
+    else:
+        with pytest.raises(InputError, match="has to be in memory as a whole"):
+            own_text.room(model, cuda, 32)
+
+
+@pytest.mark.parametrize("options", [{"tune": "model", "tune_steps": 2}, {"target_bpw": 3.0}, {"output_tokens": 64}])
+def test_gradients_are_taken_of_what_was_written(folder, tmp_path, options):
+    report = bpdq_quantizer.quantize(folder / "model", tmp_path / "out", **QUICK, **options)
+    assert report["calibration_tokens"] == 128
 
 
 def test_a_window_of_one_token_and_a_model_that_can_not_write_are_refused(folder, tmp_path, monkeypatch):
-    with pytest.raises(InputError, match="--seq-len 1: 1 of it are given to --calibration self: raise it"):
+    with pytest.raises(
+        InputError, match="--seq-len 1: --calibration self begins with as many that are given: raise it"
+    ):
         bpdq_quantizer.quantize(folder / "model", tmp_path / "out", **QUICK | {"seq_len": 1})
 
     def write(*_: object) -> None:

@@ -31,7 +31,6 @@ def random_starts(tokenizer: PreTrainedTokenizerBase, count: int, lead: Sequence
     return torch.cat([torch.tensor(lead, dtype=torch.int64).expand(count, -1), ordinary[drawn]], dim=1)
 
 
-@torch.inference_mode()
 def write_on(
     lm: PreTrainedModel, starts: Tensor, length: int, at_once: int, seed: int, never: Collection[int] = ()
 ) -> Tensor:

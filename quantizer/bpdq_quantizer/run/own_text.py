@@ -30,6 +30,7 @@ from bpdq_quantizer.storage.files import DamagedError, read_sealed, write_tensor
 
 AT_ONCE = 32  # windows that are written together, so that a step reads all weights once for them
 CACHE_BYTES = 1 << 32  # of their keys and values
+MARGIN = 1.1  # on a card, for activations
 WRITTEN = "written.safetensors"
 REMEDY = "bring a text (--calibration FILE.txt), or let a smaller model of the same tokenizer write (self:MODEL)"
 
@@ -87,15 +88,14 @@ def room(writer: str, device: torch.device, length: int) -> tuple[torch.device, 
     window = length * itemsize * cached_numbers(skeleton.config)
     at_once = max(1, min(AT_ONCE, CACHE_BYTES // max(1, window)))
     needed = weights + at_once * window
-    host = psutil.virtual_memory().available
-    if host < weights or (device.type == "cpu" and host < needed):
+    on_card = device.type == "cuda" and torch.cuda.mem_get_info(device)[0] >= MARGIN * needed
+    host = psutil.virtual_memory().available  # which a model passes through on its way to a card
+    if host < (weights if on_card else needed):
         raise InputError(
             f"--calibration self: to write text, {writer} has to be in memory as a whole, {needed / 1e9:.1f} GB, and "
             f"{host / 1e9:.1f} GB are free: {REMEDY}"
         )
-    if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < 1.1 * needed:
-        return torch.device("cpu"), at_once
-    return device, at_once
+    return device if on_card else torch.device("cpu"), at_once
 
 
 def cached_numbers(config: PreTrainedConfig) -> int:
@@ -108,7 +108,7 @@ def cached_numbers(config: PreTrainedConfig) -> int:
 
 def _written(lm: PreTrainedModel, writer: str, starts: Tensor, length: int, at_once: int, seed: int) -> Tensor:
     if length <= starts.shape[1]:
-        raise InputError(f"--seq-len {length}: {starts.shape[1]} of it are given to --calibration self: raise it")
+        raise InputError(f"--seq-len {length}: --calibration self begins with as many that are given: raise it")
     try:
         return write_on(lm, starts, length, at_once, seed, standing_ids(lm.config))
     except (MemoryError, torch.OutOfMemoryError):
