@@ -71,7 +71,7 @@ def materialize(model: PreTrainedModel, random: torch.Generator) -> PreTrainedMo
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level one, made of the text that `--calibration default` is."""
+    """A byte-level one, made of the text that `--calibration python` is."""
     tokens = Tokenizer(models.BPE())
     tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokens.decoder = decoders.ByteLevel()

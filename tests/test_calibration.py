@@ -186,10 +186,25 @@ class Rows(list):
         return self
 
 
-def test_a_data_set_is_read_up_to_the_last_window_and_its_null_rows_are_refused(monkeypatch):
-    rows = Rows({"text": text} for text in (TEXT, TEXT, None))
-    module = types.SimpleNamespace(load_dataset=lambda name, config, split, streaming: rows)
-    monkeypatch.setitem(sys.modules, "datasets", module)
+@pytest.fixture
+def hub(monkeypatch):
+    """Data sets by name, configuration and split."""
+    found: dict[tuple[str, str | None, str], Rows] = {}
+
+    def load_dataset(name: str, config: str | None, split: str, streaming: bool) -> Rows:
+        assert streaming
+        return found[name, config, split]
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    return found
+
+
+def conversation(*said: str) -> list[dict[str, str]]:
+    return [{"role": role, "content": text} for role, text in zip(("user", "assistant"), said, strict=True)]
+
+
+def test_a_data_set_is_read_up_to_the_last_window_and_its_null_rows_are_refused(hub):
+    hub["web", None, "train"] = Rows({"text": text} for text in (TEXT, TEXT, None))
     tokenizer = tiny_tokenizer()
     whole = ids_of(TEXT, tokenizer)
     found = all_tokens(calibration_windows("hf:web", tokenizer, 1, len(whole) + 16, 0))
@@ -199,11 +214,53 @@ def test_a_data_set_is_read_up_to_the_last_window_and_its_null_rows_are_refused(
     assert str(error.value).startswith("hf:web, row 3 of the shuffled train split: expected a `text` field")
 
 
+def test_the_messages_of_a_data_set_go_through_the_chat_template(hub):
+    messages, tokenizer = conversation("How many planes?", "Two. " * 9), tiny_tokenizer()
+    hub["chats", "small", "train"] = Rows([{"messages": messages}])
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    found = all_tokens(calibration_windows("hf:chats:small", tokenizer, 1, 32, 0))
+    assert text.startswith("user: How many planes?\nassistant: Two.")
+    assert found.flatten().tolist() == ids_of(text, tokenizer)[:32]
+
+
 @pytest.mark.parametrize("error", [RuntimeError("Dataset scripts are no longer supported"), KeyError("text")])
-def test_a_data_set_that_can_not_be_read_is_named(monkeypatch, error):
+@pytest.mark.parametrize(("source", "name"), [("hf:web", "web"), ("preset:general", "allenai/c4")])
+def test_a_data_set_that_can_not_be_read_is_named(monkeypatch, source, name, error):
     def load_dataset(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    with pytest.raises(InputError, match="--calibration hf:web: can't be read as a dataset with a `text` column"):
-        calibration_windows("hf:web", tiny_tokenizer(), 1, 16, 0)
+    with pytest.raises(InputError, match=f"--calibration {source}: {name} can't be read as a data set"):
+        calibration_windows(source, tiny_tokenizer(), 1, 16, 0)
+
+
+def test_a_preset_takes_a_row_of_each_data_set_in_turn(hub):
+    hub["allenai/c4", "en", "train"] = Rows([{"text": "a b c "}, {"text": "d e f "}])
+    hub["HuggingFaceFW/fineweb-edu", "sample-10BT", "train"] = Rows([{"text": "1 2 3 "}, {"text": "4 5 6 "}])
+    tokenizer = tiny_tokenizer()
+    ids = ids_of("a b c 1 2 3 d e f 4 5 6 ", tokenizer)
+    assert all_tokens(calibration_windows("preset:general", tokenizer, 1, len(ids), 0)).flatten().tolist() == ids
+
+
+CODE = "m-a-p/CodeFeedback-Filtered-Instruction", None, "train"
+CHAT = "HuggingFaceH4/ultrachat_200k", None, "train_sft"
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_conversations_of_presets_are_as_the_model_reads_them(hub, chat):
+    """By its chat template, or one turn below the other for a model without."""
+    question, answer = "Sort a list of planes.", "planes.sort() " * 9
+    hub[CODE] = Rows([{"query": question, "answer": answer, "lang": "python"}])
+    hub[CHAT] = Rows([{"prompt": "?", "messages": conversation(question, answer)}])
+    tokenizer = tiny_tokenizer()
+    text = tokenizer.apply_chat_template(conversation(question, answer), tokenize=False)
+    if not chat:
+        tokenizer.chat_template, text = None, f"{question}\n\n{answer}"
+    for preset in ("preset:code", "preset:chat"):
+        found = all_tokens(calibration_windows(preset, tokenizer, 1, 48, 0))
+        assert found.flatten().tolist() == ids_of(text, tokenizer)[:48]
+
+
+def test_a_preset_that_there_is_not_is_refused_with_those_there_are(hub):
+    with pytest.raises(InputError, match="--calibration preset:maths: there are general, code, chat"):
+        calibration_windows("preset:maths", tiny_tokenizer(), 1, 16, 0)

@@ -260,7 +260,14 @@ def test_a_card_that_cannot_be_read_is_one_line(folder, capsys):
 
 
 def test_texts_have_names_without_paths():
-    assert text_name("default") == "the Python language reference"
+    assert text_name("python") == "the Python language reference"
+    assert text_name("self") == "text that the original itself wrote"
+    assert text_name("self:Qwen/Qwen2.5-0.5B") == "text that `Qwen/Qwen2.5-0.5B` wrote"
+    assert text_name("self:/home/me/small") == "text that `small` wrote"
+    assert (
+        text_name("preset:chat")
+        == "[HuggingFaceH4/ultrachat_200k](https://huggingface.co/datasets/HuggingFaceH4/ultrachat_200k)"
+    )
     assert text_name("/home/me/wiki.txt") == "`wiki.txt`"
     assert text_name("hf:a/b:c") == "[a/b](https://huggingface.co/datasets/a/b), c"
 
@@ -270,7 +277,8 @@ def test_a_command_has_what_differs_from_the_defaults():
     words = "bpdq quantize a/b --calibration hf:a/b --seed 3 --solver paper --samples 9 --tune model --output out"
     assert o.command("a/b") == words
     o = resolved(model="/x/a", output="out", kv_cache_scales=True, ignore=["x", "y"])
-    assert (
-        o.command("a/b")
-        == "bpdq quantize a/b --calibration default --ignore x --ignore y --kv-cache-scales --output out"
-    )
+    words = "bpdq quantize a/b --calibration self --ignore x --ignore y --kv-cache-scales --output out"
+    assert o.command("a/b") == words
+    for text, shown in (("self:/x/small", "self:small"), ("self:a/b", "self:a/b"), ("/x/t.txt", "t.txt")):
+        o = resolved(model="/x/a", output="out", calibration=text)
+        assert o.command("a/b") == f"bpdq quantize a/b --calibration {shown} --output out"

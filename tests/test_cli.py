@@ -120,8 +120,9 @@ def test_jsonl_packs_the_text_fields(folder, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["calibration_tokens"] == 128
 
 
-def test_default_calibration_works_without_a_network(folder, tmp_path, capsys):
-    assert main(["quantize", str(folder / "model"), "--output", str(tmp_path / "out"), *QUICK, "--json"]) == 0
+def test_pythons_reference_works_without_a_network(folder, tmp_path, capsys):
+    argv = ["quantize", folder / "model", "--output", tmp_path / "out", "--calibration", "python", *QUICK, "--json"]
+    assert main([str(a) for a in argv]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["calibration_tokens"] == 128
 
 
@@ -142,7 +143,7 @@ def test_fewer_windows_than_asked_are_used_and_said(folder, tmp_path, capsys):
         (["--embed-bits", "5"], "bits = 5 bit-planes are not supported: use 1 to 4"),
         (["--head-bits", "0"], "bits = 0 bit-planes are not supported: use 1 to 4"),
         (["--calibration", "missing.txt"], "missing.txt: no such file"),
-        (["--calibration", "text.csv"], "expected default, FILE.txt, FILE.jsonl or hf:NAME"),
+        (["--calibration", "text.csv"], "expected self, self:MODEL, FILE.txt, FILE.jsonl, hf:NAME, preset:"),
         (["--seq-len", "100000000"], "lower --seq-len"),
         (["--samples", "0"], "must be at least 1"),
         (["--samples", "1" + 20 * "0"], "expected 0 to 2147483647"),

@@ -136,4 +136,4 @@ def test_the_case_of_gguf_does_not_matter(tmp_path):
 
 def test_a_data_set_needs_a_name(model, tmp_path, capsys):
     assert main(["quantize", str(model), "--output", str(tmp_path / "out"), "--calibration", "hf:"]) == 2
-    assert "--calibration hf:: expected default, FILE.txt, FILE.jsonl or hf:NAME" in capsys.readouterr().err
+    assert "--calibration hf:: expected self, self:MODEL, FILE.txt, FILE.jsonl, hf:NAME" in capsys.readouterr().err

@@ -51,6 +51,7 @@ ASSUMPTIONS = (
     f"on a GPU {hours.RTX_3090.name} by its data sheet: {hours.RTX_3090.half / 1e12:.0f} Tflop/s in 16 and "
     f"{hours.RTX_3090.full / 1e12:.0f} in 32 bits, of which the solver's own loops are assumed to reach "
     f"{hours.RTX_3090.share:.0%}, {hours.RTX_3090.bytes / 1e9:.0f} GB/s, {hours.RTX_3090.launch * 1e6:.0f} us a launch",
+    "neither time nor memory of a model that writes its own calibration text (--calibration self)",
     "memory to quantize, without Python's and torch's own: on the device a block twice, four fp32 matrices [K, K] and "
     f"[N, K] of the largest stage, {4 * 4 * CHUNK_ELEMENTS / GIB:.0f} GiB to refine, {ACTIVATION_BYTES / GIB:.0f} GiB "
     "of activations; on the host the embedding, the head, a block and, without --offload-dir, the hidden states of "

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from bpdq_quantizer.errors import InputError
+from bpdq_quantizer.model.hub_rows import PRESETS, named_rows, preset_rows
 from bpdq_quantizer.model.images import Sight, has_images
 from bpdq_quantizer.model.tokens import ids_of
 from bpdq_quantizer.model.windows import Window, text_windows
@@ -100,33 +101,53 @@ def calibration_windows(
     """At most `samples` windows from `source`: text of `seq_len` tokens, or images with at most as many, each after the
     token ids `lead`.
 
-    `default`: the Python reference topics, English prose and code that every CPython carries; `FILE.txt`: as one
-    text; `FILE.jsonl`: its rows in order, texts one after the other; `hf:NAME`: the train split of a Hugging Face
-    dataset with a `text` column, streamed, documents shuffled by `seed`. No more is read than the windows take.
+    `FILE.txt`: as one text; `FILE.jsonl`: its rows in order, texts one after the other; `hf:NAME`: the train split of a
+    Hugging Face dataset, streamed, rows shuffled by `seed`; `preset:NAME`: those of several (`hub_rows.PRESETS`);
+    `python`: the Python reference topics, English prose and code that every CPython carries. No more is read than the
+    windows take.
     sight: of a model that sees images; without it rows that have some are refused.
     """
-    if source.endswith(".txt") and not source.startswith("hf:"):
+    kind, _, name = source.partition(":")
+    if kind in ("hf", "preset") and name:
+        chat = tokenizer.chat_template is not None
+        rows = named_rows(name, seed) if kind == "hf" else preset_rows(name, seed, chat)
+        texts: Iterable[str] = (row_text(row, place, tokenizer) for place, row in rows)
+    elif source == "python":
+        texts = python_topics()
+    elif source.endswith(".txt"):
         return text_windows(file_windows(source, tokenizer, seq_len, samples, lead))
-    if source.endswith(".jsonl") and not source.startswith("hf:"):
+    elif source.endswith(".jsonl"):
         return jsonl_windows(source, tokenizer, samples, seq_len, lead, sight)
-    if source == "default":
-        texts: Iterable[str] = python_topics()
-    elif source.startswith("hf:") and source != "hf:":
-        texts = dataset_texts(source.removeprefix("hf:"), seed)
     else:
-        raise InputError(f"--calibration {source}: expected default, FILE.txt, FILE.jsonl or hf:NAME")
+        raise InputError(
+            f"--calibration {source}: expected self, self:MODEL, FILE.txt, FILE.jsonl, hf:NAME, "
+            f"preset:{'|'.join(PRESETS)} or python"
+        )
     ids = tokenize(texts, tokenizer, samples * text_length(seq_len, lead))
     return text_windows(windows(ids, seq_len, samples, source, lead))
 
 
 def text_name(source: str) -> str:
     """What a `source` of `calibration_windows` is called in prose, without the path to it."""
-    if source == "default":
+    if source == "python":
         return "the Python language reference"
-    if source.startswith("hf:"):
-        name, _, config = source.removeprefix("hf:").partition(":")
-        return f"[{name}](https://huggingface.co/datasets/{name})" + (f", {config}" if config else "")
+    kind, _, name = source.partition(":")
+    if kind == "self":
+        return f"text that {f'`{shown_name(name)}`' if name else 'the original itself'} wrote"
+    if kind == "preset":
+        return " and ".join(dataset_link(data.name, data.config) for data in PRESETS[name])
+    if kind == "hf":
+        return dataset_link(*name.partition(":")[::2])
     return f"`{Path(source).name}`"
+
+
+def dataset_link(name: str, config: str | None) -> str:
+    return f"[{name}](https://huggingface.co/datasets/{name})" + (f", {config}" if config else "")
+
+
+def shown_name(source: str) -> str:
+    """A file, or a model that may be a folder, without the path to it."""
+    return Path(source).name if Path(source).exists() or Path(source).is_absolute() else source
 
 
 def jsonl_windows(
@@ -222,20 +243,3 @@ def checked(text: object, place: str) -> str:
             "drop it, or the row"
         ) from None
     return text
-
-
-def dataset_texts(name: str, seed: int) -> Iterator[str]:
-    """Texts of a Hugging Face dataset `NAME` or `NAME:CONFIG`; raises InputError for one that can't be used."""
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise InputError(f"--calibration hf:{name} needs the datasets package: pip install 'vllm-bpdq[hub]'") from None
-    name, _, config = name.partition(":")
-    try:
-        dataset = load_dataset(name, config or None, split="train", streaming=True)
-        for number, row in enumerate(dataset.shuffle(seed=seed, buffer_size=1000), 1):
-            yield checked(row["text"], f"hf:{name}, row {number} of the shuffled train split")
-    except InputError:
-        raise
-    except Exception as e:  # of the hub, the network, and every format that a data set can have
-        raise InputError(f"--calibration hf:{name}: can't be read as a dataset with a `text` column ({e})") from None

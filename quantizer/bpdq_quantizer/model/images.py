@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
 
 from bpdq_kernels.skeleton import auto_class
 from bpdq_quantizer.errors import InputError
@@ -203,6 +209,10 @@ def sight_of(model: str, tokenizer: PreTrainedTokenizerBase) -> Sight | None:
     token = getattr(config, "image_token_id", None)
     if token is None or auto_class(config) is not AutoModelForImageTextToText:
         return None
-    ids = [found for key in STANDING if isinstance(found := getattr(config, key, None), int)]
-    standing = [token for token in tokenizer.convert_ids_to_tokens(ids) if token]
+    standing = [token for token in tokenizer.convert_ids_to_tokens(standing_ids(config)) if token]
     return Sight(model, tokenizer, token, standing)
+
+
+def standing_ids(config: PreTrainedConfig) -> list[int]:
+    """Ids of the tokens that stand for something else than text, none of a model that reads text alone."""
+    return [found for key in STANDING if isinstance(found := getattr(config, key, None), int)]

@@ -11,6 +11,7 @@ from typing import Any
 from bpdq_kernels.format import Scheme
 from bpdq_quantizer.algorithm.grid import paper_start
 from bpdq_quantizer.errors import InputError
+from bpdq_quantizer.model.calibration import shown_name
 from bpdq_quantizer.run.fields import PathName, annotation, checked, default_of, flag, option
 
 SOLVERS = {  # options of `quantize_linear`
@@ -110,14 +111,14 @@ class Text:
     """what the model is calibrated on"""
 
     calibration: PathName = option(
-        "default",
-        "default, FILE.txt, FILE.jsonl or hf:NAME",
-        "`FILE.txt`, `FILE.jsonl` (rows with a string `text`, or `messages` for the chat template; for a model that "
-        "sees images also with paths of an `image` or several; no more of a file is read than the windows take), "
-        "`hf:NAME` or `hf:NAME:CONFIG` (a data set's train split, `pip install 'vllm-bpdq[hub]'`). `default` is the "
-        "Python language reference, which needs no network and is for trying things out: **bring text like what the "
-        "model will serve** (WikiText perplexity at k = 2, 32 x 512 tokens, before row refinement: 183 with `default`, "
-        "56 with WikiText)",
+        "self",
+        "self, self:MODEL, FILE.txt, FILE.jsonl, hf:NAME, preset:NAME or python",
+        "[what the model is calibrated on](#calibration): `self` is text that the model itself writes, `self:MODEL` "
+        "that of another one with its tokenizer; `FILE.txt`; `FILE.jsonl` (rows with a string `text`, or `messages` "
+        "for the chat template; for a model that sees images also with paths of an `image` or several); `hf:NAME` or "
+        "`hf:NAME:CONFIG` (a data set's train split, rows likewise, `pip install 'vllm-bpdq[hub]'`); `preset:general`, "
+        "`preset:code` and `preset:chat` (open data sets); `python` (the Python language reference, which costs "
+        "nothing and is for trying things out). No more is read than the windows take",
         metavar="TEXT",
     )
     samples: int = option(128, "calibration windows")
@@ -183,7 +184,10 @@ class Method:
         choices=("none", "hadamard"),
     )
     seed: int = option(
-        0, "of hf: data sets, tuning and rotation", "of `hf:` data sets, tuning and rotation", within=(0, 2**63 - 1)
+        0,
+        "of self, data sets, tuning and rotation",
+        "of text that a model writes, of the order of data sets, tuning and rotation",
+        within=(0, 2**63 - 1),
     )
 
 
@@ -305,7 +309,10 @@ class Options:
     def public(self) -> dict[str, Any]:
         """`by_name` without the model, for whoever reads the checkpoint: folders and files by their last parts."""
         found = {name: value for name, value in self.by_name().items() if name != "model"}
-        if not self.text.calibration.startswith("hf:"):
+        kind, _, writer = self.text.calibration.partition(":")
+        if kind == "self" and writer:
+            found["calibration"] = f"self:{shown_name(writer)}"
+        elif kind != "hf":
             found["calibration"] = Path(self.text.calibration).name
         if self.execution.offload_dir is not None:
             found["offload_dir"] = Path(self.execution.offload_dir).name

@@ -50,8 +50,8 @@ def quantize(model: str | Path, output: str | Path, **options: Any) -> dict[str,
     with run_folder(o.files.output, o.execution.offload_dir, o.execution.resume) as folder:
         if publishing.push_to_hub is not None:
             hub.check(publishing.push_to_hub, publishing.private, publishing.force)
-        run = prepare(o, folder)
-        with team(o.execution.devices) as members:
+        with team(o.execution.devices) as members:  # which would not wait for a text that is yet to be written
+            run = prepare(o, folder)
             dtype = torch.float16 if run.source.model.dtype == torch.float16 else torch.bfloat16
             solver = SOLVERS[o.method.solver]
             found = follow(run, partial(members, iterations=o.method.iterations, dtype=dtype, **solver))
@@ -74,8 +74,9 @@ def follow(run: Run, solve: Solve) -> dict[str, Any]:
     tuning = None
     if teacher is not None:
         tuning, digests = tune_blocks(run, files, digests, teacher)
-    parts = seconds_by_part(choosing, solving, tuning or {}, layers)
-    clock = Clock(total(choosing, solving, tuning or {}))
+    writing = run.windows.cost
+    parts = seconds_by_part(writing, choosing, solving, tuning or {}, layers)
+    clock = Clock(total(writing, choosing, solving, tuning or {}))
     read = partial(files.read, {name: {digest} for name, digest in digests.items()})
     if run.embeddings:
         rest = quantize_embeddings(source.model, head_states(run, read), run.embeddings, run.device, solve)
@@ -103,11 +104,16 @@ def made(o: Options, evaluation: dict[str, Any] | None) -> Made:
 
 
 def seconds_by_part(
-    choosing: dict[str, float], solving: dict[str, float], tuning: dict[str, Any], layers: list[dict[str, Any]]
+    writing: dict[str, float],
+    choosing: dict[str, float],
+    solving: dict[str, float],
+    tuning: dict[str, Any],
+    layers: list[dict[str, Any]],
 ) -> dict[str, float]:
-    """What was spent on the blocks, from the seconds of each step and the solver's, of each layer."""
+    """What was spent on the text and the blocks, from the seconds of each step and the solver's, of each layer."""
     solver = sum(layer["seconds"] for layer in layers)
     return {
+        "writing text": writing.get("seconds", 0.0),
         "sensitivities": choosing.get("seconds", 0.0),
         "forward passes and Hessians": solving["seconds"] - solver,
         "solver": solver,

@@ -23,7 +23,7 @@ from bpdq_quantizer.model.sources import check_source, is_gguf
 from bpdq_quantizer.model.stream import Stamps, Streamed, decoder_blocks, leave_alone, open_model, solved, stamps
 from bpdq_quantizer.model.support import check_blocks, check_dense, check_tokens
 from bpdq_quantizer.model.tokens import leading_tokens, load_tokenizer
-from bpdq_quantizer.model.windows import Window, all_tokens
+from bpdq_quantizer.model.windows import Window, all_tokens, text_windows
 from bpdq_quantizer.passes import kv_scales
 from bpdq_quantizer.passes.allocate import check_budget, most_common, other_bytes, parse_size, uniform
 from bpdq_quantizer.passes.embeddings import embedding_schemes
@@ -31,6 +31,7 @@ from bpdq_quantizer.passes.rotate import rotated
 from bpdq_quantizer.passes.sensitivity import choices
 from bpdq_quantizer.run.identity import identity
 from bpdq_quantizer.run.options import SOLVERS, Options, Schemes
+from bpdq_quantizer.run.own_text import own_windows, writer_of
 from bpdq_quantizer.run.recover import recover
 from bpdq_quantizer.run.run_folder import RunFolder, begin
 from bpdq_quantizer.run.workers import own_device
@@ -39,12 +40,13 @@ from bpdq_quantizer.run.workers import own_device
 class Windows(NamedTuple):
     """What is calibrated on. solving: to solve on; tuning: to tune the model on, tokens [W, L], none with images;
     held_out: of the same text, to evaluate on, tokens [W, L], or None; special_tokens: the names of those that each
-    begins with."""
+    begins with; cost: of writing them, with `--calibration self`."""
 
     solving: Sequence[Window]
     tuning: Tensor | None
     held_out: Tensor | None
     special_tokens: list[str]
+    cost: dict[str, float]
 
 
 class Run(NamedTuple):
@@ -72,7 +74,7 @@ def prepare(o: Options, folder: RunFolder) -> Run:
     check_dense(*decoder_blocks(plain_skeleton(model)))
     tokenizer = load_tokenizer(model)
     lead = leading_tokens(tokenizer, o.text.special_tokens)
-    found, spare = _windows(o, tokenizer, lead)
+    found, spare, cost = _windows(o, tokenizer, lead, folder, device)
     before = stamps(model)
     source = leave_alone(open_model(model), o.schemes.ignore or [])
     check_tokens(source.model, [*found, *spare], o.text.calibration)
@@ -108,18 +110,25 @@ def prepare(o: Options, folder: RunFolder) -> Run:
     names = tokenizer.convert_ids_to_tokens(lead)
     tuning = all_tokens(found[: o.tuning.tune_samples]) if o.tuning.tune == "model" else None
     held_out = all_tokens(spare) if spare else None
-    windows = Windows(found[: o.text.samples], tuning, held_out, names)
+    windows = Windows(found[: o.text.samples], tuning, held_out, names, cost)
     return Run(o, source, before, windows, embeddings, budget, device, folder, heads)
 
 
-def _windows(o: Options, tokenizer: PreTrainedTokenizerBase, lead: list[int]) -> tuple[list[Window], list[Window]]:
-    """Those for solving and tuning, and those of text that are held out; raises InputError where the former are too
-    few, or can't be tuned on."""
+def _windows(
+    o: Options, tokenizer: PreTrainedTokenizerBase, lead: list[int], folder: RunFolder, device: torch.device
+) -> tuple[list[Window], list[Window], dict[str, float]]:
+    """Those for solving and tuning, those of text that are held out, and what writing them cost; raises InputError
+    where the former are too few, or can't be tuned on."""
     samples, seq_len, calibration, tune = o.text.samples, o.text.seq_len, o.text.calibration, o.tuning.tune
     wanted = max(samples, o.tuning.tune_samples) if tune == "model" else samples
     sight = None if is_gguf(o.files.model) else sight_of(o.files.model, tokenizer)
     most = wanted + o.text.evaluate
-    read = calibration_windows(calibration, tokenizer, most, seq_len, o.method.seed, lead, sight)
+    writer, cost = writer_of(calibration, o.files.model), {}
+    if writer is None:
+        read = calibration_windows(calibration, tokenizer, most, seq_len, o.method.seed, lead, sight)
+    else:
+        tokens, cost = own_windows(writer, tokenizer, folder, device, (most, seq_len), lead, o.method.seed)
+        read = text_windows(tokens)
     found, spare = read[:wanted], [window for window in read[wanted:] if not window.images]
     if tune != "none" and any(window.images for window in found):
         raise InputError(f"--tune {tune} trains on text alone, and {calibration} has images: leave either out")
@@ -130,7 +139,7 @@ def _windows(o: Options, tokenizer: PreTrainedTokenizerBase, lead: list[int]) ->
         )
     if len(found) < wanted:
         tqdm.write(f"{calibration}: holds {len(found)} windows of {seq_len} tokens, --samples asked for {wanted}")
-    return found, spare
+    return found, spare, cost
 
 
 def _budget(source: Streamed, embeddings: Mapping[str, Scheme], copied: int, o: Schemes) -> int | None:

@@ -3,6 +3,7 @@
     OUTPUT.partial/model-00002-of-00031.safetensors   block 0, then one file for every block; 1 is the rest of the model
                    resume/lock                        held while a run is under way; names its process
                           run.json                    options, model and calibration tokens of the run
+                          written.safetensors         the text of --calibration self
                           schemes.json                bits and group size of each layer, if --target-... asked
                           outputs-00000.safetensors   of block 0 and so on, the first one last, with --output-tokens
                           states.safetensors          what the next block reads, written after each block
