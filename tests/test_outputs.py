@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import bpdq_quantizer
-from bpdq_quantizer.algorithm import in_turn
 from bpdq_quantizer.algorithm.in_turn import approximation, solve_in_turn
 from bpdq_quantizer.algorithm.solver import quantize_linear
 from bpdq_quantizer.errors import InputError
@@ -19,7 +18,7 @@ from bpdq_quantizer.model.activations import weighted
 from bpdq_quantizer.model.stream import open_model, solved
 from bpdq_quantizer.model.windows import text_windows
 from bpdq_quantizer.passes import outputs, sensitivity
-from bpdq_quantizer.passes.gradients import draw
+from bpdq_quantizer.passes.gradients import all_states, draw
 from bpdq_quantizer.passes.outputs import Outputs, load_outputs, measure_outputs, save_outputs, token_weights
 from tests.tiny import TEXT, load_tensors, tiny_model
 
@@ -59,18 +58,6 @@ def test_rows_whose_gradients_have_nothing_in_common_are_solved_as_if_alone():
     assert torch.equal(in_turn.codes, alone.codes)
     torch.testing.assert_close(in_turn.loss, alone.loss)
     assert torch.equal(approximation(in_turn, 32), approximation(alone, 32))
-
-
-@pytest.mark.parametrize("size", [1, 24, 64])
-def test_rows_cost_what_later_ones_do_not_make_good(monkeypatch: pytest.MonkeyPatch, size: int):
-    monkeypatch.setattr(in_turn, "ROWS", size)
-    covariances = [low_rank(48, 5, 0), low_rank(24, 3, 1)]
-    damped = [G + in_turn.DAMPING * G.diagonal().mean() * torch.eye(len(G)) for G in covariances]
-    for costs, G in zip(in_turn.row_costs(covariances).split([48, 24]), damped, strict=True):
-        if size == 1:
-            torch.testing.assert_close(costs.log().sum(), torch.logdet(G), rtol=1e-3, atol=1e-3)
-        assert (costs < G.diagonal() * 1.0001).all()
-        assert (costs.sum() < 0.9 * G.trace()) == (size < len(G))
 
 
 @pytest.fixture(scope="module")
@@ -235,10 +222,21 @@ def test_the_option_is_checked(model: Path, tmp_path: Path):
         bpdq_quantizer.quantize(model, tmp_path / "out", output_tokens=-1)
 
 
+def test_energies_are_those_that_bits_are_allocated_by(model: Path, monkeypatch: pytest.MonkeyPatch):
+    of_text = sensitivity.loss_gradients  # the same labels for both
+    monkeypatch.setattr(outputs, "loss_gradients", lambda *arguments: of_text(*arguments[:3]))
+    tokens = torch.randint(0, 384, (2, 24), generator=torch.Generator().manual_seed(0))
+    source, windows, cpu = open_model(str(model)), text_windows(tokens), torch.device("cpu")
+    expected = sensitivity.gradient_energies(source, windows, list(all_states(source, windows, cpu)), cpu)
+    found = measured(model, tokens)
+    assert found.keys() == expected.keys()
+    for name, energy in expected.items():
+        torch.testing.assert_close(outputs.energies(found[name]), energy, rtol=1e-3, atol=0)
+
+
 def test_bits_are_allocated_by_what_outputs_cost(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sensitivity, "GROUP_SIZES", (32,))
     monkeypatch.setattr(sensitivity, "gradient_energies", None)  # no gradient is followed twice
-    monkeypatch.setattr(outputs, "row_costs", lambda covariances: torch.ones(sum(map(len, covariances))))
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
     options = {"calibration": str(text), "samples": 2, "seq_len": 16, "output_tokens": 32, "target_bpw": 2.9}

@@ -73,17 +73,6 @@ def chunks_of(covariances: Sequence[Tensor]) -> list[Chunk]:
     return chunks
 
 
-def row_costs(covariances: Sequence[Tensor]) -> Tensor:
-    """What a squared error of each row [N] costs in the end, as rows to come make good a part of it: the diagonals of
-    R_bb R_bb^T. covariances: as for `solve_in_turn`."""
-    costs = torch.cat([torch.empty_like(G.diagonal()) for G in covariances])
-    for chunk in chunks_of(covariances):
-        for first in range(0, len(chunk.rows), ROWS):
-            block = slice(first, first + ROWS)
-            costs[chunk.rows[block]] = chunk.R[block, block].square().sum(1)
-    return costs
-
-
 def approximation(solution: Solution, group_size: int) -> Tensor:
     """W_hat [N, K] fp32."""
     c = coefficients(solution.c, solution.s)

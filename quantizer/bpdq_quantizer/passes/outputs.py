@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 from tqdm import tqdm
 
-from bpdq_quantizer.algorithm.in_turn import row_costs
 from bpdq_quantizer.model.stream import Streamed, solved
 from bpdq_quantizer.model.windows import Window
 from bpdq_quantizer.passes.gradients import all_states, backwards, loss_gradients
@@ -156,6 +155,5 @@ def relative(lengths: Tensor, windows: Sequence[int]) -> Tensor:
 
 
 def energies(outputs: Outputs) -> Tensor:
-    """What a squared error of each output [N] costs the model in the end, fp32 on the CPU: as of
-    `sensitivity.gradient_energies`, less what other outputs make good."""
-    return (outputs.lengths.mean() * row_costs(outputs.covariances)).cpu()
+    """E[|g|] E[g^2 / |g|] of each output [N], fp32 on the CPU, as of `sensitivity.gradient_energies`."""
+    return (outputs.lengths.mean() * torch.cat([G.diagonal() for G in outputs.covariances])).cpu()
