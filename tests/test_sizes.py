@@ -61,12 +61,18 @@ def kept(first, tmp_path):
 
 
 @pytest.fixture
-def nothing_again(monkeypatch):
-    """What the statistics spare is an error."""
-    monkeypatch.setattr(steps, "sensitivities", stop)
-    monkeypatch.setattr(steps, "measure_outputs", stop)
-    monkeypatch.setattr(prepare, "calibration_windows", stop)
-    monkeypatch.setattr(prepare, "own_windows", stop)
+def requantize_alone(monkeypatch):
+    """`requantize`, for which what the statistics spare is an error."""
+
+    def alone(*given, **options):
+        with monkeypatch.context() as patch:
+            for name in ("sensitivities", "measure_outputs"):
+                patch.setattr(steps, name, stop)
+            for name in ("calibration_windows", "own_windows"):
+                patch.setattr(prepare, name, stop)
+            return requantize(*given, **options)
+
+    return alone
 
 
 def test_what_is_kept_changes_nothing(first, tmp_path):
@@ -81,10 +87,8 @@ def test_what_is_kept_changes_nothing(first, tmp_path):
     [{"target_bpw": 3.3}, {"target_size": "80KB", "embed_bits": 3}, {"bits": 3}, {"tune": "model", "tune_steps": 2}],
     ids=str,
 )
-def test_another_size_is_as_from_the_start(first, kept, tmp_path, options):
-    with pytest.MonkeyPatch.context() as patch:
-        nothing_again.__wrapped__(patch)
-        report = requantize(kept, tmp_path / "other", **options)
+def test_another_size_is_as_from_the_start(first, kept, tmp_path, requantize_alone, options):
+    report = requantize_alone(kept, tmp_path / "other", **options)
     size = {} if options.keys() & {"bits", "target_size"} else {"target_bpw": 2.6}
     expected = quantize(first, tmp_path / "start", **{"output_tokens": 64, "evaluate": 2, **size, **options})
     assert same(tmp_path / "other", tmp_path / "start")
@@ -93,37 +97,34 @@ def test_another_size_is_as_from_the_start(first, kept, tmp_path, options):
     assert [report[key] for key in ("model", "options")] == [expected[key] for key in ("model", "options")]
 
 
-def test_a_run_without_a_target_measures_once_for_all_targets(first, tmp_path, monkeypatch):
+def test_a_run_without_a_target_measures_once_for_all_targets(first, tmp_path, monkeypatch, requantize_alone):
     kept, tune = tmp_path / "kept", {"tune": "model", "tune_steps": 2, "tune_samples": 5, "tune_loss": "mix"}
     quantize(first, tmp_path / "two", keep_statistics=kept, **tune)
     assert not (kept / "sensitivities.json").exists()
     requantize(kept, tmp_path / "other", target_bpw=2.6, tune="none")
     quantize(first, tmp_path / "start", target_bpw=2.6)
     assert same(tmp_path / "other", tmp_path / "start")
+    requantize_alone(kept, tmp_path / "third", target_bpw=3.3)
     monkeypatch.setattr(steps, "sensitivities", stop)
-    requantize(kept, tmp_path / "third", target_bpw=3.3)
-    quantize_again = {"target_bpw": 3.3, "keep_statistics": kept, **tune}
-    quantize(first, tmp_path / "fourth", **quantize_again)
+    quantize(first, tmp_path / "fourth", target_bpw=3.3, keep_statistics=kept, **tune)
     assert same(tmp_path / "third", tmp_path / "fourth")
 
 
-def test_what_the_model_wrote_is_kept(first, tmp_path):
+def test_what_the_model_wrote_is_kept(first, tmp_path, requantize_alone):
     quantize(first, tmp_path / "two", keep_statistics=tmp_path / "kept", calibration="self")
-    with pytest.MonkeyPatch.context() as patch:
-        nothing_again.__wrapped__(patch)
-        report = requantize(tmp_path / "kept", tmp_path / "other", bits=3)
+    report = requantize_alone(tmp_path / "kept", tmp_path / "other", bits=3)
     expected = quantize(first, tmp_path / "start", calibration="self", bits=3)
     assert same(tmp_path / "other", tmp_path / "start")
     assert report["options"] == expected["options"]
 
 
-def test_a_stopped_size_goes_on(first, kept, tmp_path, nothing_again, stops_after_a_block):
-    requantize(kept, tmp_path / "whole", target_bpw=3.3)
+def test_a_stopped_size_goes_on(kept, tmp_path, requantize_alone, stops_after_a_block):
+    requantize_alone(kept, tmp_path / "whole", target_bpw=3.3)
     with stops_after_a_block():
-        requantize(kept, tmp_path / "out", target_bpw=3.3)
+        requantize_alone(kept, tmp_path / "out", target_bpw=3.3)
     with pytest.raises(InputError, match=r"target_bpw = 3.3"):
         requantize(kept, tmp_path / "out", target_bpw=3.2, resume=True)
-    requantize(kept, tmp_path / "out", target_bpw=3.3, resume=True)
+    requantize_alone(kept, tmp_path / "out", target_bpw=3.3, resume=True)
     assert same(tmp_path / "whole", tmp_path / "out")
 
 
@@ -223,7 +224,7 @@ def test_a_model_that_changed_is_named(first, tmp_path):
     with pytest.raises(InputError, match=r"kept is from a run with other options, model files = .*put the model back"):
         requantize(tmp_path / "kept", tmp_path / "out", bits=3)
     shutil.rmtree(tmp_path / "model")
-    with pytest.raises(InputError, match="model"):
+    with pytest.raises(InputError, match=f"{tmp_path / 'model'}"):
         requantize(tmp_path / "kept", tmp_path / "out", bits=3)
 
 
