@@ -136,9 +136,14 @@ def test_a_run_that_is_stopped_while_it_measures_keeps_what_is_whole(first, kept
         patch.setattr(steps, "save_outputs", lambda file, found: save(file, found) if "1" in file.name else stop())
         with pytest.raises(KeyboardInterrupt):
             quantize(first, tmp_path / "out", **options)
-    assert not (kept / "outputs-00000.safetensors").exists()
+    assert {path.name for path in kept.iterdir()} == {"run.safetensors", "measuring", "outputs-00001.safetensors"}
     with monkeypatch.context() as patch:
-        patch.setattr(steps, "sensitivities", stop)
+        patch.setattr(steps, "quantize_blocks", stop)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(first, tmp_path / "out", **options)
+    with monkeypatch.context() as patch:
+        for name in ("sensitivities", "measure_outputs"):
+            patch.setattr(steps, name, stop)
         quantize(first, tmp_path / "out", resume=True, **options)
     assert same(tmp_path / "out", first / "first")
     assert sorted(path.name for path in kept.iterdir()) == sorted(path.name for path in (first / "kept").iterdir())
