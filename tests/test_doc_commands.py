@@ -19,13 +19,15 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from bpdq_quantizer.cli import _parser
 from bpdq_quantizer.run.options import FIELDS
+from bpdq_quantizer.run.statistics import OFFERED
 from doc_pages import PAGES, ROOT, Block, blocks, code_in_lines, commands, words_of
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 TARGETS = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
 PATH = re.compile(r"\b(?:tests|benchmarks|scripts|docs|results|quantizer|kernels|vllm_bpdq)/[\w./-]*\w\b")
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
-PROGRAMS = [f"bpdq {name}" for name in ("quantize", "eval", "inspect", "plan", "push")]
+PROGRAMS = [f"bpdq {name}" for name in ("quantize", "requantize", "eval", "inspect", "plan", "push")]
+TAKEN = {"bpdq_quantizer.quantize": {*FIELDS}, "bpdq_quantizer.requantize": {*OFFERED}}  # keywords
 BENCHMARKS = ["quality_bench", "cpu_bench", "kernel_bench", "serve_bench", "train_mixture", "rounding_peer", "gpu_vllm"]
 OTHERS = {  # whole commands of programs that are not at hand, read by eye
     "hf auth login",
@@ -138,8 +140,8 @@ def parsed(block: Block) -> None:
     """What is no command: raises SyntaxError or ValueError for what is no Python or JSON."""
     if block.language == "python":
         for call in ast.walk(ast.parse(block.text)):
-            if isinstance(call, ast.Call) and ast.unparse(call.func) == "bpdq_quantizer.quantize":
-                assert {keyword.arg for keyword in call.keywords} <= FIELDS.keys()
+            if isinstance(call, ast.Call) and ast.unparse(call.func) in TAKEN:
+                assert {keyword.arg for keyword in call.keywords} <= TAKEN[ast.unparse(call.func)]
     elif block.text.startswith('"'):
         json.loads(f"{{{block.text}}}")
     else:

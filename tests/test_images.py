@@ -2,6 +2,7 @@
 as through the model itself."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -220,6 +221,19 @@ def test_a_model_is_quantized_on_images_and_a_stopped_run_goes_on(tmp_path, mode
     rows(tmp_path, TEXT)
     bpdq_quantizer.quantize(str(model), tmp_path / "out", resume=True, **options)
     expected, found = load_tensors(tmp_path / "whole"), load_tensors(tmp_path / "out")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+
+
+def test_another_size_sees_the_images_that_were_kept(tmp_path, model):
+    (tmp_path / "rows").mkdir()
+    options = QUICK | {"calibration": str(rows(tmp_path / "rows", TEXT))}
+    bpdq_quantizer.quantize(str(model), tmp_path / "two", keep_statistics=tmp_path / "kept", **options)
+    bpdq_quantizer.quantize(str(model), tmp_path / "start", **options | {"bits": 3})
+    shutil.rmtree(tmp_path / "rows")
+    report = bpdq_quantizer.requantize(tmp_path / "kept", tmp_path / "other", bits=3)
+    assert report["calibration_windows_with_images"] == 5
+    expected, found = load_tensors(tmp_path / "start"), load_tensors(tmp_path / "other")
     assert expected.keys() == found.keys()
     assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
 

@@ -31,11 +31,12 @@ OTHERS = {  # than the defaults
     **{"calibration": "t.txt", "samples": 9, "seq_len": 64, "special_tokens": "none", "evaluate": 8, "iterations": 2},
     **{"solver": "paper", "asymmetric": 0.25, "rotate": "hadamard", "seed": 7},
     **{"output_tokens": 99, "tune": "model", "tune_steps": 5},
-    **{"tune_loss": "mix", "tune_samples": 11, "offload_dir": "s", "device": "cpu", "devices": "cpu", "resume": True},
+    **{"tune_loss": "mix", "tune_samples": 11, "keep_statistics": "k", "offload_dir": "s", "device": "cpu"},
+    **{"devices": "cpu", "resume": True},
     **{"push_to_hub": "me/m", "private": True, "force": True},
     "target_bpw": 2.5,
 }
-UNSEEN = ("output", "resume", "push_to_hub", "private", "force")  # by what is written
+UNSEEN = ("output", "resume", "keep_statistics", "push_to_hub", "private", "force")  # by what is written
 
 
 def test_defaults_follow_the_options_they_depend_on():

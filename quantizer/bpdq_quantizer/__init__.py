@@ -8,6 +8,6 @@ import bpdq_quantizer.checkpoint.loader  # noqa: F401  registers with transforme
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.evaluation.perplexity import perplexity
 from bpdq_quantizer.model.modules import BPDQLinear
-from bpdq_quantizer.run.pipeline import quantize
+from bpdq_quantizer.run.pipeline import quantize, requantize
 
-__all__ = ["BPDQLinear", "InputError", "perplexity", "quantize"]
+__all__ = ["BPDQLinear", "InputError", "perplexity", "quantize", "requantize"]

@@ -35,7 +35,8 @@ from bpdq_quantizer.run import workers
 from bpdq_quantizer.run.fields import add_arguments
 from bpdq_quantizer.run.identity import release
 from bpdq_quantizer.run.options import FIELDS, PARTS
-from bpdq_quantizer.run.pipeline import mean_bits, quantize
+from bpdq_quantizer.run.pipeline import mean_bits, quantize, requantize
+from bpdq_quantizer.run.statistics import OFFERED, other_size
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -102,6 +103,12 @@ def _parser() -> argparse.ArgumentParser:
         add_arguments(p.add_argument_group(part.__doc__), fields(part))
     p.set_defaults(run=_quantize)
 
+    p = commands.add_parser("requantize", help="another size of a model, from what quantize --keep-statistics kept")
+    p.add_argument("statistics", metavar="DIR", help="of --keep-statistics; what is not given is as it was then")
+    add_arguments(p, [FIELDS["output"]])
+    add_arguments(p, [FIELDS[name] for name in OFFERED], with_defaults=False)
+    p.set_defaults(run=_requantize)
+
     p = commands.add_parser("eval", help="perplexity of models and checkpoints, and how close they are to another")
     p.add_argument("model", nargs="+", metavar="MODEL_OR_CHECKPOINT")
     p.add_argument("--text", required=True, metavar="FILE")
@@ -154,6 +161,20 @@ def _quantize(args: argparse.Namespace) -> dict[str, Any] | None:
     if workers.rank():
         return workers.join_torchrun(workers.own_device(args.devices, args.device))
     report = quantize(**{name: value for name, value in vars(args).items() if name in FIELDS})
+    return _made(report, args.output, args.push_to_hub)
+
+
+def _requantize(args: argparse.Namespace) -> dict[str, Any] | None:
+    torch.set_float32_matmul_precision("highest")
+    given = {name: value for name, value in vars(args).items() if name in FIELDS}
+    if workers.rank():
+        run = other_size(args.statistics, **given)[0].execution
+        return workers.join_torchrun(workers.own_device(run.devices, run.device))
+    return _made(requantize(args.statistics, **given), args.output, given.get("push_to_hub"))
+
+
+def _made(report: dict[str, Any], output: str, repository: str | None) -> dict[str, Any]:
+    """Print what was made, and where it is."""
     by_kind = defaultdict(list)
     for layer in report["layers"]:
         by_kind[layer["name"].rpartition(".")[2]].append(layer)
@@ -165,17 +186,17 @@ def _quantize(args: argparse.Namespace) -> dict[str, Any] | None:
         print(f"{kind:<14}{len(layers):>6}{bpw:>13.3f}{loss:>12.4g}{error:>17.3%}{seconds:>9.1f}")
     peak = report["peak_host_memory_bytes"]
     print(
-        f"{args.output}: {report['bits_per_weight']:.3f} bits per quantized weight, {report['seconds']:.0f} s "
+        f"{output}: {report['bits_per_weight']:.3f} bits per quantized weight, {report['seconds']:.0f} s "
         f"({report['cpu_seconds']:.0f} s CPU)" + (f", peak host memory {peak / 1e9:.2f} GB" if peak is not None else "")
     )
-    if args.push_to_hub:
-        print(f"uploaded to {args.push_to_hub}")
+    if repository is not None:
+        print(f"uploaded to {repository}")
     if found := report.get("evaluation"):
         print(
             f"{found['windows']} held-out windows: perplexity {found['perplexity']:.2f} (original: "
             f"{found['reference_perplexity']:.2f}), KL {found['kl']:.3f}, same top token {found['top1_agreement']:.1%}"
         )
-    return {**{k: v for k, v in report.items() if k != "layers"}, "output": args.output}
+    return {**{k: v for k, v in report.items() if k != "layers"}, "output": output}
 
 
 def _eval(args: argparse.Namespace) -> dict[str, Any]:

@@ -26,6 +26,23 @@ def all_tokens(windows: Iterable[Window]) -> Tensor:
     return torch.cat([window.tokens for window in windows])
 
 
+def as_tensors(windows: Iterable[Window]) -> dict[str, Tensor]:
+    """All that windows hold, by the window's number, and for images by argument too."""
+    numbered = list(enumerate(windows))
+    images = {f"{i} {name}": tensor for i, window in numbered for name, tensor in window.images.items()}
+    return images | {f"{i}": window.tokens for i, window in numbered}
+
+
+def from_tensors(named: Mapping[str, Tensor]) -> list[Window]:
+    """The windows of `as_tensors`."""
+    images: dict[str, dict[str, Tensor]] = {name: {} for name in named if " " not in name}
+    for name, tensor in named.items():
+        number, _, argument = name.partition(" ")
+        if argument:
+            images[number][argument] = tensor
+    return [Window(named[number], images[number]) for number in sorted(images, key=int)]
+
+
 def token_count(windows: Iterable[Window]) -> int:
     return sum(window.tokens.numel() for window in windows)
 

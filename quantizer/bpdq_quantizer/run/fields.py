@@ -5,6 +5,7 @@ name twice (`--seq_len`, `--seq-len`), takes a value after a switch, and checks 
 """
 
 import argparse
+import inspect
 import os
 from collections.abc import Collection, Iterable
 from dataclasses import MISSING, Field, field
@@ -102,15 +103,18 @@ def annotation(of: Field) -> Any:
     return reduce(or_, [str | os.PathLike if kind is PathName else kind for kind in get_args(of.type) or (of.type,)])
 
 
-def add_arguments(parser: argparse._ActionsContainer, options: Iterable[Field]) -> None:
-    """Let a parser, or a group of one, take options; their values are for `checked` to check."""
+def add_arguments(parser: argparse._ActionsContainer, options: Iterable[Field], *, with_defaults: bool = True) -> None:
+    """Let a parser, or a group of one, take options; their values are for `checked` to check. Without defaults what is
+    not given is not there."""
     for of in options:
         about, kind = of.metadata["about"], (get_args(of.type) or (of.type,))[0]
-        default = {} if of.default is MISSING else {"default": of.default}
+        default = {} if of.default is MISSING else {"default": of.default if with_defaults else argparse.SUPPRESS}
         if kind is bool:
             parser.add_argument(flag(of), action="store_true", help=about.help, **default)
             continue
-        standard = "" if of.default is MISSING else f" ({about.unset if of.default is None else '%(default)s'})"
+        standard = f" ({about.unset if of.default is None else '%(default)s'})"
+        if of.default is MISSING or not with_defaults:
+            standard = ""
         settings = {"type": kind, "metavar": about.metavar, "help": about.help.replace("%", "%%") + standard, **default}
         if about.choices:
             settings["choices"] = tuple(about.choices)
@@ -139,3 +143,20 @@ def table(options: Iterable[Field]) -> str:
         name = f"{flag(of)} {about.metavar}" if about.metavar and not about.positional else flag(of)
         rows.append(f"| `{name}` | {default_of(of)} | {about.more} |")
     return "\n".join(rows) + "\n"
+
+
+def signature(options: Iterable[Field]) -> inspect.Signature:
+    """Of a function that takes options by name, and those that must be given by place too."""
+    parameters = []
+    for of in options:
+        needed = of.default is MISSING
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD if needed else inspect.Parameter.KEYWORD_ONLY
+        default = inspect.Parameter.empty if needed else of.default
+        parameters.append(inspect.Parameter(of.name, kind, default=default, annotation=annotation(of)))
+    return inspect.Signature(parameters, return_annotation=dict[str, Any])
+
+
+def described(options: Iterable[Field], *, with_defaults: bool = True) -> str:
+    """Options, a line each, for a docstring."""
+    lines = [(f"- {of.name}: {of.metadata['about'].help}", default_of(of)) for of in options]
+    return "\n".join(f"{line} ({default})" if default and with_defaults else line for line, default in lines)

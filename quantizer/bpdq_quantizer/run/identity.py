@@ -12,7 +12,7 @@ from bpdq_kernels.compiled import instruction_set
 from bpdq_quantizer.algorithm import cpu_solver
 from bpdq_quantizer.checkpoint.carried import hub_commit
 from bpdq_quantizer.model.stream import Stamps
-from bpdq_quantizer.model.windows import Window
+from bpdq_quantizer.model.windows import Window, as_tensors
 from bpdq_quantizer.run.options import Options
 from bpdq_quantizer.storage.files import tensors_digest
 
@@ -27,10 +27,7 @@ def identity(
         "model": str(model.resolve()) if model.exists() else o.files.model,
         "offload_dir": None if offload is None else os.path.abspath(offload),
         "device": str(device),
-        "calibration tokens": tensors_digest(
-            {f"{i} {name}": tensor for i, w in enumerate(windows) for name, tensor in w.images.items()}
-            | {f"{i}": w.tokens for i, w in enumerate(windows)}
-        ),
+        "calibration tokens": tensors_digest(as_tensors(windows)),
         "dtype": str(dtype),
         "threads": torch.get_num_threads(),
         "instruction set": instruction_set() if cpu_solver.library() else "none",

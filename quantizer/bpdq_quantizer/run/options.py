@@ -1,7 +1,6 @@
 """The options of `bpdq quantize`, each declared once, and what is refused before any work starts."""
 
 import difflib
-import inspect
 import shlex
 import sys
 from dataclasses import MISSING, Field, dataclass, fields
@@ -12,7 +11,7 @@ from bpdq_kernels.format import Scheme
 from bpdq_quantizer.algorithm.grid import paper_start
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.calibration import shown_name
-from bpdq_quantizer.run.fields import PathName, annotation, checked, default_of, flag, option
+from bpdq_quantizer.run.fields import PathName, checked, flag, option
 
 SOLVERS = {  # options of `quantize_linear`
     "refined": {"refinements": 2, "alpha": 1e-6, "damping": 0.01},
@@ -235,6 +234,13 @@ class Execution:
         "are refused. What is kept is checked by digest: if something is damaged, it or all blocks are done again, and "
         "one line says so",
     )
+    keep_statistics: PathName | None = option(
+        None,
+        "keep what other sizes of the model need there, for `bpdq requantize`",
+        "a folder of its own for what does not depend on the size: sensitivities, gradients, calibration tokens. "
+        "[Other sizes](#several-sizes-of-one-model) go on from there, and so does this command, if it is repeated",
+        metavar="DIR",
+    )
     offload_dir: PathName | None = option(
         None,
         "keep the hidden states of the calibration text there",
@@ -319,12 +325,13 @@ class Options:
         return found
 
     def by_name(self) -> dict[str, Any]:
-        """Those that what is written depends on, as JSON: not `output`, `resume`, nor where it goes."""
+        """Those that what is written depends on, as JSON: not UNSEEN, nor where it goes."""
         parts = [part for part in vars(self).values() if part is not self.publishing]
         found = {of.name: getattr(part, of.name) for part in parts for of in fields(part)}
-        return {name: value for name, value in found.items() if name not in ("output", "resume")}
+        return {name: value for name, value in found.items() if name not in UNSEEN}
 
 
+UNSEEN = ("output", "resume", "keep_statistics")  # by what is written
 SILENT = ("calibration", "evaluate", "offload_dir", "device", "devices")  # in `Options.command`
 PARTS = {part.name: part.type for part in fields(Options)}
 FIELDS = {of.name: of for part in PARTS.values() for of in fields(part)}
@@ -380,20 +387,3 @@ def _check_together(o: Options) -> None:
         raise InputError("--private and --force are of --push-to-hub: name its repository, or leave them out")
     if tune != "none" and min(o.text.samples, o.tuning.tune_samples) < 2:
         raise InputError(f"--tune {tune} needs two calibration windows or more: raise --samples and --tune-samples")
-
-
-def signature() -> inspect.Signature:
-    """Of a function that takes all options by name, and those that must be given by place too."""
-    parameters = []
-    for of in FIELDS.values():
-        needed = of.default is MISSING
-        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD if needed else inspect.Parameter.KEYWORD_ONLY
-        default = inspect.Parameter.empty if needed else of.default
-        parameters.append(inspect.Parameter(of.name, kind, default=default, annotation=annotation(of)))
-    return inspect.Signature(parameters, return_annotation=dict[str, Any])
-
-
-def described() -> str:
-    """All options, a line each, for a docstring."""
-    lines = (f"- {of.name}: {of.metadata['about'].help} ({default_of(of)})" for of in FIELDS.values())
-    return "\n".join(line.removesuffix(" ()") for line in lines)

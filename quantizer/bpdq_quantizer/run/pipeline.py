@@ -20,17 +20,19 @@ from bpdq_quantizer.model.calibration import text_name
 from bpdq_quantizer.model.calls import head_inputs
 from bpdq_quantizer.model.stream import check_unchanged
 from bpdq_quantizer.model.weights import kept, weights_in
-from bpdq_quantizer.model.windows import token_count
+from bpdq_quantizer.model.windows import Window, token_count
 from bpdq_quantizer.passes import kv_scales
 from bpdq_quantizer.passes.blocks import last_batches
 from bpdq_quantizer.passes.embeddings import quantize_embeddings
 from bpdq_quantizer.run.block_files import BlockFiles
+from bpdq_quantizer.run.fields import described, signature
 from bpdq_quantizer.run.held_out import evaluate
 from bpdq_quantizer.run.identity import release
-from bpdq_quantizer.run.options import SOLVERS, Options, described, resolved, signature
+from bpdq_quantizer.run.options import FIELDS, SOLVERS, Options, resolved
 from bpdq_quantizer.run.prepare import Run, checkpoint_config, prepare
 from bpdq_quantizer.run.progress import load_progress
 from bpdq_quantizer.run.run_folder import run_folder
+from bpdq_quantizer.run.statistics import OFFERED, other_size
 from bpdq_quantizer.run.steps import choose_schemes, solve_blocks, teacher_states, tune_blocks
 from bpdq_quantizer.run.workers import team
 from bpdq_quantizer.storage.offload import Batches
@@ -45,23 +47,42 @@ def quantize(model: str | Path, output: str | Path, **options: Any) -> dict[str,
 
     The options are those of `bpdq quantize`, of which docs/quantize.md says more.
     """
-    o = resolved(model=model, output=output, **options)
+    return make(resolved(model=model, output=output, **options))
+
+
+quantize.__signature__ = signature(FIELDS.values())
+quantize.__doc__ = f"{inspect.getdoc(quantize)}\n\n{described(FIELDS.values())}"
+
+
+def requantize(statistics: str | Path, output: str | Path, **options: Any) -> dict[str, Any]:
+    """Another size of a model, from what `quantize` with `keep_statistics` kept in the folder `statistics`.
+
+    The same tensors as of `quantize` from the start, with the options of the first run but for those given here.
+    Returns
+    the report, and raises InputError, as `quantize` does. What may be given, as of `quantize`:
+    """
+    return make(*other_size(statistics, output=output, **options))
+
+
+requantize.__doc__ = (
+    f"{inspect.getdoc(requantize)}\n\n{described((FIELDS[name] for name in OFFERED), with_defaults=False)}"
+)
+
+
+def make(o: Options, windows: list[Window] | None = None) -> dict[str, Any]:
+    """See `quantize`. windows: to calibrate on, of a run before."""
     publishing = o.publishing
     with run_folder(o.files.output, o.execution.offload_dir, o.execution.resume) as folder:
         if publishing.push_to_hub is not None:
             hub.check(publishing.push_to_hub, publishing.private, publishing.force)
         with team(o.execution.devices) as members:  # which would not wait for a text that is yet to be written
-            run = prepare(o, folder)
+            run = prepare(o, folder, windows)
             dtype = torch.float16 if run.source.model.dtype == torch.float16 else torch.bfloat16
             solver = SOLVERS[o.method.solver]
             found = follow(run, partial(members, iterations=o.method.iterations, dtype=dtype, **solver))
     if publishing.push_to_hub is not None:
         hub.push(o.files.output, publishing.push_to_hub, publishing.private, publishing.force)
     return found
-
-
-quantize.__signature__ = signature()
-quantize.__doc__ = f"{inspect.getdoc(quantize)}\n\n{described()}"
 
 
 def follow(run: Run, solve: Solve) -> dict[str, Any]:

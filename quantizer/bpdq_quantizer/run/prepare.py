@@ -34,6 +34,7 @@ from bpdq_quantizer.run.options import SOLVERS, Options, Schemes
 from bpdq_quantizer.run.own_text import own_windows, writer_of
 from bpdq_quantizer.run.recover import recover
 from bpdq_quantizer.run.run_folder import RunFolder, begin
+from bpdq_quantizer.run.statistics import check_place, keep
 from bpdq_quantizer.run.workers import own_device
 
 
@@ -65,8 +66,11 @@ class Run(NamedTuple):
     heads: Headers
 
 
-def prepare(o: Options, folder: RunFolder) -> Run:
-    """Everything that is needed to begin, or to go on; `folder` is then this run's. Raises InputError."""
+def prepare(o: Options, folder: RunFolder, kept: list[Window] | None = None) -> Run:
+    """Everything that is needed to begin, or to go on; `folder` is then this run's. kept: calibration windows of a run
+    before. Raises InputError."""
+    if o.execution.keep_statistics is not None:
+        check_place(o.execution.keep_statistics, o.files.output)
     device = own_device(o.execution.devices, o.execution.device)
     torch.manual_seed(o.method.seed)
     model = o.files.model
@@ -74,7 +78,8 @@ def prepare(o: Options, folder: RunFolder) -> Run:
     check_dense(*decoder_blocks(plain_skeleton(model)))
     tokenizer = load_tokenizer(model)
     lead = leading_tokens(tokenizer, o.text.special_tokens)
-    found, spare, cost = _windows(o, tokenizer, lead, folder, device)
+    read, cost = (kept, {}) if kept is not None else _read(o, tokenizer, lead, folder, device)
+    found, spare = _parted(o, read)
     before = stamps(model)
     source = leave_alone(open_model(model), o.schemes.ignore or [])
     check_tokens(source.model, [*found, *spare], o.text.calibration)
@@ -107,6 +112,9 @@ def prepare(o: Options, folder: RunFolder) -> Run:
     this = identity(o, found, source.model.dtype, device, before)
     begin(folder, this, writer.contents(folder.path, len(source.blocks), heads))
     recover(folder)
+    if o.execution.keep_statistics is not None:
+        solving = identity(o, found[: o.text.samples], source.model.dtype, device, before)
+        keep(o, [*found, *spare], solving)
     names = tokenizer.convert_ids_to_tokens(lead)
     tuning = all_tokens(found[: o.tuning.tune_samples]) if o.tuning.tune == "model" else None
     held_out = all_tokens(spare) if spare else None
@@ -114,22 +122,31 @@ def prepare(o: Options, folder: RunFolder) -> Run:
     return Run(o, source, before, windows, embeddings, budget, device, folder, heads)
 
 
-def _windows(
+def _read(
     o: Options, tokenizer: PreTrainedTokenizerBase, lead: list[int], folder: RunFolder, device: torch.device
-) -> tuple[list[Window], list[Window], dict[str, float]]:
-    """Those for solving and tuning, those of text that are held out, and what writing them cost; raises InputError
-    where the former are too few, or can't be tuned on."""
-    samples, seq_len, calibration, tune = o.text.samples, o.text.seq_len, o.text.calibration, o.tuning.tune
-    wanted = max(samples, o.tuning.tune_samples) if tune == "model" else samples
+) -> tuple[list[Window], dict[str, float]]:
+    """All calibration windows, as many as there are, and what writing them cost."""
+    calibration, seq_len, seed = o.text.calibration, o.text.seq_len, o.method.seed
+    most = _wanted(o) + o.text.evaluate
+    writer = writer_of(calibration, o.files.model)
+    if writer is not None:
+        tokens, cost = own_windows(writer, tokenizer, folder, device, (most, seq_len), lead, seed)
+        return text_windows(tokens), cost
     sight = None if is_gguf(o.files.model) else sight_of(o.files.model, tokenizer)
-    most = wanted + o.text.evaluate
-    writer, cost = writer_of(calibration, o.files.model), {}
-    if writer is None:
-        read = calibration_windows(calibration, tokenizer, most, seq_len, o.method.seed, lead, sight)
-    else:
-        tokens, cost = own_windows(writer, tokenizer, folder, device, (most, seq_len), lead, o.method.seed)
-        read = text_windows(tokens)
-    found, spare = read[:wanted], [window for window in read[wanted:] if not window.images]
+    return calibration_windows(calibration, tokenizer, most, seq_len, seed, lead, sight), {}
+
+
+def _wanted(o: Options) -> int:
+    """How many windows are solved or tuned on."""
+    return max(o.text.samples, o.tuning.tune_samples) if o.tuning.tune == "model" else o.text.samples
+
+
+def _parted(o: Options, read: list[Window]) -> tuple[list[Window], list[Window]]:
+    """Windows for solving and tuning, and those of text that are held out; raises InputError where the former are too
+    few, or can't be tuned on."""
+    seq_len, calibration, tune, wanted = o.text.seq_len, o.text.calibration, o.tuning.tune, _wanted(o)
+    found, rest = read[:wanted], read[wanted : wanted + o.text.evaluate]
+    spare = [window for window in rest if not window.images]
     if tune != "none" and any(window.images for window in found):
         raise InputError(f"--tune {tune} trains on text alone, and {calibration} has images: leave either out")
     if len(found) < 1 + (tune != "none"):
@@ -139,7 +156,7 @@ def _windows(
         )
     if len(found) < wanted:
         tqdm.write(f"{calibration}: holds {len(found)} windows of {seq_len} tokens, --samples asked for {wanted}")
-    return found, spare, cost
+    return found, spare
 
 
 def _budget(source: Streamed, embeddings: Mapping[str, Scheme], copied: int, o: Schemes) -> int | None:

@@ -45,6 +45,7 @@ REMEDIES = {
     "threads": "set OMP_NUM_THREADS={}",
     "release": "install vllm-bpdq {}",
     "torch": "install torch {}",
+    "model files": "put the model back as it was",
 }
 
 
@@ -103,7 +104,7 @@ def begin(folder: RunFolder, run: Mapping[str, Any], files: Collection[str]) -> 
     files: names of all that the checkpoint will hold. Raises InputError with what differs."""
     run = json.loads(json.dumps(run))
     if _worth_keeping(folder.path):
-        _check_same(folder.path, run)
+        check_same(folder.path, _noted(folder.path), run)
     else:
         write_json(folder.resume / "run.json", run)
     check_only(folder.path, files)
@@ -240,11 +241,16 @@ def _remove_offload(folder: Path | None) -> None:
             folder.rmdir()
 
 
-def _check_same(folder: Path, run: Mapping[str, Any]) -> None:
+def _noted(folder: Path) -> dict[str, Any]:
+    """What `begin` has written of the run in a folder."""
     try:
-        before = read_json(folder / "resume" / "run.json")
+        return read_json(folder / "resume" / "run.json")
     except DamagedError as e:
         raise InputError(f"{e}: remove {folder}") from None
+
+
+def check_same(folder: Path, before: Mapping[str, Any], run: Mapping[str, Any]) -> None:
+    """Raise InputError with what differs, and remedies, unless a folder's run is the one that is asked for, as JSON."""
     changed = {key: value for key, value in before.items() if value != run.get(key)}
     if changed:
         listed = ", ".join(f"{key} = {value!r} (now {run.get(key)!r})" for key, value in changed.items())

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from math import prod
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -17,13 +18,14 @@ from bpdq_quantizer.passes.allocate import allocate, by_layer
 from bpdq_quantizer.passes.blocks import original_states, quantize_blocks
 from bpdq_quantizer.passes.experts import FILL
 from bpdq_quantizer.passes.outputs import Outputs, energies, load_outputs, measure_outputs, save_outputs
-from bpdq_quantizer.passes.sensitivity import choices, sensitivities
+from bpdq_quantizer.passes.sensitivity import Stage, choices, sensitivities
 from bpdq_quantizer.passes.tune import tune_model
 from bpdq_quantizer.run.block_files import BlockFiles
 from bpdq_quantizer.run.options import SOLVERS
 from bpdq_quantizer.run.prepare import Run, one_scheme
 from bpdq_quantizer.run.progress import load_progress, save_progress
 from bpdq_quantizer.run.recover import tuned_blocks
+from bpdq_quantizer.run.statistics import SENSITIVITIES, load_stages, once, save_stages
 from bpdq_quantizer.storage.files import read_json, read_sealed, tensors_digest, write_json, write_tensors
 
 
@@ -64,21 +66,37 @@ def choose_schemes(run: Run) -> Allocation:
         return Allocation(one_scheme(run.source, run.options.schemes), {})
     file, clock = run.folder.resume / "schemes.json", Clock({})
     if not file.is_file():
-        solver = SOLVERS[run.options.method.solver]
-        stages = sensitivities(
-            run.source,
-            run.windows.solving,
-            run.device,
-            schemes=choices(run.options.schemes.coefficient_bits),
-            alpha=solver["alpha"],
-            damping=solver["damping"],
-            offload=run.folder.offload,
-            energies=known_energies(run),
-        )
+        stages = known_stages(run)
         schemes = by_layer(stages, allocate(stages, run.budget))
         write_json(file, {"schemes": {name: asdict(s) for name, s in schemes.items()}, **clock.read()})
     found = read_json(file)
     return Allocation({name: Scheme(**scheme) for name, scheme in found.pop("schemes").items()}, found)
+
+
+def known_stages(run: Run) -> list[Stage]:
+    """What every scheme costs each stage, measured once if there is a folder to keep it in."""
+    folder = run.options.execution.keep_statistics
+    if folder is None:
+        return measured_stages(run)
+    known_outputs(run)  # before the folder is locked
+    file = Path(folder) / SENSITIVITIES
+    once([file], lambda: save_stages(file, measured_stages(run)))
+    return load_stages(file)
+
+
+def measured_stages(run: Run) -> list[Stage]:
+    """What every scheme costs each stage, of all windows to solve on."""
+    solver = SOLVERS[run.options.method.solver]
+    return sensitivities(
+        run.source,
+        run.windows.solving,
+        run.device,
+        schemes=choices(run.options.schemes.coefficient_bits),
+        alpha=solver["alpha"],
+        damping=solver["damping"],
+        offload=run.folder.offload,
+        energies=known_energies(run),
+    )
 
 
 def known_outputs(run: Run) -> Callable[[int], Mapping[str, Outputs]] | None:
@@ -86,10 +104,14 @@ def known_outputs(run: Run) -> Callable[[int], Mapping[str, Outputs]] | None:
     o, source = run.options, run.source
     if not o.method.output_tokens:
         return None
-    files = [run.folder.resume / f"outputs-{i:05}.safetensors" for i in range(len(source.blocks))]
-    if not all(file.is_file() for file in files):
-        windows = first_tokens(run.windows.solving, o.method.output_tokens)
+    folder = Path(o.execution.keep_statistics or run.folder.resume)
+    files = [folder / f"outputs-{i:05}.safetensors" for i in range(len(source.blocks))]
+    windows = first_tokens(run.windows.solving, o.method.output_tokens)
+
+    def measure() -> None:
         measure_outputs(source, windows, run.device, o.method.seed, lambda i, found: save_outputs(files[i], found))
+
+    once(files, measure)
     return lambda index: load_outputs(files[index], run.device)
 
 
