@@ -186,9 +186,12 @@ def test_an_existing_output_is_refused_before_the_model_is_opened(tmp_path, caps
     ("number", "status", "name"), [(signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 143, "SIGTERM")]
 )
 def test_a_run_that_is_told_to_stop_keeps_its_work_in_one_line(
-    folder, tmp_path, capsys, monkeypatch, number, status, name
+    folder, tmp_path, capsys, monkeypatch, request, number, status, name
 ):
-    original, handler = steps.save_progress, signal.getsignal(number)
+    handler = {signal.SIGINT: signal.default_int_handler}.get(number, signal.getsignal(number))
+    before = signal.signal(number, handler)  # a shell's background jobs ignore Ctrl-C
+    request.addfinalizer(lambda: signal.signal(number, before))
+    original = steps.save_progress
 
     def save(*args):
         original(*args)

@@ -105,6 +105,7 @@ def one_rank():
         patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
         patch.setattr(registry, "_run_in_subprocess", lambda look: look())  # which takes a quarter of a minute each
         patch.setattr(allocation.triton, "set_allocator", lambda _: None, raising=False)  # of vLLM's CPU build
+        patch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)  # where it has states in fp32
         init_distributed_environment(1, 0, f"file://{folder}/store", 0, "gloo")
         yield initialize_model_parallel
         destroy_model_parallel()
