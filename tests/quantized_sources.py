@@ -174,9 +174,12 @@ def decoded(stored: dict[str, Tensor], parameters: dict[str, Tensor], args) -> T
     """The weight in fp32, from the codes as they are stored and the scales as they were before."""
     scale, zero = parameters["weight_scale"].float(), parameters.get("weight_zero_point", torch.zeros(()))
     if "_shape" in stored:
-        mask, each = 2**args.num_bits - 1, 32 // args.num_bits
-        codes = torch.stack([(stored["_packed"] >> (args.num_bits * i)) & mask for i in range(each)], 2).flatten(1)
-        codes = codes[:, : stored["_shape"][1]] - 2 ** (args.num_bits - 1)
+        bits, columns = args.num_bits, stored["_shape"][1].item()
+        words = (stored["_packed"].unsqueeze(2) >> torch.arange(32)) & 1
+        if words.shape[1] == -(-columns // (32 // bits)):  # a word has whole codes, until compressed-tensors 0.17
+            words = words[:, :, : 32 // bits * bits]
+        words = words.flatten(1)[:, : columns * bits].unflatten(1, (columns, bits))
+        codes = (words << torch.arange(bits)).sum(2) - 2 ** (bits - 1)
     elif "_packed" in stored:
         table = torch.tensor([0.0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
         codes = table[torch.stack([stored["_packed"] & 15, stored["_packed"] >> 4], 2).flatten(1).long()]

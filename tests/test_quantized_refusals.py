@@ -11,6 +11,7 @@ from architectures import model_folder
 from bpdq_quantizer.cli import main
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.formats import compressed as compressed_tensors
+from bpdq_quantizer.model.formats.compressed import packed_zeros
 from bpdq_quantizer.model.stream import open_model
 from bpdq_quantizer.run import prepare
 from quantized_sources import FORMATS, compressed, fp8_blocks, quantized_pair, rewrite
@@ -217,3 +218,17 @@ def test_experts_that_are_not_known_are_refused_first(tmp_path, text, capsys, mo
     assert "nor experts as transformers has them in most families" in refused(folder, text, capsys, monkeypatch)
     assert main(["plan", str(folder)]) == 2
     assert "nor experts as transformers has them in most families" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("columns", "bits", "fits"), [(8, 4, True), (7, 3, True), (6, 3, False)])
+def test_zero_points_that_run_over_the_ends_of_words_are_refused(columns, bits, fits):
+    """compressed-tensors 0.18 and later pack 64 codes of 3 bits into 6 words, earlier ones into 7."""
+    stored = {
+        "_packed": torch.zeros(32, columns, dtype=torch.int32),
+        "_zero_point": torch.zeros(32 // (32 // bits) + 1, 2, dtype=torch.int32),
+    }
+    if fits:
+        assert packed_zeros("up_proj", stored, 64, bits) is stored["_zero_point"]
+    else:
+        with pytest.raises(InputError, match="up_proj: zero points of 3 bits, packed without gaps"):
+            packed_zeros("up_proj", stored, 64, bits)

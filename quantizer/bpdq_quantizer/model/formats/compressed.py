@@ -67,11 +67,27 @@ def layout(name: str, shape: Shape, found: Mapping[str, Entry], *, schemes: list
     stored = {
         key.removeprefix("weight"): tensor for key, tensor in linear.state_dict().items() if key.startswith("weight")
     }
+    if "_packed" in stored and "_zero_point" in stored:
+        stored["_zero_point"] = packed_zeros(name, stored, inputs, scheme.weights.num_bits)
     parts = {suffix: part(tensor) for suffix, tensor in stored.items()}
     shared = scheme.weights.block_structure[0] if scheme.weights.block_structure else 32 // scheme.weights.num_bits
     matrices = {suffix: len(tensor) for suffix, tensor in stored.items() if tensor.ndim == 2}
     rows = {suffix: 1 if length == outputs else shared for suffix, length in matrices.items()}
     return Layout(shape, parts, rows, partial(decode, scheme=scheme))
+
+
+def packed_zeros(name: str, stored: Mapping[str, Tensor], inputs: int, bits: int) -> Tensor:
+    """Zero points as they lie in a file, of what the library would store on the meta device, where from 0.18 on it
+    leaves them unpacked. From there on codes run over the ends of words, so that some rows can't be read alone where
+    `bits` are no divisor of 32: raises InputError."""
+    zeros = stored["_zero_point"]
+    if zeros.dtype == torch.int8:
+        from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+        zeros = pack_to_int32(torch.zeros(zeros.shape, dtype=torch.int8), bits, packed_dim=0)
+    if stored["_packed"].shape[1] != -(-inputs // (32 // bits)):
+        raise InputError(f"{name}: zero points of {bits} bits, packed without gaps, are not supported: {ORIGINAL}")
+    return zeros
 
 
 def scheme_of(layer: str, schemes: list["QuantizationScheme"]) -> "QuantizationScheme":
