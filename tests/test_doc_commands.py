@@ -28,7 +28,16 @@ PATH = re.compile(r"\b(?:tests|benchmarks|scripts|docs|results|quantizer|kernels
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
 PROGRAMS = [f"bpdq {name}" for name in ("quantize", "requantize", "eval", "inspect", "plan", "push")]
 TAKEN = {"bpdq_quantizer.quantize": {*FIELDS}, "bpdq_quantizer.requantize": {*OFFERED}}  # keywords
-BENCHMARKS = ["quality_bench", "cpu_bench", "kernel_bench", "serve_bench", "train_mixture", "rounding_peer", "gpu_vllm"]
+BENCHMARKS = [
+    "quality_bench",
+    "cpu_bench",
+    "kernel_bench",
+    "serve_bench",
+    "train_mixture",
+    "rounding_peer",
+    "gguf_peer",
+    "gpu_vllm",
+]
 OTHERS = {  # whole commands of programs that are not at hand, read by eye
     "hf auth login",
     "python -m build",
