@@ -32,9 +32,14 @@ BLOCK = 256  # weights
 def main(argv: list[str] | None = None) -> int:
     """Quantize a model and write what that stands for; returns the exit status."""
     args = parse_args(argv)
-    import libgguf
+    try:
+        import libgguf
 
-    kind = libgguf.GGMLQuantizationType[args.type]
+        kind = libgguf.GGMLQuantizationType[args.type]
+    except ImportError:
+        raise SystemExit("gguf_peer: needs libgguf: pip install libgguf") from None
+    except KeyError:
+        raise SystemExit(f"gguf_peer: --type {args.type}: libgguf has no such type, but Q2_K or IQ2_S") from None
     model, tokenizer = load_model(args.model), AutoTokenizer.from_pretrained(args.model)
     if fused_experts(model):
         raise SystemExit(f"gguf_peer: {args.model} has experts, whose inputs are not measured here")

@@ -65,3 +65,9 @@ def test_importance_is_the_mean_square_of_the_inputs(library: list[tuple], tmp_p
         model(window.tokens)
     expected = torch.cat(seen).float().square().mean(0)
     torch.testing.assert_close(found[f"{prefix}.1.mlp.down_proj"], expected, rtol=1e-4, atol=1e-9)
+
+
+def test_a_type_that_there_is_not_is_named(library: list[tuple], tmp_path: Path):
+    with pytest.raises(SystemExit, match="--type Q9_K: libgguf has no such type"):
+        gguf_peer.main(["/no/model", "--output", str(tmp_path / "out"), "--calibration", "self", "--type", "Q9_K"])
+    assert list(tmp_path.iterdir()) == []

@@ -143,17 +143,16 @@ def token_weights(outputs: Iterable[Outputs], windows: Sequence[int]) -> Tensor:
 
 def relative(lengths: Tensor, windows: Sequence[int]) -> Tensor:
     """lengths: |g| [n, L] in the first n of these windows; fp32 [T] for all of them, over their mean."""
-    known = windows[: len(lengths)]
-    reach = torch.tensor(known, device=lengths.device).unsqueeze(1) > torch.arange(
-        lengths.shape[1], device=lengths.device
-    )
+    known, places = windows[: len(lengths)], torch.arange(lengths.shape[1], device=lengths.device)
+    reach = torch.tensor(known, device=lengths.device).unsqueeze(1) > places
     profile, mean = smooth(lengths.sum(0) / reach.sum(0)), lengths.sum() / reach.sum()
     if not mean:
         return profile.new_ones(sum(windows))
-    places = [torch.arange(size, device=profile.device).clamp(max=len(profile) - 1) for size in windows[len(known) :]]
-    return torch.cat([lengths[reach] / mean, *(profile[here] for here in places)])
+    others = [torch.arange(size, device=profile.device).clamp(max=len(profile) - 1) for size in windows[len(known) :]]
+    return torch.cat([lengths[reach] / mean, *(profile[here] for here in others)])
 
 
 def energies(outputs: Outputs) -> Tensor:
-    """E[|g|] E[g^2 / |g|] of each output [N], fp32 on the CPU, as of `sensitivity.gradient_energies`."""
+    """E[|g|] E[g^2 / |g|] of each output [N], fp32 on the CPU, as of `sensitivity.gradient_energies`, but for a factor
+    that all weights of a model share where windows differ in length."""
     return (outputs.lengths.mean() * torch.cat([G.diagonal() for G in outputs.covariances])).cpu()
