@@ -40,8 +40,11 @@ KERNEL_TESTS = (
     "test_solver",
     "test_triton_solver",
     "test_offload",
+    "test_quantize",
 )
 TOKENS = "1,4,8,16,32,64,512,4096"
+EXPERTS, EXPERTS_TOKENS = "qwen3-30b-a3b,qwen3-next-80b-a3b", "1,4,8,16,64,512,4096"
+WIDTH = ("--coefficient-bits", "8")  # as `bpdq quantize` writes them
 CANNOT_RUN = 3
 TAIL = 120  # lines of a part's output that the report keeps
 
@@ -68,7 +71,12 @@ def parts(cores: int) -> list[Part]:
     pytest = (*module, "pytest", "-q", "-p", "no:cacheprovider", "--tb=line", "-W", "ignore")
     return [
         Part("correct", 140, (*pytest, "-m", "gpu and not slow", *spread, *tests), figures=False),
-        Part("fast", 110, (*module, "benchmarks.kernel_bench", "--tokens", TOKENS, "--predict", "--json")),
+        Part("fast", 110, (*module, "benchmarks.kernel_bench", *WIDTH, "--tokens", TOKENS, "--predict", "--json")),
+        Part(
+            "experts",
+            60,
+            (*module, "benchmarks.kernel_bench", *WIDTH, "--model", EXPERTS, "--tokens", EXPERTS_TOKENS, "--json"),
+        ),
         Part("rates", 20, (*module, "benchmarks.mma_rates", "--json")),
         Part("model", 70, (*module, "benchmarks.gpu_model", "--json")),
         Part("quantizer", 80, (*module, "benchmarks.gpu_quantize", "--seconds", "60", "--json")),

@@ -2,9 +2,10 @@
 
     python -m benchmarks.gpu_vllm --json vllm.json
 
-A tiny random checkpoint must give the tokens of transformers. Then engines with random weights of Qwen2.5-7B's shapes,
-in bf16 and in bit-planes, generate at several batch sizes: compiled and with CUDA graphs where that runs, else with
-CUDA graphs alone, else eager. Each engine is a process of its own. The figures are written after each of them.
+Tiny random checkpoints, one of them with experts, must give the tokens of transformers. Engines with random weights of
+Qwen2.5-7B's shapes, in bf16 and in bit-planes, generate at several batch sizes: compiled and with CUDA graphs where
+that runs, else with CUDA graphs alone, else eager. Each engine is a process of its own. The figures are written after
+each of them.
 """
 
 import argparse
@@ -22,46 +23,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from safetensors.torch import save_file
 
-from bpdq_kernels.layout import coefficient_shape, plane_shape
+from benchmarks.vllm_models import QUANTIZATION, QWEN2_5_7B, SCHEME, TINY, write_config, write_tiny_checkpoint
 
 Figures = dict[str, Any]
-BITS, GROUP_SIZE = 2, 128
-QUANTIZATION = {
-    "quant_method": "bpdq",
-    "checkpoint_format": "bpdq",
-    "format_version": 1,
-    "bits": BITS,
-    "group_size": GROUP_SIZE,
-    "ignore": ["lm_head"],
-}
-QWEN2 = {
-    "model_type": "qwen2",
-    "architectures": ["Qwen2ForCausalLM"],
-    "dtype": "bfloat16",
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
-    "max_position_embeddings": 4096,
-    "tie_word_embeddings": False,
-    "bos_token_id": None,
-    "eos_token_id": 0,
-}
-TINY = QWEN2 | {  # heads of 128, for which every attention backend has kernels; an FFN that ends in a short group
-    "hidden_size": 512,
-    "intermediate_size": 1376,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 512,
-}
-QWEN2_5_7B = QWEN2 | {
-    "hidden_size": 3584,
-    "intermediate_size": 18944,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "vocab_size": 152064,
-}
 MODES = ("compiled", "graphs", "eager")
 TOLERANCE = 0.1  # standard deviations of a position's logits
 TAIL = 100  # lines of an engine's output that a failure shows
@@ -83,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     if reason := cannot_run(args.device):
         print(f"gpu_vllm: cannot run here: {reason}", file=sys.stderr)
         return 3
-    figures: Figures = {**machine(args.device), "bits": BITS, "group_size": GROUP_SIZE, "problems": []}
+    figures: Figures = {**machine(args.device), **vars(SCHEME), "problems": []}
     with tempfile.TemporaryDirectory() as folder:
         for step in steps(args, Path(folder), figures, time.monotonic() + args.seconds):
             print(step, file=sys.stderr, flush=True)
@@ -136,12 +101,14 @@ def machine(device: str) -> Figures:
 
 def steps(args: argparse.Namespace, folder: Path, figures: Figures, deadline: float) -> Iterator[str]:
     """Every engine in turn, its figures added to `figures`; yields a line about each."""
-    model, problems = folder / "tiny", figures["problems"]
-    write_tiny_checkpoint(model)
+    problems = figures["problems"]
+    for name in TINY:
+        write_tiny_checkpoint(folder / name, name)
     figures["tokens"], figures["not_run"], figures["runs"] = {}, {}, []
     if "eager" in args.modes:
-        yield compare(args, model, "eager", figures, deadline)
-    config = TINY if args.tiny else QWEN2_5_7B
+        for name in TINY:
+            yield compare(args, folder / name, "eager", figures, deadline)
+    config = TINY["tiny"] if args.tiny else QWEN2_5_7B
     for mode in args.modes:
         figures["runs"] = []
         for weights in ("bf16", "bpdq"):
@@ -166,25 +133,25 @@ def steps(args: argparse.Namespace, folder: Path, figures: Figures, deadline: fl
             figures["runs"] += [same | row for row in done["runs"]]
             yield f"{mode}, {weights}: done"
         else:
-            if mode != "eager":
-                yield compare(args, model, mode, figures, deadline)
+            for name in TINY if mode != "eager" else ():
+                yield compare(args, folder / name, mode, figures, deadline)
             return
     problems.append("no mode ran with both kinds of weights")
     yield problems[-1]
 
 
 def compare(args: argparse.Namespace, model: Path, mode: str, figures: Figures, deadline: float) -> str:
-    """The tiny checkpoint's tokens against transformers'."""
-    task = {"do": "tokens", "new_tokens": 24, "vocabulary": TINY["vocab_size"], "device": args.device}
+    """A tiny checkpoint's tokens against transformers'; the folder is named after the model."""
+    vocabulary = TINY[model.name]["vocab_size"]
+    task = {"do": "tokens", "new_tokens": 24, "vocabulary": vocabulary, "device": args.device}
     try:
         done = run(task, engine(model, mode, args), args.device, deadline)
     except EngineError as e:
-        figures["problems"].append(f"{mode}, tiny checkpoint: {e}")
+        figures["problems"].append(f"{mode}, {model.name}: {e}")
         return figures["problems"][-1]
-    figures["tokens"][mode] = done
-    line = (
-        f"{mode}: {done['equal']} of {done['tokens']} tokens are transformers', others {done['worst']:.3f} sigma below"
-    )
+    figures["tokens"][f"{mode}, {model.name}"] = done
+    equal, worst = f"{done['equal']} of {done['tokens']}", f"{done['worst']:.3f} sigma below"
+    line = f"{mode}, {model.name}: {equal} tokens are transformers', others {worst}"
     if done["worst"] > TOLERANCE:
         figures["problems"].append(f"wrong tokens: {line}")
     return line
@@ -207,6 +174,8 @@ def run(task: Figures, arguments: Figures, device: str, deadline: float) -> Figu
     """The figures of one engine; raises EngineError."""
     env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
     env |= {"HF_HUB_OFFLINE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    if device == "cuda" and not find_spec("vllm._moe_C"):  # else experts are chosen by a compiled operator
+        env["VLLM_USE_FUSED_MOE_GROUPED_TOPK"] = "0"
     if device == "cuda" and not find_spec("flashinfer"):
         env["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
     result = Path(arguments["model"]) / "figures.json"
@@ -235,47 +204,12 @@ def run(task: Figures, arguments: Figures, device: str, deadline: float) -> Figu
     return json.loads(result.read_text())
 
 
-def write_config(folder: Path, config: Figures) -> None:
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
-
-
-def write_tiny_checkpoint(folder: Path) -> None:
-    """A checkpoint with random planes and coefficients, whose layers keep the size of what goes through them."""
-    write_config(folder, TINY | {"quantization_config": QUANTIZATION})
-    generator = torch.Generator().manual_seed(0)
-    hidden, ffn, heads = TINY["hidden_size"], TINY["intermediate_size"], TINY["num_key_value_heads"] * 128
-
-    def normal(*shape: int, std: float = 1.0) -> torch.Tensor:
-        return (torch.randn(shape, generator=generator) * std).to(torch.bfloat16)
-
-    layers = {"self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (heads, hidden)}
-    layers |= {"self_attn.v_proj": (heads, hidden), "self_attn.o_proj": (hidden, hidden)}
-    layers |= {"mlp.gate_proj": (ffn, hidden), "mlp.up_proj": (ffn, hidden), "mlp.down_proj": (hidden, ffn)}
-    vocabulary = (TINY["vocab_size"], hidden)
-    tensors = {"model.embed_tokens.weight": normal(*vocabulary), "lm_head.weight": normal(*vocabulary, std=0.05)}
-    tensors["model.norm.weight"] = torch.ones(hidden, dtype=torch.bfloat16)
-    for i in range(TINY["num_hidden_layers"]):
-        block = f"model.layers.{i}."
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            tensors[f"{block}{norm}.weight"] = torch.ones(hidden, dtype=torch.bfloat16)
-        for name, (out, inputs) in layers.items():
-            words = torch.randint(-(2**31), 2**31, plane_shape(inputs, out, BITS), generator=generator)
-            tensors[f"{block}{name}.B"] = words.to(torch.int32)
-            c = normal(*coefficient_shape(inputs, out, BITS, GROUP_SIZE), std=2 * inputs**-0.5)
-            c[:, BITS] = -c[:, :BITS].sum(1) / 2  # weights around zero
-            tensors[f"{block}{name}.c"] = c
-            if name.endswith(("q_proj", "k_proj", "v_proj")):
-                tensors[f"{block}{name}.bias"] = normal(out, std=0.1)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
 def table(figures: Figures) -> str:
     """Milliseconds for each token of every sequence, and tokens/s, by batch size."""
     rows = {(run["weights"], run["batch"]): run for run in figures["runs"]}
     mode = figures["runs"][0]["mode"] if rows else "nothing timed"
     lines = [
-        f"{figures['device']}, vLLM {figures['vllm']}, torch {figures['torch']}; {mode}; k = {BITS}, G = {GROUP_SIZE}",
+        f"{figures['device']}, vLLM {figures['vllm']}, torch {figures['torch']}; {mode}; {SCHEME}",
         f"{'batch':>5}{'bf16 ms':>10}{'bpdq ms':>10}{'bf16 tok/s':>12}{'bpdq tok/s':>12}{'speed-up':>10}",
     ]
     for batch in sorted(batch for weights, batch in rows if weights == "bpdq"):

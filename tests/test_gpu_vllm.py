@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from benchmarks import gpu_vllm
+from benchmarks import gpu_vllm, vllm_models
 
 SPEED = {"start_s": 1.0, "runs": [{"batch": 1, "ttft_ms": 9.0, "tpot_ms": 4.0, "output_throughput": 250.0}]}
 FAST = SPEED | {"runs": [SPEED["runs"][0] | {"tpot_ms": 2.0, "output_throughput": 500.0}]}
@@ -37,7 +37,7 @@ def test_the_first_mode_that_runs_is_timed_and_its_tokens_are_checked_too(check,
     status, figures = check(lambda mode, weights: None)
     assert status == 0
     assert [(run["weights"], run["mode"]) for run in figures["runs"]] == [("bf16", "compiled"), ("bpdq", "compiled")]
-    assert list(figures["tokens"]) == ["eager", "compiled"]
+    assert list(figures["tokens"]) == ["eager, tiny", "eager, tiny experts", "compiled, tiny", "compiled, tiny experts"]
     assert capsys.readouterr().out.splitlines()[-1].split() == ["1", "4.00", "2.00", "250.0", "500.0", "2.00"]
 
 
@@ -97,18 +97,19 @@ def test_a_machine_that_can_not_run_it_is_status_3(monkeypatch, capsys, device, 
 
 
 @pytest.mark.slow
-def test_a_real_engine_gives_transformers_tokens(tmp_path):
+@pytest.mark.parametrize("name", vllm_models.TINY)
+def test_a_real_engine_gives_transformers_tokens(tmp_path, name):
     args = gpu_vllm.parse_args(["--device", "cpu"])
-    gpu_vllm.write_tiny_checkpoint(tmp_path / "tiny")
+    vllm_models.write_tiny_checkpoint(tmp_path / name, name)
     figures = {"tokens": {}, "problems": []}
-    gpu_vllm.compare(args, tmp_path / "tiny", "eager", figures, time.monotonic() + 300)
+    gpu_vllm.compare(args, tmp_path / name, "eager", figures, time.monotonic() + 300)
     assert figures["problems"] == []
-    assert figures["tokens"]["eager"]["equal"] > 80
+    assert figures["tokens"][f"eager, {name}"]["equal"] > 80
 
 
 @pytest.mark.slow
 def test_an_engine_that_ends_early_is_named_by_its_last_line(tmp_path):
-    gpu_vllm.write_config(tmp_path / "model", {"model_type": "no such type"})
+    vllm_models.write_config(tmp_path / "model", {"model_type": "no such type"})
     task = {"do": "speed"}
     with pytest.raises(gpu_vllm.EngineError, match=r"ValidationError: .*no such type"):
         gpu_vllm.run(task, {"model": str(tmp_path / "model")}, "cpu", time.monotonic() + 300)
