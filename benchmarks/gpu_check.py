@@ -37,6 +37,7 @@ KERNEL_TESTS = (
     "test_tiled_moe",
     "test_triton_linear",
     "test_warm",
+    "test_hessian",
     "test_solver",
     "test_triton_solver",
     "test_offload",
@@ -74,7 +75,7 @@ def parts(cores: int) -> list[Part]:
         Part("fast", 110, (*module, "benchmarks.kernel_bench", *WIDTH, "--tokens", TOKENS, "--predict", "--json")),
         Part(
             "experts",
-            60,
+            90,
             (*module, "benchmarks.kernel_bench", *WIDTH, "--model", EXPERTS, "--tokens", EXPERTS_TOKENS, "--json"),
         ),
         Part("rates", 20, (*module, "benchmarks.mma_rates", "--json")),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.cuda_core import cuda_core_linear
-from benchmarks.dense_experts import dense_experts
+from benchmarks.dense_experts import dense_experts, even_experts
 from benchmarks.kernel_static import Variant, config_for
 from benchmarks.random_planes import random_experts, random_layer
 from benchmarks.shapes import EXPERTS, MODELS, Layer
@@ -190,8 +190,8 @@ def one_token_alternatives(
 
 
 def time_experts(model: str, settings: Settings, timer: Timer) -> Iterator[dict[str, Any]]:
-    """Time a layer's experts for every number of tokens, which choose theirs at random; in 16 bits one expert after
-    the other, known beforehand. Raises WrongResultError."""
+    """Time a layer's experts for every number of tokens, which choose theirs at random; in 16 bits as many of them,
+    with the choices spread evenly. Raises WrongResultError."""
     name, count, chosen, hidden, inner = EXPERTS[model]
     group, device, dtype, act = settings.group_size, settings.device, settings.dtype, Activation("silu")
     shapes = (2 * inner, hidden), (hidden, inner)
@@ -209,12 +209,14 @@ def time_experts(model: str, settings: Settings, timer: Timer) -> Iterator[dict[
         kernel = Variant(settings.bits, group, config.up, "", settings.coefficient_bits, "gate_up").name
         y = moe(x, weights, ids[0], *prepared, act)
         check_experts(y, x, weights, ids[0], stored, settings, f"{model} {name}, {tokens} tokens, {kernel}")
+        hit = round(sum(len(choice.unique()) for choice in ids) / len(ids))
+        even = torch.randn(hit, cdiv(tokens * chosen, hit), hidden, device=device).to(dtype)
+        parts = [slice(first, first + hit) for first in range(0, count - hit + 1, hit)]
         contenders: dict[str, list[Call]] = {
             "bpdq": [partial(moe, x, weights, choice, *prepared, act) for choice in ids],
-            "matmul": [partial(dense_experts, x, weights, [*routes(choice.long(), count)], *dense) for choice in ids],
+            "matmul": [partial(even_experts, even, *(matrix[part] for matrix in dense)) for part in parts],
         }
-        seconds, flops = timer(contenders), 2 * tokens * chosen * 3 * inner * hidden
-        size = each * sum(len(choice.unique()) for choice in ids) / len(ids)
+        seconds, flops, size = timer(contenders), 2 * tokens * chosen * 3 * inner * hidden, each * hit
         yield {
             "model": model,
             "layer": Layer("experts", inner, hidden)._asdict(),

@@ -28,6 +28,18 @@ def test_hessian_is_twice_the_mean_outer_product():
     torch.testing.assert_close(symmetrize(H).double(), 2 / 21 * flat.T @ flat, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.gpu
+def test_sums_of_bf16_on_a_gpu_are_those_of_fp32():
+    original, x = (torch.randn(3, 500, 300).cumsum(-1).bfloat16() for _ in range(2))
+    found, expected = ([torch.zeros(300, 300, device=device) for _ in range(2)] for device in ("cuda", "cpu"))
+    for H, C in (found, expected):
+        accumulate(H, x.to(H.device), 1500)
+        accumulate_shift(C, (x + original / 64).to(H.device), x.to(H.device), 1500)
+        symmetrize(H)
+    for sums, exact, tolerance in zip(found, expected, (1e-5, 1e-3), strict=True):
+        assert (sums.cpu() - exact).norm() < tolerance * exact.norm()
+
+
 def test_correction_is_the_least_squares_answer_to_shifted_inputs(monkeypatch):
     monkeypatch.setattr(hessian, "CORRECTION_DAMPING", 0.0)
     original, W = torch.randn(2, 50, 6), torch.randn(4, 6)

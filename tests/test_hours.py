@@ -38,7 +38,7 @@ def test_more_tokens_planes_and_groups_take_longer():
 def test_a_card_without_launches_or_memory_limits_takes_its_flops():
     ideal = hours.RTX_3090._replace(launch=0.0, bytes=float("inf"), share=1.0)
     work = hours.block_work(BLOCK, 2, 64, 1 << 18)
-    flops = work.forward / ideal.half + (work.hessian + work.product + work.factor) / ideal.full
+    flops = (work.forward + work.hessian) / ideal.half + (work.product + work.factor) / ideal.full
     assert flops < card_seconds(64, card=ideal) < 1.5 * flops
     assert card_seconds(64, card=ideal) < card_seconds(64)
 

@@ -21,10 +21,23 @@ def accumulate(H: Tensor, x: Tensor, total_tokens: int) -> None:
     """
     step = -(-len(H) // 4)
     for window in by_window(x):
-        tokens = window.to(torch.float32)
+        tokens = _factor(window)
         for start in range(0, len(H), step):
             rows = slice(start, start + step)
-            H[rows, : rows.stop].addmm_(tokens[:, rows].T, tokens[:, : rows.stop], alpha=2.0 / total_tokens)
+            _add_product(H[rows, : rows.stop], tokens[:, rows].T, tokens[:, : rows.stop], 2.0 / total_tokens)
+
+
+def _factor(x: Tensor) -> Tensor:
+    """x for `_add_product`: bf16 as it is on a GPU, whose tensor cores add exact products of it in fp32; else fp32."""
+    return x if x.is_cuda and x.dtype == torch.bfloat16 else x.to(torch.float32)
+
+
+def _add_product(S: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
+    """S += alpha a b in place. S: fp32; a, b: of `_factor`."""
+    if a.dtype == torch.float32:
+        S.addmm_(a, b, alpha=alpha)
+    else:
+        torch.addmm(S, a, b, out_dtype=torch.float32, alpha=alpha, out=S)
 
 
 def by_window(x: Tensor) -> Tensor:
@@ -42,12 +55,14 @@ def symmetrize(H: Tensor) -> Tensor:
 def accumulate_shift(C: Tensor, original: Tensor, x: Tensor, total_tokens: int) -> None:
     """Add (2 / total_tokens) (original - x)^T x to C [K, K] fp32 in place.
 
-    original, x: as for `accumulate`, a Linear's inputs in the 16-bit model and in the one that is quantized so far. All
-    is computed in fp32: sums over a window's tokens overflow fp16 where no activation does.
+    original, x: as for `accumulate`, a Linear's inputs in the 16-bit model and in the one that is quantized so far.
+    Sums are fp32: over a window's tokens they overflow fp16 where no activation does. Where `_factor` leaves x in bf16,
+    the difference is rounded to it too, by less than the inputs were when they became bf16.
     """
     for before, now in zip(by_window(original), by_window(x), strict=True):
-        tokens = now.to(torch.float32)
-        C.addmm_((before.to(torch.float32) - tokens).T, tokens, alpha=2.0 / total_tokens)
+        tokens = _factor(now)
+        difference = before.to(torch.float32) - now.to(torch.float32)
+        _add_product(C, difference.to(tokens.dtype).T, tokens, 2.0 / total_tokens)
 
 
 def live_mean(diagonal: Tensor) -> Tensor:

@@ -127,7 +127,7 @@ def card_seconds(block: Block, bits: int, group_size: int, tokens: int, card: Ca
     work, width = block_work(block, bits, group_size, tokens), bits + 1
     tables = work.tables / bits * width  # H X of planes and ones, half of H, two flops
     loops = 2 * ((len(STARTS) * ITERATIONS) * work.groups / 2 + work.columns / width / 2)
-    flops = work.forward / card.half + (work.hessian + work.product + work.factor + tables) / card.full
+    flops = (work.forward + work.hessian) / card.half + (work.product + work.factor + tables) / card.full
     flops += (loops + work.systems / 3 / 5) / (card.share * card.full)
     launches, moved = 0, 0.0
     for n, k in block.stages:
