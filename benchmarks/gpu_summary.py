@@ -53,6 +53,14 @@ def fast(figures: Row) -> str:
     return "; ".join(told)
 
 
+def experts(figures: Row) -> str:
+    """How many times as fast as evenly spread ones in 16 bits."""
+    told: dict[str, list[str]] = {}
+    for row in figures["rows"]:
+        told.setdefault(row["model"], []).append(f"M = {row['tokens']} {row['matmul_us'] / row['us']:.2f}")
+    return "; ".join(f"{model}, times 16 bits: {', '.join(gains)}" for model, gains in told.items())
+
+
 def rates(figures: Row) -> str:
     """Instructions per clock and multiprocessor, and what the static model assumes."""
     found = {name: figures[name] for name in ("binary", "bf16") if name in figures}
@@ -95,6 +103,7 @@ def vllm(figures: Row) -> str:
 
 SUMMARIES: dict[str, Callable[[Row], str]] = {
     "fast": fast,
+    "experts": experts,
     "rates": rates,
     "model": model,
     "quantizer": quantizer,

@@ -5,9 +5,13 @@ from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation import BaseStreamer
+
+# cuDNN, which torch prefers on an H100 or B200, plans anew for every length, and each token makes a new one
+ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class _Count(BaseStreamer):
@@ -46,6 +50,7 @@ def write_on(
     parts, device = [], lm.device
     with (
         torch.random.fork_rng([device] if device.type == "cuda" else []),
+        sdpa_kernel(ATTENTION),
         tqdm(total=starts.shape[0] * length, desc="writing text", unit="token") as bar,
     ):
         torch.manual_seed(seed)
