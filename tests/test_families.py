@@ -162,6 +162,13 @@ def test_a_stopped_run_goes_on_to_the_same_tensors(tmp_path, text, arch, stops_a
     assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
 
 
+def test_blocks_that_share_keys_are_quantized_without_gradients(tmp_path, text, capsys):
+    source = str(model_folder(tmp_path / "model", "gemma4_text"))
+    report = bpdq_quantizer.quantize(source, tmp_path / "out", calibration=text, **QUICK | {"solver": "refined"})
+    assert report["options"]["output_tokens"] == 0
+    assert "Gemma4ForCausalLM share keys and values: --output-tokens is 0" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arch", "options", "message"),
     [

@@ -42,7 +42,9 @@ UNSEEN = ("output", "resume", "keep_statistics", "push_to_hub", "private", "forc
 def test_defaults_follow_the_options_they_depend_on():
     found = resolved(**GIVEN, solver="paper", tune="model", samples=9)
     assert (found.method.asymmetric, found.tuning.tune_steps, found.tuning.tune_samples) == (0.0, 200, 9)
-    assert found.schemes.coefficient_bits == 16
+    assert (found.schemes.coefficient_bits, found.method.output_tokens) == (16, 0)
+    assert resolved(**GIVEN).method.output_tokens > 0
+    assert resolved(**GIVEN, output_tokens=0).method.output_tokens == 0
     assert resolved(**GIVEN).method.asymmetric == 0.5
     assert resolved(**GIVEN).schemes.coefficient_bits == 8
 

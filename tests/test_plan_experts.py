@@ -82,7 +82,8 @@ def test_memory_to_quantize_holds_some_experts_matrices_and_a_layers_inputs():
     count = experts_at_once(mixture)
     stage = max(4 * 4 * (count * (k * k + n * k) + 3 * count * n * k) for n, k in mixture.stages)
     assert (1 << 30) < stage <= (2 << 30), "1 GiB of matrices and 1 GiB to refine them"
-    assert quantize_device_bytes(m) == 2 * 2 * block + stage + 2 * (1 << 30)
+    outputs = sum(n for n, _ in ATTENTION) + sum(n for n, _ in ATTENTION[:3])
+    assert quantize_device_bytes(m) == 2 * 2 * block + stage + 4 * 1024 * outputs + 2 * (1 << 30)
     assert quantize_device_bytes(m) > quantize_device_bytes(m._replace(blocks=[m.blocks[0]._replace(experts=())]))
     tables = 2 * VOCABULARY * HIDDEN
     hidden_states = 2 * tokens * HIDDEN

@@ -51,7 +51,16 @@ def files(folder):
 
 
 def small(text, **options):
-    return {"bits": 2, "group_size": 64, "calibration": text, "samples": 6, "seq_len": 32, "iterations": 3, **options}
+    return {
+        "bits": 2,
+        "group_size": 64,
+        "calibration": text,
+        "samples": 6,
+        "seq_len": 32,
+        "iterations": 3,
+        "output_tokens": 0,
+        **options,
+    }
 
 
 @pytest.fixture(scope="module")

@@ -58,6 +58,19 @@ def test_two_workers_give_the_tensors_of_one(pair, rows, bits, width, dtype):
     assert one.loss.sum().item() == pytest.approx(whole.loss.sum().item(), rel=1e-3)
 
 
+def test_two_workers_share_chunks_that_know_of_each_others_errors(pair):
+    W, H = layer(900)
+    generator = torch.Generator().manual_seed(1)
+    g = torch.randn(900, 8, generator=generator) @ torch.randn(8, 900, generator=generator)
+    covariances = [(part.T @ part / 900).add_(torch.eye(part.shape[1])) for part in g.split([400, 300, 200], 1)]
+    with workers.team("cpu") as alone:
+        one = alone(W, H, 2, 32, 8, covariances=covariances)
+    assert same(pair(W, H, 2, 32, 8, covariances=covariances), one)
+    whole = quantize_linear(W, H, 2, 32, 8, covariances=covariances)
+    assert one.loss.sum().item() == pytest.approx(whole.loss.sum().item(), rel=0.02)
+    assert not same(one, quantize_linear(W, H, 2, 32, 8))
+
+
 def test_a_stage_of_one_chunk_leaves_a_worker_idle(pair):
     W, H = layer(40)
     assert same(pair(W, H, 2, 32), quantize_linear(W, H, 2, 32))

@@ -10,7 +10,7 @@ triangular in the order in which rows are solved, the loss is a sum over blocks 
 so that E_b should come close to -R_bb^-T R_db^T E_d: `solver.one_pass` along the outputs, for whole rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,8 +19,9 @@ from torch import Tensor
 from bpdq_kernels.layout import coefficients
 from bpdq_quantizer.algorithm.hessian import upper_factor
 from bpdq_quantizer.algorithm.refine import dequantize_columns
-from bpdq_quantizer.algorithm.solver import Solution, Solve
+from bpdq_quantizer.algorithm.solution import Solution, joined_rows
 
+CHUNK = 1024  # rows, at most, that know of each other's errors
 ROWS = 64  # of each chunk that are solved together, as if independent
 DAMPING = 0.03  # of G, as a share of its mean diagonal
 
@@ -44,23 +45,29 @@ class Chunk(NamedTuple):
 
 
 def solve_in_turn(
-    solve: Solve, covariances: Sequence[Tensor], W: Tensor, H: Tensor, bits: int, group_size: int, coefficient_bits: int
+    solve: Callable[[Tensor], Solution], covariances: Sequence[Tensor], W: Tensor, group_size: int, apart: bool = False
 ) -> Solution:
     """Quantize W [N, K] by calls of `solve` for some rows of every chunk, as often as the longest chunk needs.
 
-    covariances: G [n, n] of each chunk of rows, N in all, fp32. loss and energy are those of the moved targets, under H
-    alone.
+    covariances: G [n, n] of each chunk of rows, N in all, fp32; apart: a call for each chunk's rows, so that what they
+    become does not depend on the others. loss and energy are those of the moved targets, under H alone.
     """
     chunks = chunks_of(covariances)
     errors, found, order = torch.zeros(W.shape, device=W.device), [], []
     for first in range(0, max(map(len, covariances)), ROWS):
-        rows = torch.cat([chunk.step(first) for chunk in chunks])
-        shifts = torch.cat([chunk.shift(first, errors) for chunk in chunks])
-        solution = solve(W[rows] + shifts, H, bits, group_size, coefficient_bits)
+        turn = [chunk for chunk in chunks if first < len(chunk.rows)]
+        moved = [W[chunk.step(first)] + chunk.shift(first, errors) for chunk in turn]
+        rows = torch.cat([chunk.step(first) for chunk in turn])
+        solution = joined_rows([solve(part) for part in (moved if apart else [torch.cat(moved)])])
         errors[rows] = W[rows] - approximation(solution, group_size)
         found.append(solution)
         order.append(rows)
-    return in_natural_order(found, torch.cat(order).argsort())
+    return in_order_of_rows(joined_rows(found), torch.cat(order).argsort())
+
+
+def steps(rows: int) -> int:
+    """Calls of `solve` for so many rows."""
+    return -(-min(rows, CHUNK) // ROWS)
 
 
 def chunks_of(covariances: Sequence[Tensor]) -> list[Chunk]:
@@ -79,9 +86,8 @@ def approximation(solution: Solution, group_size: int) -> Tensor:
     return dequantize_columns(solution.codes.T, c, group_size).T
 
 
-def in_natural_order(parts: Sequence[Solution], order: Tensor) -> Solution:
-    """Solutions of some rows each as one of all, whose rows are `order` [N] of them."""
-    codes, loss, energy = (torch.cat([getattr(p, name) for p in parts])[order] for name in ("codes", "loss", "energy"))
-    c = torch.cat([part.c for part in parts], -1)[..., order]
-    s = None if parts[0].s is None else torch.cat([part.s for part in parts], -1)[..., order]
-    return Solution(codes, c, loss, energy, max(part.damping for part in parts), s)
+def in_order_of_rows(solution: Solution, order: Tensor) -> Solution:
+    """A solution with its rows in this order [N]."""
+    s = solution.s if solution.s is None else solution.s[:, order]
+    codes, loss, energy = (part[order] for part in (solution.codes, solution.loss, solution.energy))
+    return Solution(codes, solution.c[..., order], loss, energy, solution.damping, s)

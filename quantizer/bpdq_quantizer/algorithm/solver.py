@@ -3,7 +3,7 @@
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,33 +11,18 @@ from torch import Tensor
 from bpdq_quantizer.algorithm.grid import Start, range_start, residual_start
 from bpdq_quantizer.algorithm.groups import quantize_group, takes_batches
 from bpdq_quantizer.algorithm.hessian import live_mean, upper_factor
+from bpdq_quantizer.algorithm.in_turn import solve_in_turn
 from bpdq_quantizer.algorithm.order import Order, group_aware_order, in_order
 from bpdq_quantizer.algorithm.refine import add_product, dequantize_columns, refine
 from bpdq_quantizer.algorithm.rounding import stored_coefficients
+from bpdq_quantizer.algorithm.solution import Solution, joined, joined_rows
 
 STARTS = (range_start, residual_start)
 
 
-class Solution(NamedTuple):
-    """Quantized rows. codes: uint8 [N, K], bit p is plane p; c: [ceil(K/G), k+1, N] in the stored dtype; loss, energy:
-    [N], diag of (W - W_hat) H (W - W_hat)^T and of W H W^T with the undamped H; damping: as used, a scalar in fp64 on
-    the CPU; s: the scales [k+1, N] bf16 of int8 c. Those of several matrices have an axis more in front, [E, ...]."""
-
-    codes: Tensor
-    c: Tensor
-    loss: Tensor
-    energy: Tensor
-    damping: Tensor
-    s: Tensor | None = None
-
-    def of(self, matrix: int) -> "Solution":
-        """One of several."""
-        return Solution(*(None if tensor is None else tensor[matrix] for tensor in self))
-
-
-# W [N, K] or [E, N, K], H [K, K] or [E, K, K], bits, group_size, coefficient_bits: `quantize_linear` with its options
-# decided, here or elsewhere (`run.workers`)
-Solve = Callable[[Tensor, Tensor, int, int, int], Solution]
+# W [N, K] or [E, N, K], H [K, K] or [E, K, K], bits, group_size, coefficient_bits, and `covariances` where outputs' are
+# known: `quantize_linear` with its other options decided, here or elsewhere (`run.workers`)
+Solve = Callable[..., Solution]
 
 
 def each_or_all(solve: Callable[..., Solution]) -> Callable[..., Solution]:
@@ -55,14 +40,32 @@ def each_or_all(solve: Callable[..., Solution]) -> Callable[..., Solution]:
     return solve_any
 
 
-def joined(parts: Sequence[Solution], join: Callable[[Sequence[Tensor]], Tensor]) -> Solution:
-    """Solutions of several matrices as one."""
-    return Solution(*(None if tensors[0] is None else join(tensors) for tensors in zip(*parts, strict=True)))
-
-
 @each_or_all
 def quantize_linear(
     W: Tensor,
+    H: Tensor,
+    bits: int,
+    group_size: int,
+    coefficient_bits: int = 16,
+    *,
+    covariances: Sequence[Tensor] = (),
+    rows: int | None = None,
+    **options: Any,
+) -> Solution:
+    """Quantize W [N, K] against the Hessian H [K, K] of its inputs (fp32, symmetric, not modified), or several such
+    matrices, W [E, N, K] with H [E, K, K]; options: of `row_solver`.
+
+    Rows are independent given H, so the rows of several Linears that read the same input may be stacked, unless
+    `covariances` of chunks of the outputs say what they do together (`solve_in_turn`). rows: that are solved at a time,
+    by default all; of `covariances` a chunk's.
+    """
+    solve = row_solver(H, bits, group_size, coefficient_bits, **options)
+    if covariances:
+        return solve_in_turn(solve, covariances, W, group_size, apart=rows is not None)
+    return joined_rows([solve(part) for part in W.split(rows or W.shape[-2], -2)])
+
+
+def row_solver(
     H: Tensor,
     bits: int,
     group_size: int,
@@ -74,38 +77,33 @@ def quantize_linear(
     damping: float = 0.01,
     starts: Sequence[Start] = STARTS,
     dtype: torch.dtype = torch.bfloat16,
-    rows: int | None = None,
-) -> Solution:
-    """Quantize W [N, K] against the Hessian H [K, K] of its inputs (fp32, symmetric, not modified), or several such
-    matrices, W [E, N, K] with H [E, K, K].
+) -> Callable[[Tensor], Solution]:
+    """What quantizes rows W [N, K] against H [K, K], or W [E, N, K] against H [E, K, K], which is factorized once.
 
-    Rows are independent given H, so the rows of several Linears that read the same input may be stacked.
-    `starts`: initial grids of a group, of which every row keeps the one with the best outcome; rows: that are solved at
-    a time, by default all. The paper's algorithm is `refinements` = 0, `damping` = 0.05, `starts` = (paper_start,);
-    more rounds go on with `algorithm.refine`. dtype: of coefficients in 16 bits. Those in 8 are first rounded in the
-    joint fit: rounded in the pass, they cost 0.3 (k = 2) to 1.3 % (k = 4) of the refined loss.
+    `starts`: initial grids of a group, of which every row keeps the one with the best outcome. The paper's algorithm is
+    `refinements` = 0, `damping` = 0.05, `starts` = (paper_start,); more rounds go on with `algorithm.refine`. dtype: of
+    coefficients in 16 bits. Those in 8 are first rounded in the joint fit: rounded in the pass, they cost 0.3 (k = 2)
+    to 1.3 % (k = 4) of the refined loss.
     """
     diagonal = H.diagonal(dim1=-2, dim2=-1)
     order = group_aware_order(diagonal, group_size)
     R, used = upper_factor(H, order.columns, damping)
-    chunks = W.split(rows or W.shape[-2], -2)
-    targets = (used_inputs(chunk, diagonal) for chunk in chunks)  # one at a time in memory
-    eight = coefficient_bits == 8
-    first, last = (torch.float32, torch.int8) if eight else (dtype, dtype)
-    found = [one_pass(target, R, order, bits, iterations, alpha, first, starts) for target in targets]
-    del R
     damped, d = H.clone(), used.to(diagonal) * live_mean(diagonal)
     damped.diagonal(dim1=-2, dim2=-1).add_(d.unsqueeze(-1))
-    energies = []
-    for i, chunk in enumerate(chunks):
-        target = used_inputs(chunk, diagonal)
+    eight = coefficient_bits == 8
+    first, last = (torch.float32, torch.int8) if eight else (dtype, dtype)
+
+    def solve(W: Tensor) -> Solution:
+        target = used_inputs(W, diagonal)
+        found = one_pass(target, R, order, bits, iterations, alpha, first, starts)
         HW = damped @ target
-        energies.append((HW * target).sum(-2) - d.unsqueeze(-1) * target.square().sum(-2))
-        codes, c, loss, s = refine(*found[i], target, HW, damped, group_size, refinements, alpha, last)
-        found[i] = codes, c, undamped(loss, d, target, codes, c, group_size), s
-    codes, c, loss, s = (torch.cat(parts, dim=-1) for parts in zip(*found, strict=True))
-    c = stored_coefficients(c, s.unsqueeze(-3) if eight else None, last)
-    return Solution(codes.mT.contiguous(), c, loss, torch.cat(energies, -1), used, s.bfloat16() if eight else None)
+        energy = (HW * target).sum(-2) - d.unsqueeze(-1) * target.square().sum(-2)
+        codes, c, loss, s = refine(*found, target, HW, damped, group_size, refinements, alpha, last)
+        loss = undamped(loss, d, target, codes, c, group_size)
+        c = stored_coefficients(c, s.unsqueeze(-3) if eight else None, last)
+        return Solution(codes.mT.contiguous(), c, loss, energy, used, s.bfloat16() if eight else None)
+
+    return solve
 
 
 def used_inputs(W: Tensor, diagonal: Tensor) -> Tensor:

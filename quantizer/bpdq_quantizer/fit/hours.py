@@ -12,6 +12,7 @@ from bpdq_kernels.compiled import instruction_set
 from bpdq_quantizer.algorithm.grid import BATCH
 from bpdq_quantizer.algorithm.groups import quantize_group, solve_jointly
 from bpdq_quantizer.algorithm.hessian import accumulate, factorize
+from bpdq_quantizer.algorithm.in_turn import CHUNK, steps
 from bpdq_quantizer.algorithm.refine import CHUNK_ELEMENTS, SWEEPS, descend, rows_at_once
 from bpdq_quantizer.algorithm.solver import STARTS
 
@@ -83,18 +84,20 @@ RTX_3090 = Card("RTX 3090", 936e9, 71e12, 35e12)
 
 class Block(NamedTuple):
     """A decoder block. stages: (outputs, inputs) of Linears that are solved together; hessians: inputs of each Hessian
-    that is taken."""
+    that is taken; in_turn: whether rows make good each other's errors."""
 
     stages: Sequence[tuple[int, int]]
     hessians: Sequence[int]
+    in_turn: bool = True
 
 
-def solver_work(n: int, k: int, bits: int, group_size: int) -> Work:
-    """Of `quantize_linear` with its defaults on [n, k]."""
+def solver_work(n: int, k: int, bits: int, group_size: int, in_turn: bool = False) -> Work:
+    """Of `quantize_linear` with its defaults on [n, k], and whether rows make good each other's errors."""
     size = min(group_size, k)
     unknowns = (bits + 1) * -(-k // group_size)
+    products = (3 + 2 * REFINEMENTS) * n * k * k  # H W, the pass' errors (half of H), the gradients
     return Work(
-        product=(3 + 2 * REFINEMENTS) * n * k * k,  # H W, the pass' errors (half of H), the gradients
+        product=products + in_turn * min(n, CHUNK) * n * k,
         factor=k**3 / 3,
         groups=n * k * (bits + 1) * size,
         tables=REFINEMENTS * n * k * k * bits,
@@ -107,7 +110,7 @@ def block_work(block: Block, bits: int, group_size: int, tokens: int, asymmetric
     """Of a decoder block: its stages, Hessians and forward passes, and the correction for shifted inputs."""
     work = Work(forward=PASSES * 2 * tokens * sum(n * k for n, k in block.stages))
     for n, k in block.stages:
-        work = work.plus(solver_work(n, k, bits, group_size))
+        work = work.plus(solver_work(n, k, bits, group_size, block.in_turn))
         if asymmetric:
             work = work.plus(Work(product=(2 + 2) * n * k * k))  # W C, two triangular systems
     for k in block.hessians:
@@ -131,11 +134,12 @@ def card_seconds(block: Block, bits: int, group_size: int, tokens: int, card: Ca
     flops += (loops + work.systems / 3 / 5) / (card.share * card.full)
     launches, moved = 0, 0.0
     for n, k in block.stages:
-        groups = -(-k // group_size)
+        groups, times = -(-k // group_size), steps(n) if block.in_turn else 1
         together = at_once if k % group_size == 0 else 1
         fitted = min(BATCH, max(1, CHUNK_ELEMENTS // max((groups * width) ** 2, k * width)))
-        chunks, fits = -(-n * together // rows_at_once(k, width)), -(-n * together // fitted)
-        shared = 8 + REFINEMENTS * ((8 * SWEEPS + 3) * chunks + (6 + 6 * width) * fits)
+        rows = -(-n * together // times)
+        chunks, fits = times * -(-rows // rows_at_once(k, width)), times * -(-rows // fitted)
+        shared = 8 * times + REFINEMENTS * ((8 * SWEEPS + 3) * chunks + (6 + 6 * width) * fits)
         launches += groups * shared / together
         # a matrix [k, n] in fp32 is read and written by each group's propagation, each sweep's, and X^T (H X)
         moved += 4.0 * n * k * groups * (1 + REFINEMENTS * (SWEEPS + width))

@@ -2,6 +2,7 @@
 
 from math import prod
 
+from bpdq_quantizer.algorithm.in_turn import CHUNK
 from bpdq_quantizer.algorithm.refine import CHUNK_ELEMENTS, matrices_at_once
 from bpdq_quantizer.fit.parts import Mixture, Model
 from bpdq_quantizer.model.activations import ACTIVATION_BYTES, windows_per_batch
@@ -16,7 +17,13 @@ def quantize_device_bytes(m: Model, gpu: bool = True) -> int:
     stages += [(n, k, experts_at_once(x)) for x in m.mixtures for n, k in x.stages]
     stage = max(stage_bytes(n, k, gpu, count) for n, k, count in stages)
     activations = ACTIVATION_BYTES * (2 if m.mixtures else 1)
-    return 2 * m.itemsize * sum(n * k for n, k in m.heaviest) + stage + activations
+    return 2 * m.itemsize * sum(n * k for n, k in m.heaviest) + stage + covariance_bytes(m) + activations
+
+
+def covariance_bytes(m: Model) -> int:
+    """Of a block's outputs, in chunks, and of one stage's factors."""
+    blocks = [(sum(n for n, _ in b.linears), max((n for n, _ in b.stages), default=0)) for b in m.blocks]
+    return 4 * CHUNK * max(outputs + widest for outputs, widest in blocks)
 
 
 def experts_at_once(x: Mixture) -> int:

@@ -51,12 +51,13 @@ ASSUMPTIONS = (
     f"on a GPU {hours.RTX_3090.name} by its data sheet: {hours.RTX_3090.half / 1e12:.0f} Tflop/s in 16 and "
     f"{hours.RTX_3090.full / 1e12:.0f} in 32 bits, of which the solver's own loops are assumed to reach "
     f"{hours.RTX_3090.share:.0%}, {hours.RTX_3090.bytes / 1e9:.0f} GB/s, {hours.RTX_3090.launch * 1e6:.0f} us a launch",
-    "neither time nor memory of a model that writes its own calibration text (--calibration self)",
+    "neither time nor memory of a model that writes its own calibration text (--calibration self), nor the time of "
+    "gradients (--output-tokens)",
     "memory to quantize, without Python's and torch's own: on the device a block twice, four fp32 matrices [K, K] and "
-    f"[N, K] of the largest stage, {4 * 4 * CHUNK_ELEMENTS / GIB:.0f} GiB to refine, {ACTIVATION_BYTES / GIB:.0f} GiB "
-    "of activations; on the host the embedding, the head, a block and, without --offload-dir, the hidden states of "
-    f"{CALIBRATION[0]} x {CALIBRATION[1]} calibration tokens twice, in page-locked batches, which torch rounds up to "
-    "powers of two; without a GPU the sum of device and host",
+    f"[N, K] of the largest stage, covariances of a block's outputs, {4 * 4 * CHUNK_ELEMENTS / GIB:.0f} GiB to refine, "
+    f"{ACTIVATION_BYTES / GIB:.0f} GiB of activations; on the host the embedding, the head, a block and, without "
+    f"--offload-dir, the hidden states of {CALIBRATION[0]} x {CALIBRATION[1]} calibration tokens twice, in page-locked "
+    "batches, which torch rounds up to powers of two; without a GPU the sum of device and host",
 )
 
 
@@ -275,7 +276,7 @@ def quantize_seconds(m: Model, scheme: Scheme, rates: hours.Rates) -> dict[str, 
         block = hours.Block(kind.stages, [k for _, k in kind.stages] + [hidden])  # attention's output has its own
         parts = [(1, block, tokens, 1)]
         for mixture in kind.experts:
-            expert = hours.Block(mixture.stages, [k for _, k in mixture.stages])
+            expert = hours.Block(mixture.stages, [k for _, k in mixture.stages], in_turn=False)
             inputs = tokens * mixture.chosen // mixture.count
             parts.append((mixture.count, expert, inputs, experts_at_once(mixture)))
         for times, part, inputs, at_once in parts:

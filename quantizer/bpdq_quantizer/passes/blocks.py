@@ -22,7 +22,6 @@ from bpdq_kernels.experts import Experts, Routed
 from bpdq_kernels.format import Scheme
 from bpdq_kernels.layout import Stored
 from bpdq_quantizer.algorithm.hessian import corrected
-from bpdq_quantizer.algorithm.in_turn import solve_in_turn
 from bpdq_quantizer.algorithm.solver import Solution, Solve
 from bpdq_quantizer.model.activations import (
     Original,
@@ -201,7 +200,7 @@ class StageSolver:
         problems.clear()
         del targets, hessians
         scheme = self.schemes[weights[0][0].name]
-        solve = partial(solve_in_turn, self.solve, covariances) if covariances else self.solve
+        solve = partial(self.solve, covariances=covariances) if covariances else self.solve
         solutions = solve_checked([stage[0].name for stage in weights], W, H, scheme, solve)
         seconds_per_row = (time.perf_counter() - started) / W.shape[:-1].numel()
         for stage, solution, count in zip(weights, solutions, tokens, strict=True):

@@ -19,12 +19,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 from tqdm import tqdm
 
+from bpdq_quantizer.algorithm.in_turn import CHUNK
 from bpdq_quantizer.model.stream import Streamed, solved
 from bpdq_quantizer.model.windows import Window
 from bpdq_quantizer.passes.gradients import all_states, backwards, loss_gradients
 from bpdq_quantizer.storage.files import read_sealed, write_tensors
-
-CHUNK = 1024  # outputs, at most, that know of each other's errors
 
 
 class Outputs(NamedTuple):
@@ -120,9 +119,10 @@ def measure_outputs(
 
 
 def save_outputs(file: Path, outputs: Mapping[str, Outputs]) -> None:
-    """Write what `load_outputs` reads."""
+    """Write what `load_outputs` reads, with covariances in bf16."""
     named = {f"{name}/lengths": found.lengths for name, found in outputs.items()}
-    named |= {f"{name}/{i:05}": G for name, found in outputs.items() for i, G in enumerate(found.covariances)}
+    for name, found in outputs.items():
+        named |= {f"{name}/{i:05}": G.bfloat16() for i, G in enumerate(found.covariances)}
     write_tensors(file, named, {})
 
 
@@ -130,7 +130,7 @@ def load_outputs(file: Path, device: torch.device) -> dict[str, Outputs]:
     """Those of a block's Linears, by name, on `device`; raises DamagedError."""
     named, found = read_sealed(file)[0], {}
     for name, keys in groupby(sorted(named), lambda key: key.rpartition("/")[0]):
-        *covariances, lengths = (named[key].to(device) for key in keys)
+        *covariances, lengths = (named[key].to(device, torch.float32) for key in keys)
         found[name] = Outputs(lengths, covariances)
     return found
 

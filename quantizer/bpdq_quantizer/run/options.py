@@ -18,6 +18,7 @@ SOLVERS = {  # options of `quantize_linear`
     "paper": {"refinements": 0, "alpha": 1e-4, "damping": 0.05, "starts": (paper_start,)},
 }
 ASYMMETRIC = {"refined": 0.5, "paper": 0.0}  # share of the shift of its inputs that a weight is corrected for
+OUTPUT_TOKENS = {"refined": 4096, "paper": 0}
 COEFFICIENT_BITS = {"refined": 8, "paper": 16}
 GROUP_SIZE = {8: 64, 16: 128}  # by coefficient_bits: as many bytes
 TUNE_STEPS = {"none": 0, "model": 200}
@@ -162,13 +163,14 @@ class Method:
         within=(0, 1),
         expected="0 (off) to 1",
     )
-    output_tokens: int = option(
-        0,
+    output_tokens: int | None = option(
+        None,
         "tokens for gradients, by which errors are weighed",
         "so many tokens of the calibration text, at least a window, are followed backwards through the 16-bit model: "
         "its gradients say which tokens count how much, and which outputs of a Linear make good each other's errors "
-        "(YAQA); 0 is off. All blocks' hidden states of these tokens are held in host memory, and `DIR.partial` has "
-        "4096 bytes for every output of a Linear",
+        "(YAQA); 0 is off, as it is for models whose blocks share keys and values (Gemma 3n and 4). All blocks' hidden "
+        "states of these tokens are held in host memory, and `DIR.partial` has 2048 bytes for every output of a Linear",
+        unset=f"{OUTPUT_TOKENS['refined']}; paper: {OUTPUT_TOKENS['paper']}",
         metavar="TOKENS",
         within=(0, 2**31 - 1),
         expected="0 (off) or more",
@@ -349,6 +351,8 @@ def resolved(**given: Any) -> Options:
         found["tune_steps"] = TUNE_STEPS[found["tune"]]
     if found["asymmetric"] is None:
         found["asymmetric"] = ASYMMETRIC[found["solver"]]
+    if found["output_tokens"] is None:
+        found["output_tokens"] = OUTPUT_TOKENS[found["solver"]]
     if found["coefficient_bits"] is None:
         found["coefficient_bits"] = COEFFICIENT_BITS[found["solver"]]
     if found["group_size"] is None:

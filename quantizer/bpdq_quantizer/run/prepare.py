@@ -1,6 +1,8 @@
 """The first page of the recipe: open the model and the text, and refuse what can't be done before any of it is."""
 
+import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import prod
 from typing import Any, NamedTuple
 
@@ -30,7 +32,7 @@ from bpdq_quantizer.passes.embeddings import embedding_schemes
 from bpdq_quantizer.passes.rotate import rotated
 from bpdq_quantizer.passes.sensitivity import choices
 from bpdq_quantizer.run.identity import identity
-from bpdq_quantizer.run.options import SOLVERS, Options, Schemes
+from bpdq_quantizer.run.options import OUTPUT_TOKENS, SOLVERS, Options, Schemes
 from bpdq_quantizer.run.own_text import own_windows, writer_of
 from bpdq_quantizer.run.recover import recover
 from bpdq_quantizer.run.run_folder import RunFolder, begin
@@ -84,16 +86,8 @@ def prepare(o: Options, folder: RunFolder, kept: list[Window] | None = None) -> 
     source = leave_alone(open_model(model), o.schemes.ignore or [])
     check_tokens(source.model, [*found, *spare], o.text.calibration)
     source = check_blocks(source, found)
-    asked = {
-        "--target-bpw / --target-size": o.schemes.target_bpw or o.schemes.target_size,
-        "--output-tokens": o.method.output_tokens,
-    }
-    followed = [option for option, given in asked.items() if given]
-    if source.carries and followed:
-        raise InputError(
-            f"{followed[0]}: blocks of {type(source.model).__name__} share keys and values, through "
-            "which gradients are not followed: leave it out"
-        )
+    if source.carries:
+        o = without_gradients(o, type(source.model).__name__)
     heads = find_heads(model, source.model, source.quantized)
     if o.method.rotate == "hadamard":
         source = rotated(source, o.method.seed)
@@ -120,6 +114,23 @@ def prepare(o: Options, folder: RunFolder, kept: list[Window] | None = None) -> 
     held_out = all_tokens(spare) if spare else None
     windows = Windows(found[: o.text.samples], tuning, held_out, names, cost)
     return Run(o, source, before, windows, embeddings, budget, device, folder, heads)
+
+
+def without_gradients(o: Options, model: str) -> Options:
+    """o for a model whose blocks share keys and values; raises InputError if it asks for gradients."""
+    asked = {
+        "--target-bpw / --target-size": o.schemes.target_bpw or o.schemes.target_size,
+        "--output-tokens": o.method.output_tokens not in OUTPUT_TOKENS.values(),
+    }
+    for option, given in asked.items():
+        if given:
+            raise InputError(
+                f"{option}: blocks of {model} share keys and values, through which gradients are not followed: leave "
+                "it out"
+            )
+    if o.method.output_tokens:
+        tqdm.write(f"blocks of {model} share keys and values: --output-tokens is 0", file=sys.stderr)
+    return replace(o, method=replace(o.method, output_tokens=0))
 
 
 def _read(

@@ -1,9 +1,9 @@
 """The rows of a stage, an embedding or an LM head, solved by several workers (`--devices`), on one machine or more.
 
-Rows are independent given H, and so are the matrices of several experts, each with its H. Rank 0 runs the pipeline; for
-every stage it sends each worker H and its share of the rows, or its share of the matrices, solves its own, and collects
-codes and coefficients: two messages with each worker (`run.links`), for which a scheduler like Ray would have nothing
-to schedule.
+Rows are independent given H, or, where covariances of outputs are known, chunks of them are, and so are the matrices of
+several experts, each with its H. Rank 0 runs the pipeline; for every stage it sends each worker H and its share of the
+rows (with their covariances), or its share of the matrices, solves its own, and collects codes and coefficients: two
+messages with each worker (`run.links`), for which a scheduler like Ray would have nothing to schedule.
 
     rank 0      job, H, rows -> each       solves its share       <- damping or error, codes, c, loss, energy
     a worker    waits for a job            solves its share       -> damping or error, codes, c, loss, energy
@@ -14,9 +14,9 @@ random one in torchrun's store, which whoever reaches that store can read. A mes
 it. Nothing is encrypted.
 
 BLAS rounds a column differently in a matrix of another width. On CPUs shares are therefore whole chunks of ROWS rows,
-which are solved one by one whoever does it, so that results do not depend on the number of workers, one included. On
-CUDA, where a step takes as long for a few rows as for many, a share is solved at once, and results with another number
-of workers differ by rounding. Workers use as many CPU threads as rank 0.
+or those of the covariances, which are solved one by one whoever does it, so that results do not depend on the number of
+workers, one included. On CUDA, where a step takes as long for a few rows as for many, a share is solved at once, and
+results with another number of workers differ by rounding. Workers use as many CPU threads as rank 0.
 """
 
 import json
@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from datetime import timedelta
 from functools import partial
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any
 
 import torch
@@ -38,7 +38,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bpdq_quantizer.algorithm.grid import Start, paper_start, range_start, residual_start
-from bpdq_quantizer.algorithm.solver import STARTS, Solution, joined, quantize_linear
+from bpdq_quantizer.algorithm.solution import Solution, joined, joined_rows
+from bpdq_quantizer.algorithm.solver import STARTS, quantize_linear
 from bpdq_quantizer.errors import InputError, WorkerError
 from bpdq_quantizer.run.links import DTYPES, authenticate, receive, send
 
@@ -237,21 +238,29 @@ def _solve_together(
     group_size: int,
     coefficient_bits: int = 16,
     *,
+    covariances: Sequence[Tensor] = (),
     starts: Sequence[Start] = STARTS,
     dtype: torch.dtype = torch.bfloat16,
     **options: Any,
 ) -> Solution:
     unit = _unit(W.device)
     options |= {"bits": bits, "group_size": group_size, "coefficient_bits": coefficient_bits, "rows": unit}
-    batch = W.ndim == 3
-    counts = shares_of(len(W), len(links) + 1, 1 if batch else unit or 1)
-    jobs = [*zip(W.split(counts), H.split(counts) if batch else [H] * len(counts), strict=True)]
+    batch, members = W.ndim == 3, len(links) + 1
+    if covariances:
+        shares = [*_split(covariances, shares_of(len(covariances), members, 1))]
+        counts = [sum(map(len, share)) for share in shares]
+    else:
+        shares = [[]] * members
+        counts = shares_of(len(W), members, 1 if batch else unit or 1)
+    hessians = H.split(counts) if batch else [H] * members
+    jobs = [(w, h, *share) for w, h, share in zip(W.split(counts), hessians, shares, strict=True)]
     busy = [(number, link) for number, link in enumerate(links, 1) if counts[number]]
     job = {"threads": torch.get_num_threads(), "starts": [start.__name__ for start in starts], "dtype": str(dtype)}
     with _connected(children):
         for number, link in busy:
             send(link, job | {"options": options}, *jobs[number])
-    parts = [quantize_linear(*jobs[0], starts=starts, dtype=dtype, **options)]
+    w, h, *share = jobs[0]
+    parts = [quantize_linear(w, h, covariances=share, starts=starts, dtype=dtype, **options)]
     with _connected(children):
         replies = [(number, *receive(link)) for number, link in busy]
     for number, reply, tensors in replies:
@@ -259,19 +268,13 @@ def _solve_together(
             raise WorkerError(f"worker {number} of --devices: {reply['error']}")
         codes, c, loss, energy, *s = (tensor.to(W.device) for tensor in tensors)
         parts.append(Solution(codes, c, loss, energy, torch.tensor(reply["damping"], dtype=torch.float64), *s))
-    return joined(parts, torch.cat) if batch else _joined_rows(parts)
+    return joined(parts, torch.cat) if batch else joined_rows(parts)
 
 
-def _joined_rows(parts: list[Solution]) -> Solution:
-    """Solutions of rows of one matrix as that of all."""
-    return Solution(
-        codes=torch.cat([part.codes for part in parts]),
-        c=torch.cat([part.c for part in parts], dim=2),
-        loss=torch.cat([part.loss for part in parts]),
-        energy=torch.cat([part.energy for part in parts]),
-        damping=parts[0].damping,
-        s=None if parts[0].s is None else torch.cat([part.s for part in parts], dim=1),
-    )
+def _split(items: Sequence[Tensor], counts: Sequence[int]) -> Iterator[Sequence[Tensor]]:
+    """So many of them in turn."""
+    rest = iter(items)
+    return ([*islice(rest, count)] for count in counts)
 
 
 @contextmanager
@@ -308,9 +311,9 @@ def _solved(
 ) -> tuple[dict[str, Any], list[Tensor]]:
     torch.set_num_threads(job["threads"])
     try:
-        W, H = (tensor.to(device) for tensor in tensors)
+        W, H, *covariances = (tensor.to(device) for tensor in tensors)
         starts, dtype = [NAMED_STARTS[name] for name in job["starts"]], DTYPES[job["dtype"]]
-        solution = quantize_linear(W, H, starts=starts, dtype=dtype, **job["options"])
+        solution = quantize_linear(W, H, covariances=covariances, starts=starts, dtype=dtype, **job["options"])
     except Exception as e:  # whatever it is, rank 0 must learn of it
         return {"error": f"{type(e).__name__}: {e}"}, []
     tensors = [solution.codes, solution.c, solution.loss, solution.energy]
