@@ -18,10 +18,11 @@ from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model import activations
 from bpdq_quantizer.model.activations import embed, run_batches
 from bpdq_quantizer.model.calls import block_runs, head_inputs, trunk
-from bpdq_quantizer.model.stream import load_block, open_model
+from bpdq_quantizer.model.stream import load_block, open_model, solved
 from bpdq_quantizer.model.support import check_blocks
 from bpdq_quantizer.model.weights import weights_in
 from bpdq_quantizer.model.windows import text_windows
+from bpdq_quantizer.passes.outputs import measure_outputs
 from tiny import load_tensors
 
 QUICK = {"bits": 3, "group_size": 32, "samples": 3, "seq_len": 32, "iterations": 1, "solver": "paper"}
@@ -160,6 +161,19 @@ def test_a_stopped_run_goes_on_to_the_same_tensors(tmp_path, text, arch, stops_a
     expected, found = load_tensors(tmp_path / "whole"), load_tensors(tmp_path / "out")
     assert expected.keys() == found.keys()
     assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("arch", EVERY)
+def test_gradients_are_known_at_the_outputs_of_all_but_experts(tmp_path, arch):
+    source = open_model(str(model_folder(tmp_path / "model", arch)))
+    windows = text_windows(torch.arange(60).view(3, 20) * 7 % 380)
+    source, found = check_blocks(source, windows), {}
+    if not source.carries:
+        measure_outputs(source, windows, torch.device("cpu"), 0, lambda _, part: found.update(part))
+        assert found.keys() == {name for name, weight in solved(source).items() if weight.layer is None}
+    for known in found.values():
+        assert known.lengths.any()
+        assert all(torch.isfinite(G).all() for G in known.covariances)
 
 
 def test_blocks_that_share_keys_are_quantized_without_gradients(tmp_path, text, capsys):

@@ -1,12 +1,14 @@
 """Errors weighed by what they do to the model's loss: gradients of the 16-bit model, and rows solved in turn."""
 
 import functools
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -259,3 +261,20 @@ def test_bits_are_allocated_by_what_outputs_cost(model: Path, tmp_path: Path, mo
     ]
     for one, two in zip(*by_factor, strict=True):
         assert two.costs == {scheme: pytest.approx(2 * cost) for scheme, cost in one.costs.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("model.layers.1.self_attn.k_proj.weight", "model.layers.1.self_attn.k_proj.weight holds NaN"),
+        ("model.layers.1.input_layernorm.weight", "the 16-bit model computes NaN or infinity in its block"),
+        ("model.norm.weight", r"gradients at its outputs hold NaN or infinity: .*--output-tokens 0"),
+    ],
+)
+def test_a_damaged_model_is_told_of_before_its_gradients_are_used(model: Path, tmp_path: Path, name: str, said: str):
+    shutil.copytree(model, tmp_path / "model")
+    tensors = load_tensors(model)
+    tensors[name][3] = torch.nan
+    save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=said):
+        measured(tmp_path / "model", torch.randint(0, 384, (2, 16)))

@@ -10,8 +10,8 @@ from vllm.config import DeviceConfig, ModelConfig, VllmConfig, set_current_vllm_
 from vllm.config.load import LoadConfig
 from vllm.model_executor.layers.linear import ReplicatedLinear
 
-import benchmarks.gpu_vllm
 import vllm_bpdq
+from benchmarks import vllm_models
 from bpdq_kernels.errors import InputError
 from bpdq_kernels.folder import read_folder
 from mutant_files import split
@@ -92,10 +92,11 @@ def test_files_of_the_hub_are_found_in_its_cache(folders, tmp_path, monkeypatch)
     assert read_folder(found).keys() == read_folder(folders["sound"]).keys()
 
 
-def test_the_checkpoint_of_the_gpu_check_is_whole(tmp_path):
-    folder = tmp_path / "tiny"
+@pytest.mark.parametrize("name", vllm_models.TINY)
+def test_the_checkpoint_of_the_gpu_check_is_whole(tmp_path, name):
+    folder = tmp_path / name
     vllm_bpdq.register()
-    benchmarks.gpu_vllm.write_tiny_checkpoint(folder)
+    vllm_models.write_tiny_checkpoint(folder, name)
     config = ModelConfig(model=str(folder), skip_tokenizer_init=True).hf_config
     check_folder(folder, config, BPDQConfig.from_config(config.quantization_config).format)
 

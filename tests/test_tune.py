@@ -191,7 +191,7 @@ def test_an_epoch_visits_every_window_once():
 def quick(folder, **options):
     text = str(folder / "text.txt")
     solving = {"bits": 2, "group_size": 64, "calibration": text, "samples": 6, "seq_len": 32, "iterations": 2}
-    return {**solving, "tune": "model", "tune_steps": 20, **options}
+    return {**solving, "output_tokens": 0, "tune": "model", "tune_steps": 20, **options}
 
 
 def stop_after(saves, monkeypatch):

@@ -7,12 +7,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import nll_loss, pad
 
+from bpdq_kernels.format import is_finite
+from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.activations import embed, run_batches
 from bpdq_quantizer.model.calls import block_inputs, block_runs, head_inputs
 from bpdq_quantizer.model.products import quick_products
 from bpdq_quantizer.model.stream import Streamed, drop_block, load_block, solved
 from bpdq_quantizer.model.weights import hooked
 from bpdq_quantizer.model.windows import Window, image_token
+from bpdq_quantizer.passes.layers import check_finite
 from bpdq_quantizer.passes.tune import LOSS_ELEMENTS, log_probabilities, softcap
 from bpdq_quantizer.storage.offload import Batches
 
@@ -29,14 +32,25 @@ def first_windows(batches: Batches, count: int) -> list[Tensor]:
 
 @torch.no_grad()
 def all_states(source: Streamed, windows: Sequence[Window], device: torch.device) -> Iterator[list[Tensor]]:
-    """The 16-bit model's states in front of every block and after the last, [1, L, D] of each window, on the CPU."""
+    """The 16-bit model's states in front of every block and after the last, [1, L, D] of each window, on the CPU.
+
+    Raises InputError where they hold NaN or infinity, with the weight that does.
+    """
     batches, calls = embed(source, windows, device, None)
     yield first_windows(batches, len(windows))
     for index, here in enumerate(calls):
         block = load_block(source, index, device)
         run_batches(block_runs(block, here, device, len(batches)), batches)
+        states = first_windows(batches, len(windows))
+        if not all(map(is_finite, states)):
+            weights = {f"{name}.weight": weight.matrix for name, weight in solved(source, index).items()}
+            check_finite(weights)
+            raise InputError(
+                f"{next(iter(weights)).removesuffix('.weight')}: the 16-bit model computes NaN or infinity in its "
+                "block: check the model and its dtype"
+            )
         drop_block(block)
-        yield first_windows(batches, len(windows))
+        yield states
 
 
 def backwards(

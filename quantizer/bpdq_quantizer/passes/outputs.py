@@ -19,7 +19,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 from tqdm import tqdm
 
+from bpdq_kernels.format import is_finite
 from bpdq_quantizer.algorithm.in_turn import CHUNK
+from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.stream import Streamed, solved
 from bpdq_quantizer.model.windows import Window
 from bpdq_quantizer.passes.gradients import all_states, backwards, loss_gradients
@@ -92,7 +94,7 @@ def measure_outputs(
     """Give `write` the `Outputs` of every block's Linears, by name, from the last block to the first.
 
     Experts have none: each sees tokens of its own. The hidden states in front of all blocks are held in host memory:
-    2 bytes x tokens x width x blocks.
+    2 bytes x tokens x width x blocks. Raises InputError for NaN and infinity.
     """
     count = len(source.blocks)
     with tqdm(total=2 * count, desc="measuring outputs", unit="block") as bar:
@@ -112,10 +114,22 @@ def measure_outputs(
                 sums[name].add(gradient)
 
         for index in backwards(source, windows, states, gradients, device, see):
-            write(index, {name: found.read() for name, found in sums.items()})
+            found = {name: known.read() for name, known in sums.items()}
+            check_gradients(found)
+            write(index, found)
             sums.clear()
             states.pop()
             bar.update()
+
+
+def check_gradients(found: Mapping[str, Outputs]) -> None:
+    """Raise InputError for gradients that hold NaN or infinity."""
+    for name, known in found.items():
+        if not is_finite(known.lengths):
+            raise InputError(
+                f"{name}: gradients at its outputs hold NaN or infinity: convert the model to bfloat16 first, or leave "
+                "them out: --output-tokens 0"
+            )
 
 
 def save_outputs(file: Path, outputs: Mapping[str, Outputs]) -> None:
