@@ -47,10 +47,10 @@ TINY = {
 }
 FORMULA = (
     "hours = blocks x (calibration + sum over stages of the measured seconds, or else factor(K) + ceil(K / G) x "
-    "group(N) + ceil(N / rows) x refine(K)) / 3600; factor(K): the Cholesky factors of H; group(N): the paper's pass "
-    "over one group of N rows; refine(K): the refinement of `rows` rows, as many as are refined at once, "
-    f"in proportion to K where K > {REFINED_INPUTS}; calibration: "
-    f"{CALIBRATION_TOKENS} tokens x the seconds per token of H and of the cross term, summed over K"
+    "turns(N) x group(N) + ceil(N / rows) x refine(K)) / 3600; factor(K): the Cholesky factor of H; turns(N): in which "
+    "N rows are solved; group(N): the paper's pass over a group of a turn's rows; refine(K): the refinement of `rows` "
+    f"rows, as many as are refined at once, in proportion to K where K > {REFINED_INPUTS}; calibration: "
+    f"{CALIBRATION_TOKENS} tokens x the seconds per token of H and of the cross term, summed over K; without gradients"
 )
 
 
@@ -76,7 +76,7 @@ def agreement(name: str, device: str, folder: Path) -> Row:
     """A narrow model quantized on the CPU and on `device`."""
     model = write_model(folder / name, name, "cpu")
     options = {"bits": SCHEME.bits, "group_size": SCHEME.group_size, "samples": 8, "seq_len": 512}
-    options["calibration"] = TEXT
+    options |= {"calibration": TEXT, "output_tokens": 0}  # gradients' labels are drawn
     seconds, reports = {}, []
     for number, where in enumerate(("cpu", device)):
         started = time.perf_counter()

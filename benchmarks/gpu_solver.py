@@ -1,7 +1,8 @@
 """The solver's pieces timed on a device, and what a stage of any size should take by them.
 
-A stage [N, K] factorizes its Hessian once, passes over ceil(K / G) groups of all N rows, and refines the rows in chunks
-of `refine.rows_at_once`. A group takes a few launches (`triton_solver`), a chunk some for each of its groups.
+A stage [N, K] factorizes its Hessian once. Its rows take up to sixteen turns (`in_turn.steps`), each a pass over ceil(K
+/ G) groups, and are refined in chunks of `refine.rows_at_once`. A group takes a few launches (`triton_solver`), a chunk
+some for each of its groups.
 """
 
 import time
@@ -18,6 +19,7 @@ from benchmarks.shapes import Model
 from bpdq_kernels.format import Scheme
 from bpdq_quantizer.algorithm.groups import descend_group, quantize_group
 from bpdq_quantizer.algorithm.hessian import accumulate, accumulate_shift, inverse_factor, symmetrize, upper_factor
+from bpdq_quantizer.algorithm.in_turn import CHUNK, steps
 from bpdq_quantizer.algorithm.refine import refine, rows_at_once
 from bpdq_quantizer.algorithm.solver import STARTS, quantize_linear
 from bpdq_quantizer.fit.memory import stage_bytes
@@ -45,7 +47,7 @@ class Pieces(NamedTuple):
 def stage_seconds(n: int, k: int, pieces: Pieces) -> float:
     """What the pieces say of a stage with weights [n, k]."""
     groups, chunks = -(-k // SCHEME.group_size), -(-n // rows_at_once(k, WIDTH))
-    return pieces.factor[k] + groups * pieces.group[n] + chunks * pieces.refine[k]
+    return pieces.factor[k] + groups * steps(n) * pieces.group[n] + chunks * pieces.refine[k]
 
 
 def random_inputs(tokens: int, k: int, random: torch.Generator) -> Tensor:
@@ -106,13 +108,13 @@ def measure_pieces(models: dict[str, Model], device: str) -> tuple[Pieces, Row]:
             pieces.refine[k] = pieces.refine[widest] * k / widest
         del H
     for n in sorted({layer.out_features for layer in layers}):
-        pieces.group[n] = timed(partial(launch_group, block, n, device))
+        pieces.group[n] = timed(partial(launch_group, block, -(-n // steps(n)), device))
     report = {
         "factor_s_by_inputs": pieces.factor,
         "refine_s_by_inputs": pieces.refine,
         "refined_rows_at_once_by_inputs": {k: rows_at_once(k, WIDTH) for k in inputs},
         "calibration_s_per_token_by_inputs": pieces.token,
-        "group_s_by_rows": pieces.group,
+        "group_s_of_a_turn_by_rows": pieces.group,
     }
     return pieces, report
 
@@ -149,11 +151,21 @@ def measure_stage(n: int, k: int, device: str) -> Row:
         torch.cuda.reset_peak_memory_stats()
     solve = {"iterations": ITERATIONS, **SOLVER}
     row: Row = {"shape": (n, k)}
+    solve["covariances"] = random_covariances(n, device)
     row["seconds"] = timed(lambda: quantize_linear(W, H, *vars(SCHEME).values(), **solve))
     row["planned_bytes"] = stage_bytes(n, k)
     if device == "cuda":
         row["peak_bytes"] = torch.cuda.max_memory_allocated()
     return row
+
+
+def random_covariances(n: int, device: str) -> list[Tensor]:
+    """G of n outputs, in chunks, with some directions in common."""
+    found = []
+    for part in torch.arange(n).tensor_split(-(-n // CHUNK)):
+        g = torch.randn(DIRECTIONS, len(part), device=device, generator=generator(device, 4))
+        found.append((g.T @ g / DIRECTIONS).add_(torch.eye(len(part), device=device)))
+    return found
 
 
 def launches(device: str) -> dict[str, int]:

@@ -162,7 +162,7 @@ PIECES = gpu_solver.Pieces(
 def test_a_stage_is_its_factors_groups_and_refined_chunks(monkeypatch):
     assert gpu_solver.stage_seconds(10, 256, PIECES) == pytest.approx(1 + 2 * 0.5 + 1 * 0.1)
     monkeypatch.setattr("bpdq_quantizer.algorithm.refine.CHUNK_ELEMENTS", 300 * 3 * 40)  # 40 rows at once
-    assert gpu_solver.stage_seconds(99, 300, PIECES) == pytest.approx(2 + 3 * 0.7 + 3 * 0.2)
+    assert gpu_solver.stage_seconds(99, 300, PIECES) == pytest.approx(2 + 3 * 2 * 0.7 + 3 * 0.2)  # 64 rows, and 35
 
 
 MODEL = Model(5, (Layer("qkv", 10, 256), Layer("down", 99, 300)), Layer("head", 1, 1))
@@ -172,14 +172,14 @@ def test_hours_prefer_what_was_measured_and_say_which():
     found = gpu_quantize.model_hours(MODEL, PIECES, {(10, 256): 7.0})
     assert found["stages"]["qkv"] == {"shape": (10, 256), "seconds": 7.0, "source": "measured"}
     assert found["stages"]["down"]["source"] == "extrapolated"
-    assert found["stages"]["down"]["seconds"] == pytest.approx(2 + 3 * 0.7 + 0.2)
+    assert found["stages"]["down"]["seconds"] == pytest.approx(2 + 3 * 2 * 0.7 + 0.2)
     calibration = 128 * 2048 * 3e-5
     assert found["calibration_seconds_per_block"] == pytest.approx(calibration)
-    assert found["hours"] == pytest.approx(5 * (calibration + 7.0 + 4.3) / 3600)
+    assert found["hours"] == pytest.approx(5 * (calibration + 7.0 + 6.4) / 3600)
 
 
 def test_stages_are_measured_from_short_to_long_while_they_fit():
-    left = iter([100.0, 4.3])
+    left = iter([100.0, 6.4])
     assert list(gpu_quantize.affordable_stages({"m": MODEL}, PIECES, lambda: next(left))) == [(10, 256)]
     left = iter([100.0, 100.0])
     assert list(gpu_quantize.affordable_stages({"m": MODEL}, PIECES, lambda: next(left))) == [(10, 256), (99, 300)]
