@@ -69,6 +69,7 @@ def parts(cores: int) -> list[Part]:
     module = (sys.executable, "-u", "-m")
     spread = ("-n", str(max(1, min(14, cores - 2)))) if find_spec("xdist") else ()
     tests = [f"tests/{name}.py" for name in KERNEL_TESTS]
+    vllm = (*module, "benchmarks.gpu_vllm", "--modes", "graphs")
     pytest = (*module, "pytest", "-q", "-p", "no:cacheprovider", "--tb=line", "-W", "ignore")
     return [
         Part("correct", 180, (*pytest, "-m", "gpu and not slow", *spread, *tests), figures=False),
@@ -82,7 +83,8 @@ def parts(cores: int) -> list[Part]:
         Part("model", 70, (*module, "benchmarks.gpu_model", "--json")),
         Part("quantizer", 80, (*module, "benchmarks.gpu_quantize", "--seconds", "60", "--json")),
         Part("sanitizer", 60, (*module, "benchmarks.gpu_sanitize", "--json")),
-        Part("vllm", 200, (*module, "benchmarks.gpu_vllm", "--modes", "graphs", "--seconds", "195", "--json")),
+        Part("vllm-experts", 150, (*vllm, "--experts", "--seconds", "145", "--json")),
+        Part("vllm", 200, (*vllm, "--seconds", "195", "--json")),
     ]
 
 
@@ -220,7 +222,7 @@ def main(argv: list[str] | None = None) -> int:
     chosen = sorted((part for part in everything if part.name in args.parts), key=lambda p: args.parts.index(p.name))
     if args.dry_run:
         for part in chosen:
-            print(f"{part.name:10} {part.seconds:4} s at most: python {' '.join(part.command[2:])}")
+            print(f"{part.name:12} {part.seconds:4} s at most: python {' '.join(part.command[2:])}")
         return 0
     import torch
 

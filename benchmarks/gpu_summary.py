@@ -108,6 +108,7 @@ SUMMARIES: dict[str, Callable[[Row], str]] = {
     "model": model,
     "quantizer": quantizer,
     "vllm": vllm,
+    "vllm-experts": vllm,
 }
 
 

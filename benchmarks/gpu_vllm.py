@@ -2,10 +2,10 @@
 
     python -m benchmarks.gpu_vllm --json vllm.json
 
-Tiny random checkpoints, one of them with experts, must give the tokens of transformers. Engines with random weights of
-Qwen2.5-7B's shapes, in bf16 and in bit-planes, generate at several batch sizes: compiled and with CUDA graphs where
-that runs, else with CUDA graphs alone, else eager. Each engine is a process of its own. The figures are written after
-each of them.
+A tiny random checkpoint must give the tokens of transformers; with --experts one with experts, in the first mode alone.
+Engines with random weights of Qwen2.5-7B's shapes, in bf16 and in bit-planes, generate at several batch sizes: compiled
+and with CUDA graphs where that runs, else with CUDA graphs alone, else eager. Each engine is a process of its own. The
+figures are written after each of them.
 """
 
 import argparse
@@ -69,6 +69,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="(%(default)s)")
     parser.add_argument("--tiny", action="store_true", help="time the tiny model, to try this out")
+    parser.add_argument("--experts", action="store_true", help="check a tiny checkpoint with experts, time nothing")
     parser.add_argument("--modes", default=",".join(MODES), metavar="LIST", help="the first that runs (%(default)s)")
     parser.add_argument("--batches", default="1,8,32", metavar="LIST", help="sequences at once (%(default)s)")
     parser.add_argument("--seconds", type=float, default=280, metavar="S", help="for everything (%(default)s)")
@@ -102,12 +103,14 @@ def machine(device: str) -> Figures:
 def steps(args: argparse.Namespace, folder: Path, figures: Figures, deadline: float) -> Iterator[str]:
     """Every engine in turn, its figures added to `figures`; yields a line about each."""
     problems = figures["problems"]
-    for name in TINY:
-        write_tiny_checkpoint(folder / name, name)
+    model = folder / ("tiny experts" if args.experts else "tiny")
+    write_tiny_checkpoint(model, model.name)
     figures["tokens"], figures["not_run"], figures["runs"] = {}, {}, []
+    if args.experts:
+        yield compare(args, model, args.modes[0], figures, deadline)
+        return
     if "eager" in args.modes:
-        for name in TINY:
-            yield compare(args, folder / name, "eager", figures, deadline)
+        yield compare(args, model, "eager", figures, deadline)
     config = TINY["tiny"] if args.tiny else QWEN2_5_7B
     for mode in args.modes:
         figures["runs"] = []
@@ -133,8 +136,8 @@ def steps(args: argparse.Namespace, folder: Path, figures: Figures, deadline: fl
             figures["runs"] += [same | row for row in done["runs"]]
             yield f"{mode}, {weights}: done"
         else:
-            for name in TINY if mode != "eager" else ():
-                yield compare(args, folder / name, mode, figures, deadline)
+            if mode != "eager":
+                yield compare(args, model, mode, figures, deadline)
             return
     problems.append("no mode ran with both kinds of weights")
     yield problems[-1]

@@ -16,7 +16,7 @@ RIGHT = {"start_s": 1.0, "tokens": 96, "equal": 95, "worst": 0.03}
 def check(monkeypatch, tmp_path):
     """`check(answers)` runs the check with engines that give `answers(mode, weights)`: (status, figures written)."""
 
-    def run_with(answers):
+    def run_with(answers, *options):
         def run(task, arguments, device, deadline):
             compiled = arguments.get("compilation_config", {})
             mode = "eager" if "enforce_eager" in arguments else "graphs" if "mode" in compiled else "compiled"
@@ -27,7 +27,7 @@ def check(monkeypatch, tmp_path):
             return answer or {"tiny": RIGHT, "bf16": SPEED, "bpdq": FAST}[weights]
 
         monkeypatch.setattr(gpu_vllm, "run", run)
-        status = gpu_vllm.main(["--device", "cpu", "--json", str(tmp_path / "figures.json")])
+        status = gpu_vllm.main(["--device", "cpu", "--json", str(tmp_path / "figures.json"), *options])
         return status, json.loads((tmp_path / "figures.json").read_text())
 
     return run_with
@@ -37,8 +37,18 @@ def test_the_first_mode_that_runs_is_timed_and_its_tokens_are_checked_too(check,
     status, figures = check(lambda mode, weights: None)
     assert status == 0
     assert [(run["weights"], run["mode"]) for run in figures["runs"]] == [("bf16", "compiled"), ("bpdq", "compiled")]
-    assert list(figures["tokens"]) == ["eager, tiny", "eager, tiny experts", "compiled, tiny", "compiled, tiny experts"]
+    assert list(figures["tokens"]) == ["eager, tiny", "compiled, tiny"]
     assert capsys.readouterr().out.splitlines()[-1].split() == ["1", "4.00", "2.00", "250.0", "500.0", "2.00"]
+
+
+def test_experts_are_checked_alone(check):
+    status, figures = check(lambda mode, weights: None, "--experts", "--modes", "graphs,eager")
+    assert status == 0
+    assert list(figures["tokens"]) == ["graphs, tiny experts"]
+    assert not figures["runs"]
+    status, figures = check(lambda mode, weights: "no such operator", "--experts", "--modes", "graphs")
+    assert status == 1
+    assert figures["problems"] == ["graphs, tiny experts: no such operator"]
 
 
 def test_a_mode_that_runs_with_no_weights_is_skipped_and_named(check):
