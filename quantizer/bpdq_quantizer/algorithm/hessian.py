@@ -27,9 +27,14 @@ def accumulate(H: Tensor, x: Tensor, total_tokens: int) -> None:
             _add_product(H[rows, : rows.stop], tokens[:, rows].T, tokens[:, : rows.stop], 2.0 / total_tokens)
 
 
+def on_tensor_cores(x: Tensor) -> bool:
+    """Whether products of x are best left in its 16 bits: of bf16 on a GPU, which adds exact products in fp32."""
+    return x.is_cuda and x.dtype == torch.bfloat16
+
+
 def _factor(x: Tensor) -> Tensor:
-    """x for `_add_product`: bf16 as it is on a GPU, whose tensor cores add exact products of it in fp32; else fp32."""
-    return x if x.is_cuda and x.dtype == torch.bfloat16 else x.to(torch.float32)
+    """x for `_add_product`."""
+    return x if on_tensor_cores(x) else x.to(torch.float32)
 
 
 def _add_product(S: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bpdq_quantizer.algorithm.hessian import accumulate, accumulate_shift, symmetrize
+from bpdq_quantizer.algorithm.hessian import accumulate, accumulate_shift, on_tensor_cores, symmetrize
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.calls import BlockInputs, Call, Run, block_inputs, block_runs
 from bpdq_quantizer.model.stream import Streamed
@@ -152,22 +152,23 @@ def input_statistics(
 
 
 def weighted(x: Tensor, weights: Tensor | None) -> Tensor:
-    """x [..., K] of some tokens, times the roots of what they count, weights [tokens], in fp32. An input that has no
-    row for each of them counts the same everywhere."""
+    """x [..., K] of some tokens, times the roots of what they count, weights [tokens], in fp32, or in bf16 where
+    products are of it. An input that has no row for each of them counts the same everywhere."""
     if weights is None or x.shape[:-1].numel() != len(weights):
         return x
-    return x.float() * weights.sqrt().view(*x.shape[:-1], 1)
+    product = x.float() * weights.sqrt().view(*x.shape[:-1], 1)
+    return product.to(x.dtype) if on_tensor_cores(x) else product
 
 
 @torch.no_grad()
 def expert_statistics(x: Tensor, original: Tensor | None, weights: Tensor) -> tuple[Tensor, Tensor | None]:
     """H and C of an expert's inputs x [n, K], of which each counts what `weights` [n, 1] says; original: those in the
     16-bit model."""
-    H = torch.zeros(2 * x.shape[1:], device=x.device)
-    C, roots, total = None if original is None else torch.zeros_like(H), weights.sqrt(), weights.sum().item()
-    accumulate(H, x * roots, total)
+    H, total, counts = torch.zeros(2 * x.shape[1:], device=x.device), weights.sum().item(), weights.flatten()
+    C, x = None if original is None else torch.zeros_like(H), weighted(x, counts)
+    accumulate(H, x, total)
     if C is not None:
-        accumulate_shift(C, original * roots, x * roots, total)
+        accumulate_shift(C, weighted(original, counts), x, total)
     return symmetrize(H), C
 
 

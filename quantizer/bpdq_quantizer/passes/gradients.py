@@ -46,8 +46,8 @@ def all_states(source: Streamed, windows: Sequence[Window], device: torch.device
             weights = {f"{name}.weight": weight.matrix for name, weight in solved(source, index).items()}
             check_finite(weights)
             raise InputError(
-                f"{next(iter(weights)).removesuffix('.weight')}: the 16-bit model computes NaN or infinity in its "
-                "block: check the model and its dtype"
+                f"{next(iter(weights), index)}: the 16-bit model computes NaN or infinity in its block: check the "
+                "model and its dtype"
             )
         drop_block(block)
         yield states
