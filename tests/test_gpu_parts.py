@@ -218,5 +218,6 @@ def test_random_inputs_have_a_few_strong_directions_and_still_use_all_channels()
 def test_planned_bytes_of_a_stage_are_part_of_what_plan_says():
     from bpdq_quantizer.fit.memory import stage_bytes
 
-    assert stage_bytes(8192, 29568) == pytest.approx(16 * (29568**2 + 8192 * 29568 + 2**26), rel=1e-6)
+    largest, turn = 16 * 29568**2 + 12 * 8192 * 29568, 8192 // 16 * 29568
+    assert stage_bytes(8192, 29568) == pytest.approx(largest + 16 * turn + 16 * 3 * turn, rel=1e-6)
     assert 16 < stage_bytes(8192, 29568) / GIB < 18

@@ -11,7 +11,7 @@ import bpdq_quantizer
 from bpdq_kernels.format import Scheme
 from bpdq_quantizer import cli
 from bpdq_quantizer.errors import InputError
-from bpdq_quantizer.fit import plan
+from bpdq_quantizer.fit import memory, plan
 from bpdq_quantizer.run.fields import flag
 from bpdq_quantizer.run.options import FIELDS, PARTS, Text, resolved
 from scripts.option_table import PAGE, updated
@@ -174,3 +174,4 @@ def test_every_option_is_declared_once_and_tried_above():
 
 def test_plan_assumes_the_default_calibration():
     assert (Text().samples, Text().seq_len) == plan.CALIBRATION
+    assert resolved(**GIVEN).method.output_tokens == memory.OUTPUT_TOKENS

@@ -16,6 +16,7 @@ import bpdq_quantizer
 from bpdq_kernels.format import Scheme
 from bpdq_kernels.layout import to_tiles
 from bpdq_quantizer.cli import main
+from bpdq_quantizer.fit import memory
 from bpdq_quantizer.fit.memory import quantize_host_bytes
 from bpdq_quantizer.fit.parts import read_model
 from bpdq_quantizer.fit.plan import MOST_BITS, Settings, budget, needed, plan
@@ -124,7 +125,9 @@ def test_totals_of_qwen(tmp_path, size, linear, tables):
     assert found["other_bytes"] == 2 * (biases + norms)
 
 
-def test_page_locked_states_take_powers_of_two(tmp_path):
+def test_page_locked_states_take_powers_of_two(tmp_path, monkeypatch):
+    for part in ("gradient_bytes", "fp32_head_bytes"):  # more than states of few windows
+        monkeypatch.setattr(memory, part, lambda *_: 0)
     m = read_model(str(qwen(tmp_path / "32B", "32B")))
     # batches of 2 windows of 2048 x 5120 in 16 bits, 40 MiB: 64 for 128 windows, and the last one of 1 for 3
     assert (1 << 30) // (2 * 2048 * (4 * 5120 + 2 * 5120 + 2 * 1024 + 5120 + 2 * 27648)) == 2

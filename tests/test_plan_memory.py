@@ -3,12 +3,14 @@
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bpdq_quantizer.fit import memory, plan
+from bpdq_quantizer.model.products import quick_products
 from tiny import TEXT, tiny_tokenizer
 
 ACTIVATIONS = 1 << 25  # for less work than activations.ACTIVATION_BYTES asks for
@@ -68,7 +70,9 @@ def baseline(tmp_path_factory):
 def test_memory_to_quantize_is_what_plan_says(tmp_path, monkeypatch, baseline, shape):
     monkeypatch.setattr(memory, "ACTIVATION_BYTES", ACTIVATIONS if shape == "states" else 0)  # others fill no batch
     peak, model = measured(tmp_path, shape)
+    if isinstance(quick_products(torch.device("cpu")), nullcontext):
+        monkeypatch.setattr(memory, "fp32_head_bytes", lambda m: 0)
     host = memory.quantize_host_bytes(model, (SHAPES[shape][4], 256), page_locked=False)
     device = memory.quantize_device_bytes(model, gpu=False)  # the CPU is the device
     print(f"{shape}: measured {(peak - baseline) / 1e6:.0f} MB, host {host / 1e6:.0f} + device {device / 1e6:.0f} MB")
-    assert peak - baseline == pytest.approx(host + device, rel=0.3, abs=30e6)
+    assert 0.6 * (host + device) - 30e6 < peak - baseline < 1.2 * (host + device) + 30e6

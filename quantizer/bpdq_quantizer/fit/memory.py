@@ -2,22 +2,23 @@
 
 from math import prod
 
-from bpdq_quantizer.algorithm.in_turn import CHUNK
+from bpdq_quantizer.algorithm.in_turn import CHUNK, steps
 from bpdq_quantizer.algorithm.refine import CHUNK_ELEMENTS, matrices_at_once
 from bpdq_quantizer.fit.parts import Mixture, Model
-from bpdq_quantizer.model.activations import ACTIVATION_BYTES, windows_per_batch
+from bpdq_quantizer.model.activations import ACTIVATION_BYTES, LOSS_ELEMENTS, windows_per_batch
 
+LOSS_COPIES = 6  # logits, their logarithms, probabilities, sums of these, two gradients
 CALIBRATION = 128, 2048  # windows and their tokens, defaults of `bpdq quantize`
+OUTPUT_TOKENS = 4096  # likewise
 
 
 def quantize_device_bytes(m: Model, gpu: bool = True) -> int:
     """What `bpdq quantize` needs where it solves: a block and its copy, one stage's matrices, a batch's activations,
     and what the experts that are solved at once read."""
-    stages = [(n, k, 1) for block in m.blocks for n, k in block.stages]
-    stages += [(n, k, experts_at_once(x)) for x in m.mixtures for n, k in x.stages]
-    stage = max(stage_bytes(n, k, gpu, count) for n, k, count in stages)
+    stages = [stage_bytes(n, k, gpu) for block in m.blocks for n, k in block.stages]
+    stages += [experts_bytes(n, k, gpu, experts_at_once(x)) for x in m.mixtures for n, k in x.stages]
     activations = ACTIVATION_BYTES * (2 if m.mixtures else 1)
-    return 2 * m.itemsize * sum(n * k for n, k in m.heaviest) + stage + covariance_bytes(m) + activations
+    return 2 * m.itemsize * sum(n * k for n, k in m.heaviest) + max(stages) + covariance_bytes(m) + activations
 
 
 def covariance_bytes(m: Model) -> int:
@@ -37,17 +38,26 @@ def expert_input_bytes(m: Model, tokens: int) -> int:
     return max((4 * m.itemsize * tokens * max(k for _, k in x.linears) for x in m.mixtures if x.linears), default=0)
 
 
-def stage_bytes(n: int, k: int, gpu: bool = True, count: int = 1) -> int:
-    """Of that, a stage with weights [n, k], or those of `count` experts: for each about four fp32 [k, k] (H, its
-    factors, a solver's copy) and four [n, k] (W, the target, what is left of it), and four of the refinement's
-    temporaries: on a GPU features of its rows, with two planes and a bias, on a CPU the rows themselves."""
-    refined = min(3 * n * k * count, CHUNK_ELEMENTS) if gpu else min(n * k, CHUNK_ELEMENTS // 3)
-    return 4 * 4 * ((k * k + n * k) * count + refined)
+def stage_bytes(n: int, k: int, gpu: bool = True) -> int:
+    """Of that, a stage with weights [n, k]: about four fp32 [k, k] (H, its factors, a solver's copy), three [n, k] (W,
+    the target, what is left of it), and of the rows of a turn four [rows, k] and what `refinement_bytes` says."""
+    rows = -(-n // steps(n))
+    return 4 * (4 * k * k + 3 * n * k + 4 * rows * k) + refinement_bytes(rows, k, gpu)
+
+
+def experts_bytes(n: int, k: int, gpu: bool, count: int) -> int:
+    """The same of `count` experts with weights [n, k], whose rows are solved at once."""
+    return 4 * 4 * count * (k * k + n * k) + refinement_bytes(count * n, k, gpu)
+
+
+def refinement_bytes(rows: int, k: int, gpu: bool) -> int:
+    """Of four temporaries: on a GPU features of the rows, with two planes and a bias, on a CPU the rows themselves."""
+    return 4 * 4 * (min(3 * rows * k, CHUNK_ELEMENTS) if gpu else min(rows * k, CHUNK_ELEMENTS // 3))
 
 
 def quantize_host_bytes(m: Model, calibration: tuple[int, int] = CALIBRATION, page_locked: bool = True) -> int:
-    """What `bpdq quantize` needs of the host beside it: embedding and head, one block, hidden states of both models,
-    and what experts are given.
+    """What `bpdq quantize` needs of the host beside it: embedding and head, one block, and hidden states of both
+    models and what experts are given, or what gradients take before that.
 
     calibration: windows and their tokens; page_locked: as with a GPU, where each batch takes a power of two bytes.
     """
@@ -60,4 +70,17 @@ def quantize_host_bytes(m: Model, calibration: tuple[int, int] = CALIBRATION, pa
     if page_locked:
         states = [1 << (size - 1).bit_length() for size in states]
     held = m.itemsize * (embeddings + sum(n * k for n, k in m.heaviest))
-    return held + 2 * sum(states) + expert_input_bytes(m, windows * length)
+    solving = 2 * sum(states) + expert_input_bytes(m, windows * length)
+    return held + max(solving, gradient_bytes(m, *calibration) + fp32_head_bytes(m))
+
+
+def gradient_bytes(m: Model, windows: int, length: int) -> int:
+    """While gradients are followed: the hidden states in front of all blocks, and of the logits LOSS_COPIES in fp32."""
+    tokens, blocks = min(windows * length, OUTPUT_TOKENS), sum(kind.count for kind in m.blocks)
+    logits = min(LOSS_ELEMENTS, length * (m.head or m.embedding)[0])
+    return m.itemsize * tokens * m.embedding[1] * (blocks + 1) + LOSS_COPIES * 4 * logits
+
+
+def fp32_head_bytes(m: Model) -> int:
+    """Of the LM head while gradients are followed, on a CPU that has no products of 16 bits."""
+    return 4 * prod(m.head or m.embedding)

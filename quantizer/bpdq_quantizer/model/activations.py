@@ -21,6 +21,7 @@ from bpdq_quantizer.model.windows import Window
 from bpdq_quantizer.storage.offload import Batches, Offloaded
 
 ACTIVATION_BYTES = 1 << 30  # a calibration batch is as many windows as keep a block's activations within this
+LOSS_ELEMENTS = 1 << 23  # logits at a time of a loss
 
 
 class _StageReached(Exception):  # noqa: N818, control flow

@@ -9,14 +9,14 @@ from torch.nn.functional import nll_loss, pad
 
 from bpdq_kernels.format import is_finite
 from bpdq_quantizer.errors import InputError
-from bpdq_quantizer.model.activations import embed, run_batches
+from bpdq_quantizer.model.activations import LOSS_ELEMENTS, embed, run_batches
 from bpdq_quantizer.model.calls import block_inputs, block_runs, head_inputs
 from bpdq_quantizer.model.products import quick_products
 from bpdq_quantizer.model.stream import Streamed, drop_block, load_block, solved
 from bpdq_quantizer.model.weights import hooked
 from bpdq_quantizer.model.windows import Window, image_token
 from bpdq_quantizer.passes.layers import check_finite
-from bpdq_quantizer.passes.tune import LOSS_ELEMENTS, log_probabilities, softcap
+from bpdq_quantizer.passes.tune import log_probabilities, softcap
 from bpdq_quantizer.storage.offload import Batches
 
 

@@ -29,6 +29,7 @@ from bpdq_kernels.reference import dequantize_t
 from bpdq_quantizer.algorithm.rounding import stored_coefficients
 from bpdq_quantizer.cost import Clock
 from bpdq_quantizer.errors import InputError
+from bpdq_quantizer.model.activations import LOSS_ELEMENTS
 from bpdq_quantizer.model.calls import trunk
 from bpdq_quantizer.model.modules import BPDQLinear
 from bpdq_quantizer.storage.files import DamagedError, read_sealed, write_tensors
@@ -38,7 +39,6 @@ BATCH_TOKENS = 1024  # a step takes as many windows as hold these
 EVALUATIONS = 10  # of the held-out windows, evenly spread over the steps
 PATIENCE = 3  # evaluations without a new best before tuning stops
 ACTIVATION_BYTES = 1 << 30  # more than that in all blocks together, and they are recomputed in the backward pass
-LOSS_ELEMENTS = 1 << 23  # logits at a time in the distillation loss
 
 
 class PlaneMatmul(torch.autograd.Function):
