@@ -177,6 +177,8 @@ def run(task: Figures, arguments: Figures, device: str, deadline: float) -> Figu
     """The figures of one engine; raises EngineError."""
     env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
     env |= {"HF_HUB_OFFLINE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    if arguments.get("enforce_eager") or arguments["compilation_config"].get("mode") == 0:
+        env["TORCHDYNAMO_DISABLE"] = "1"  # vLLM compiles some functions in any mode, which takes half a minute
     if device == "cuda" and not find_spec("vllm._moe_C"):  # else experts are chosen by a compiled operator
         env["VLLM_USE_FUSED_MOE_GROUPED_TOPK"] = "0"
     if device == "cuda" and not find_spec("flashinfer"):

@@ -122,7 +122,7 @@ def test_an_engine_that_ends_early_is_named_by_its_last_line(tmp_path):
     vllm_models.write_config(tmp_path / "model", {"model_type": "no such type"})
     task = {"do": "speed"}
     with pytest.raises(gpu_vllm.EngineError, match=r"ValidationError: .*no such type"):
-        gpu_vllm.run(task, {"model": str(tmp_path / "model")}, "cpu", time.monotonic() + 300)
+        gpu_vllm.run(task, {"model": str(tmp_path / "model"), "enforce_eager": True}, "cpu", time.monotonic() + 300)
 
 
 @pytest.mark.slow
