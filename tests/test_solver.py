@@ -111,7 +111,7 @@ def test_more_iterations_never_make_a_row_of_a_group_worse(k, seed):
     U, _ = inverse_factor(H, torch.arange(len(H)), 0.05)
     losses = [quantize_group(W.T.contiguous(), U, k, i, 1e-4, torch.bfloat16)[2].square().sum(0) for i in (1, 2, 5, 10)]
     for earlier, later in itertools.pairwise(losses):
-        assert (later <= earlier).all()
+        assert (later <= (1 + 1e-6) * earlier).all(), "but for the rounding of sums in fp32"
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 4])
