@@ -149,9 +149,8 @@ def measure_stage(n: int, k: int, device: str) -> Row:
     if device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    solve = {"iterations": ITERATIONS, **SOLVER}
+    solve = {"iterations": ITERATIONS, **SOLVER, "covariances": random_covariances(n, device)}
     row: Row = {"shape": (n, k)}
-    solve["covariances"] = random_covariances(n, device)
     row["seconds"] = timed(lambda: quantize_linear(W, H, *vars(SCHEME).values(), **solve))
     row["planned_bytes"] = stage_bytes(n, k)
     if device == "cuda":

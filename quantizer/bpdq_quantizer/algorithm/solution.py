@@ -31,12 +31,9 @@ def joined(parts: Sequence[Solution], join: Callable[[Sequence[Tensor]], Tensor]
 
 def joined_rows(parts: Sequence[Solution]) -> Solution:
     """Solutions of rows of one matrix, or of several matrices each, as that of all."""
-    last, scales = ([getattr(part, name) for part in parts] for name in ("c", "s"))
-    return Solution(
-        codes=torch.cat([part.codes for part in parts], -2),
-        c=torch.cat(last, -1),
-        loss=torch.cat([part.loss for part in parts], -1),
-        energy=torch.cat([part.energy for part in parts], -1),
-        damping=parts[0].damping,
-        s=None if scales[0] is None else torch.cat(scales, -1),
-    )
+
+    def along(axis: int, name: str) -> Tensor:
+        return torch.cat([getattr(part, name) for part in parts], axis)
+
+    s = None if parts[0].s is None else along(-1, "s")
+    return Solution(along(-2, "codes"), *(along(-1, name) for name in ("c", "loss", "energy")), parts[0].damping, s)
