@@ -49,7 +49,7 @@ def in_turn(solve, *tensors):
 @pytest.mark.parametrize(("bits", "width", "rows"), [(2, 8, None), (3, 16, 4), (1, 8, 5)])
 def test_matrices_solved_at_once_are_solved_as_alone(bits, width, rows, monkeypatch):
     """But for the order of sums: batched products may be rounded otherwise."""
-    monkeypatch.setattr(groups, "solver_for", lambda *_: InTurn)
+    monkeypatch.setattr(groups, "solver_for", lambda *_, **__: InTurn)
     monkeypatch.setattr(cpu_solver, "library", lambda: None)
     W, H = matrices(128)
     options = {"coefficient_bits": width, "iterations": 3, "rows": rows}

@@ -16,24 +16,39 @@
 #include "cpu_solver_equations.h"
 #include "cpu_solver_groups.h"
 
+template <class T>
+struct Type {
+  using type = T;
+};
+
+/* call(Type<Levels<k>>), or of Trellis<k>, for k planes that are multiplied. */
+template <class Call>
+void with_grid(int k, bool trellis, Call call) {
+  if (k == 1) call(Type<Levels<1>>());
+  else if (k == 2) trellis ? call(Type<Trellis<2>>()) : call(Type<Levels<2>>());
+  else if (k == 3) trellis ? call(Type<Trellis<3>>()) : call(Type<Levels<3>>());
+  else trellis ? call(Type<Trellis<4>>()) : call(Type<Levels<4>>());
+}
+
 extern "C" {
 
 /* grid.quantize_group for W [g, N]; all arrays are contiguous. */
-void bpdq_quantize_group(int g, int64_t N, int k, const float* W, const float* spread, const float* whiten,
+void bpdq_quantize_group(int g, int64_t N, int k, int trellis, const float* W, const float* spread, const float* whiten,
                          const float* ones, const float* weight, int iterations, float alpha, int dtype,
                          const int* starts, int count, uint8_t* codes, float* c, float* E) {
   const Group group{g, iterations, alpha, (Dtype)dtype, spread, whiten, ones, weight};
-  const auto run = k == 1 ? quantize_group<1> : k == 2 ? quantize_group<2> : k == 3 ? quantize_group<3> : quantize_group<4>;
-  run(group, W, N, (const Start*)starts, count, codes, c, E);
+  with_grid(k, trellis, [&](auto grid) {
+    quantize_group<typename decltype(grid)::type>(group, W, N, (const Start*)starts, count, codes, c, E);
+  });
 }
 
 /* refine.descend for `sweeps` sweeps: codes [K, N] in place, gain [N]: by how much the loss falls; V [N, K]: the gradient
    H (W - W_hat) of the codes that come, H [K, K] symmetric, c [ceil(K/G), k+1, N]; all arrays are contiguous. */
-void bpdq_descend(int group_size, int K, int64_t N, int k, int sweeps, const float* V, const float* H, const float* c,
-                  uint8_t* codes, float* gain) {
+void bpdq_descend(int group_size, int K, int64_t N, int k, int trellis, int sweeps, const float* V, const float* H,
+                  const float* c, uint8_t* codes, float* gain) {
   std::fill(gain, gain + N, 0.0f);
-  with_sizes(k, group_size, [&](auto planes, auto width) {
-    Descent<planes, width>(K, group_size, N, H, V, c, codes, gain).run(sweeps);
+  with_grid(k, trellis, [&](auto grid) {
+    descend<typename decltype(grid)::type>(group_size, K, N, sweeps, V, H, c, codes, gain);
   });
 }
 

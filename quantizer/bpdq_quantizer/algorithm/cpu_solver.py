@@ -27,9 +27,17 @@ def open_library(isa: str) -> ctypes.CDLL:
     integer, rows, pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
     for function in (library.bpdq_quantize_group, library.bpdq_descend, library.bpdq_solve_jointly):
         function.restype = None
-    library.bpdq_quantize_group.argtypes = [integer, rows, integer, *[pointer] * 5, integer, ctypes.c_float, integer]
+    library.bpdq_quantize_group.argtypes = [
+        integer,
+        rows,
+        *[integer] * 2,
+        *[pointer] * 5,
+        integer,
+        ctypes.c_float,
+        integer,
+    ]
     library.bpdq_quantize_group.argtypes += [pointer, integer, *[pointer] * 3]
-    library.bpdq_descend.argtypes = [integer, integer, rows, integer, integer, *[pointer] * 5]
+    library.bpdq_descend.argtypes = [integer, integer, rows, *[integer] * 3, *[pointer] * 5]
     library.bpdq_solve_jointly.argtypes = [integer, integer, rows, integer, *[pointer] * 3, ctypes.c_float, integer]
     library.bpdq_solve_jointly.argtypes += [pointer, pointer]
     return library
@@ -54,6 +62,7 @@ def quantize_group(
     alpha: float,
     dtype: torch.dtype,
     starts: Sequence[Start] = (paper_start,),
+    trellis: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `grid.quantize_group`, for what `supports` allows where there is a `library`."""
     g, N = W.shape
@@ -67,18 +76,20 @@ def quantize_group(
     tensors = [tensor.data_ptr() for tensor in (W, spread, whiten, ones, weight)]
     outputs = [tensor.data_ptr() for tensor in (codes, c, E)]
     solve = library().bpdq_quantize_group
-    solve(g, N, bits, *tensors, iterations, alpha, DTYPE_CODES[dtype], kinds, len(starts), *outputs)
+    solve(g, N, bits, trellis, *tensors, iterations, alpha, DTYPE_CODES[dtype], kinds, len(starts), *outputs)
     return codes, c, E
 
 
-def descend(codes: Tensor, V: Tensor, c: Tensor, H: Tensor, group_size: int, sweeps: int) -> tuple[Tensor, Tensor]:
+def descend(
+    codes: Tensor, V: Tensor, c: Tensor, H: Tensor, group_size: int, sweeps: int, trellis: bool = False
+) -> tuple[Tensor, Tensor]:
     """As `refine.descend` from V [N, K] = (W - W_hat)^T H, where there is a `library`: the new codes [K, N], and by how
     much each row's loss falls, [N]."""
     K, N = codes.shape
     codes, gain = codes.clone(memory_format=torch.contiguous_format), torch.empty(N)
     V, c, H = V.contiguous(), c.contiguous(), H.contiguous()
     pointers = [tensor.data_ptr() for tensor in (V, H, c, codes, gain)]
-    library().bpdq_descend(group_size, K, N, c.shape[1] - 1, sweeps, *pointers)
+    library().bpdq_descend(group_size, K, N, c.shape[1] - 1, trellis, sweeps, *pointers)
     return codes, gain
 
 

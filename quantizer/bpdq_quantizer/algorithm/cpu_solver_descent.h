@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu_solver_equations.h"
+#include "cpu_solver_trellis.h"
 
 namespace {
 
@@ -12,10 +13,10 @@ struct Change {
 };
 
 /* Descent over whole rows. What changes is listed for each row, and the gradient in a block's inputs is what it was at
-   first less the products of H with the row's changes so far. */
-template <int k, int WIDE>
+   first less the products of H with the row's changes so far. Grid: Levels<k> or Trellis<k>. */
+template <class Grid, int WIDE>
 struct Descent {
-  static constexpr int WIDES = WIDE / LANES;
+  static constexpr int k = Grid::PLANES, WIDES = WIDE / LANES;
   const int K, group_size;
   const int64_t N;
   const float *H, *V, *c;
@@ -62,6 +63,15 @@ struct Descent {
     memcpy(to, v, sizeof v);
   }
 
+  /* What a new level does to the loss; now: W_hat as it is. */
+  struct Step {
+    static constexpr float most = 0;
+    const float* diagonal;
+    const Floats* now;
+    inline Floats error(int t, Floats, Floats level) const { return level - now[t]; }
+    inline Floats cost(int t, Floats w, Floats e) const { return diagonal[t] * e * (e - 2 * (w - now[t])); }
+  };
+
   struct Scratch {
     std::vector<Floats> base, now, e;
     std::vector<Ints> old, found;
@@ -81,7 +91,7 @@ struct Descent {
   void sweep_tile(Scratch& at, int i, int64_t first) {
     const int lanes = (int)std::min<int64_t>(LANES, N - first), start = parts[i].start, group = parts[i].group;
     const int g = std::min(group_size, K - start);
-    Floats levels[k + 1], won{};
+    Floats levels[k + 1];
     for (int p = 0; p <= k; ++p) load(levels[p], coefficient(group, p) + first, lanes);
     stored(at, levels, start, g, first, lanes);
     for (int j = i; j < (int)parts.size() && parts[j].group == group; ++j) {
@@ -96,13 +106,9 @@ struct Descent {
       }
     }
     std::copy(at.old.begin(), at.old.begin() + g, at.found.begin());
-    sweep<k>(Levels<k>(levels), at.base.data(), S.data(), g, at.found.data(), at.e.data(),
-             [&](int t, Floats w, Floats level) {
-               const Floats change = level - at.now[t];
-               won += diagonal[start + t] * change * (2 * (w - at.now[t]) - change);
-               return change;
-             });
-    for (int lane = 0; lane < lanes; ++lane) gain[first + lane] += won[lane];
+    const Swept swept = sweep(Grid(levels), at.base.data(), S.data(), g, at.found.data(), at.e.data(),
+                                 Step{diagonal.data() + start, at.now.data()});
+    for (int lane = 0; lane < lanes; ++lane) gain[first + lane] -= swept.cost[lane];
     for (int t = 0; t < g; ++t) {
       const Ints moved = at.found[t] != at.old[t];
       if (!any(moved)) continue;
@@ -127,17 +133,11 @@ struct Descent {
   }
 };
 
-/* call(integral constants k, width) for k planes and groups of that size. */
-template <class Call>
-void with_sizes(int k, int group_size, Call call) {
-  const auto widths = [&](auto planes) {
-    if (group_size <= 32) call(planes, std::integral_constant<int, 32>());
-    else call(planes, std::integral_constant<int, 64>());
-  };
-  if (k == 1) widths(std::integral_constant<int, 1>());
-  else if (k == 2) widths(std::integral_constant<int, 2>());
-  else if (k == 3) widths(std::integral_constant<int, 3>());
-  else widths(std::integral_constant<int, 4>());
+template <class Grid>
+void descend(int group_size, int K, int64_t N, int sweeps, const float* V, const float* H, const float* c,
+             uint8_t* codes, float* gain) {
+  if (group_size <= 32) Descent<Grid, 32>(K, group_size, N, H, V, c, codes, gain).run(sweeps);
+  else Descent<Grid, 64>(K, group_size, N, H, V, c, codes, gain).run(sweeps);
 }
 
 }  // namespace

@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "cpu_solver_tiles.h"
+#include "cpu_solver_trellis.h"
 
 namespace {
 
@@ -55,8 +55,18 @@ struct Group {
   const float *spread, *whiten, *ones, *weight;
 };
 
-template <int k>
+/* What a level does to the group's loss. */
+struct Assignment {
+  static constexpr float most = std::numeric_limits<float>::infinity();
+  const float* weight;
+  inline Floats error(int, Floats w, Floats level) const { return w - level; }
+  inline Floats cost(int t, Floats, Floats e) const { return (e * weight[t]) * (e * weight[t]); }
+};
+
+/* Grid: Levels<k> or Trellis<k>. */
+template <class Grid>
 struct Tile {
+  static constexpr int k = Grid::PLANES;
   const Group& group;
   const int g;
   std::vector<Floats> W, VW, VX, e, best_E;
@@ -212,22 +222,22 @@ struct Tile {
       Floats c[k + 1];
       fit(c);
       for (int i = 0; i < group.iterations; ++i) {
-        const Ints moved = sweep<k>(Levels<k>(c), W.data(), group.spread, g, codes.data(), e.data(),
-                                    [](int, Floats w, Floats level) { return w - level; });
+        const Swept swept = sweep(Grid(c), W.data(), group.spread, g, codes.data(), e.data(),
+                                     Assignment{group.weight});
         fit(c);
         keep_better(c);
-        if (!any(moved)) break;
+        if (!any(swept.moved)) break;
       }
     }
   }
 };
 
-template <int k>
+template <class Grid>
 void quantize_group(const Group& group, const float* W, int64_t N, const Start* starts, int count, uint8_t* codes,
                     float* c, float* E) {
 #pragma omp parallel
   {
-    Tile<k> tile(group);
+    Tile<Grid> tile(group);
 #pragma omp for schedule(dynamic)
     for (int64_t first = 0; first < N; first += LANES) {
       const int lanes = (int)std::min<int64_t>(LANES, N - first);
@@ -237,7 +247,7 @@ void quantize_group(const Group& group, const float* W, int64_t N, const Start* 
         store(codes + t * N + first, tile.best_codes[t], lanes);
         store(E + t * N + first, tile.best_E[t], lanes);
       }
-      for (int p = 0; p <= k; ++p) store(c + p * N + first, tile.best_c[p], lanes);
+      for (int p = 0; p <= Grid::PLANES; ++p) store(c + p * N + first, tile.best_c[p], lanes);
     }
   }
 }

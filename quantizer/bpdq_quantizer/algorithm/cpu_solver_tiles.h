@@ -37,6 +37,8 @@ inline bool any(Ints mask) {
   return found != 0;
 }
 
+inline Floats magnitude(Floats x) { return (Floats)((Ints)x & 0x7fffffff); }
+
 inline Floats round_even(Floats x) {  // |x| < 2^22
   const float big = 0x1.8p23f;
   return (x + big) - big;
@@ -64,7 +66,7 @@ inline Floats rounded(Floats x, Dtype dtype) {
 /* The 2^k levels of a group's rows, in ascending order, with the midpoints between them and their codes. */
 template <int k>
 struct Levels {
-  static constexpr int COUNT = 1 << k;
+  static constexpr int PLANES = k, COUNT = 1 << k;
   Floats level[COUNT], midpoint[COUNT];
   Ints code[COUNT];
 
@@ -101,11 +103,17 @@ struct Levels {
   }
 };
 
-/* Column after column: e[t] = error(t, w, nearest level of w), where w = base[t] - sum over j < t of S[j][t] e[j].
-   S: [g, g], row-major. Returns the lanes in which a code changed. */
-template <int k, class Error>
-Ints sweep(const Levels<k>& levels, const Floats* base, const float* S, int g, Ints* codes, Floats* e, Error error) {
-  Ints moved{};
+/* The lanes in which a code changed, and what the codes cost. */
+struct Swept {
+  Ints moved;
+  Floats cost;
+};
+
+/* Column after column: e[t] = step.error(t, w, nearest level of w), where w = base[t] - sum over j < t of S[j][t] e[j],
+   at step.cost(t, w, e[t]). S: [g, g], row-major. */
+template <int k, class Step>
+Swept sweep(const Levels<k>& levels, const Floats* base, const float* S, int g, Ints* codes, Floats* e, Step step) {
+  Swept swept{};
   for (int first = 0; first < g; first += BLOCK) {
     const int count = std::min(BLOCK, g - first);
     Floats w[BLOCK];
@@ -120,13 +128,14 @@ Ints sweep(const Levels<k>& levels, const Floats* base, const float* S, int g, I
       const int t = first + i;
       Ints code;
       Floats level = levels.nearest(w[i], code);
-      moved |= code != codes[t];
+      swept.moved |= code != codes[t];
       codes[t] = code;
-      e[t] = error(t, w[i], level);
+      e[t] = step.error(t, w[i], level);
+      swept.cost += step.cost(t, w[i], e[t]);
       for (int later = i + 1; later < count; ++later) w[later] -= S[(int64_t)t * g + first + later] * e[t];
     }
   }
-  return moved;
+  return swept;
 }
 
 inline Floats plane(Ints code, int p) { return (Floats)(-(code >> p & 1) & 0x3f800000); }

@@ -20,6 +20,7 @@ CLUSTER_ROUNDS = 5
 BATCH = 1 << 15  # systems of equations in a call: of more than 65535, failures and wrong results on GPUs are on record
 
 Start = Callable[[Tensor, Tensor, int], Tensor]  # W [g, N], U [g, g] and bits -> codes [g, N] to begin with
+Assign = Callable[[Tensor, Tensor, Tensor, int], Tensor]  # W [g, N], c [k+1, N], U [g, g] and bits -> codes [g, N]
 
 
 def level_table(bits: int, device: torch.device) -> Tensor:
@@ -133,13 +134,14 @@ def quantize_group(
     alpha: float,
     dtype: torch.dtype,
     starts: Sequence[Start] = (paper_start,),
+    assign: Assign = assign_codes,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Planes and coefficients of one group; returns (codes [g, N], c [k+1, N], E [g, N]).
 
-    Alternates assignment and refit from each of `starts`, by default the most significant planes of the paper, and
-    keeps each row's best iterate. E is computed from the refitted weights, so what is propagated to later groups
-    belongs to the weights that are stored: this is the paper's delta correction (eq. 9), E_old + (W_old - W_new) U^-1,
-    in closed form, since E_old U = W - W_old. A row whose planes repeat is at a fixed point and leaves the loop.
+    Alternates assignment, by `assign`, and refit from each of `starts`, by default the most significant planes of the
+    paper, and keeps each row's best iterate. E is computed from the refitted weights, so what is propagated to later
+    groups belongs to the weights that are stored: this is the paper's delta correction (eq. 9), E_old + (W_old - W_new)
+    U^-1, in closed form, since E_old U = W - W_old. A row whose planes repeat is at a fixed point and leaves the loop.
     """
     whiten = torch.linalg.solve_triangular(U.T, torch.eye(len(U), device=U.device), upper=False)
     table = level_table(bits, W.device)
@@ -151,7 +153,7 @@ def quantize_group(
     active = torch.arange(W.shape[1], device=W.device)
     for _ in range(iterations):
         w = W[:, active]
-        new_codes = assign_codes(w, c, U, bits)
+        new_codes = assign(w, c, U, bits)
         moved = (new_codes != codes).any(0)
         codes, c = new_codes, fit_coefficients(new_codes, w, whiten, bits, alpha, dtype)
         W_hat = (table @ c).gather(0, codes.long())

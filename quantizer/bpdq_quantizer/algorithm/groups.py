@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from bpdq_quantizer.algorithm import cpu_solver, equations, grid, rounding
+from bpdq_quantizer.algorithm import chains, cpu_solver, equations, grid, rounding
 from bpdq_quantizer.algorithm.grid import Start, paper_start
 
 SHORT = 8192  # rows; torch splits an operation from 32768 elements on, and a column step has 2^k - 1 per row
@@ -34,18 +34,25 @@ def compiled_for(device: torch.device) -> bool:
     return device.type == "cpu" and cpu_solver.library() is not None
 
 
-def solver_for(device: torch.device, bits: int, inputs: int, starts: Sequence[Start] = ()) -> ModuleType:
+def solver_for(
+    device: torch.device, bits: int, inputs: int, starts: Sequence[Start] = (), trellis: bool = False
+) -> ModuleType:
     """The module whose `quantize_group` and `descend_group` solve groups of that many inputs on a device."""
     if starts and cpu_solver.supports(starts) and compiled_for(device):
         return cpu_solver
-    if device.type == "cuda" and (kernels := triton_solver()) is not None and kernels.supports(bits, inputs, starts):
+    if (
+        device.type == "cuda"
+        and not trellis
+        and (kernels := triton_solver()) is not None
+        and kernels.supports(bits, inputs, starts)
+    ):
         return kernels
     return grid
 
 
-def takes_batches(device: torch.device, bits: int, inputs: int, starts: Sequence[Start]) -> bool:
+def takes_batches(device: torch.device, bits: int, inputs: int, starts: Sequence[Start], trellis: bool = False) -> bool:
     """Whether groups of several matrices, with an axis in front, are solved there together."""
-    return solver_for(device, bits, inputs, starts) not in (cpu_solver, grid)
+    return solver_for(device, bits, inputs, starts, trellis) not in (cpu_solver, grid)
 
 
 @contextmanager
@@ -69,17 +76,27 @@ def quantize_group(
     alpha: float,
     dtype: torch.dtype,
     starts: Sequence[Start] = (paper_start,),
+    trellis: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `grid.quantize_group`; of several matrices where the device `takes_batches`."""
-    solver = solver_for(W.device, bits, W.shape[-2], starts)
+    """As `grid.quantize_group`; of several matrices where the device `takes_batches`. trellis: the first two of `bits`
+    planes are those of chains' paths, whose inputs come in order."""
+    solver = solver_for(W.device, bits, W.shape[-2], starts, trellis)
+    arguments = W, U, bits, iterations, alpha, dtype, starts
     with threads_for(solver, W.shape[-1]):
-        return solver.quantize_group(W, U, bits, iterations, alpha, dtype, starts)
+        if solver is cpu_solver:
+            return cpu_solver.quantize_group(*arguments, trellis)
+        if trellis:
+            return grid.quantize_group(*arguments, chains.assign_chains)
+        return solver.quantize_group(*arguments)
 
 
-def descend_group(W_hat: Tensor, V: Tensor, H: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """As `grid.descend_group`; of several matrices where the device `takes_batches`."""
-    solver = solver_for(W_hat.device, c.shape[-2] - 1, W_hat.shape[-2])
+def descend_group(W_hat: Tensor, V: Tensor, H: Tensor, c: Tensor, paths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """As `grid.descend_group`; of several matrices where the device `takes_batches`. With a trellis as
+    `chains.descend_chains`, from the codes `paths`."""
+    solver = solver_for(W_hat.device, c.shape[-2] - 1, W_hat.shape[-2], trellis=paths is not None)
     with threads_for(solver, W_hat.shape[-1]):
+        if paths is not None:
+            return chains.descend_chains(paths, W_hat, V, H, c)
         return solver.descend_group(W_hat, V, H, c)
 
 

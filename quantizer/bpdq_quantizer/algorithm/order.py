@@ -20,13 +20,15 @@ class Order(NamedTuple):
     sizes: list[int]
 
 
-def group_aware_order(diag_H: Tensor, group_size: int) -> Order:
+def group_aware_order(diag_H: Tensor, group_size: int, chain: int = 1) -> Order:
     """diag_H: [..., K]. Groups are sorted by their largest diag(H), columns by diag(H), descending; ties keep the
-    natural order. The last group may be short, but not where there are leading axes."""
+    natural order. The last group may be short, but not where there are leading axes. chain: of how many columns, side
+    by side, the order is kept; it divides G, and K."""
     K = diag_H.shape[-1]
     grouped = pad(diag_H, (0, -K % group_size), value=-torch.inf).unflatten(-1, (-1, group_size))
     groups = grouped.amax(-1).argsort(dim=-1, descending=True, stable=True)
-    within = grouped.argsort(dim=-1, descending=True, stable=True)
+    within = grouped.unflatten(-1, (-1, chain)).amax(-1).argsort(dim=-1, descending=True, stable=True)
+    within = (chain * within.unsqueeze(-1) + torch.arange(chain, device=diag_H.device)).flatten(-2)
     columns = within + group_size * torch.arange(grouped.shape[-2], device=diag_H.device).unsqueeze(1)
     columns = torch.take_along_dim(columns, groups.unsqueeze(-1), -2).flatten(-2)
     if K % group_size == 0:

@@ -38,6 +38,7 @@ def refine(
     rounds: int,
     alpha: float,
     dtype: torch.dtype,
+    trellis: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Alternate `joint_fit` and `descend` for `rounds` rounds; returns codes, c (rounded to `dtype`), loss [N], steps.
 
@@ -69,7 +70,7 @@ def refine(
                 singular = row_c[..., 0, 0, :].isnan()
                 row_c = torch.where(singular[..., None, None, :], best_c, row_c)
                 row_steps = torch.where(singular[..., None, :], best_steps, row_steps)
-            row_codes, row_loss = descend(row_codes, row_c, w, H, group_size, sweeps)
+            row_codes, row_loss = descend(row_codes, row_c, w, H, group_size, sweeps, trellis)
             better = row_loss < best_loss
             best_codes = torch.where(better[..., None, :], row_codes, best_codes)
             best_c = torch.where(better[..., None, None, :], row_c, best_c)
@@ -105,22 +106,24 @@ def joint_fit(
     return c.unflatten(-2, (-1, bits + 1)).contiguous(), steps
 
 
-def descend(codes: Tensor, c: Tensor, W: Tensor, H: Tensor, group_size: int, sweeps: int) -> tuple[Tensor, Tensor]:
+def descend(
+    codes: Tensor, c: Tensor, W: Tensor, H: Tensor, group_size: int, sweeps: int, trellis: bool = False
+) -> tuple[Tensor, Tensor]:
     """Coordinate descent, `sweeps` times over the columns; returns the new codes [K, N] and each row's loss [N].
 
     With the gradient V = H (W - W_hat), column i's best value given the others is W_hat[i] + V[i] / H[i, i]; the
-    nearest level is taken.
+    nearest level is taken, with a `trellis` the path that lowers the loss most.
     """
     if not compiled_for(W.device):
-        return descend_in_torch(codes, c, W, H, group_size, sweeps)
+        return descend_in_torch(codes, c, W, H, group_size, sweeps, trellis)
     error = (W - dequantize_columns(codes, c, group_size)).T.contiguous()
     V = error @ H
-    codes, gain = cpu_solver.descend(codes, V, c, H, group_size, sweeps)
+    codes, gain = cpu_solver.descend(codes, V, c, H, group_size, sweeps, trellis)
     return codes, torch.linalg.vecdot(error, V) - gain
 
 
 def descend_in_torch(
-    codes: Tensor, c: Tensor, W: Tensor, H: Tensor, group_size: int, sweeps: int
+    codes: Tensor, c: Tensor, W: Tensor, H: Tensor, group_size: int, sweeps: int, trellis: bool = False
 ) -> tuple[Tensor, Tensor]:
     """As `descend`. V is kept up to date within a group column by column, beyond it once per group, and in the last
     sweep only for the groups to come.
@@ -135,7 +138,8 @@ def descend_in_torch(
             block = slice(g * group_size, min((g + 1) * group_size, W.shape[-2]))
             later = slice(block.start if sweep == sweeps - 1 else 0, None)
             here, V_here = (..., block, slice(None)), V[..., block, :]
-            codes[here], change = descend_group(W_hat[here], V_here, H[..., block, block], c[..., g, :, :])
+            group = W_hat[here], V_here, H[..., block, block], c[..., g, :, :]
+            codes[here], change = descend_group(*group, codes[here] if trellis else None)
             W_hat[here] += change
             before = V_here.clone()
             V_later = V[..., later, :]

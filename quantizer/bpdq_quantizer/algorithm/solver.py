@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bpdq_kernels.layout import WORD
+from bpdq_kernels.trellis import chain_order
 from bpdq_quantizer.algorithm.grid import Start, range_start, residual_start
 from bpdq_quantizer.algorithm.groups import quantize_group, takes_batches
 from bpdq_quantizer.algorithm.hessian import live_mean, upper_factor
@@ -31,7 +33,9 @@ def each_or_all(solve: Callable[..., Solution]) -> Callable[..., Solution]:
 
     @functools.wraps(solve)
     def solve_any(W: Tensor, H: Tensor, bits: int, group_size: int, *args: Any, **options: Any) -> Solution:
-        at_once = takes_batches(W.device, bits, group_size, options.get("starts", STARTS))
+        at_once = takes_batches(
+            W.device, bits, group_size, options.get("starts", STARTS), options.get("trellis", False)
+        )
         if W.ndim == 2 or (at_once and W.shape[-1] % group_size == 0):
             return solve(W, H, bits, group_size, *args, **options)
         each = [solve(w, h, bits, group_size, *args, **options) for w, h in zip(W, H, strict=True)]
@@ -77,31 +81,38 @@ def row_solver(
     damping: float = 0.01,
     starts: Sequence[Start] = STARTS,
     dtype: torch.dtype = torch.bfloat16,
+    trellis: bool = False,
 ) -> Callable[[Tensor], Solution]:
     """What quantizes rows W [N, K] against H [K, K], or W [E, N, K] against H [E, K, K], which is factorized once.
 
     `starts`: initial grids of a group, of which every row keeps the one with the best outcome. The paper's algorithm is
     `refinements` = 0, `damping` = 0.05, `starts` = (paper_start,); more rounds go on with `algorithm.refine`. dtype: of
     coefficients in 16 bits. Those in 8 are first rounded in the joint fit: rounded in the pass, they cost 0.3 (k = 2)
-    to 1.3 % (k = 4) of the refined loss.
+    to 1.3 % (k = 4) of the refined loss. trellis: codes have `bits` + 1 bits, of the planes that are multiplied
+    (`bpdq_kernels.trellis`); K is a multiple of 32.
     """
-    diagonal = H.diagonal(dim1=-2, dim2=-1)
-    order = group_aware_order(diagonal, group_size)
-    R, used = upper_factor(H, order.columns, damping)
-    damped, d = H.clone(), used.to(diagonal) * live_mean(diagonal)
+    K = H.shape[-1]
+    inputs = chain_order(K, H.device) if trellis else torch.arange(K, device=H.device)  # the order of all below
+    damped = in_order(in_order(H, inputs, -2), inputs, -1)
+    diagonal = damped.diagonal(dim1=-2, dim2=-1).clone()
+    order = group_aware_order(diagonal, group_size, WORD if trellis else 1)
+    R, used = upper_factor(damped, order.columns, damping)
+    d = used.to(diagonal) * live_mean(diagonal)
     damped.diagonal(dim1=-2, dim2=-1).add_(d.unsqueeze(-1))
+    planes = bits + trellis
     eight = coefficient_bits == 8
     first, last = (torch.float32, torch.int8) if eight else (dtype, dtype)
 
     def solve(W: Tensor) -> Solution:
-        target = used_inputs(W, diagonal)
-        found = one_pass(target, R, order, bits, iterations, alpha, first, starts)
+        target = used_inputs(in_order(W, inputs, -1), diagonal)
+        found = one_pass(target, R, order, planes, iterations, alpha, first, starts, trellis)
         HW = damped @ target
         energy = (HW * target).sum(-2) - d.unsqueeze(-1) * target.square().sum(-2)
-        codes, c, loss, s = refine(*found, target, HW, damped, group_size, refinements, alpha, last)
+        codes, c, loss, s = refine(*found, target, HW, damped, group_size, refinements, alpha, last, trellis)
         loss = undamped(loss, d, target, codes, c, group_size)
+        codes = in_order(codes, inputs.argsort(), -2).mT.contiguous()
         c = stored_coefficients(c, s.unsqueeze(-3) if eight else None, last)
-        return Solution(codes.mT.contiguous(), c, loss, energy, used, s.bfloat16() if eight else None)
+        return Solution(codes, c, loss, energy, used, s.bfloat16() if eight else None)
 
     return solve
 
@@ -122,6 +133,7 @@ def one_pass(
     alpha: float,
     dtype: torch.dtype,
     starts: Sequence[Start],
+    trellis: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes [..., K, N], c [..., ceil(K/G), k+1, N] and loss [..., N] of target [..., K, N] under R R^T: group after
     group in `order`, which is that of R [..., K, K].
@@ -137,7 +149,7 @@ def one_pass(
         block = slice(start, start + size)
         S = R[..., :start, block].mT @ errors[..., :start, :]
         weight = add_product(errors[..., block, :], U.mT, S)
-        code, c, E = quantize_group(weight, U, bits, iterations, alpha, dtype, starts)
+        code, c, E = quantize_group(weight, U, bits, iterations, alpha, dtype, starts, trellis)
         codes.append(code)
         coefficients.append(c)
         norms.append(torch.linalg.vector_norm(E, dim=-2))
