@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bpdq_kernels.layout import pack_codes, unpack
+from bpdq_kernels.layout import check_layer, pack_codes, unpack
+from bpdq_kernels.reference import dequantize
 from bpdq_kernels.trellis import chain_order, multiplied, shifted, stored
 from bpdq_quantizer.algorithm import chains, cpu_solver, grid, refine
 from bpdq_quantizer.algorithm.order import group_aware_order
@@ -170,3 +171,24 @@ def test_a_layer_is_solved_into_paths_that_lose_less(bits: int):
     torch.testing.assert_close(found.loss.double(), (error @ H.double() * error).sum(1), rtol=2e-3, atol=1e-6)
     torch.testing.assert_close(found.energy, plain.energy)
     assert found.loss.sum() < 0.95 * plain.loss.sum()
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3])
+@pytest.mark.parametrize("coefficient_bits", [8, 16])
+def test_the_oracle_multiplies_derived_planes(bits: int, coefficient_bits: int):
+    W, H = problem(40, 96)
+    found = quantize_linear(W, H, bits, 64, coefficient_bits, trellis=True)
+    planes = pack_codes(found.codes, bits + 1)
+    expected = dequantize(planes, found.c, 64, 96, found.s)  # as if all were stored
+    assert torch.equal(dequantize(stored(planes), found.c, 64, 96, found.s), expected)
+    error = (W - expected).double()
+    torch.testing.assert_close(found.loss.double(), (error @ H.double() * error).sum(1), rtol=2e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("planes", "inputs", "message"),
+    [(4, 64, "4 bit-planes: 1 to 3 with a trellis"), (2, 48, "need a multiple of 32 inputs, not 48")],
+)
+def test_what_no_trellis_can_be_is_refused(planes: int, inputs: int, message: str):
+    with pytest.raises(ValueError, match=message):
+        check_layer(torch.zeros(2, planes, 8, dtype=torch.int32), torch.zeros(1, planes + 2, 8), 64, inputs)

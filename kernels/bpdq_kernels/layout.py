@@ -22,6 +22,8 @@ bits there is a scale for each output and plane, and s * c stands where c is abo
     c  int8         [ceil(K/G), k+1, N]
     s  fp16 / bf16  [k+1, N]
 
+Of trellis-coded planes (`bpdq_kernels.trellis`) c and s have k+2 rows, as k+1 planes are multiplied; 32 divides K.
+
 The last group may be short, and bits past K in the last word are zero. The authors pad B to a multiple of 256 inputs
 when G = 256; `trim` drops that padding.
 """
@@ -50,9 +52,16 @@ def plane_shape(in_features: int, out_features: int, planes: int) -> tuple[int, 
     return (cdiv(in_features, WORD), planes, out_features)
 
 
-def coefficient_shape(in_features: int, out_features: int, planes: int, group_size: int) -> tuple[int, int, int]:
-    """Shape of `c`: [ceil(K/G), k+1, N]."""
-    return (cdiv(in_features, group_size), planes + 1, out_features)
+def coefficient_shape(
+    in_features: int, out_features: int, planes: int, group_size: int, trellis: bool = False
+) -> tuple[int, int, int]:
+    """Shape of `c`: [ceil(K/G), k+1, N], of a trellis [ceil(K/G), k+2, N]."""
+    return (cdiv(in_features, group_size), planes + trellis + 1, out_features)
+
+
+def has_trellis(B: Tensor, c: Tensor) -> bool:
+    """Whether B [..., k, N] is to be multiplied with c [..., N] as trellis-coded planes: by the rows of c."""
+    return c.shape[-2] == B.shape[-2] + 2
 
 
 class Stored(NamedTuple):
@@ -98,17 +107,21 @@ def check_layer(B: Tensor, c: Tensor, group_size: int, in_features: int, s: Tens
     """Raise ValueError unless B, c and s hold a layer of `in_features` inputs and 1 to 4 planes; padding past the
     inputs is accepted."""
     words, planes, n = plane_shape(in_features, B.shape[2], B.shape[1])
-    if not 1 <= planes <= MAX_PLANES:
-        raise ValueError(f"B {tuple(B.shape)} has {planes} bit-planes: 1 to {MAX_PLANES} are supported")
-    groups = coefficient_shape(in_features, n, planes, group_size)[0]
-    if B.dtype != torch.int32 or B.shape[0] < words or c.shape[0] < groups or c.shape[1:] != (planes + 1, n):
+    trellis = has_trellis(B, c)
+    if not 1 <= planes <= MAX_PLANES - trellis:
+        most = f"{MAX_PLANES - 1} with a trellis" if trellis else MAX_PLANES
+        raise ValueError(f"B {tuple(B.shape)} has {planes} bit-planes: 1 to {most} are supported")
+    if trellis and in_features % WORD:
+        raise ValueError(f"trellis-coded planes need a multiple of {WORD} inputs, not {in_features}")
+    shape = coefficient_shape(in_features, n, planes, group_size, trellis)
+    if B.dtype != torch.int32 or B.shape[0] < words or c.shape[0] < shape[0] or c.shape[1:] != shape[1:]:
         raise ValueError(
             f"B {B.dtype} {tuple(B.shape)} and c {tuple(c.shape)} don't describe {in_features} inputs "
-            f"at group size {group_size}: expected int32 {(words, planes, n)} and {(groups, planes + 1, n)}"
+            f"at group size {group_size}: expected int32 {(words, planes, n)} and {shape}"
         )
-    if (c.dtype == torch.int8) != (s is not None) or (s is not None and s.shape != (planes + 1, n)):
+    if (c.dtype == torch.int8) != (s is not None) or (s is not None and s.shape != shape[1:]):
         found = None if s is None else tuple(s.shape)
-        raise ValueError(f"c {c.dtype} with s {found}: int8 needs s {(planes + 1, n)}, and nothing else does")
+        raise ValueError(f"c {c.dtype} with s {found}: int8 needs s {shape[1:]}, and nothing else does")
 
 
 def pack(bits: Tensor) -> Tensor:

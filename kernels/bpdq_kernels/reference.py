@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
+from bpdq_kernels import trellis
 from bpdq_kernels.activation import Activation, activate
-from bpdq_kernels.layout import WORD, PreparedExperts, check_layer, coefficients, expand_words, trim
+from bpdq_kernels.layout import WORD, PreparedExperts, check_layer, coefficients, expand_words, has_trellis, trim
 
 _CHUNK = 1 << 19  # weights computed at a time: 2 MiB of fp32 stay in cache
 
@@ -14,10 +15,12 @@ def dequantize_t(
 ) -> Tensor:
     """Transposed weight [K, N] in `dtype`, computed in fp32 and rounded once.
 
-    B: int32 [ceil(K/32), k, N] (may carry padding words), c: [ceil(K/G), k+1, N] floating point, or int8 with s.
+    B: int32 [ceil(K/32), k, N] (may carry padding words), c: [ceil(K/G), k+1, N] floating point, or int8 with s; of
+    trellis-coded planes [ceil(K/G), k+2, N].
     """
     B = trim(B, in_features)
-    words, k, n = B.shape
+    words, _, n = B.shape
+    k = c.shape[1] - 1
     weight = torch.empty(words, WORD, n, dtype=dtype, device=B.device)
     step = max(1, _CHUNK // (WORD * max(1, n)))
     for start in range(0, words, step):
@@ -25,7 +28,8 @@ def dequantize_t(
         group = torch.arange(block.start, block.stop, device=B.device) * WORD // group_size
         coeff = coefficients(c[group], s).unsqueeze(1)  # [words, 1, k+1, N]
         w = coeff[:, :, k].expand(-1, WORD, -1).clone()
-        for p, bits in enumerate(expand_words(B[block])):  # [words, 32, N]
+        planes = trellis.multiplied(B[block]) if has_trellis(B, c) else B[block]
+        for p, bits in enumerate(expand_words(planes)):  # [words, 32, N]
             w.addcmul_(coeff[:, :, p], bits.float())
         weight[block] = w
     return weight.flatten(0, 1)[:in_features]
