@@ -15,7 +15,7 @@ def random_planes(
     """B and bf16 c of a layer, on the generator's device."""
     shape = plane_shape(in_features, out_features, scheme.bits)
     B = torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, device=random.device, generator=random)
-    shape = coefficient_shape(in_features, out_features, scheme.bits, scheme.group_size)
+    shape = coefficient_shape(in_features, out_features, scheme.bits, scheme.group_size, scheme.trellis)
     return B, (STD * torch.randn(shape, device=random.device, generator=random)).bfloat16()
 
 

@@ -4,7 +4,6 @@ import itertools
 import json
 import re
 import shutil
-from dataclasses import astuple
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bpdq_quantizer
-from bpdq_kernels.format import Scheme
+from bpdq_kernels.format import PLAIN, TRELLIS, Scheme
 from bpdq_quantizer.algorithm.grid import range_start
 from bpdq_quantizer.algorithm.solver import quantize_linear
 from bpdq_quantizer.checkpoint.inspection import inspect
@@ -144,23 +143,34 @@ def test_gradients_are_those_of_the_whole_model(arch, tokens, tmp_path):
     assert all(p.is_meta for p in source.blocks.parameters()), "a block that was passed takes no memory"
 
 
-def test_losses_of_sampled_rows_are_those_of_the_solver():
+@pytest.mark.parametrize(("code", "count"), [(PLAIN, 32), (TRELLIS, 32)])
+def test_losses_of_sampled_rows_are_those_of_the_solver(code: str, count: int):
     generator = torch.Generator().manual_seed(5)
     W, X = torch.randn(8, 96, generator=generator), torch.randn(400, 96, generator=generator)
     H = 2 * (X * torch.linspace(0.2, 2, 96)).T @ (X * torch.linspace(0.2, 2, 96)) / len(X)
     options = {"iterations": sensitivity.ITERATIONS, "refinements": 1, "starts": (range_start,), "dtype": torch.float32}
-    tried = sensitivity.try_schemes(W, H, choices(8), 1e-6, 0.01)
-    assert {scheme for scheme, _ in tried} == set(choices(8))
-    for (bits, group_size, width), loss in ((astuple(scheme), loss) for scheme, loss in tried):
-        expected = quantize_linear(W, H, bits, group_size, width, **options).loss
+    tried = sensitivity.try_schemes(W, H, choices(8, code), 1e-6, 0.01)
+    assert len(tried) == count
+    assert all(scheme.code == code or scheme.bits == 4 for scheme, _ in tried)
+    for scheme, loss in tried:
+        width = scheme.coefficient_bits
+        arguments = scheme.bits, scheme.group_size, width
+        expected = quantize_linear(W, H, *arguments, trellis=scheme.trellis, **options).loss
         rounding = 1e-4 if width == 8 else 0.02  # the solver rounds 16 bits to fp32 here, not to bf16
         torch.testing.assert_close(loss.sum(), expected.sum(), rtol=rounding, atol=1e-6)
+
+
+def test_layers_get_schemes_that_fit_their_inputs():
+    assert {scheme.code for scheme in sensitivity.schemes_for(96, choices(8, TRELLIS)) if scheme.bits < 4} == {TRELLIS}
+    assert {scheme.code for scheme in sensitivity.schemes_for(100, choices(8, TRELLIS))} == {PLAIN}
+    assert sensitivity.schemes_for(96, choices(16)) == [*choices(16)]
 
 
 def test_what_coefficients_may_be_follows_the_option():
     assert {scheme.coefficient_bits for scheme in choices(8)} == {8, 16}
     assert {scheme.coefficient_bits for scheme in choices(16)} == {16}
     assert len(choices(8)) == 2 * len(choices(16)) == 32
+    assert len(choices(8, TRELLIS)) == 32 + 24
 
 
 def test_costs_of_every_scheme_fall_with_bits(folder, tokens):

@@ -152,8 +152,8 @@ def test_an_embedding_that_does_more_than_look_up_is_refused(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tiny_model(tmp_path / "model"))
     model.set_input_embeddings(Odd(384, 128))
     with pytest.raises(InputError, match=r"model\.embed_tokens is a Odd, which is not supported"):
-        embeddings.embedding_schemes(model, 4, None, 64, 8)
-    assert embeddings.embedding_schemes(model, None, 4, 64, 8) == {HEAD: Scheme(4, 64, 8)}
+        embeddings.embedding_schemes(model, 4, None, Scheme(2, 64, 8))
+    assert embeddings.embedding_schemes(model, None, 4, Scheme(2, 64, 8)) == {HEAD: Scheme(4, 64, 8)}
 
 
 @pytest.mark.parametrize("name", [EMBEDDING, HEAD])
@@ -164,4 +164,4 @@ def test_nan_in_a_table_is_named(tmp_path, name):
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     lm = AutoModelForCausalLM.from_pretrained(model)
     with pytest.raises(InputError, match=rf"{name}\.weight holds NaN or infinity"):
-        embeddings.embedding_schemes(lm, 4, 4, 64, 16)
+        embeddings.embedding_schemes(lm, 4, 4, Scheme(2, 64))

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from bpdq_kernels import format, layout, patterns
-from bpdq_kernels.format import Scheme
+from bpdq_kernels.format import TRELLIS, Scheme
+from bpdq_kernels.layout import coefficient_shape
 
 OURS = {
     "quant_method": "bpdq",
@@ -132,6 +133,27 @@ def test_optional_keys_may_be_missing_or_null(key: str):
 V2 = changed(OURS, format_version=2, coefficient_bits=8)
 
 
+V3 = changed(OURS, format_version=3, code="trellis4")
+
+
+def test_version_3_tells_the_code_by_layer_too():
+    parsed = format.parse(changed(V3, layers={DOWN_PROJ: {"code": "plain"}, "re:.*q_proj": {"bits": 3}}))
+    assert parsed.scheme_for(DOWN_PROJ) == Scheme(2, 64)
+    assert parsed.scheme_for(Q_PROJ) == Scheme(3, 64, 16, "trellis4")
+    parsed = format.parse(changed(V3, code=..., layers={DOWN_PROJ: {"code": "trellis4"}}))
+    assert (parsed.scheme_for(DOWN_PROJ).planes, parsed.scheme_for(Q_PROJ).planes) == (3, 2)
+
+
+@pytest.mark.parametrize("width", [8, 16])
+def test_a_trellis_has_the_bytes_of_its_tensors(width):
+    scheme = Scheme(2, 64, width, TRELLIS)
+    c = coefficient_shape(160, 48, 2, 64, trellis=True)
+    assert scheme.stored_bytes(48, 160) == 4 * 5 * 2 * 48 + width // 8 * prod(c) + (2 * 4 * 48 if width == 8 else 0)
+    assert scheme.bits_per_weight == 2 + width * 4 / 64
+    assert scheme.for_inputs(160) == scheme
+    assert scheme.for_inputs(161) == Scheme(2, 64, width)
+
+
 def test_version_2_tells_the_width_of_coefficients_by_layer_too():
     parsed = format.parse(changed(V2, layers={DOWN_PROJ: {"coefficient_bits": 16}, "re:.*q_proj": {"bits": 3}}))
     assert parsed.scheme_for(DOWN_PROJ) == Scheme(2, 64, 16)
@@ -153,11 +175,18 @@ BAD = {
     "G a list": (changed(OURS, group_size=[64]), "group_size = [64] is not supported: use one of"),
     "both missing": (changed(OURS, bits=..., group_size=None), "bits and group_size missing: add the value"),
     "newer format": (
-        changed(OURS, format_version=3),
-        "format_version 3 is not supported (this release reads 1 and 2): upgrade",
+        changed(OURS, format_version=4),
+        "format_version 4 is not supported (this release reads 1, 2, 3): upgrade",
     ),
     "version a float": (changed(OURS, format_version=1.0), "format_version 1.0 is not supported (this release reads"),
     "version true": (changed(OURS, format_version=True), "format_version True is not supported (this release reads"),
+    "a code of no name": (changed(V3, code="qtip"), "code = 'qtip' is not supported: use one of ('plain', 'trellis4')"),
+    "a code too early": (changed(V2, code="trellis4"), "format_version 2 has no code = 'trellis4': download or"),
+    "a layer's code too early": (
+        changed(V2, layers={"re:.*": {"code": "trellis4"}}),
+        "format_version 2 has no code = 'trellis4': download or",
+    ),
+    "a trellis of 4 planes": (changed(V3, bits=4), "bits = 4 with a trellis is not supported: use 1 to 3"),
     "c of 4 bits": (changed(V2, coefficient_bits=4), "coefficient_bits = 4 is not supported: use one of (8, 16)"),
     "c true": (changed(V2, coefficient_bits=True), "coefficient_bits = True is not supported: use one of (8, 16)"),
     "c a string": (changed(V2, coefficient_bits="8"), "coefficient_bits = '8' is not supported: use one of (8, 16)"),

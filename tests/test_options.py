@@ -22,6 +22,7 @@ OTHERS = {  # than the defaults
         "bits": 3,
         "group_size": 32,
         "coefficient_bits": 16,
+        "code": "trellis",
         "embed_bits": 4,
         "head_bits": 2,
         "target_size": "20GiB",

@@ -138,10 +138,11 @@ def test_ignored_layers_stay_in_16_bits():
         {"layers": {"re:.*k_proj": {"bits": 3}}},
         {"layers": {"model.layers.0.self_attn.k_proj": {"group_size": 64}}},
         {"format_version": 2, "layers": {"model.layers.0.self_attn.k_proj": {"coefficient_bits": 8}}},
+        {"format_version": 3, "layers": {"model.layers.0.self_attn.k_proj": {"code": "trellis4"}}},
     ],
 )
 def test_fused_layers_whose_parts_differ_are_refused(change):
-    message = r"model\.layers\.0\.self_attn\.qkv_proj: vLLM fuses .* k_proj .* group_size and coefficient_bits"
+    message = r"model\.layers\.0\.self_attn\.qkv_proj: vLLM fuses .* k_proj .* group_size, coefficient_bits and code"
     with pytest.raises(ValueError, match=message):
         config(**change).get_quant_method(a(ColumnParallelLinear), "model.layers.0.self_attn.qkv_proj")
 

@@ -13,7 +13,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from bpdq_kernels import dequantize, layout
-from bpdq_kernels.format import KV_CACHE_SCHEME
+from bpdq_kernels.format import KV_CACHE_SCHEME, PLAIN, TRELLIS, Scheme
+from bpdq_kernels.layout import Stored
+from bpdq_quantizer.algorithm.solver import quantize_linear
+from bpdq_quantizer.passes.layers import stored
 
 TEXT = "The bit-plane of a weight is one bit; two planes and three coefficients make four levels. " * 20
 CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
@@ -101,6 +104,14 @@ def narrowed(c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (c.float() / s.float().clamp_min(1e-30)).round().clamp(-127, 127).to(torch.int8), s
 
 
+def on_paths(W: torch.Tensor, scheme: Scheme, dtype: torch.dtype) -> Stored:
+    """W [N, K] as trellis-coded planes, c in `dtype` if in 16 bits."""
+    options = {"iterations": 2, "dtype": dtype, "trellis": True}
+    H = torch.eye(W.shape[1])
+    found = quantize_linear(W.float(), H, scheme.bits, scheme.group_size, scheme.coefficient_bits, **options)
+    return stored(found, scheme)
+
+
 def bpdq_checkpoint(
     model: Path,
     out: Path,
@@ -121,7 +132,7 @@ def bpdq_checkpoint(
     plain = out.with_name(out.name + "-dequantized")
     shutil.copytree(model, out)
     shutil.copytree(model, plain)
-    tensors, dequantized, widths = {}, {}, set()
+    tensors, dequantized, widths, codes = {}, {}, set(), set()
     for name, tensor in load_file(model / "model.safetensors").items():
         layer = name.removesuffix(".weight")
         dequantized[name] = tensor
@@ -132,10 +143,13 @@ def bpdq_checkpoint(
         scheme = {"bits": bits, "group_size": group_size, "coefficient_bits": coefficient_bits}
         scheme |= (layers or {}).get(layer, {})
         widths.add(scheme["coefficient_bits"])
-        B, c = round_to_planes(tensor, scheme["bits"], scheme["group_size"], coefficient_dtype)
-        s = None
-        if scheme["coefficient_bits"] == 8:
-            c, s = narrowed(c)
+        codes.add(scheme.get("code", PLAIN))
+        if scheme.get("code") == TRELLIS:
+            B, c, s = on_paths(tensor, Scheme(**scheme), coefficient_dtype)
+        else:
+            B, c = round_to_planes(tensor, scheme["bits"], scheme["group_size"], coefficient_dtype)
+            c, s = narrowed(c) if scheme["coefficient_bits"] == 8 else (c, None)
+        if s is not None:
             tensors[layer + ".s"] = s
         dequantized[name] = dequantize(B, c, scheme["group_size"], tensor.shape[1], s).to(tensor.dtype)
         if dialect == "authors" and scheme["group_size"] == 256:
@@ -150,6 +164,8 @@ def bpdq_checkpoint(
         quantization |= {"quant_method": "bpdq", "format_version": 1, "bits": bits}
         if 8 in widths:
             quantization |= {"format_version": 2, "coefficient_bits": coefficient_bits}
+        if TRELLIS in codes:
+            quantization["format_version"] = 3
         quantization |= {"ignore": [*({"lm_head"} - set(layers or {})), *ignore], "layers": layers or {}}
     else:
         quantization |= {"quant_method": "gptq", "format": "bpdq", "bits": 8, "lm_head": False, "desc_act": False}

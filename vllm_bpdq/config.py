@@ -182,7 +182,7 @@ class BPDQConfig(QuantizationConfig):
             found = ", ".join(f"{part.rpartition('.')[2]} {scheme or '16-bit'}" for part, scheme in schemes.items())
             raise ValueError(
                 f"{prefix}: vLLM fuses layers that quantization_config treats differently ({found}): "
-                f"give them the same bits, group_size and coefficient_bits, or ignore all of them"
+                f"give them the same bits, group_size, coefficient_bits and code, or ignore all of them"
             )
         return schemes[parts[0]]
 
@@ -209,7 +209,7 @@ class BPDQConfig(QuantizationConfig):
             found = ", ".join(f"{part} {scheme or '16-bit'}" for scheme, part in first.items())
             raise ValueError(
                 f"{prefix}: quantization_config treats the experts of one layer differently ({found}): "
-                "give all of them the same bits, group_size and coefficient_bits, or ignore all of them"
+                "give all of them the same bits, group_size, coefficient_bits and code, or ignore all of them"
             )
         return next(iter(first))
 

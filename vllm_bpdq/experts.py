@@ -36,12 +36,12 @@ class Matrix(NamedTuple):
     part_outputs: int
     group_size: int
 
-    def shapes(self, bits: int) -> dict[str, tuple[int, ...]]:
+    def shapes(self, scheme: Scheme) -> dict[str, tuple[int, ...]]:
         """Of an expert's tensors on this rank."""
         out_features = len(self.parts) * self.part_outputs
-        coefficients = coefficient_shape(self.in_features, out_features, bits, self.group_size)
-        planes = plane_shape(self.in_features, out_features, bits)
-        return {"B": planes, "c": coefficients, "s": coefficients[1:], "bias": (out_features,)}
+        sizes = self.in_features, out_features, scheme.bits
+        coefficients = coefficient_shape(*sizes, self.group_size, scheme.trellis)
+        return {"B": plane_shape(*sizes), "c": coefficients, "s": coefficients[1:], "bias": (out_features,)}
 
     def share(self, kind: str, name: str, tensor: Tensor, shape: tuple[int, ...], rank: int, scheme: Scheme) -> Tensor:
         """The rank's share of a part's tensor `kind` of the checkpoint, for a parameter of `shape`; raises ValueError
@@ -143,7 +143,7 @@ class BPDQExpertsMethod(FusedMoEMethodBase):
         c_dtype = params_dtype if self.scheme.coefficient_bits == 16 else torch.int8
         dtypes = {"B": torch.int32, "c": c_dtype, "s": torch.float32, "bias": params_dtype}
         for matrix in (self.up, self.down):
-            for kind, shape in matrix.shapes(self.scheme.bits).items():
+            for kind, shape in matrix.shapes(self.scheme).items():
                 if kind in kinds:
                     fill = nan if dtypes[kind].is_floating_point else 0
                     data = torch.full((num_experts, *shape), fill, dtype=dtypes[kind])

@@ -171,9 +171,9 @@ class BPDQLinearMethod(LinearMethodBase):
         starts = list(accumulate(output_partition_sizes[:-1], initial=0))
         names = self.parts if len(self.parts) == len(starts) else [self.name] * len(starts)  # fused on disk, as Phi-3
         parts = dict(zip(starts, names, strict=True))
-        k = self.scheme.bits
-        shape = coefficient_shape(self.in_features, self.out_features, k, self.group_size)
-        B = torch.empty(plane_shape(self.in_features, self.out_features, k), dtype=torch.int32)
+        sizes = self.in_features, self.out_features, self.scheme.bits
+        shape = coefficient_shape(*sizes, self.group_size, self.scheme.trellis)
+        B = torch.empty(plane_shape(*sizes), dtype=torch.int32)
         tensors = {"B": (B, fit_planes)}
         if "s" in self.scheme.tensors:
             tensors["c"] = torch.zeros(shape, dtype=torch.int8), fit_coefficients

@@ -6,7 +6,9 @@ Two dialects are read. Ours:
      "coefficient_bits": 8, "ignore": ["lm_head"], "layers": {"re:.*mlp.*": {"bits": 3, "group_size": 64}},
      "meta": {"bpdq": {"msbits": k, "n_iters": 10, "alpha": 1e-4}}}
 
-(version 1 has coefficients in 16 bits only, and no word of it)
+(version 1 has coefficients in 16 bits only, and no word of it; from version 3 on the model or a layer may have
+"code": "trellis4", the planes of `bpdq_kernels.trellis`, instead of "plain")
+
 and that of the authors' release (GPTQModel 5.7.0 with the BPDQ patch), whose `bits` is the width of the initial
 integer grid and whose number of planes is `meta.bpdq.msbits`:
 
@@ -20,7 +22,7 @@ has scales for an fp8 KV cache, `k_scale` and `v_scale`.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -35,24 +37,28 @@ from bpdq_kernels.layout import (
     MAX_PLANES,
     TILE_ROWS,
     UNIT,
+    WORD,
     Stored,
     cdiv,
     coefficient_shape,
     plane_shape,
 )
 
-WIDTHS = {1: (16,), 2: (8, 16)}  # of coefficients, by format version
+WIDTHS = {1: (16,), 2: (8, 16), 3: (8, 16)}  # of coefficients, by format version
+PLAIN, TRELLIS = "plain", "trellis4"
+CODES = {1: (PLAIN,), 2: (PLAIN,), 3: (PLAIN, TRELLIS)}  # of planes, likewise
 KV_CACHE_SCHEME = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
 KV_SCALES = ("k_scale", "v_scale")
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """Number of bit-planes, group size and width of the coefficients of one layer."""
+    """Number of bit-planes that are stored, group size, width of the coefficients and code of one layer."""
 
     bits: int
     group_size: int
     coefficient_bits: int = 16
+    code: str = PLAIN
 
     def __post_init__(self) -> None:
         if type(self.bits) is not int or self.bits not in range(1, MAX_PLANES + 1):  # True and 2.0 are "in" it
@@ -62,6 +68,25 @@ class Scheme:
         if type(self.coefficient_bits) is not int or self.coefficient_bits not in WIDTHS[2]:
             raise InputError(f"coefficient_bits = {self.coefficient_bits!r} is not supported: use one of {WIDTHS[2]}")
 
+        if self.code not in CODES[3]:
+            raise InputError(f"code = {self.code!r} is not supported: use one of {CODES[3]}")
+        if self.planes > MAX_PLANES:
+            raise InputError(f"bits = {self.bits} with a trellis is not supported: use 1 to {MAX_PLANES - 1}")
+
+    @property
+    def trellis(self) -> bool:
+        """Whether the planes are trellis-coded (`bpdq_kernels.trellis`)."""
+        return self.code == TRELLIS
+
+    @property
+    def planes(self) -> int:
+        """How many planes are multiplied."""
+        return self.bits + self.trellis
+
+    def for_inputs(self, in_features: int) -> "Scheme":
+        """This, but with plain planes for a layer whose inputs are no multiple of a chain's."""
+        return replace(self, code=PLAIN) if in_features % WORD else self
+
     @property
     def tensors(self) -> tuple[str, ...]:
         """Names of a layer's tensors in a checkpoint, after its own and a dot."""
@@ -69,14 +94,14 @@ class Scheme:
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits per weight of long rows: k + 16 (k + 1) / G, or k + 8 (k + 1) / G; 16 (k + 1) / K are to be added
-        with coefficients in 8 bits."""
-        return self.bits + self.coefficient_bits * (self.bits + 1) / self.group_size
+        """Stored bits per weight of long rows: k + 16 (p + 1) / G, or k + 8 (p + 1) / G, with p = `planes`; for
+        coefficients in 8 bits 16 (p + 1) / K are to be added."""
+        return self.bits + self.coefficient_bits * (self.planes + 1) / self.group_size
 
     def stored_bytes(self, out_features: int, in_features: int) -> int:
         """Bytes of a layer's tensors, ragged ends included."""
         planes = plane_shape(in_features, out_features, self.bits)
-        coefficients = coefficient_shape(in_features, out_features, self.bits, self.group_size)
+        coefficients = coefficient_shape(in_features, out_features, self.bits, self.group_size, self.trellis)
         scales = 0 if self.coefficient_bits == 16 else prod(coefficients[1:])
         return 4 * prod(planes) + self.coefficient_bits // 8 * prod(coefficients) + 2 * scales
 
@@ -85,7 +110,7 @@ class Scheme:
         units, outputs = cdiv(in_features, UNIT), cdiv(out_features, 4 * TILE_ROWS) * 4 * TILE_ROWS
         groups = cdiv(units * UNIT, self.group_size)
         ratios = 0 if self.coefficient_bits == 16 else 1
-        coefficients = (self.bits + 1) * (groups * self.coefficient_bits // 8 + 2 * ratios)
+        coefficients = (self.planes + 1) * (groups * self.coefficient_bits // 8 + 2 * ratios)
         return outputs * (units * UNIT // 8 * self.bits + coefficients) + 4 * out_features
 
 
@@ -161,7 +186,7 @@ def parse(config: Mapping[str, Any]) -> Format:
     if type(version) is not int or version not in WIDTHS:
         raise InputError(
             f"quantization_config: format_version {version!r} is not supported (this release reads "
-            f"{' and '.join(map(str, WIDTHS))}): upgrade vllm-bpdq or quantize the model again"
+            f"{', '.join(map(str, WIDTHS))}): upgrade vllm-bpdq or quantize the model again"
         )
     default = _scheme(config, "quantization_config")
     ignore = config.get("ignore") or []
@@ -177,6 +202,11 @@ def parse(config: Mapping[str, Any]) -> Format:
         if scheme.coefficient_bits not in WIDTHS[version]:
             raise InputError(
                 f"quantization_config: format_version {version} has no coefficient_bits = {scheme.coefficient_bits}: "
+                "download or quantize the model again"
+            )
+        if scheme.code not in CODES[version]:
+            raise InputError(
+                f"quantization_config: format_version {version} has no code = {scheme.code!r}: "
                 "download or quantize the model again"
             )
     _checked("ignore", ignore)
@@ -231,7 +261,9 @@ def _scheme(config: Mapping[str, Any], where: str) -> Scheme:
     if missing:
         raise InputError(f"{where}: {' and '.join(missing)} missing: add the value or quantize the model again")
     try:
-        return Scheme(config["bits"], config["group_size"], config.get("coefficient_bits", 16))
+        return Scheme(
+            config["bits"], config["group_size"], config.get("coefficient_bits", 16), config.get("code", PLAIN)
+        )
     except InputError as e:
         raise InputError(f"{where}: {e}") from None
 
@@ -257,6 +289,8 @@ def check_planes(name: str, B: Tensor, in_features: int, out_features: int, sche
 
     At G = 256, words that pad the inputs to a multiple of 256 are accepted (the authors write them).
     """
+    if scheme.trellis and in_features % WORD:
+        raise InputError(f"{name} has {in_features} inputs, and trellis-coded planes a multiple of {WORD}: {_REMEDY}")
     want = plane_shape(in_features, out_features, scheme.bits)
     padded = plane_shape(-(-in_features // 256) * 256, out_features, scheme.bits)
     if B.dtype != torch.int32 or B.shape not in ((want, padded) if scheme.group_size == 256 else (want,)):
@@ -265,7 +299,7 @@ def check_planes(name: str, B: Tensor, in_features: int, out_features: int, sche
 
 def check_coefficients(name: str, c: Tensor, in_features: int, out_features: int, scheme: Scheme) -> None:
     """Raise InputError naming the layer unless `c` has a dtype and the shape that `scheme` asks for."""
-    want = coefficient_shape(in_features, out_features, scheme.bits, scheme.group_size)
+    want = coefficient_shape(in_features, out_features, scheme.bits, scheme.group_size, scheme.trellis)
     dtypes, expected = (_HALVES, "16-bit floats") if scheme.coefficient_bits == 16 else ((torch.int8,), "int8")
     if c.dtype not in dtypes or c.shape != want:
         raise InputError(f"{name}.c is {c.dtype} {tuple(c.shape)}, expected {expected} {want}: {_REMEDY}")
@@ -273,7 +307,7 @@ def check_coefficients(name: str, c: Tensor, in_features: int, out_features: int
 
 def check_scales(name: str, s: Tensor, out_features: int, scheme: Scheme) -> None:
     """Raise InputError naming the layer unless `s` is float16 or bfloat16 [k+1, N]."""
-    want = (scheme.bits + 1, out_features)
+    want = (scheme.planes + 1, out_features)
     if s.dtype not in _HALVES or s.shape != want:
         raise InputError(f"{name}.s is {s.dtype} {tuple(s.shape)}, expected 16-bit floats {want}: {_REMEDY}")
 

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from bpdq_kernels import trellis
 from bpdq_kernels.activation import Activation, activate
-from bpdq_kernels.layout import WORD, PreparedExperts, check_layer, coefficients, expand_words, has_trellis, trim
+from bpdq_kernels.layout import WORD, PreparedExperts, check_layer, coefficients, expand_words, trim
+from bpdq_kernels.trellis import planes_of
 
 _CHUNK = 1 << 19  # weights computed at a time: 2 MiB of fp32 stay in cache
 
@@ -28,8 +28,7 @@ def dequantize_t(
         group = torch.arange(block.start, block.stop, device=B.device) * WORD // group_size
         coeff = coefficients(c[group], s).unsqueeze(1)  # [words, 1, k+1, N]
         w = coeff[:, :, k].expand(-1, WORD, -1).clone()
-        planes = trellis.multiplied(B[block]) if has_trellis(B, c) else B[block]
-        for p, bits in enumerate(expand_words(planes)):  # [words, 32, N]
+        for p, bits in enumerate(expand_words(planes_of(B[block], c))):  # [words, 32, N]
             w.addcmul_(coeff[:, :, p], bits.float())
         weight[block] = w
     return weight.flatten(0, 1)[:in_features]

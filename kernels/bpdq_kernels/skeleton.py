@@ -131,7 +131,7 @@ def quantized_layers(
         if embedding != head:
             raise InputError(
                 f"{' and '.join(embeddings)} are tied, but quantization_config makes them {embedding} and {head}: "
-                "`layers` must name both, with the same bits, group_size and coefficient_bits"
+                "`layers` must name both, with the same bits, group_size, coefficient_bits and code"
             )
         found.pop(embeddings[1], None)
     return found

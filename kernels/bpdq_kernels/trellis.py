@@ -20,7 +20,7 @@ c of z0 < c of z1 < c of u; from each state two of the four subsets can be reach
 import torch
 from torch import Tensor
 
-from bpdq_kernels.layout import WORD
+from bpdq_kernels.layout import WORD, has_trellis
 
 CODED = 2  # planes that are multiplied in the place of x
 STATES = 4
@@ -52,3 +52,8 @@ def stored(planes: Tensor) -> Tensor:
     for places in (2, 4, 8, 16):
         x = x ^ shifted(x, places)
     return torch.cat([x, planes[..., 2:, :]], -2)
+
+
+def planes_of(B: Tensor, c: Tensor) -> Tensor:
+    """The planes [..., N] that the rows of c are multiplied with: B, or of a trellis `multiplied`."""
+    return multiplied(B) if has_trellis(B, c) else B

@@ -3,7 +3,7 @@
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -91,37 +91,62 @@ def row_solver(
     to 1.3 % (k = 4) of the refined loss. trellis: codes have `bits` + 1 bits, of the planes that are multiplied
     (`bpdq_kernels.trellis`); K is a multiple of 32.
     """
-    K = H.shape[-1]
-    inputs = chain_order(K, H.device) if trellis else torch.arange(K, device=H.device)  # the order of all below
-    damped = in_order(in_order(H, inputs, -2), inputs, -1)
-    diagonal = damped.diagonal(dim1=-2, dim2=-1).clone()
-    order = group_aware_order(diagonal, group_size, WORD if trellis else 1)
-    R, used = upper_factor(damped, order.columns, damping)
-    d = used.to(diagonal) * live_mean(diagonal)
-    damped.diagonal(dim1=-2, dim2=-1).add_(d.unsqueeze(-1))
+    metric = metric_of(H, group_size, damping, trellis)
     planes = bits + trellis
     eight = coefficient_bits == 8
     first, last = (torch.float32, torch.int8) if eight else (dtype, dtype)
 
     def solve(W: Tensor) -> Solution:
-        target = used_inputs(in_order(W, inputs, -1), diagonal)
-        found = one_pass(target, R, order, planes, iterations, alpha, first, starts, trellis)
-        HW = damped @ target
-        energy = (HW * target).sum(-2) - d.unsqueeze(-1) * target.square().sum(-2)
-        codes, c, loss, s = refine(*found, target, HW, damped, group_size, refinements, alpha, last, trellis)
-        loss = undamped(loss, d, target, codes, c, group_size)
-        codes = in_order(codes, inputs.argsort(), -2).mT.contiguous()
+        target = metric.target(W)
+        found = one_pass(target, metric.R, metric.order, planes, iterations, alpha, first, starts, trellis)
+        HW = metric.H @ target
+        energy = metric.undamped((HW * target).sum(-2), target)
+        codes, c, loss, s = refine(*found, target, HW, metric.H, group_size, refinements, alpha, last, trellis)
+        loss = metric.undamped(loss, target - dequantize_columns(codes, c, group_size)).clamp(min=0)
+        codes = in_order(codes, metric.inputs.argsort(), -2).mT.contiguous()
         c = stored_coefficients(c, s.unsqueeze(-3) if eight else None, last)
-        return Solution(codes, c, loss, energy, used, s.bfloat16() if eight else None)
+        return Solution(codes, c, loss, energy, metric.damping, s.bfloat16() if eight else None)
 
     return solve
 
 
-def used_inputs(W: Tensor, diagonal: Tensor) -> Tensor:
-    """W [..., N, K] of any float dtype as fp32 [..., K, N], zero for dead inputs: those that no calibration token ever
-    used."""
-    target = W.to(torch.float32, copy=True).mT.contiguous()
-    return target.masked_fill_((diagonal == 0).unsqueeze(-1), 0)
+class Metric(NamedTuple):
+    """What the rows of a matrix, or of several, are solved in, with the inputs in the order of `inputs` [K].
+
+    H: [..., K, K], damped by d [...] on its diagonal, where `used` [..., K] says which inputs any calibration token
+    ever used; R [..., K, K]: its factor in `order`; damping: as `upper_factor` chose it.
+    """
+
+    inputs: Tensor
+    H: Tensor
+    d: Tensor
+    used: Tensor
+    order: Order
+    R: Tensor
+    damping: Tensor
+
+    def target(self, W: Tensor) -> Tensor:
+        """W [..., N, K] of any float dtype as fp32 [..., K, N], zero for inputs that are not used."""
+        target = in_order(W, self.inputs, -1).to(torch.float32, copy=True).mT.contiguous()
+        return target.masked_fill_(~self.used.unsqueeze(-1), 0)
+
+    def undamped(self, loss: Tensor, error: Tensor) -> Tensor:
+        """What `loss` [..., N] of an error [..., K, N], or the energy of a target, is without d."""
+        return loss - self.d.unsqueeze(-1) * error.square().sum(-2)
+
+
+def metric_of(H: Tensor, group_size: int, damping: float, trellis: bool = False) -> Metric:
+    """That of the Hessian H [..., K, K], which is not modified, in groups of K; trellis: in the order of chains."""
+    K = H.shape[-1]
+    inputs = chain_order(K, H.device) if trellis else torch.arange(K, device=H.device)
+    H = in_order(in_order(H, inputs, -2), inputs, -1)
+    diagonal = H.diagonal(dim1=-2, dim2=-1)
+    used, mean = diagonal != 0, live_mean(diagonal)
+    order = group_aware_order(diagonal, group_size, WORD if trellis else 1)
+    R, damping = upper_factor(H, order.columns, damping)
+    d = damping.to(diagonal) * mean
+    diagonal.add_(d.unsqueeze(-1))
+    return Metric(inputs, H, d, used, order, R, damping)
 
 
 def one_pass(
@@ -171,9 +196,3 @@ def diagonal_blocks(R: Tensor, sizes: list[int]) -> list[Tensor]:
         inverse = torch.linalg.solve_triangular(alike, torch.eye(size, device=R.device), upper=True)
         inverses[size] = iter(inverse.unbind())
     return [next(inverses[size]) for size in sizes]
-
-
-def undamped(loss: Tensor, d: Tensor, W: Tensor, codes: Tensor, c: Tensor, group_size: int) -> Tensor:
-    """What `loss` [..., N], that of W [..., K, N] under H + d I, is under H; d [...]."""
-    error = W - dequantize_columns(codes, c, group_size)
-    return (loss - d.unsqueeze(-1) * error.square().sum(-2)).clamp(min=0)

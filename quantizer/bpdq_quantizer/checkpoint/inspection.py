@@ -31,6 +31,7 @@ def inspect(checkpoint: str | Path) -> dict[str, Any]:
                 "bits": scheme.bits,
                 "group_size": scheme.group_size,
                 "coefficient_bits": scheme.coefficient_bits,
+                "code": scheme.code,
                 "bytes": size,
                 "bits_per_weight": 8 * size / module.weight.numel(),
             }

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from bpdq_kernels.folder import Headers, read_headers
-from bpdq_kernels.format import KV_CACHE_SCHEME, Scheme
+from bpdq_kernels.format import CODES, KV_CACHE_SCHEME, WIDTHS, Scheme
 from bpdq_quantizer.checkpoint import manifest
 from bpdq_quantizer.checkpoint.card import CARD, PICTURE, Made, write_card
 from bpdq_quantizer.checkpoint.carried import carried
@@ -38,26 +38,31 @@ def quantization_config(
     layers: schemes of the layers that differ from `scheme`, and of the embedding and LM head, by name; kv_cache_scales:
     whether the checkpoint holds them.
     """
-    narrow = 8 in {s.coefficient_bits for s in (scheme, *(layers or {}).values())}
-    overrides = {"layers": {name: _settings(s, narrow) for name, s in layers.items()}} if layers else {}
+    version = max(_version(s) for s in (scheme, *(layers or {}).values()))
+    overrides = {"layers": {name: _settings(s, version) for name, s in layers.items()}} if layers else {}
     if kv_cache_scales:
         overrides["kv_cache_scheme"] = KV_CACHE_SCHEME
     return {
         "quant_method": "bpdq",
         "checkpoint_format": "bpdq",
-        "format_version": 2 if narrow else 1,
-        **_settings(scheme, narrow),
+        "format_version": version,
+        **_settings(scheme, version),
         "ignore": ignore,
         **overrides,
         "meta": {"bpdq": {"msbits": scheme.bits, "n_iters": iterations, "alpha": alpha}},
     }
 
 
-def _settings(scheme: Scheme, narrow: bool) -> dict[str, int]:
-    """A scheme in config.json; narrow: in format version 2, as 1 has no word for the width of coefficients."""
+def _version(scheme: Scheme) -> int:
+    """The first format version that has it."""
+    return next(v for v, codes in CODES.items() if scheme.code in codes and scheme.coefficient_bits in WIDTHS[v])
+
+
+def _settings(scheme: Scheme, version: int) -> dict[str, Any]:
+    """A scheme in config.json: 1 has no word for the width of coefficients, 2 none for the code."""
     settings = dataclasses.asdict(scheme)
-    if not narrow:
-        del settings["coefficient_bits"]
+    for key in ("code", "coefficient_bits")[: 3 - version]:
+        del settings[key]
     return settings
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import bpdq_kernels
-from bpdq_kernels.layout import Stored
+from bpdq_kernels.layout import Stored, has_trellis
 from bpdq_kernels.reference import rows
 from bpdq_kernels.skeleton import embedding_names, is_tied
 
@@ -43,9 +43,10 @@ class BPDQLinear(Packed):
         return bpdq_kernels.dequantize(self.B, self.c, self.group_size, self.in_features, self.s)
 
     def extra_repr(self) -> str:
-        k = self.B.shape[1]
+        code = ", trellis" if has_trellis(self.B, self.c) else ""
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bits={k}, group_size={self.group_size}"
+            f"in_features={self.in_features}, out_features={self.out_features}, bits={self.B.shape[1]}{code}, "
+            f"group_size={self.group_size}"
         )
 
 

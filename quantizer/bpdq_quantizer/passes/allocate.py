@@ -15,7 +15,7 @@ from itertools import pairwise
 from bpdq_kernels.format import Scheme
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.stream import Streamed, solved
-from bpdq_quantizer.passes.sensitivity import Stage
+from bpdq_quantizer.passes.sensitivity import Stage, schemes_for
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
@@ -38,14 +38,15 @@ def other_bytes(source: Streamed, embeddings: Mapping[str, Scheme]) -> int:
 
 
 def uniform(source: Streamed, scheme: Scheme) -> dict[str, Scheme]:
-    """The same scheme for every weight of the blocks that is to be solved, by name."""
-    return dict.fromkeys(solved(source), scheme)
+    """The same scheme for every weight of the blocks that is to be solved, by name, as `Scheme.for_inputs`."""
+    return {name: scheme.for_inputs(weight.shape[1]) for name, weight in solved(source).items()}
 
 
 def check_budget(source: Streamed, budget: int, schemes: Sequence[Scheme]) -> None:
     """Raise InputError if the blocks' solved weights don't fit `budget` bytes in any of `schemes`."""
     shapes = [weight.shape for weight in solved(source).values()]
-    _check_room(sum(min(scheme.stored_bytes(*shape) for scheme in schemes) for shape in shapes), budget)
+    least = sum(min(s.stored_bytes(*shape) for s in schemes_for(shape[1], schemes)) for shape in shapes)
+    _check_room(least, budget)
 
 
 def _check_room(smallest: int, budget: int) -> None:

@@ -213,7 +213,7 @@ class StageSolver:
         first = 0
         for weight in stage:
             rows = slice(first, first + weight.shape[0])
-            layer = stored(solution, scheme.bits, rows)
+            layer = stored(solution, scheme, rows)
             weight.assign(dequantize(layer.B, layer.c, scheme.group_size, weight.shape[1], layer.s))
             self.packed.append((weight, layer.to("cpu"), scheme.group_size))
             loss, energy = (part[rows].sum().item() for part in (solution.loss, solution.energy))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from bpdq_kernels import layout
+from bpdq_kernels import layout, trellis
 from bpdq_kernels.format import Scheme, is_finite
 from bpdq_kernels.layout import Stored
 from bpdq_quantizer.algorithm.solver import Solution, Solve
@@ -24,6 +24,7 @@ class LayerReport:
     bits: int
     group_size: int
     coefficient_bits: int
+    code: str
     bits_per_weight: float
     loss: float
     relative_error: float
@@ -48,7 +49,7 @@ def solve_checked(names: Sequence[str], W: Tensor, H: Tensor, scheme: Scheme, so
 
     Raises InputError for coefficients that overflow their dtype.
     """
-    found = solve(W, H, scheme.bits, scheme.group_size, scheme.coefficient_bits)
+    found = solve(W, H, scheme.bits, scheme.group_size, scheme.coefficient_bits, trellis=scheme.trellis)
     solutions = [found] if W.ndim == 2 else [found.of(i) for i in range(len(W))]
     for name, solution in zip(names, solutions, strict=True):
         coefficients = solution.c if solution.s is None else solution.s
@@ -59,9 +60,11 @@ def solve_checked(names: Sequence[str], W: Tensor, H: Tensor, scheme: Scheme, so
     return solutions
 
 
-def stored(solution: Solution, bits: int, rows: slice = slice(None)) -> Stored:
+def stored(solution: Solution, scheme: Scheme, rows: slice = slice(None)) -> Stored:
     """The tensors of some rows of a solution, on its device."""
-    B, s = layout.pack_codes(solution.codes[rows], bits), solution.s
+    B, s = layout.pack_codes(solution.codes[rows], scheme.planes), solution.s
+    if scheme.trellis:
+        B = trellis.stored(B)
     return Stored(B, solution.c[..., rows].contiguous(), None if s is None else s[:, rows].contiguous())
 
 
@@ -84,6 +87,7 @@ def layer_report(
         bits=scheme.bits,
         group_size=scheme.group_size,
         coefficient_bits=scheme.coefficient_bits,
+        code=scheme.code,
         bits_per_weight=8 * scheme.stored_bytes(*shape) / (out_features * in_features),
         loss=loss,
         relative_error=loss / energy if energy else 0.0,

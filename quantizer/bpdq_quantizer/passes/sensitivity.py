@@ -14,6 +14,7 @@ SAMPLE_EXPERTS of a layer for its others.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import groupby, product
 from math import prod
@@ -25,13 +26,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bpdq_kernels.format import WIDTHS, Scheme
+from bpdq_kernels.format import PLAIN, WIDTHS, Scheme
 from bpdq_kernels.layout import GROUP_SIZES, MAX_PLANES
 from bpdq_quantizer.algorithm.grid import range_start
-from bpdq_quantizer.algorithm.hessian import accumulate, live_mean, symmetrize, upper_factor
-from bpdq_quantizer.algorithm.order import group_aware_order
-from bpdq_quantizer.algorithm.refine import refine
-from bpdq_quantizer.algorithm.solver import one_pass, undamped, used_inputs
+from bpdq_quantizer.algorithm.hessian import accumulate, symmetrize
+from bpdq_quantizer.algorithm.refine import dequantize_columns, refine
+from bpdq_quantizer.algorithm.solver import metric_of, one_pass
 from bpdq_quantizer.model.activations import embed, find_stages, run_batches
 from bpdq_quantizer.model.calls import Run, block_runs
 from bpdq_quantizer.model.stream import Streamed, drop_block, load_block, solved
@@ -64,10 +64,12 @@ class Sample(NamedTuple):
     losses: dict[Scheme, Tensor]
 
 
-def choices(coefficient_bits: int) -> tuple[Scheme, ...]:
-    """All schemes with coefficients of at least so many bits, those of a group size and number of planes together."""
+def choices(coefficient_bits: int, code: str = PLAIN) -> tuple[Scheme, ...]:
+    """All plain schemes with coefficients of at least so many bits, and where the code is another one those of it,
+    likewise."""
     widths = [width for width in WIDTHS[2] if width >= coefficient_bits]
-    return tuple(Scheme(*scheme) for scheme in product(range(1, MAX_PLANES + 1), GROUP_SIZES, widths))
+    plain = [Scheme(*scheme) for scheme in product(range(1, MAX_PLANES + 1), GROUP_SIZES, widths)]
+    return (*plain, *(replace(scheme, code=code) for scheme in plain if code != PLAIN and scheme.bits < MAX_PLANES))
 
 
 def sensitivities(
@@ -83,10 +85,10 @@ def sensitivities(
 ) -> list[Stage]:
     """The stages of all decoder blocks in order, from windows; reads each block twice, forwards and backwards.
 
-    schemes: `choices`, of which every stage gets the costs. The Hessians are of all windows in the 16-bit model, the
-    gradients of the first GRADIENT_TOKENS. alpha, damping: as of `quantize_linear`; offload: a folder for the hidden
-    states of all windows, which else stay in memory; energies: as of `gradient_energies`, where they are known of every
-    weight, for which nothing is followed backwards then.
+    schemes: `choices`; every stage gets the costs of those that are `schemes_for` its inputs. The Hessians are of all
+    windows in the 16-bit model, the gradients of the first GRADIENT_TOKENS. alpha, damping: as of `quantize_linear`;
+    offload: a folder for the hidden states of all windows, which else stay in memory; energies: as of
+    `gradient_energies`, where they are known of every weight, for which nothing is followed backwards then.
     """
     few = [] if energies else first_tokens(windows, GRADIENT_TOKENS)
     sampled, states = row_losses(source, windows, len(few), device, schemes, alpha, damping, offload)
@@ -197,29 +199,35 @@ def sample_rows(count: int, device: torch.device) -> Tensor:
 def try_schemes(
     W: Tensor, H: Tensor, schemes: Sequence[Scheme], alpha: float, damping: float
 ) -> list[tuple[Scheme, Tensor]]:
-    """Every scheme and the losses [N] with it of the rows of W [N, K] in the metric H, by one pass of the solver and a
-    round of its refinement."""
-    target, diagonal = used_inputs(W, H.diagonal()), H.diagonal()
+    """Every scheme that is for so many inputs, and the losses [N] with it of the rows of W [N, K] in the metric H, by
+    one pass of the solver and a round of its refinement."""
     found = []
-    for group_size, alike in groupby(sorted(schemes, key=by_planes), key=attrgetter("group_size")):
-        order = group_aware_order(diagonal, group_size)
-        R, used = upper_factor(H, order.columns, damping)
-        d = used.to(diagonal) * live_mean(diagonal)
-        damped = H.clone()
-        damped.diagonal().add_(d)
-        HW = damped @ target
-        for bits, widths in groupby(alike, key=attrgetter("bits")):
-            solved = one_pass(target, R, order, bits, ITERATIONS, alpha, torch.float32, (range_start,))
+    tried = sorted(schemes_for(W.shape[1], schemes), key=by_planes)
+    for (group_size, trellis), alike in groupby(tried, key=attrgetter("group_size", "trellis")):
+        metric = metric_of(H, group_size, damping, trellis)
+        target = metric.target(W)
+        HW = metric.H @ target
+        for planes, widths in groupby(alike, key=attrgetter("planes")):
+            start = metric.R, metric.order, planes, ITERATIONS, alpha, torch.float32, (range_start,), trellis
+            solved = one_pass(target, *start)
             for scheme in widths:
                 dtype = torch.int8 if scheme.coefficient_bits == 8 else torch.bfloat16
-                codes, c, loss, _ = refine(*solved, target, HW, damped, group_size, 1, alpha, dtype)
-                found.append((scheme, undamped(loss, d, target, codes, c, group_size)))
+                codes, c, loss, _ = refine(*solved, target, HW, metric.H, group_size, 1, alpha, dtype, trellis)
+                error = target - dequantize_columns(codes, c, group_size)
+                found.append((scheme, metric.undamped(loss, error).clamp(min=0)))
     return found
 
 
-def by_planes(scheme: Scheme) -> tuple[int, int, int]:
+def schemes_for(in_features: int, schemes: Sequence[Scheme]) -> list[Scheme]:
+    """Those that a layer of so many inputs can have, and without plain ones where a trellis has the same planes."""
+    possible = [scheme for scheme in schemes if scheme.for_inputs(in_features) == scheme]
+    coded = {scheme.bits for scheme in possible if scheme.trellis}
+    return [scheme for scheme in possible if scheme.trellis or scheme.bits not in coded]
+
+
+def by_planes(scheme: Scheme) -> tuple[int, bool, int, int]:
     """What schemes are sorted by, so that those of one pass follow each other."""
-    return scheme.group_size, scheme.bits, scheme.coefficient_bits
+    return scheme.group_size, scheme.trellis, scheme.bits, scheme.coefficient_bits
 
 
 def gradient_energies(

@@ -26,6 +26,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from bpdq_kernels.layout import WORD, Stored, coefficients, expand_words
 from bpdq_kernels.reference import dequantize_t
+from bpdq_kernels.trellis import planes_of
 from bpdq_quantizer.algorithm.rounding import stored_coefficients
 from bpdq_quantizer.cost import Clock
 from bpdq_quantizer.errors import InputError
@@ -65,12 +66,13 @@ class PlaneMatmul(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = grad @ dequantize_t(B, c, ctx.group_size, x.shape[-1], x.dtype, steps).T
         if ctx.needs_input_grad[1]:
-            grad_c = coefficient_gradient(x.flatten(0, -2).T @ grad.flatten(0, -2), B, ctx.group_size)
+            grad_c = coefficient_gradient(x.flatten(0, -2).T @ grad.flatten(0, -2), planes_of(B, c), ctx.group_size)
         return grad_x, grad_c, None, None, None, None
 
 
 def coefficient_gradient(grad_W: Tensor, B: Tensor, group_size: int) -> Tensor:
-    """Gradient of c, fp32 [ceil(K/G), k+1, N], from that of W_hat^T [K, N]: sums over each group under its planes."""
+    """Gradient of c, fp32 [ceil(K/G), k+1, N], from that of W_hat^T [K, N]: sums over each group under its planes,
+    B [ceil(K/32), k, N]."""
     K, N = grad_W.shape
     grad_c = torch.empty(-(-K // group_size), B.shape[1] + 1, N, device=grad_W.device)
     for g, part in enumerate(grad_W.split(group_size)):

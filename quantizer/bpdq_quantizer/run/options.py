@@ -7,7 +7,7 @@ from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from bpdq_kernels.format import Scheme
+from bpdq_kernels.format import PLAIN, TRELLIS, Scheme
 from bpdq_quantizer.algorithm.grid import paper_start
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.calibration import shown_name
@@ -21,6 +21,7 @@ ASYMMETRIC = {"refined": 0.5, "paper": 0.0}  # share of the shift of its inputs 
 OUTPUT_TOKENS = {"refined": 4096, "paper": 0}
 COEFFICIENT_BITS = {"refined": 8, "paper": 16}
 GROUP_SIZE = {8: 64, 16: 128}  # by coefficient_bits: as many bytes
+CODES = {"plain": PLAIN, "trellis": TRELLIS}
 TUNE_STEPS = {"none": 0, "model": 200}
 
 
@@ -63,6 +64,14 @@ class Schemes:
         "the paper has them and the authors' code reads them",
         unset=f"{COEFFICIENT_BITS['refined']}; paper: {COEFFICIENT_BITS['paper']}",
     )
+    code: str = option(
+        "plain",
+        "of planes: plain, or a trellis' path in each word",
+        "`trellis`: one of the `--bits` planes, 1 to 3, is coded so that two are multiplied in its place, which gives "
+        "weights twice as many levels ([Format](format.md#trellis-coded-planes)). Layers whose inputs are no multiple "
+        "of 32 stay `plain`",
+        choices=CODES,
+    )
     embed_bits: int | None = option(
         None,
         "bit-planes of the input embedding, else 16 bits; one for both if tied",
@@ -104,6 +113,10 @@ class Schemes:
         "calibrates a scale for the keys and one for the values of each layer, for `vllm serve --kv-cache-dtype "
         "fp8_e4m3`: [Serve](serve.md#scales-for-an-fp8-kv-cache)",
     )
+
+    def scheme(self) -> Scheme:
+        """The one that they say for Linears."""
+        return Scheme(self.bits, self.group_size, self.coefficient_bits, CODES[self.code])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -375,11 +388,11 @@ def _words(of: Field, value: Any) -> list[str]:
 
 def _check_together(o: Options) -> None:
     s, tune = o.schemes, o.tuning.tune
-    for bits in (s.bits, s.embed_bits, s.head_bits):
+    for bits in (s.embed_bits, s.head_bits):
         try:
-            Scheme(s.bits if bits is None else bits, s.group_size, s.coefficient_bits)
+            Scheme(s.scheme().bits if bits is None else bits, s.group_size, s.coefficient_bits)
         except ValueError as e:
-            options = "--bits / --embed-bits / --head-bits / --group-size / --coefficient-bits"
+            options = "--bits / --embed-bits / --head-bits / --group-size / --coefficient-bits / --code"
             raise InputError(f"{options}: {e}") from None
     if min(o.text.samples, o.text.seq_len, o.method.iterations) < 1 or o.tuning.tune_steps < (tune != "none"):
         raise InputError("--samples, --seq-len, --iterations and --tune-steps must be at least 1")

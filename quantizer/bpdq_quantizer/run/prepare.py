@@ -32,7 +32,7 @@ from bpdq_quantizer.passes.embeddings import embedding_schemes
 from bpdq_quantizer.passes.rotate import rotated
 from bpdq_quantizer.passes.sensitivity import choices
 from bpdq_quantizer.run.identity import identity
-from bpdq_quantizer.run.options import OUTPUT_TOKENS, SOLVERS, Options, Schemes
+from bpdq_quantizer.run.options import CODES, OUTPUT_TOKENS, SOLVERS, Options, Schemes
 from bpdq_quantizer.run.own_text import own_windows, writer_of
 from bpdq_quantizer.run.recover import recover
 from bpdq_quantizer.run.run_folder import RunFolder, begin
@@ -94,9 +94,7 @@ def prepare(o: Options, folder: RunFolder, kept: list[Window] | None = None) -> 
         if heads:
             tqdm.write(f"{model}: its head for multi-token prediction reads what --rotate turns, and is left out")
             heads = {}
-    embeddings = embedding_schemes(
-        source.model, o.schemes.embed_bits, o.schemes.head_bits, o.schemes.group_size, o.schemes.coefficient_bits
-    )
+    embeddings = embedding_schemes(source.model, o.schemes.embed_bits, o.schemes.head_bits, o.schemes.scheme())
     budget = _budget(source, embeddings, writer.stored_bytes(heads), o.schemes)
     if o.schemes.kv_cache_scales:
         kv_scales.check(source, found, device)
@@ -179,13 +177,13 @@ def _budget(source: Streamed, embeddings: Mapping[str, Scheme], copied: int, o: 
         budget = parse_size(o.target_size) - other_bytes(source, embeddings) - copied
     else:
         return None
-    check_budget(source, budget, choices(o.coefficient_bits))
+    check_budget(source, budget, choices(o.coefficient_bits, CODES[o.code]))
     return budget
 
 
 def one_scheme(source: Streamed, o: Schemes) -> dict[str, Scheme]:
     """That of all the blocks' Linears, by name, where no target asks for more."""
-    return uniform(source, Scheme(o.bits, o.group_size, o.coefficient_bits))
+    return uniform(source, o.scheme())
 
 
 def checkpoint_config(

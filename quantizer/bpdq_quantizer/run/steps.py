@@ -21,7 +21,7 @@ from bpdq_quantizer.passes.outputs import Outputs, energies, load_outputs, measu
 from bpdq_quantizer.passes.sensitivity import Stage, choices, sensitivities
 from bpdq_quantizer.passes.tune import tune_model
 from bpdq_quantizer.run.block_files import BlockFiles
-from bpdq_quantizer.run.options import SOLVERS
+from bpdq_quantizer.run.options import CODES, SOLVERS
 from bpdq_quantizer.run.prepare import Run, one_scheme
 from bpdq_quantizer.run.progress import load_progress, save_progress
 from bpdq_quantizer.run.recover import tuned_blocks
@@ -86,12 +86,12 @@ def known_stages(run: Run) -> list[Stage]:
 
 def measured_stages(run: Run) -> list[Stage]:
     """What every scheme costs each stage, of all windows to solve on."""
-    solver = SOLVERS[run.options.method.solver]
+    solver, o = SOLVERS[run.options.method.solver], run.options.schemes
     return sensitivities(
         run.source,
         run.windows.solving,
         run.device,
-        schemes=choices(run.options.schemes.coefficient_bits),
+        schemes=choices(o.coefficient_bits, CODES[o.code]),
         alpha=solver["alpha"],
         damping=solver["damping"],
         offload=run.folder.offload,
