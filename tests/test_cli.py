@@ -82,8 +82,8 @@ def test_tables_appear_in_the_summary_and_in_inspect(folder, tmp_path, capsys):
     assert (lines["embed_tokens"][2], lines["lm_head"][2]) == ("5.250", "4.000")
     assert main(["inspect", str(tmp_path / "out")]) == 0
     lines = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()}
-    assert lines["model.embed_tokens"][1:8] == ["384", "x", "128", "4", "64", "8", "5.250"]
-    assert lines["lm_head"][1:8] == ["384", "x", "128", "3", "64", "8", "4.000"]
+    assert lines["model.embed_tokens"][1:9] == ["384", "x", "128", "4", "plain", "64", "8", "5.250"]
+    assert lines["lm_head"][1:9] == ["384", "x", "128", "3", "plain", "64", "8", "4.000"]
 
 
 def test_inspect_tells_the_width_of_coefficients(folder, tmp_path, capsys):
@@ -91,8 +91,8 @@ def test_inspect_tells_the_width_of_coefficients(folder, tmp_path, capsys):
     out = bpdq_checkpoint(folder / "model", tmp_path / "out", coefficient_bits=8, layers=layers)
     assert main(["inspect", str(out)]) == 0
     lines = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()}
-    assert lines["model.layers.0.self_attn.q_proj"][4:8] == ["2", "64", "16", "2.750"]
-    assert lines["model.layers.1.self_attn.q_proj"][4:8] == ["2", "64", "8", "2.750"]
+    assert lines["model.layers.0.self_attn.q_proj"][4:9] == ["2", "plain", "64", "16", "2.750"]
+    assert lines["model.layers.1.self_attn.q_proj"][4:9] == ["2", "plain", "64", "8", "2.750"]
 
 
 def test_perplexity_is_exp_of_the_mean_nll_of_all_but_the_first_token(folder, capsys):

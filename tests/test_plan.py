@@ -283,3 +283,14 @@ def test_the_bits_that_fill_a_card_fit_and_more_do_not(tmp_path, group_size):
 
 def test_a_small_model_does_not_fill_the_card(tmp_path):
     assert plan(qwen(tmp_path / "7B", "7B"))["fill_bpw"] == MOST_BITS
+
+
+def test_a_trellis_is_planned_with_the_bytes_that_are_written(tmp_path, text):
+    model = tiny_model(tmp_path / "model", ffn=340)  # no chains fit the last Linear's inputs
+    options = {"bits": 2, "group_size": 64, "code": "trellis", "embed_bits": 3, "head_bits": 4}
+    small = {"calibration": text, "samples": 2, "seq_len": 32, "iterations": 1, "output_tokens": 0}
+    bpdq_quantizer.quantize(str(model), tmp_path / "out", **options, **small)
+    found = plan(str(model), **options, context=64)
+    assert parts_of(found) == written_bytes(tmp_path / "out")
+    with pytest.raises(bpdq_quantizer.InputError, match="--code qtip: expected plain or trellis"):
+        plan(str(model), code="qtip")

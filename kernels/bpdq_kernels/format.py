@@ -47,6 +47,7 @@ from bpdq_kernels.layout import (
 WIDTHS = {1: (16,), 2: (8, 16), 3: (8, 16)}  # of coefficients, by format version
 PLAIN, TRELLIS = "plain", "trellis4"
 CODES = {1: (PLAIN,), 2: (PLAIN,), 3: (PLAIN, TRELLIS)}  # of planes, likewise
+CODE_OPTIONS = {"plain": PLAIN, "trellis": TRELLIS}  # what --code says
 KV_CACHE_SCHEME = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
 KV_SCALES = ("k_scale", "v_scale")
 
@@ -82,6 +83,10 @@ class Scheme:
     def planes(self) -> int:
         """How many planes are multiplied."""
         return self.bits + self.trellis
+
+    def with_bits(self, bits: int) -> "Scheme":
+        """This with so many planes, plain where there is no such trellis."""
+        return replace(self, bits=bits, code=PLAIN if bits == MAX_PLANES else self.code)
 
     def for_inputs(self, in_features: int) -> "Scheme":
         """This, but with plain planes for a layer whose inputs are no multiple of a chain's."""

@@ -141,7 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     add_arguments(p, [FIELDS["bits"]])
     p.add_argument("--group-size", type=int, help="32, 64, 128 or 256 (128; 256 with coefficients in 16 bits)")
     p.add_argument("--coefficient-bits", type=int, default=8, help="8 or 16 (%(default)s)")
-    add_arguments(p, [FIELDS[name] for name in ("embed_bits", "head_bits")])
+    add_arguments(p, [FIELDS[name] for name in ("code", "embed_bits", "head_bits")])
     p.add_argument("--gpu-memory", type=float, default=24, metavar="GIB", help="of the card (%(default)s)")
     p.add_argument("--context", type=int, metavar="TOKENS", help="that one request must be able to take (2048)")
     p.add_argument(
@@ -283,11 +283,11 @@ def _inspect(args: argparse.Namespace) -> dict[str, Any]:
     found = inspect(args.checkpoint)
     if args.plot:
         _save(draw(found), args.plot)
-    print(f"{'layer':<48}{'N x K':>16}{'bits':>6}{'group':>7}{'c bits':>8}{'bits/weight':>13}{'MB':>10}")
+    print(f"{'layer':<48}{'N x K':>16}{'bits':>6}{'code':>10}{'group':>7}{'c bits':>8}{'bits/weight':>13}{'MB':>10}")
     for layer in found["layers"]:
         shape = f"{layer['out_features']} x {layer['in_features']}"
         print(
-            f"{layer['name']:<48}{shape:>16}{layer['bits']:>6}{layer['group_size']:>7}"
+            f"{layer['name']:<48}{shape:>16}{layer['bits']:>6}{layer['code']:>10}{layer['group_size']:>7}"
             f"{layer['coefficient_bits']:>8}{layer['bits_per_weight']:>13.3f}{layer['bytes'] / 1e6:>10.2f}"
         )
     print(

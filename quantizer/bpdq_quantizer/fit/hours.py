@@ -91,26 +91,27 @@ class Block(NamedTuple):
     in_turn: bool = True
 
 
-def solver_work(n: int, k: int, bits: int, group_size: int, in_turn: bool = False) -> Work:
-    """Of `quantize_linear` with its defaults on [n, k], and whether rows make good each other's errors."""
+def solver_work(n: int, k: int, planes: int, group_size: int, in_turn: bool = False) -> Work:
+    """Of `quantize_linear` with its defaults on [n, k]; planes: that are multiplied, of a trellis one more than stored,
+    whose paths cost as much as plain planes; in_turn: whether rows make good each other's errors."""
     size = min(group_size, k)
-    unknowns = (bits + 1) * -(-k // group_size)
+    unknowns = (planes + 1) * -(-k // group_size)
     products = (3 + 2 * REFINEMENTS) * n * k * k  # H W, the pass' errors (half of H), the gradients
     return Work(
         product=products + in_turn * min(n, CHUNK) * n * k,
         factor=k**3 / 3,
-        groups=n * k * (bits + 1) * size,
-        tables=REFINEMENTS * n * k * k * bits,
+        groups=n * k * (planes + 1) * size,
+        tables=REFINEMENTS * n * k * k * planes,
         systems=REFINEMENTS * n * unknowns**3,
-        columns=REFINEMENTS * SWEEPS * n * k * (bits + 1) * size,
+        columns=REFINEMENTS * SWEEPS * n * k * (planes + 1) * size,
     )
 
 
-def block_work(block: Block, bits: int, group_size: int, tokens: int, asymmetric: bool = True) -> Work:
+def block_work(block: Block, planes: int, group_size: int, tokens: int, asymmetric: bool = True) -> Work:
     """Of a decoder block: its stages, Hessians and forward passes, and the correction for shifted inputs."""
     work = Work(forward=PASSES * 2 * tokens * sum(n * k for n, k in block.stages))
     for n, k in block.stages:
-        work = work.plus(solver_work(n, k, bits, group_size, block.in_turn))
+        work = work.plus(solver_work(n, k, planes, group_size, block.in_turn))
         if asymmetric:
             work = work.plus(Work(product=(2 + 2) * n * k * k))  # W C, two triangular systems
     for k in block.hessians:
@@ -125,10 +126,10 @@ def seconds(work: Work, rates: Rates) -> float:
     return sum(amount * rate for amount, rate in zip(work, rates, strict=True))
 
 
-def card_seconds(block: Block, bits: int, group_size: int, tokens: int, card: Card, at_once: int = 1) -> float:
+def card_seconds(block: Block, planes: int, group_size: int, tokens: int, card: Card, at_once: int = 1) -> float:
     """A decoder block's on a GPU, by count; or an expert's, of which `at_once` share launches."""
-    work, width = block_work(block, bits, group_size, tokens), bits + 1
-    tables = work.tables / bits * width  # H X of planes and ones, half of H, two flops
+    work, width = block_work(block, planes, group_size, tokens), planes + 1
+    tables = work.tables / planes * width  # H X of planes and ones, half of H, two flops
     loops = 2 * ((len(STARTS) * ITERATIONS) * work.groups / 2 + work.columns / width / 2)
     flops = (work.forward + work.hessian) / card.half + (work.product + work.factor + tables) / card.full
     flops += (loops + work.systems / 3 / 5) / (card.share * card.full)
@@ -146,24 +147,24 @@ def card_seconds(block: Block, bits: int, group_size: int, tokens: int, card: Ca
     return flops + launches * card.launch + moved / card.bytes
 
 
-def probe(bits: int, group_size: int) -> Rates:
+def probe(planes: int, group_size: int) -> Rates:
     """This machine's rates for k and G, of one core, from small versions of the parts: some 20 seconds."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return _probe(bits, group_size, torch.Generator().manual_seed(0))
+        return _probe(planes, group_size, torch.Generator().manual_seed(0))
     finally:
         torch.set_num_threads(threads)
 
 
-def _probe(bits: int, group_size: int, random: torch.Generator) -> Rates:
-    k, n, width = 1024, 256, bits + 1
+def _probe(planes: int, group_size: int, random: torch.Generator) -> Rates:
+    k, n, width = 1024, 256, planes + 1
     x = torch.randn(2 * k, k, generator=random) * torch.randn(k, generator=random).mul(0.5).exp()
     H = x.T @ x / len(x)
     H.diagonal().add_(0.01 * H.diagonal().mean())
     U = torch.linalg.cholesky(torch.linalg.inv(H[:group_size, :group_size]), upper=True)
     W = torch.randn(k, n, generator=random)
-    solved = [quantize_group(group, U, bits, 2, 1e-6, torch.bfloat16) for group in W.split(group_size)]
+    solved = [quantize_group(group, U, planes, 2, 1e-6, torch.bfloat16) for group in W.split(group_size)]
     codes, c = torch.cat([found[0] for found in solved]), torch.stack([found[1] for found in solved])
     b = torch.randn(2 * k // SMALLEST * width, n, generator=random)
     seconds = {
@@ -171,13 +172,13 @@ def _probe(bits: int, group_size: int, random: torch.Generator) -> Rates:
         "product": cpu_time(lambda: x @ H),
         "factor": cpu_time(lambda: factorize(torch.block_diag(H, H))),
         "forward": cpu_time(lambda: half_product(x)),
-        "groups": cpu_time(lambda: quantize_group(W[:group_size], U, bits, ITERATIONS, 1e-6, torch.bfloat16, STARTS)),
-        "tables": cpu_time(lambda: solve_jointly(codes, b[: len(c) * width], H, group_size, bits, 1e-6, torch.int8)),
+        "groups": cpu_time(lambda: quantize_group(W[:group_size], U, planes, ITERATIONS, 1e-6, torch.bfloat16, STARTS)),
+        "tables": cpu_time(lambda: solve_jointly(codes, b[: len(c) * width], H, group_size, planes, 1e-6, torch.int8)),
         "columns": cpu_time(lambda: descend(codes, c, W, H, group_size, SWEEPS)),
     }
-    product, tables = seconds["product"] / (2 * len(x) * k * k), seconds["tables"] / (n * k * k * bits)
-    wide = solve_jointly, codes.repeat(2, 1), b, torch.block_diag(H, H), SMALLEST, bits, 1e-6, torch.int8
-    systems = cpu_time(lambda: wide[0](*wide[1:])) - tables * n * (2 * k) ** 2 * bits
+    product, tables = seconds["product"] / (2 * len(x) * k * k), seconds["tables"] / (n * k * k * planes)
+    wide = solve_jointly, codes.repeat(2, 1), b, torch.block_diag(H, H), SMALLEST, planes, 1e-6, torch.int8
+    systems = cpu_time(lambda: wide[0](*wide[1:])) - tables * n * (2 * k) ** 2 * planes
     return Rates(
         hessian=seconds["hessian"] / (5 / 4 * len(x) * k * k),
         product=product,

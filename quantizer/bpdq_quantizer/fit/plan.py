@@ -9,7 +9,7 @@ from math import ceil, floor, inf, prod
 from pathlib import Path
 from typing import Any
 
-from bpdq_kernels.format import Scheme
+from bpdq_kernels.format import CODE_OPTIONS, Scheme
 from bpdq_kernels.layout import GROUP_SIZES, MAX_PLANES
 from bpdq_quantizer.algorithm.refine import CHUNK_ELEMENTS
 from bpdq_quantizer.errors import InputError
@@ -74,6 +74,7 @@ def plan(
     bits: int = 2,
     group_size: int | None = None,
     coefficient_bits: int = 8,
+    code: str = "plain",
     embed_bits: int | None = None,
     head_bits: int | None = None,
     gpu_memory: float = 24,
@@ -84,11 +85,11 @@ def plan(
 ) -> dict[str, Any]:
     """Bytes of the BPDQ checkpoint of `model` (folder, config.json or hub id), and how vLLM would serve it on a card.
 
-    group_size: 128, or 256 with coefficients in 16 bits; embed_bits, head_bits: bit-planes of the embedding and LM
-    head, None for 16 bits; tied ones need to name but one. gpu_memory: nominal GiB; context: tokens that a request must
-    be able to take, 2048 by default; language_model_only: of a model that sees images serve the text model alone;
-    ignore: names, or `re:` patterns, of Linears that stay in 16 bits; probe: measure this CPU for the hours that
-    quantizing takes, some seconds.
+    group_size: 128, or 256 with coefficients in 16 bits; code: plain or trellis; embed_bits, head_bits: bit-planes of
+    the embedding and LM head, None for 16 bits; tied ones need to name but one. gpu_memory: nominal GiB; context:
+    tokens that a request must be able to take, 2048 by default; language_model_only: of a model that sees images serve
+    the text model alone; ignore: names, or `re:` patterns, of Linears that stay in 16 bits; probe: measure this CPU for
+    the hours that quantizing takes, some seconds.
     Raises InputError for a model that can't be planned, and for one that doesn't fit.
     """
     m = read_model(model, ignore or ())
@@ -101,13 +102,15 @@ def plan(
         raise InputError(f"--context {context}: {m.architecture} takes 1 to {m.max_positions} tokens")
     if not 0 < gpu_memory < inf:
         raise InputError(f"--gpu-memory {gpu_memory}: expected a number of GiB")
+    if code not in CODE_OPTIONS:
+        raise InputError(f"--code {code}: expected {' or '.join(CODE_OPTIONS)}")
     if group_size is None:
         group_size = 256 if coefficient_bits == 16 else 128
     try:
-        scheme = Scheme(bits, group_size, coefficient_bits)
-        embedding, head = (None if k is None else replace(scheme, bits=k) for k in (embed_bits, head_bits))
+        scheme = Scheme(bits, group_size, coefficient_bits, CODE_OPTIONS[code])
+        embedding, head = (None if k is None else scheme.with_bits(k) for k in (embed_bits, head_bits))
     except ValueError as e:
-        options = "--bits / --group-size / --coefficient-bits / --embed-bits / --head-bits"
+        options = "--bits / --group-size / --coefficient-bits / --code / --embed-bits / --head-bits"
         raise InputError(f"{options}: {e}") from None
     settings = Settings(scheme, embedding, head, gpu_memory, context, language_model_only)
     kv_type = best_kv_type(m, settings)
@@ -139,7 +142,7 @@ def plan(
         "kv_cache_dtype": kv_type,
         "fill_bpw": fill_bpw(m, settings, kv_type),
         "serve_command": serve_command(model, m, settings, kv_type, eager),
-        **quantize_seconds(m, scheme, hours.probe(bits, group_size) if probe else hours.EPYC),
+        **quantize_seconds(m, scheme, hours.probe(scheme.planes, group_size) if probe else hours.EPYC),
         "quantize_device_bytes": quantize_device_bytes(m),
         "quantize_host_bytes": quantize_host_bytes(m),
         "assumptions": [*ASSUMPTIONS, *assumptions_for(m, settings)],
@@ -287,15 +290,15 @@ def quantize_seconds(m: Model, scheme: Scheme, rates: hours.Rates) -> dict[str, 
             inputs = tokens * mixture.chosen // mixture.count
             parts.append((mixture.count, expert, inputs, experts_at_once(mixture)))
         for times, part, inputs, at_once in parts:
-            work = hours.block_work(part, scheme.bits, scheme.group_size, inputs)
+            work = hours.block_work(part, scheme.planes, scheme.group_size, inputs)
             cpu += kind.count * times * hours.seconds(work, rates)
-            spent = hours.card_seconds(part, scheme.bits, scheme.group_size, inputs, hours.RTX_3090, at_once)
+            spent = hours.card_seconds(part, scheme.planes, scheme.group_size, inputs, hours.RTX_3090, at_once)
             card += kind.count * times * spent
     return {"quantize_cpu_seconds": cpu, "quantize_gpu_seconds": card}
 
 
 def _four_bit_embeddings(settings: Settings) -> Settings:
-    four = replace(settings.scheme, bits=4)
+    four = settings.scheme.with_bits(4)
     return settings._replace(embedding=four, head=four)
 
 

@@ -58,10 +58,10 @@ def _weights(
 ) -> Weights:
     def embedding(shape: Shape, scheme: Scheme | None) -> int:
         n, k = padded(shape[0]), shape[1]
-        return n * k * itemsize if scheme is None else packed(scheme, n, k)
+        return n * k * itemsize if scheme is None else packed(scheme.for_inputs(k), n, k)
 
     return Weights(
-        linear=sum(times * packed(settings.scheme, n, k) for (n, k), times in Counter(linears).items()),
+        linear=sum(times * packed(settings.scheme.for_inputs(k), n, k) for (n, k), times in Counter(linears).items()),
         embedding=embedding(m.embedding, settings.embedding),
         head=0 if m.head is None else embedding(m.head, settings.head),
         other=m.others * itemsize,

@@ -6,21 +6,19 @@ predicts, and a stopped run goes on without knowing of them.
 
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from bpdq_kernels.format import PLAIN, Scheme
-from bpdq_kernels.layout import MAX_PLANES, Stored
+from bpdq_kernels.format import Scheme
+from bpdq_kernels.layout import Stored
 from bpdq_kernels.skeleton import embedding_names, is_tied
 from bpdq_quantizer.algorithm.hessian import accumulate, symmetrize
 from bpdq_quantizer.algorithm.solver import Solve
 from bpdq_quantizer.errors import InputError
-from bpdq_quantizer.model.modules import looks_up_rows
-from bpdq_quantizer.model.modules import replace as put
+from bpdq_quantizer.model.modules import looks_up_rows, replace
 from bpdq_quantizer.model.support import tied_bits
 from bpdq_quantizer.passes.layers import LayerReport, check_finite, layer_report, solve_checked, stored
 from bpdq_quantizer.storage.offload import Batches
@@ -49,14 +47,9 @@ def embedding_schemes(
             f"--embed-bits: {embedding} is a {type(module).__name__}, which is not supported: leave it out"
         )
     bits = {embedding: embed_bits, head: head_bits}
-    schemes = {name: table_scheme(k, scheme).for_inputs(module.weight.shape[1]) for name, k in bits.items() if k}
+    schemes = {name: scheme.with_bits(k).for_inputs(module.weight.shape[1]) for name, k in bits.items() if k}
     check_finite({f"{name}.weight": model.get_submodule(name).weight for name in schemes})
     return schemes
-
-
-def table_scheme(bits: int, scheme: Scheme) -> Scheme:
-    """`scheme` with so many planes, plain where there is no such trellis."""
-    return replace(scheme, bits=bits, code=PLAIN if bits == MAX_PLANES else scheme.code)
 
 
 @torch.no_grad()
@@ -79,7 +72,7 @@ def quantize_embeddings(
         H = metric(model, name, states, device)
         check_finite({f"{name}.weight": weight}, H)
         layer, loss, energy, damping = solve_rows(name, weight, H, scheme, solve)
-        put(model, name, layer, scheme.group_size)
+        replace(model, name, layer, scheme.group_size)
         seconds = time.perf_counter() - started
         tokens = sum(batch.shape[:2].numel() for batch in states)
         reports.append(layer_report(name, tuple(weight.shape), scheme, loss, energy, damping, seconds, tokens))

@@ -7,7 +7,7 @@ from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from bpdq_kernels.format import PLAIN, TRELLIS, Scheme
+from bpdq_kernels.format import CODE_OPTIONS, Scheme
 from bpdq_quantizer.algorithm.grid import paper_start
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.calibration import shown_name
@@ -21,7 +21,6 @@ ASYMMETRIC = {"refined": 0.5, "paper": 0.0}  # share of the shift of its inputs 
 OUTPUT_TOKENS = {"refined": 4096, "paper": 0}
 COEFFICIENT_BITS = {"refined": 8, "paper": 16}
 GROUP_SIZE = {8: 64, 16: 128}  # by coefficient_bits: as many bytes
-CODES = {"plain": PLAIN, "trellis": TRELLIS}
 TUNE_STEPS = {"none": 0, "model": 200}
 
 
@@ -70,7 +69,7 @@ class Schemes:
         "`trellis`: one of the `--bits` planes, 1 to 3, is coded so that two are multiplied in its place, which gives "
         "weights twice as many levels ([Format](format.md#trellis-coded-planes)). Layers whose inputs are no multiple "
         "of 32 stay `plain`",
-        choices=CODES,
+        choices=CODE_OPTIONS,
     )
     embed_bits: int | None = option(
         None,
@@ -116,7 +115,7 @@ class Schemes:
 
     def scheme(self) -> Scheme:
         """The one that they say for Linears."""
-        return Scheme(self.bits, self.group_size, self.coefficient_bits, CODES[self.code])
+        return Scheme(self.bits, self.group_size, self.coefficient_bits, CODE_OPTIONS[self.code])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from bpdq_kernels.folder import Headers
-from bpdq_kernels.format import Scheme
+from bpdq_kernels.format import CODE_OPTIONS, Scheme
 from bpdq_quantizer.checkpoint import writer
 from bpdq_quantizer.checkpoint.carried import carry_over
 from bpdq_quantizer.checkpoint.config_names import config_names
@@ -32,7 +32,7 @@ from bpdq_quantizer.passes.embeddings import embedding_schemes
 from bpdq_quantizer.passes.rotate import rotated
 from bpdq_quantizer.passes.sensitivity import choices
 from bpdq_quantizer.run.identity import identity
-from bpdq_quantizer.run.options import CODES, OUTPUT_TOKENS, SOLVERS, Options, Schemes
+from bpdq_quantizer.run.options import OUTPUT_TOKENS, SOLVERS, Options, Schemes
 from bpdq_quantizer.run.own_text import own_windows, writer_of
 from bpdq_quantizer.run.recover import recover
 from bpdq_quantizer.run.run_folder import RunFolder, begin
@@ -177,7 +177,7 @@ def _budget(source: Streamed, embeddings: Mapping[str, Scheme], copied: int, o: 
         budget = parse_size(o.target_size) - other_bytes(source, embeddings) - copied
     else:
         return None
-    check_budget(source, budget, choices(o.coefficient_bits, CODES[o.code]))
+    check_budget(source, budget, choices(o.coefficient_bits, CODE_OPTIONS[o.code]))
     return budget
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from tqdm import tqdm
 
-from bpdq_kernels.format import Scheme
+from bpdq_kernels.format import CODE_OPTIONS, Scheme
 from bpdq_quantizer.algorithm.solver import Solve
 from bpdq_quantizer.cost import Clock
 from bpdq_quantizer.model.stream import solved
@@ -21,7 +21,7 @@ from bpdq_quantizer.passes.outputs import Outputs, energies, load_outputs, measu
 from bpdq_quantizer.passes.sensitivity import Stage, choices, sensitivities
 from bpdq_quantizer.passes.tune import tune_model
 from bpdq_quantizer.run.block_files import BlockFiles
-from bpdq_quantizer.run.options import CODES, SOLVERS
+from bpdq_quantizer.run.options import SOLVERS
 from bpdq_quantizer.run.prepare import Run, one_scheme
 from bpdq_quantizer.run.progress import load_progress, save_progress
 from bpdq_quantizer.run.recover import tuned_blocks
@@ -91,7 +91,7 @@ def measured_stages(run: Run) -> list[Stage]:
         run.source,
         run.windows.solving,
         run.device,
-        schemes=choices(o.coefficient_bits, CODES[o.code]),
+        schemes=choices(o.coefficient_bits, CODE_OPTIONS[o.code]),
         alpha=solver["alpha"],
         damping=solver["damping"],
         offload=run.folder.offload,
