@@ -28,15 +28,18 @@ def strided(x: torch.Tensor, how: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=250, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_products_are_the_oracles(isa, data):
     k, group = data.draw(st.integers(1, 4)), data.draw(st.sampled_from(layout.GROUP_SIZES))
     n, in_features = data.draw(st.integers(1, 70)), data.draw(st.integers(1, 700))
+    trellis = data.draw(st.booleans())
+    if trellis:
+        k, in_features = min(k, 3), 32 * layout.cdiv(in_features, 32)
     tokens = data.draw(st.sampled_from([*range(1, 10), 17, 64, 100]))
     x_dtype, c_dtype = data.draw(st.sampled_from(DTYPES)), data.draw(st.sampled_from(STORED))
     seed = data.draw(st.integers(0, 9))
-    B, c, s = random_stored(k, group, n, in_features, c_dtype, seed=seed)
+    B, c, s = random_stored(k, group, n, in_features, c_dtype, seed, trellis)
     torch.manual_seed(seed)
     x = torch.randn(tokens, in_features).to(x_dtype)
     x = strided(x, data.draw(st.sampled_from(["contiguous", "columns apart", "rows apart", "transposed"])))
@@ -62,14 +65,15 @@ def test_outputs_are_rounded_to_nearest_even(isa, dtype):
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_threads_change_no_bit(isa, kernel, dtype):
-    B, c = random_layer(2, 128, 1000, 500)
-    x = torch.randn(5, 500).to(dtype)
+@pytest.mark.parametrize("trellis", [False, True])
+def test_threads_change_no_bit(isa, kernel, dtype, trellis):
+    B, c = random_layer(2, 128, 1000, 480, trellis=trellis)
+    x = torch.randn(5, 480).to(dtype)
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         with using(isa, kernel):
-            results.append(linear(x, prepare(B, c, 128, 500)))
+            results.append(linear(x, prepare(B, c, 128, 480)))
     torch.set_num_threads(1)
     assert all(torch.equal(y, results[0]) for y in results[1:])
 
@@ -87,10 +91,16 @@ def test_bits_past_the_last_input_are_ignored(isa, kernel):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize(("planes", "dtype"), [(2, torch.bfloat16), *((k, torch.int8) for k in (1, 2, 3, 4))])
-def test_identity_gives_the_exact_weights(isa, kernel, planes, dtype):
+@pytest.mark.parametrize(
+    ("planes", "dtype", "trellis"),
+    [
+        (2, torch.bfloat16, False),
+        *((k, torch.int8, trellis) for k in (1, 2, 3, 4) for trellis in (False, True)[: 5 - k]),
+    ],
+)
+def test_identity_gives_the_exact_weights(isa, kernel, planes, dtype, trellis):
     """More tokens than a block of either kernel, more outputs than a block of tiles."""
-    B, c, s = random_stored(planes, 32, 2100, 96, dtype)
+    B, c, s = random_stored(planes, 32, 2100, 96, dtype, trellis=trellis)
     with using(isa, kernel):
         W = linear(torch.eye(96), prepare(B, c, 32, 96, s=s)).T
     torch.testing.assert_close(W, dequantize(B, c, 32, 96, s), rtol=0, atol=0 if kernel == "multiply" else 2e-6)
@@ -99,20 +109,22 @@ def test_identity_gives_the_exact_weights(isa, kernel, planes, dtype):
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("group", layout.GROUP_SIZES)
 @pytest.mark.parametrize("size", [1e-30, 1, 1e30])
-def test_inputs_of_any_size_that_bf16_holds_to_the_last_bit(isa, group, size):
+@pytest.mark.parametrize("trellis", [False, True])
+def test_inputs_of_any_size_that_bf16_holds_to_the_last_bit(isa, group, size, trellis):
     """Those of 8 bits whose largest is less than 32 times the smallest need no rounding."""
-    B, c = random_layer(2, group, 64, 500)
+    B, c = random_layer(2, group, 64, 480, trellis=trellis)
     generator = torch.Generator().manual_seed(0)
-    x = size * torch.rand(3, 500, generator=generator).add(0.04) * torch.randn(3, 500, generator=generator).sign()
+    x = size * torch.rand(3, 480, generator=generator).add(0.04) * torch.randn(3, 480, generator=generator).sign()
     x = x.bfloat16()
     with using(isa):
-        y = linear(x, prepare(B, c, group, 500))
-    assert_product(y, x, dequantize(B, c, group, 500))
+        y = linear(x, prepare(B, c, group, 480))
+    assert_product(y, x, dequantize(B, c, group, 480))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_infinite_and_nan_activations_stay_in_their_token(dtype):
-    B, c = random_layer(2, 64, 40, 128)
+@pytest.mark.parametrize("trellis", [False, True])
+def test_infinite_and_nan_activations_stay_in_their_token(dtype, trellis):
+    B, c = random_layer(2, 64, 40, 128, trellis=trellis)
     x = torch.randn(4, 128).to(dtype)
     x[1, 5], x[2, 100] = float("nan"), float("inf")
     for kernel in KERNELS:
@@ -126,9 +138,11 @@ def test_infinite_and_nan_activations_stay_in_their_token(dtype):
 @pytest.mark.parametrize(("n", "in_features"), [(24, 40), (16, 576), (1000, 29568 // 16)])
 @pytest.mark.parametrize("group", layout.GROUP_SIZES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.int8])
-def test_packed_layers_are_the_size_of_stored_ones(n, in_features, group, dtype):
+@pytest.mark.parametrize("trellis", [False, True])
+def test_packed_layers_are_the_size_of_stored_ones(n, in_features, group, dtype, trellis):
     """But for scales, which are few, and wider in memory."""
-    B, c, s = random_stored(2, group, n, in_features, dtype)
+    in_features = 32 * layout.cdiv(in_features, 32) if trellis else in_features
+    B, c, s = random_stored(2, group, n, in_features, dtype, trellis=trellis)
     prepared = prepare(B, c, group, in_features, s=s)
     rows = -(-n // 32) * 32 / n  # outputs come in tiles of 32
     assert prepared.planes.nbytes == B.nbytes * rows
@@ -137,14 +151,24 @@ def test_packed_layers_are_the_size_of_stored_ones(n, in_features, group, dtype)
     assert s is None or prepared.scales.nbytes == 2 * s.nbytes * rows
 
 
-@pytest.mark.parametrize(("k", "group", "n", "in_features"), [(1, 32, 17, 33), (2, 128, 40, 300), (4, 256, 64, 500)])
+@pytest.mark.parametrize(
+    ("k", "group", "n", "in_features", "trellis"),
+    [
+        (1, 32, 17, 33, False),
+        (2, 128, 40, 300, False),
+        (4, 256, 64, 500, False),
+        (1, 32, 17, 64, True),
+        (2, 128, 40, 288, True),
+        (3, 256, 64, 512, True),
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
-@pytest.mark.parametrize("compiled", [True, False])
-def test_rows_can_be_read_back_as_stored(k, group, n, in_features, dtype, compiled):
+@pytest.mark.parametrize("isa", [*ISAS, None])
+def test_rows_can_be_read_back_as_stored(k, group, n, in_features, trellis, dtype, isa):
     """For embeddings, which pick rows; also where there is no compiler."""
-    stored = random_stored(k, group, n, in_features, dtype)
+    stored = random_stored(k, group, n, in_features, dtype, trellis=trellis)
     ids = torch.randint(0, n, (3, 3))
-    with mock.patch.object(cpu, "library", return_value=cpu.library() if compiled else None):
+    with using(isa) if isa else mock.patch.object(cpu, "library", return_value=None):
         B, c, s = cpu.stored_rows(*cpu.prepare(stored.B, stored.c, group, stored.s), group, ids.flatten())
         prepared = prepare(stored.B, stored.c, group, in_features, s=stored.s)
         found = embedding(ids, prepared, torch.float32)
@@ -156,9 +180,10 @@ def test_rows_can_be_read_back_as_stored(k, group, n, in_features, dtype, compil
     assert torch.equal(found, dequantize(stored.B, stored.c, group, in_features, stored.s)[ids])
 
 
-def test_without_a_compiler_coefficients_in_8_bits_are_multiplied_all_the_same():
-    B, c, s = random_stored(3, 64, 40, 200, torch.int8)
-    x = torch.randn(5, 200)
+@pytest.mark.parametrize("trellis", [False, True])
+def test_without_a_compiler_coefficients_in_8_bits_are_multiplied_all_the_same(trellis):
+    B, c, s = random_stored(3, 64, 40, 224, torch.int8, trellis=trellis)
+    x = torch.randn(5, 224)
     with mock.patch.object(cpu, "library", return_value=None):
-        y = linear(x, prepare(B, c, 64, 200, s=s))
-    assert_product(y, x, dequantize(B, c, 64, 200, s))
+        y = linear(x, prepare(B, c, 64, 224, s=s))
+    assert_product(y, x, dequantize(B, c, 64, 224, s))

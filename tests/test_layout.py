@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bpdq_kernels import layout, reference, triton_layout
+from bpdq_kernels.trellis import chain_order
 
 sizes = st.fixed_dictionaries(
     {"k": st.integers(1, 4), "n": st.integers(1, 7), "in_features": st.integers(1, 150), "seed": st.integers(0, 2**32)}
@@ -98,21 +99,27 @@ def test_splitting_into_a_size_that_does_not_divide_is_refused():
     ("k", "group", "words", "n"), [(1, 32, 3, 64), (3, 64, 5, 32), (2, 128, 6, 96), (4, 256, 9, 64)]
 )
 @pytest.mark.parametrize("bytes_together", [False, True])
-def test_cpu_tiles_hold_words_and_coefficients_as_drawn(k: int, group: int, words: int, n: int, bytes_together: bool):
-    """The last group is short."""
+@pytest.mark.parametrize("trellis", [False, True])
+def test_cpu_tiles_hold_words_and_coefficients_as_drawn(
+    k: int, group: int, words: int, n: int, bytes_together: bool, trellis: bool
+):
+    """The last group is short; of a trellis bits are those of even inputs, then those of odd ones."""
     B = torch.arange(words * k * n, dtype=torch.int32).view(words, k, n)
     groups = -(-32 * words // group)
-    c = torch.arange(groups * (k + 1) * n, dtype=torch.float32).view(groups, k + 1, n)
-    s = torch.arange((k + 1) * n).view(k + 1, n).bfloat16()
+    rows = k + 1 + trellis
+    c = torch.arange(groups * rows * n, dtype=torch.float32).view(groups, rows, n)
+    s = torch.arange(rows * n).view(rows, n).bfloat16()
     planes = torch.empty_like(B)
     coefficients, scales = layout.to_cpu_tiles(B, c, group, planes, s, bytes_together)
+    in_order = layout.unpack(B, 32 * words)[..., chain_order(32 * words)]
+    lying = layout.pack(in_order) if trellis else B
     expected_planes, expected_coefficients = [], []
     for g in range(groups):
         for tile in range(0, n, 32):
             for word in range(g * group // 32, min((g + 1) * group // 32, words)):
-                expected_planes += [B[word, p, tile : tile + 32] for p in range(k)]
-            expected_coefficients += [c[g, p, tile : tile + 32] for p in range(k + 1)]
-    expected_scales = [s[p, tile : tile + 32].float() for tile in range(0, n, 32) for p in range(k + 1)]
+                expected_planes += [lying[word, p, tile : tile + 32] for p in range(k)]
+            expected_coefficients += [c[g, p, tile : tile + 32] for p in range(rows)]
+    expected_scales = [s[p, tile : tile + 32].float() for tile in range(0, n, 32) for p in range(rows)]
     words_of_tiles = torch.stack(expected_planes)
     if bytes_together:
         expected = torch.empty(len(words_of_tiles), 4, 32, dtype=torch.uint8)
@@ -123,9 +130,9 @@ def test_cpu_tiles_hold_words_and_coefficients_as_drawn(k: int, group: int, word
     assert torch.equal(planes.flatten(), words_of_tiles.flatten())
     assert torch.equal(coefficients.flatten(), torch.cat(expected_coefficients))
     assert torch.equal(scales.flatten(), torch.cat(expected_scales))
-    rows = torch.tensor([n - 1, 0, 33 % n])
-    found = layout.rows_of_cpu_tiles(planes, coefficients, scales, group, rows, bytes_together)
-    expected = layout.Stored(B, c, s.float()).outputs(rows)
+    outputs = torch.tensor([n - 1, 0, 33 % n])
+    found = layout.rows_of_cpu_tiles(planes, coefficients, scales, group, outputs, bytes_together)
+    expected = layout.Stored(B, c, s.float()).outputs(outputs)
     assert all(torch.equal(tensor, other) for tensor, other in zip(found, expected, strict=True))
 
 

@@ -30,8 +30,10 @@ class Experts(NamedTuple):
         return prepare_experts(self.stored, self.group_size, self.dense.shape[2])
 
 
-def random_experts(count: int, k: int, group: int, n: int, in_features: int, dtype: torch.dtype, seed: int) -> Experts:
-    layers = [random_stored(k, group, n, in_features, dtype, seed + i) for i in range(count)]
+def random_experts(
+    count: int, k: int, group: int, n: int, in_features: int, dtype: torch.dtype, seed: int, trellis: bool = False
+) -> Experts:
+    layers = [random_stored(k, group, n, in_features, dtype, seed + i, trellis) for i in range(count)]
     stored = Stored(*(None if t[0] is None else torch.stack(t) for t in zip(*layers, strict=True)))
     return Experts(stored, torch.stack([dequantize(B, c, group, in_features, s) for B, c, s in layers]), group)
 
@@ -109,11 +111,12 @@ def random_case(
     weights_on_input: bool = False,
     seed: int = 0,
     ids_dtype: torch.dtype = torch.int32,
+    trellises: tuple[bool, bool] = (False, False),
 ) -> Case:
     """Ids of all experts but the last, which none chooses, and of some that are not here."""
     outputs = 2 * inner if activation.is_gated else inner
-    up = random_experts(count, k, groups[0], outputs, hidden, c_dtype, seed)
-    down = random_experts(count, k, groups[1], hidden, inner, c_dtype, seed + 100)
+    up = random_experts(count, k, groups[0], outputs, hidden, c_dtype, seed, trellises[0])
+    down = random_experts(count, k, groups[1], hidden, inner, c_dtype, seed + 100, trellises[1])
     torch.manual_seed(seed)
     here = torch.rand(tokens, count - 1).argsort(1)
     ids = torch.cat([here, torch.tensor([-1, count, 1 << 20]).expand(tokens, -1)], 1)
@@ -125,17 +128,21 @@ def random_case(
 
 
 @pytest.mark.parametrize("isa", [*ISAS, None])
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_experts_give_what_their_dense_matrices_give(isa, data):
     """On every instruction set, and without a compiler."""
+    trellises = data.draw(st.booleans()), data.draw(st.booleans())
+    hidden, inner = (
+        32 * data.draw(st.integers(1, 4)) if trellis else data.draw(st.integers(16, 150)) for trellis in trellises
+    )
     case = random_case(
         tokens=data.draw(st.sampled_from([1, 2, 5, 9, 33, 70])),
         choices=data.draw(st.integers(1, 4)),
-        hidden=data.draw(st.integers(16, 150)),
-        inner=data.draw(st.integers(16, 150)),
+        hidden=hidden,
+        inner=inner,
         count=data.draw(st.integers(4, 7)),
-        k=data.draw(st.integers(1, 4)),
+        k=data.draw(st.integers(1, 3 if any(trellises) else 4)),
         groups=(data.draw(st.sampled_from(GROUP_SIZES)), data.draw(st.sampled_from(GROUP_SIZES))),
         c_dtype=data.draw(st.sampled_from([torch.float16, torch.bfloat16, torch.int8])),
         dtype=data.draw(st.sampled_from(DTYPES)),
@@ -144,6 +151,7 @@ def test_experts_give_what_their_dense_matrices_give(isa, data):
         weights_on_input=data.draw(st.booleans()),
         seed=data.draw(st.integers(0, 9)),
         ids_dtype=data.draw(st.sampled_from([torch.int32, torch.int64])),
+        trellises=trellises,
     )
     with using(isa) if isa else mock.patch.object(cpu, "library", return_value=None):
         y = case.run()

@@ -21,6 +21,7 @@ from bpdq_kernels.layout import (
     WORD,
     PreparedExperts,
     Stored,
+    has_trellis,
     rows_of_cpu_tiles,
     to_cpu_tiles,
 )
@@ -36,6 +37,7 @@ class _Matrix(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("planes", "coefficients", "scales", "bias")),
         *((name, ctypes.c_int64) for name in ("dtype", "in_features", "out_features", "group_size", "plane_count")),
+        ("trellis", ctypes.c_bool),
     ]
 
 
@@ -69,7 +71,8 @@ def library() -> ctypes.CDLL | None:
 
 
 def prepare(B: Tensor, c: Tensor, group_size: int, s: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """B [ceil(K/32), k, N], c [ceil(K/G), k+1, N] and s [k+1, N] in the order of `bpdq_kernels.layout.to_cpu_tiles`.
+    """B [ceil(K/32), k, N], c [ceil(K/G), k+1, N] and s [k+1, N] (k+2 of a trellis) in the order of
+    `bpdq_kernels.layout.to_cpu_tiles`.
 
     Returns planes int32, coefficients in c's dtype and scales fp32 or None, with N padded to tiles; the sizes of the
     first two are kept, but say nothing of the order inside. Without a library, B, c and s themselves.
@@ -222,4 +225,5 @@ def _matrix(stored: Stored, in_features: int, out_features: int, group_size: int
         out_features,
         group_size,
         planes.shape[-2],
+        has_trellis(planes, coefficients),
     )

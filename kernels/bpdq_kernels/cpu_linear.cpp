@@ -15,6 +15,9 @@
    choose among them, once for up to 64 tokens. With AVX512_BF16 the weights are rounded to bf16, as a 16-bit layer
    would hold them, and the two halves of a word are the pairs of inputs that vdpbf16ps multiplies.
 
+   Trellis-coded planes lie with the bits of a word in the order of its chain, as inputs then do: in that order the two
+   planes that the first one stands for are shifts of it.
+
    The experts of a layer are many such W: rows of y are sorted by expert, and each expert has the kernel that suits its
    rows. A thread owns a range of the experts' tiles, so no result depends on the number of threads. Inputs past K read
    as 0.
@@ -87,6 +90,19 @@ struct Scratch {
   alignas(64) float sums[BLOCK * Kernel::TOKENS][TILE];  // of a tile those of all tokens beside each other
 };
 
+/* Puts the inputs of each word in the order of their chain, even ones before odd ones. */
+template <class Input>
+void to_chains(Input* values, int words) {
+  for (Input* word = values; word < values + words * WORD; word += WORD) {
+    Input odd[WORD / 2];
+    for (int i = 0; i < WORD / 2; i++) {
+      odd[i] = word[2 * i + 1];
+      word[i] = word[2 * i];
+    }
+    memcpy(word + WORD / 2, odd, sizeof odd);
+  }
+}
+
 /* Tiles [first, last) of `rows`. */
 template <int PLANES, class Kernel>
 void run_tiles(Scratch<Kernel>& scratch, const Layer& layer, const Rows& rows, const float* bias, int64_t first,
@@ -104,13 +120,20 @@ void run_tiles(Scratch<Kernel>& scratch, const Layer& layer, const Rows& rows, c
           alignas(64) typename Kernel::Input values[MAX_GROUP] = {};
           const int64_t inputs = std::min<int64_t>(words * WORD, layer.in_features - word * WORD);
           rows.inputs.read(rows.of[row + i] / rows.choices, word * WORD, inputs, values);
+          if (layer.trellis) to_chains(values, words);
           scratch.kernel.take(i, values, words);
         }
         for (int64_t tile = block; tile < end; tile++) {
           TileGroup<PLANES> held(layer, group, tile, block, end);
+          alignas(64) uint32_t expanded[MAX_GROUP / WORD * PLANES * TILE];
 #ifdef BPDQ_BYTES
+          constexpr bool BYTES = std::is_same_v<Kernel, LookupBytes<PLANES>>;
           alignas(64) uint32_t gathered[MAX_GROUP / WORD * PLANES * TILE];
-          if (!std::is_same_v<Kernel, LookupBytes<PLANES>>) held.gather(gathered);
+          if (!BYTES) held.gather(gathered);
+          if (layer.trellis && BYTES) held.expand_bytes(expanded);
+          if (layer.trellis && !BYTES) held.expand(expanded);
+#else
+          if (layer.trellis) held.expand(expanded);
 #endif
           scratch.kernel.tile(held, count, scratch.sums[(tile - block) * room]);
         }
@@ -187,9 +210,12 @@ struct Matrix {
   const uint32_t* planes;
   const char* coefficients;
   const float *scales, *bias;
-  int64_t dtype, in_features, out_features, group_size, plane_count;
+  int64_t dtype, in_features, out_features, group_size, plane_count;  // planes as stored
+  bool trellis;
 
-  Layer first() const { return {planes, coefficients, (Dtype)dtype, scales, in_features, out_features, group_size}; }
+  Layer first() const {
+    return {planes, coefficients, (Dtype)dtype, scales, in_features, out_features, group_size, trellis};
+  }
 };
 
 /* One of a team of threads. */
@@ -228,10 +254,11 @@ void share(const Thread& thread, const Matrix& matrix, const Inputs& inputs, con
 
 template <class... Rest>
 void share(const Thread& thread, const Matrix& matrix, const Rest&... rest) {
-  if (matrix.plane_count == 1) share<1>(thread, matrix, rest...);
-  if (matrix.plane_count == 2) share<2>(thread, matrix, rest...);
-  if (matrix.plane_count == 3) share<3>(thread, matrix, rest...);
-  if (matrix.plane_count == 4) share<4>(thread, matrix, rest...);
+  const int64_t multiplied = matrix.plane_count + matrix.trellis;
+  if (multiplied == 1) share<1>(thread, matrix, rest...);
+  if (multiplied == 2) share<2>(thread, matrix, rest...);
+  if (multiplied == 3) share<3>(thread, matrix, rest...);
+  if (multiplied == 4) share<4>(thread, matrix, rest...);
 }
 
 }  // namespace

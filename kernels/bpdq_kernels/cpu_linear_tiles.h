@@ -23,6 +23,7 @@ typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 typedef int8_t Bytes __attribute__((vector_size(LANES)));
+typedef uint8_t Octets __attribute__((vector_size(4 * LANES)));
 
 constexpr int WORD = BPDQ_WORD, TILE = BPDQ_TILE, MAX_GROUP = BPDQ_MAX_GROUP;
 static_assert(WORD == 8 * sizeof(uint32_t), "a lane holds one word");
@@ -75,16 +76,17 @@ struct Layer {
   Dtype dtype;          // of the coefficients
   const float* scales;  // of INT8
   int64_t in_features, out_features, group_size;
+  bool trellis;  // of the planes that are multiplied the first two are stored as one
 
   int64_t tiles() const { return (out_features + TILE - 1) / TILE; }
   int64_t words() const { return (in_features + WORD - 1) / WORD; }
 
-  /* Of experts, whose tensors follow each other, the one `index` places on. */
+  /* Of experts, whose tensors follow each other, the one `index` places on; `plane_count` planes are multiplied. */
   Layer expert(int64_t index, int64_t plane_count) const {
     const int64_t outputs = tiles() * TILE, groups = (in_features + group_size - 1) / group_size;
     const int64_t width = dtype == FLOAT32 ? 4 : dtype == INT8 ? 1 : 2;
     Layer other = *this;
-    other.planes += index * words() * plane_count * outputs;
+    other.planes += index * words() * (plane_count - trellis) * outputs;
     other.coefficients += index * width * groups * (plane_count + 1) * outputs;
     if (scales) other.scales += index * (plane_count + 1) * outputs;
     return other;
@@ -97,23 +99,24 @@ struct Coefficients {
   Floats of[PLANES + 1];
 };
 
-/* What `layer` holds of one tile in one group; `ahead`: the planes to fetch from memory meanwhile, where groups follow
+/* What `layer` holds of one tile in one group, of PLANES that are multiplied and `stored`; `ahead`: the planes to fetch from memory meanwhile, where groups follow
    each other and in each of them the tiles from `begin` to `end`. */
 template <int PLANES>
 struct TileGroup {
-  int words;
+  int words, stored;
   const uint32_t *planes, *ahead;
   Coefficients<PLANES> c[TILE / LANES];
 
   TileGroup(const Layer& layer, int64_t group, int64_t tile, int64_t begin, int64_t end) {
     const int64_t whole = layer.group_size / WORD;
+    stored = PLANES - layer.trellis;
     const auto start = [&](int64_t group, int64_t tile) {
       const int64_t first = group * whole, words = std::min(whole, layer.words() - first);
-      return layer.planes + (first * layer.tiles() + tile * words) * PLANES * TILE;
+      return layer.planes + (first * layer.tiles() + tile * words) * stored * TILE;
     };
     words = std::min(whole, layer.words() - group * whole);
     planes = start(group, tile);
-    const int64_t later = tile + AHEAD / (whole * PLANES * TILE);
+    const int64_t later = tile + AHEAD / (whole * stored * TILE);
     const int64_t next = std::min(group + 1, (layer.words() - 1) / whole);
     ahead = later < end ? start(group, later) : start(next, begin + later - end);
     const int64_t row = (group * layer.tiles() + tile) * (PLANES + 1) * TILE;
@@ -126,10 +129,46 @@ struct TileGroup {
     }
   }
 
+  /* Puts the planes that are multiplied at `to`, from trellis-coded ones (bpdq_kernels/trellis.py): a bit of their first
+     is x_i, i the place in a chain, and z0_i = x_(i-1) and z1_i = x_i ^ x_(i-2) take its place. */
+  void expand(uint32_t* to) {
+    for (int word = 0; word < words; word++)
+      for (int lane = 0; lane < TILE; lane += LANES) {
+        const uint32_t* from = planes + word * stored * TILE + lane;
+        const Words x = load<Words>(from);
+        const auto put = [&](int plane, Words bits) {
+          memcpy(to + (word * PLANES + plane) * TILE + lane, &bits, sizeof bits);
+        };
+        put(0, x << 1);
+        if (PLANES > 1) put(1, x ^ x << 2);
+        for (int p = 2; p < PLANES; p++) put(p, load<Words>(from + (p - 1) * TILE));
+      }
+    planes = to;
+  }
+
 #ifdef BPDQ_BYTES
+  /* The same where the bytes of outputs lie together: what a shift moves out of a byte goes into the next. */
+  void expand_bytes(uint32_t* to) {
+    for (int word = 0; word < words; word++) {
+      Octets before = {};
+      for (int lane = 0; lane < TILE; lane += LANES) {
+        const uint32_t* from = planes + word * stored * TILE + lane;
+        const Octets x = load<Octets>(from);
+        const auto put = [&](int plane, Octets bits) {
+          memcpy(to + (word * PLANES + plane) * TILE + lane, &bits, sizeof bits);
+        };
+        put(0, x << 1 | before >> 7);
+        if (PLANES > 1) put(1, x ^ (x << 2 | before >> 6));
+        for (int p = 2; p < PLANES; p++) put(p, load<Octets>(from + (p - 1) * TILE));
+        before = x;
+      }
+    }
+    planes = to;
+  }
+
   /* Puts words, which lie as bytes of all outputs, together at `to`. */
   void gather(uint32_t* to) {
-    for (int word = 0; word < words * PLANES; word++) {
+    for (int word = 0; word < words * stored; word++) {
       const uint32_t* from = planes + word * TILE;
       __m256i byte[4], pair[4];
       for (int i = 0; i < 4; i++) byte[i] = load<__m256i>(from + i * LANES);

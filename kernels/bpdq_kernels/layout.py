@@ -28,6 +28,7 @@ The last group may be short, and bits past K in the last word are zero. The auth
 when G = 256; `trim` drops that padding.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -308,11 +309,31 @@ def _interleave_pairs(B: Tensor) -> Tensor:
     return ((B >> 1) & 0x7FFFFFFF) | (B << 31)
 
 
+_UNSHUFFLED = ((1, 0x22222222), (2, 0x0C0C0C0C), (4, 0x00F000F0), (8, 0x0000FF00))  # how far bits go, and which
+
+
+def to_chains(B: Tensor) -> Tensor:
+    """Words int32 with the bits of even inputs in the low half, those of odd ones in the high half."""
+    return _exchanged(B, _UNSHUFFLED)
+
+
+def from_chains(B: Tensor) -> Tensor:
+    """The inverse of `to_chains`."""
+    return _exchanged(B, reversed(_UNSHUFFLED))
+
+
+def _exchanged(B: Tensor, steps: Iterable[tuple[int, int]]) -> Tensor:
+    for shift, mask in steps:
+        moved = (B ^ (B >> shift)) & mask
+        B = B ^ moved ^ (moved << shift)
+    return B
+
+
 def to_cpu_tiles(
     B: Tensor, c: Tensor, group_size: int, planes: Tensor, s: Tensor | None = None, bytes_together: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Fill `planes`, int32 of B's size, from B [ceil(K/32), k, N], and return c [ceil(K/G), k+1, N] and, in fp32,
-    s [k+1, N] in the same order, the one that cpu_linear.cpp walks; CPU_TILE divides N:
+    s [k+1, N] (k+2 of a trellis) in the same order, the one that cpu_linear.cpp walks; CPU_TILE divides N:
 
     planes        [group][tile of 32 outputs][word of the group][plane][32]  words as stored
     coefficients  [group][tile of 32 outputs][plane .. , c0][32]             as stored
@@ -326,9 +347,12 @@ def to_cpu_tiles(
     With `bytes_together`, for AVX2, the words of a plane in a tile lie as four registers, byte b of all outputs (of
     inputs 8b to 8b + 7) in the one b, and there outputs 8i + 4h + j at 16h + 4i + j: unpacking twice, which halves of
     a register do apart, puts words or sums of 8 outputs into a register in order.
+
+    Of trellis-coded planes the bits of a word lie in the order of its chain, those of even inputs first.
     """
-    start = 0
+    start, trellis = 0, has_trellis(B, c)
     for group in B.unflatten(2, (-1, CPU_TILE)).split(group_size // WORD):  # [words of the group, k, tiles, 32]
+        group = to_chains(group) if trellis else group
         group = group.permute(2, 0, 1, 3)
         if bytes_together:
             parts = group.contiguous().view(torch.uint8).unflatten(3, _BYTES)  # outputs 8i + 4h + j, then bytes
@@ -361,5 +385,6 @@ def rows_of_cpu_tiles(
         B = planes.view(-1).view(torch.uint8)[byte].view(torch.int32).squeeze(-1)
     else:
         B = planes.view(-1)[at + lane]
-    c = coefficients.view(-1, n // CPU_TILE, k + 1, CPU_TILE)[:, tile, :, lane].permute(1, 2, 0)
+    c = coefficients.view(-1, n // CPU_TILE, coefficients.shape[1], CPU_TILE)[:, tile, :, lane].permute(1, 2, 0)
+    B = from_chains(B) if has_trellis(planes, coefficients) else B
     return Stored(B, c, None if scales is None else scales[tile, :, lane].T)
