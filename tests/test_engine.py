@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import bpdq_quantizer
+from bpdq_kernels.format import TRELLIS
 from generate import PROMPTS, TOKENS, transformers_tokens, vllm_tokens
 from tiny import bpdq_checkpoint, tiny_model, with_kv_scales
 
@@ -28,11 +29,15 @@ MIXED = {  # k from 1 to 4 and two group sizes, in two blocks
     for name in names
 }
 TABLES = {name: {"bits": 4, "group_size": 32} for name in ("model.embed_tokens", "lm_head")}
+CODED = {  # stored planes 1 to 3, of which one more are multiplied
+    name: {**scheme, "bits": min(scheme["bits"], 3), "code": TRELLIS} for name, scheme in (MIXED | TABLES).items()
+}
 WIDE = {f"model.layers.1.mlp.{name}_proj": {"coefficient_bits": 16} for name in ("gate", "up")}
 EAGER = {
     "llama": ({"group_size": 128, "layers": LAYERS, "ignore": ("model.layers.0.mlp.down_proj",)}, {}),
     "llama authors": ({"dialect": "authors", "group_size": 256, "bits": 3}, {"quantization": "bpdq"}),
     "qwen2": ({"group_size": 64, "coefficient_dtype": torch.float16}, {"quantization": "bpdq"}),
+    "llama trellis": ({"group_size": 64, "coefficient_bits": 8, "layers": CODED}, {}),
     "llama 8-bit": ({"group_size": 64, "coefficient_bits": 8, "layers": TABLES | WIDE}, {}),
 }
 MORE_EAGER = {
@@ -263,21 +268,28 @@ def test_compiled_tokens_equal_transformers_and_every_linear_is_one_op(checkpoin
 def test_two_ranks_give_the_tokens_of_one(tmp_path):
     """FFN 320 over 2 ranks: 160 inputs each, so the second starts inside a group of 128. The vocabulary is cut too. Of
     the second block and the LM head coefficients are in 8 bits."""
+    assert_two_ranks_serve(tmp_path, TABLES | MIXED)
+
+
+def test_two_ranks_cut_trellis_coded_planes_anywhere_between_words(tmp_path):
+    assert_two_ranks_serve(tmp_path, CODED)
+
+
+def assert_two_ranks_serve(tmp_path, layers):
     narrow = [name for name in MIXED if "layers.1" in name] + ["lm_head"]
     narrow += [f"model.layers.1.{name}_proj" for name in ("self_attn.o", "mlp.gate", "mlp.up")]
-    layers = TABLES | MIXED
-    layers |= {name: {**layers.get(name, {}), "coefficient_bits": 8} for name in narrow}
+    layers = layers | {name: {**layers.get(name, {}), "coefficient_bits": 8} for name in narrow}
     model = bpdq_checkpoint(tiny_model(tmp_path / "model", ffn=320), tmp_path / "bpdq", group_size=128, layers=layers)
     (tokens,) = vllm_tokens([{"load": {"model": str(model), "tensor_parallel_size": 2}}], multiprocess=True)
     assert tokens == transformers_tokens(dequantized(model))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("width", [16, 8])
+@pytest.mark.parametrize(("layers", "width"), [(MIXED, 16), (MIXED, 8), (CODED, 8)], ids=["16", "8", "trellis"])
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_compiled_mixed_checkpoints_give_the_tokens_of_transformers(tmp_path, ranks, width):
+def test_compiled_mixed_checkpoints_give_the_tokens_of_transformers(tmp_path, ranks, layers, width):
     model = bpdq_checkpoint(
-        tiny_model(tmp_path / "model", ffn=320), tmp_path / "bpdq", 2, 64, layers=MIXED, coefficient_bits=width
+        tiny_model(tmp_path / "model", ffn=320), tmp_path / "bpdq", 2, 64, layers=layers, coefficient_bits=width
     )
     load = {"model": str(model), "tensor_parallel_size": ranks, "enforce_eager": False}
     (tokens,) = vllm_tokens([{"load": load}], multiprocess=True, VLLM_CACHE_ROOT=str(tmp_path / "cache"))
