@@ -1,9 +1,9 @@
 """The solver's loops over columns on CUDA: a group in one Triton kernel, a sweep of descent over a group in another
 (`triton_descent`).
 
-Same signatures and, but for the order of sums in fp32, same results as `grid.quantize_group` and
-`grid.descend_group`, or with a trellis `chains`, which are the readable form. Rows are independent, so a warp takes R of them through all starts,
-k-means, iterations and fits on its own, with nothing to wait for but its own shuffles:
+Same signatures and, but for the order of sums in fp32, same results as `groups.quantize_group` and
+`groups.descend_group` in torch (`grid`, `chains`), which is the readable form. Rows are independent, so a warp takes R
+of them through all starts, k-means, iterations and fits on its own, with nothing to wait for but its own shuffles:
 
                      R rows = 512 / G                          a thread holds 16 values of one row of
                     .--------.                                   e     what assignment left of the inputs before t
@@ -13,10 +13,10 @@ k-means, iterations and fits on its own, with nothing to wait for but its own sh
                     '--------'
 
 Step t of an assignment: the weight of input t less S[:, t] . e, its nearest level, then e[t] and V X += V[:, t] x, so
-that the fit finds V X done; with a trellis a second loop does it, over the codes of the best paths (`triton_trellis`). G is g rounded up to a power of two, at least 32: the factors are zero past g. With four
-planes R is half as much, else registers spill. S = U / diag(U) and
-V = U^-T come from a kernel that is launched before, transposed, so that column t is contiguous. Matrices of a batch are
-the grid's second axis, each with factors of its own.
+that the fit finds V X done. With a trellis a second loop adds it up, when all paths are known (`triton_trellis`). G is
+g rounded up to a power of two, at least 32: the factors are zero past g. With four planes R is half as much, else
+registers spill. S = U / diag(U) and V = U^-T come from a kernel that is launched before, transposed, so that column t
+is contiguous. Matrices of a batch are the grid's second axis, each with factors of its own.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What kernels of `triton_solver` and `triton_descent` have in common: tiles [G, R], packed codes, sizes of launches."""
+"""What kernels of `triton_solver` and `triton_descent` have in common: tiles, packed codes, launches' sizes."""
 
 from typing import Any
 

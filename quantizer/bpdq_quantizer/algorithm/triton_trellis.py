@@ -1,16 +1,10 @@
 """Paths of trellis-coded planes on CUDA: what `chains` does, for kernels of `triton_solver` and `triton_descent`.
 
-In a chain of 32 inputs each of the four states holds what its best path has done so far: in registers, a tile [32, R] of
-errors, and for each stored plane (the path's bits x, then free ones) a word [R] with the chain's bits in order. At input
-t, w of a state is what all errors before leave of the weight; those of earlier chains are a tile [G / 32, 32, R], whose
-sum with a state's own over a thread's inputs comes before the warp's. Each state that follows, 2 last + x, takes over
-from the better of two that differ in their second bit:
-
-    0 last                x + 2 last          both levels have z0 = last, and z1 = x from the first,
-            \\                                 z1 = 1 - x from the second
-              >  x last
-            /
-    1 last
+In a chain of 32 inputs each of the four states holds what its best path has done so far, in registers: a tile [32, R]
+of errors, a cost [R], and for each stored plane, of the path's bits x and of free ones, a word [R] with the chain's
+bits in order. States are numbered last + 2 second, by a chain's bit of the input before and of the one before that.
+State s that follows has x = s % 2, and its second bit was the last one of two states, s // 2 and s // 2 + 2: of their
+paths the better is gone on with, by a level of z0 = s // 2 and z1 = x from the first, z1 = 1 - x from the second.
 """
 
 import triton
@@ -67,8 +61,8 @@ def best_path(
 ) -> tl.tuple:  # fmt: skip
     """Errors [32, R] of the chain from input `first` on, words [R] of the stored planes, and costs [R].
 
-    before [G / 32, 32, R]: errors of earlier chains. target: W, in a descent V. Column t of S, in a descent of H, starts
-    at `factor` + t stride, what errors weigh is at `scale` + t scale_stride.
+    before [G / 32, 32, R]: errors of earlier chains. target: W, in a descent V; now: in a descent W_hat. Column t of S,
+    in a descent of H, begins at `factor` + t stride; what `choice` calls scale is at `scale` + t scale_stride.
     """
     R: tl.constexpr = n.shape[0]
     STORED: tl.constexpr = BITS - 1
@@ -85,9 +79,11 @@ def best_path(
         s = tl.load(factor_ptr + t * stride + first + i)
         target = tl.load(target_ptr + t * N + n, n < N, 0.0)
         scale = tl.load(scale_ptr + t * scale_stride)
+        inverse = 1.0 / scale if DESCENT else scale
         now = tl.load(now_ptr + t * N + n, n < N, 0.0) if DESCENT else target
         if before.shape[0] > 1:
-            others = tl.load(factor_ptr + t * stride + all_inputs, all_inputs < g, 0.0)
+            column = factor_ptr + t * stride + all_inputs
+            others = tl.load(column, all_inputs < g, 0.0) if DESCENT else tl.load(column)
             known = tl.sum(others[:, :, None] * before, 0)
         else:
             known = tl.zeros([CHAIN, R], tl.float32)
@@ -95,7 +91,7 @@ def best_path(
         for state in tl.static_range(_STATES):
             w = target - tl.sum(known + s[:, None] * errors[state], 0)
             if DESCENT:
-                w = now + w / scale
+                w = now + w * inverse
             left = left + (w,)
         here = (i == t - first)[:, None]
         next_costs = ()
