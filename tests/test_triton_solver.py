@@ -57,7 +57,7 @@ TINY = [
     Case(3, 35, 9, FP16, (residual_start,)),
     Case(4, 20, 5, BF16, BOTH),
     Case(2, 64, 8, FP16, (paper_start,), True),
-    Case(3, 96, 3, BF16, (residual_start,), True),
+    Case(3, 96, 3, BF16, (paper_start,), True),
     Case(4, 32, 5, FP32, (range_start,), True),
 ]
 REAL = [
