@@ -25,7 +25,8 @@ def compile_solver(
     constants = {"BITS": bits, "DTYPE": triton_solver.DTYPES[BF16], "TRELLIS": trellis}
     constants |= triton_tiles.tile(bits, inputs)
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    return compile_kernel(kernel, types, constants, divisible, arch, triton_tiles.options())
+    options = triton_tiles.options(trellis and kernel is triton_solver.quantize_kernel)
+    return compile_kernel(kernel, types, constants, divisible, arch, options)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -42,7 +43,8 @@ def test_rounding_does_not_spill(n: int, eight: bool, arch: int):
 
 def assert_no_spills(kernel: triton.JITFunction, trellis: bool, arch: int, bits: int, inputs: int) -> None:
     compiled = compile_solver(kernel, arch, bits, inputs, trellis)
-    allowed = 4 if bits == 4 else 0  # at G = 256 on sm_90 ptxas leaves 3
+    # on sm_90 ptxas leaves 3 at k = 4 and G = 256, 2 of paths at k = 2 and G = 32
+    allowed = 4 if arch == 90 and (bits == 4 or kernel is triton_descent.descend_paths_kernel) else 0
     assert read_cubin(compiled.asm["cubin"]).spills <= allowed
     assert compiled.metadata.shared <= 48 << 10
 

@@ -319,6 +319,6 @@ def quantize_group(
             TRELLIS=trellis,
             grid=(triton.cdiv(N, R), matrices),
             warmup=False,
-            **options(),
+            **options(all_registers=trellis),
         )
     return codes, c, E

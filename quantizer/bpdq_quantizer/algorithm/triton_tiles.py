@@ -46,9 +46,10 @@ def tile(bits: int, inputs: int) -> dict[str, int]:
     return {"G": G, "R": (512 if bits < 4 else 256) // G}
 
 
-def options() -> dict[str, Any]:
-    """Compiler options: with one warp, sums over inputs are shuffles."""
-    return {"num_warps": 1, "enable_fp_fusion": True}
+def options(all_registers: bool = False) -> dict[str, Any]:
+    """Compiler options: with one warp, sums over inputs are shuffles. all_registers: ptxas takes what it needs, where
+    it would else spill so that more programs run at once."""
+    return {"num_warps": 1, "enable_fp_fusion": True} | ({"maxnreg": 255} if all_registers else {})
 
 
 def has_whole_rows(x: Tensor) -> bool:
