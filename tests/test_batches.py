@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bpdq_quantizer.algorithm import cpu_solver, grid, groups
+from bpdq_quantizer.algorithm import chains, cpu_solver, grid, groups
 from bpdq_quantizer.algorithm.solver import quantize_linear
 from test_solver import problem
 
@@ -18,7 +18,10 @@ def matrices(inputs, count=4):
     return W, H
 
 
-@pytest.mark.parametrize(("inputs", "options"), [(96, {}), (80, {"coefficient_bits": 8}), (64, {"refinements": 0})])
+@pytest.mark.parametrize(
+    ("inputs", "options"),
+    [(96, {}), (80, {"coefficient_bits": 8}), (64, {"refinements": 0}), (64, {"trellis": True})],
+)
 def test_on_a_cpu_several_matrices_get_the_tensors_of_each(inputs, options):
     W, H = matrices(inputs)
     together = quantize_linear(W, H, 2, 32, iterations=2, **options)
@@ -33,11 +36,15 @@ class InTurn:
 
     @staticmethod
     def quantize_group(W, U, *rest):
-        return in_turn(lambda w, u: grid.quantize_group(w, u, *rest), W, U)
+        *options, trellis = rest
+        assign = chains.assign_chains if trellis else grid.assign_codes
+        return in_turn(lambda w, u: grid.quantize_group(w, u, *options, assign), W, U)
 
     @staticmethod
-    def descend_group(*tensors):
-        return in_turn(grid.descend_group, *tensors)
+    def descend_group(W_hat, V, H, c, paths):
+        if paths is None:
+            return in_turn(grid.descend_group, W_hat, V, H, c)
+        return in_turn(chains.descend_chains, paths, W_hat, V, H, c)
 
 
 def in_turn(solve, *tensors):
@@ -46,13 +53,16 @@ def in_turn(solve, *tensors):
     return [torch.stack(found) for found in zip(*map(solve, *tensors), strict=True)]
 
 
-@pytest.mark.parametrize(("bits", "width", "rows"), [(2, 8, None), (3, 16, 4), (1, 8, 5)])
-def test_matrices_solved_at_once_are_solved_as_alone(bits, width, rows, monkeypatch):
+@pytest.mark.parametrize(
+    ("bits", "width", "rows", "trellis"),
+    [(2, 8, None, False), (3, 16, 4, False), (1, 8, 5, False), (1, 8, None, True)],
+)
+def test_matrices_solved_at_once_are_solved_as_alone(bits, width, rows, trellis, monkeypatch):
     """But for the order of sums: batched products may be rounded otherwise."""
     monkeypatch.setattr(groups, "solver_for", lambda *_, **__: InTurn)
     monkeypatch.setattr(cpu_solver, "library", lambda: None)
     W, H = matrices(128)
-    options = {"coefficient_bits": width, "iterations": 3, "rows": rows}
+    options = {"coefficient_bits": width, "iterations": 3, "rows": rows, "trellis": trellis}
     together = quantize_linear(W, H, bits, 32, **options)
     assert together.damping.tolist() == [0.01, 0.01, 0.02, 0.01]
     same = []

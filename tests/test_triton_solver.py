@@ -1,5 +1,5 @@
-"""The solver's kernels do what their readable form in torch does: executed by Triton's interpreter, compiled offline
-for GPUs, and run for real (-m gpu)."""
+"""The solver's kernels do what their readable form in torch does: executed by Triton's interpreter, and run for real
+(-m gpu)."""
 
 import itertools
 from concurrent.futures import ProcessPoolExecutor
@@ -12,20 +12,26 @@ import pytest
 import torch
 import triton
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton.compiler import CompiledKernel
 
-from benchmarks.sass import read_cubin
-from bpdq_quantizer.algorithm import cpu_solver, grid, groups, rounding, triton_rounding, triton_solver
+from bpdq_kernels.layout import WORD
+from bpdq_quantizer.algorithm import (
+    chains,
+    cpu_solver,
+    grid,
+    groups,
+    rounding,
+    triton_rounding,
+    triton_solver,
+)
 from bpdq_quantizer.algorithm.grid import paper_start, range_start, residual_start
 from bpdq_quantizer.algorithm.hessian import inverse_factor
 from bpdq_quantizer.algorithm.order import group_aware_order
 from bpdq_quantizer.algorithm.refine import SWEEPS, refine
 from bpdq_quantizer.algorithm.solver import one_pass, quantize_linear
-from tests.offline import BF16, FP16, FP32, compile_kernel
+from tests.offline import BF16, FP16, FP32
+from tests.test_trellis import is_path, to_path
 
 BOTH = (range_start, residual_start)
-ARCHITECTURES = [86, 90]
-KERNELS = ["factor_kernel", "quantize_kernel", "descend_kernel"]
 
 
 class Case(NamedTuple):
@@ -36,10 +42,12 @@ class Case(NamedTuple):
     rows: int
     dtype: torch.dtype
     starts: tuple
+    trellis: bool = False
 
     def __str__(self) -> str:
         starts = "-".join(start.__name__ for start in self.starts)
-        return f"k{self.bits}-g{self.inputs}-N{self.rows}-{str(self.dtype)[6:]}-{starts}"
+        trellis = "-trellis" if self.trellis else ""
+        return f"k{self.bits}-g{self.inputs}-N{self.rows}-{str(self.dtype)[6:]}-{starts}{trellis}"
 
 
 TINY = [
@@ -48,6 +56,9 @@ TINY = [
     Case(2, 32, 17, FP16, (paper_start, residual_start)),
     Case(3, 35, 9, FP16, (residual_start,)),
     Case(4, 20, 5, BF16, BOTH),
+    Case(2, 64, 8, FP16, (paper_start,), True),
+    Case(3, 96, 3, BF16, (paper_start,), True),
+    Case(4, 32, 5, FP32, (range_start,), True),
 ]
 REAL = [
     Case(bits, inputs, 1000, dtype, BOTH)
@@ -56,6 +67,7 @@ REAL = [
     )
 ]
 REAL += [Case(2, 5, 100, BF16, BOTH), *(Case(bits, 64, 77, BF16, (paper_start,)) for bits in (2, 3))]
+REAL += [Case(bits, inputs, 1000, BF16, BOTH, True) for bits in (2, 3, 4) for inputs in (32, 64, 96, 128, 256)]
 
 
 def random_group(inputs: int, rows: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -71,8 +83,10 @@ def compare_groups(case: Case, iterations: int, device: str) -> None:
     """Rounding breaks ties, and the rest of a row follows from that: most rows are the same, none is out of line."""
     W, _, U = (tensor.to(device) for tensor in random_group(case.inputs, case.rows, case.bits))
     arguments = (W, U, case.bits, iterations, 1e-6, case.dtype, case.starts)
-    expected_codes, _, expected_E = grid.quantize_group(*arguments)
-    codes, c, E = triton_solver.quantize_group(*arguments)
+    assign = chains.assign_chains if case.trellis else grid.assign_codes
+    expected_codes, _, expected_E = grid.quantize_group(*arguments, assign)
+    codes, c, E = triton_solver.quantize_group(*arguments, case.trellis)
+    assert not case.trellis or is_path(codes.cpu(), case.bits)
     assert torch.equal(c, c.to(case.dtype).float())
     whiten = torch.linalg.solve_triangular(U.T, torch.eye(case.inputs, device=device), upper=False)
     W_hat = (grid.level_table(case.bits, W.device) @ c).gather(0, codes.long())
@@ -89,14 +103,26 @@ def compare_descents(case: Case, device: str) -> None:
     W, H, _ = (tensor.to(device) for tensor in random_group(case.inputs, case.rows, case.bits))
     c = torch.randn(case.bits + 1, case.rows, generator=torch.Generator().manual_seed(1)).to(device)
     table = grid.level_table(case.bits, W.device)
-    W_hat = (table @ c).gather(0, torch.zeros(W.shape, dtype=torch.int64, device=device))
+    paths = random_paths(case.bits, *W.shape, seed=2).to(device) if case.trellis else None
+    start = torch.zeros(W.shape, dtype=torch.uint8, device=device) if paths is None else paths
+    W_hat = (table @ c).gather(0, start.long())
     V = H @ (W - W_hat)
-    expected_codes, expected_change = grid.descend_group(W_hat, V, H, c)
-    codes, change = triton_solver.descend_group(W_hat, V, H, c)
+    arguments = (W_hat, V, H, c)
+    expected = chains.descend_chains(paths, *arguments) if case.trellis else grid.descend_group(*arguments)
+    expected_codes, expected_change = expected
+    codes, change = triton_solver.descend_group(*arguments, paths)
     same = (codes == expected_codes).all(0)
     assert (~same).sum() <= max(1, case.rows // 10)
     torch.testing.assert_close(change[:, same], expected_change[:, same], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(W_hat + change, (table @ c).gather(0, codes.long()), rtol=1e-5, atol=1e-5)
+    before, after = ((error * (H @ error)).sum(0) for error in (W - W_hat, W - W_hat - change))
+    assert (after <= before * 1.0001 + 1e-4).all()
+    assert not case.trellis or is_path(codes.cpu(), case.bits)
+
+
+def random_paths(bits: int, inputs: int, rows: int, seed: int) -> torch.Tensor:
+    codes = torch.randint(2**bits, (inputs, rows), generator=torch.Generator().manual_seed(seed))
+    return to_path(codes.to(torch.uint8), bits)
 
 
 def rows_are_solved_alone(device: str) -> None:
@@ -119,21 +145,33 @@ def batches_are_solved_as_their_matrices(case: Case, device: str) -> None:
     wide = torch.cat([U, torch.full_like(U, torch.nan)], 2)[..., : case.inputs]
     rows = torch.cat([torch.full_like(W, torch.nan), W], 1)[:, case.inputs :]  # of a matrix with more inputs
     quantize = partial(
-        triton_solver.quantize_group, bits=case.bits, iterations=1, alpha=1e-6, dtype=case.dtype, starts=case.starts
+        triton_solver.quantize_group,
+        bits=case.bits,
+        iterations=1,
+        alpha=1e-6,
+        dtype=case.dtype,
+        starts=case.starts,
+        trellis=case.trellis,
     )
-    for solve, given in ((quantize, (rows, wide)), (triton_solver.descend_group, (0.1 * rows, rows, H, c))):
+    sweep = [0.1 * rows, rows, H, c]
+    if case.trellis:
+        sweep.append(torch.stack([random_paths(case.bits, *W.shape[1:], seed) for seed in range(4)]).to(device)[::2])
+    for solve, given in ((quantize, (rows, wide)), (triton_solver.descend_group, sweep)):
         for batch, alone in zip(solve(*given), solve(*(tensor[1] for tensor in given)), strict=True):
             same = torch.isclose(batch[1].float(), alone.float(), rtol=1e-3, atol=1e-4).all(0)
             assert same.float().mean() >= 0.8
 
 
-def test_interpreted_batches_are_solved_as_their_matrices(interpreter: ProcessPoolExecutor):
-    interpreter.submit(batches_are_solved_as_their_matrices, Case(2, 16, 5, BF16, (range_start,)), "cpu").result()
+@pytest.mark.parametrize(
+    "case", [Case(2, 16, 5, BF16, (range_start,)), Case(2, 32, 5, BF16, (paper_start,), True)], ids=str
+)
+def test_interpreted_batches_are_solved_as_their_matrices(case: Case, interpreter: ProcessPoolExecutor):
+    interpreter.submit(batches_are_solved_as_their_matrices, case, "cpu").result()
 
 
 @pytest.mark.parametrize("case", TINY, ids=str)
 def test_interpreted_groups_are_quantized_as_well_as_in_torch(case: Case, interpreter: ProcessPoolExecutor):
-    interpreter.submit(compare_groups, case, 2, "cpu").result()
+    interpreter.submit(compare_groups, case, 1 if case.trellis else 2, "cpu").result()
 
 
 def compare_rounding(n: int, rows: int, dtype: torch.dtype, device: str) -> None:
@@ -202,53 +240,54 @@ def counted():
         yield launches
 
 
-@pytest.mark.parametrize("inputs", [32, 128])
-def test_a_group_and_a_pass_over_it_take_a_few_launches(inputs: int):
+@pytest.mark.parametrize(("inputs", "trellis"), [(32, False), (128, False), (64, True)])
+def test_a_group_and_a_pass_over_it_take_a_few_launches(inputs: int, trellis: bool):
     counts = []
     for many in (1, 3):
         W, H, U = random_group(many * inputs, 40, 0)
-        order = group_aware_order(H.diagonal(), inputs)
+        order = group_aware_order(H.diagonal(), inputs, WORD if trellis else 1)
         with counted() as launches:
-            one_pass(W, U, order, 2, 10, 1e-6, BF16, BOTH)
+            one_pass(W, U, order, 2, 10, 1e-6, BF16, BOTH, trellis)
         counts.append(launches.count)
     assert counts[1] - counts[0] <= 2 * 8
     with counted() as launches:
-        groups.quantize_group(W[:inputs], U[:inputs, :inputs], 2, 10, 1e-6, BF16, BOTH)
+        groups.quantize_group(W[:inputs], U[:inputs, :inputs], 2, 10, 1e-6, BF16, BOTH, trellis)
     assert launches.count <= 3
 
 
-def test_a_sweep_of_descent_over_a_group_is_one_launch():
+@pytest.mark.parametrize("trellis", [False, True])
+def test_a_sweep_of_descent_over_a_group_is_one_launch(trellis: bool):
     W, H, _ = random_group(100, 40, 0)
-    c = torch.zeros(3, 40)
+    c, paths = torch.zeros(3, 40), torch.zeros(100, 40, dtype=torch.uint8)
     with counted() as launches:
-        groups.descend_group(W[:64], W[:64], H[:64, :64], c)
+        groups.descend_group(W[:64], W[:64], H[:64, :64], c, paths[:64] if trellis else None)
     assert launches.count == 1
 
 
-def refinement_launches(inputs: int, groups_count: int, dtype: torch.dtype) -> int:
+def refinement_launches(inputs: int, groups_count: int, dtype: torch.dtype, trellis: bool) -> int:
     """Launches of a round of refinement, all rows at once."""
     K = inputs * groups_count
     W, H, _ = random_group(K, 40, 0)
     codes, c = torch.zeros(K, 40, dtype=torch.uint8), torch.zeros(groups_count, 3, 40)
     with counted() as launches:
-        refine(codes, c, torch.zeros(40), W, H @ W, H, inputs, 1, 1e-6, dtype)
+        refine(codes, c, torch.zeros(40), W, H @ W, H, inputs, 1, 1e-6, dtype, trellis)
     return launches.count
 
 
-@pytest.mark.parametrize("dtype", [BF16, torch.int8])
-def test_a_refinement_launches_a_few_kernels_for_each_group_and_none_for_each_column(dtype: torch.dtype):
-    assert refinement_launches(64, 4, dtype) == refinement_launches(32, 4, dtype)
-    per_group = (refinement_launches(32, 4, dtype) - refinement_launches(32, 2, dtype)) / 2
+@pytest.mark.parametrize(("dtype", "trellis"), [(BF16, False), (torch.int8, False), (BF16, True)])
+def test_a_refinement_launches_a_few_kernels_for_each_group_and_none_for_each_column(dtype, trellis: bool):
+    assert refinement_launches(64, 4, dtype, trellis) == refinement_launches(32, 4, dtype, trellis)
+    per_group = (refinement_launches(32, 4, dtype, trellis) - refinement_launches(32, 2, dtype, trellis)) / 2
     assert per_group <= SWEEPS * 8 + 3 + 24, "each sweep 8, W_hat 3, the joint equations the rest"
 
 
-@pytest.mark.parametrize("coefficient_bits", [8, 16])
-def test_eight_matrices_take_the_launches_of_one(coefficient_bits: int):
+@pytest.mark.parametrize(("coefficient_bits", "trellis"), [(8, False), (16, False), (8, True)])
+def test_eight_matrices_take_the_launches_of_one(coefficient_bits: int, trellis: bool):
     W, H = (torch.stack(tensors) for tensors in zip(*[random_group(128, 40, i)[:2] for i in range(8)], strict=True))
     counts = []
     for w, h in ((W[0].T, H[0]), (W.mT, H)):
         with counted() as launches:
-            quantize_linear(w, h, 2, 32, coefficient_bits)
+            quantize_linear(w, h, 2, 32, coefficient_bits, trellis=trellis)
         counts.append(launches.count)
     assert counts[0] <= counts[1] <= counts[0] + 2, "two operands are copied together"
 
@@ -258,9 +297,14 @@ def test_groups_that_no_kernel_holds_are_left_to_torch():
     assert not triton_solver.supports(4, 257, BOTH)
     assert not triton_solver.supports(5, 256, BOTH)
     assert not triton_solver.supports(4, 256, (grid.residual_planes,))
+    assert triton_solver.supports(2, 32, BOTH, trellis=True)
+    assert not triton_solver.supports(1, 32, BOTH, trellis=True)
+    assert not triton_solver.supports(2, 48, BOTH, trellis=True)
     with mock.patch.object(groups, "triton_solver", return_value=triton_solver):
         cuda = torch.device("cuda")
         assert groups.solver_for(cuda, 4, 256, BOTH) is triton_solver
+        assert groups.takes_batches(cuda, 4, 256, BOTH, trellis=True)
+        assert not groups.takes_batches(cuda, 5, 256, BOTH, trellis=True)
         assert groups.solver_for(cuda, 4, 257, BOTH) is grid
         assert groups.solver_for(torch.device("meta"), 2, 64) is grid
 
@@ -272,50 +316,6 @@ def test_without_a_compiler_torch_solves_and_one_line_says_so(caplog):
         assert groups.triton_solver.__wrapped__() is None
     (record,) = caplog.records
     assert "Failed to find C compiler" in record.getMessage()
-
-
-def compile_solver(kernel: triton.JITFunction, arch: int, bits: int, inputs: int) -> CompiledKernel:
-    """One of `triton_solver`'s kernels as it would be launched for groups of these inputs, with bf16 coefficients."""
-    types = {name: "*u8" if name == "codes_ptr" else "*fp32" for name in kernel.arg_names if name.endswith("_ptr")}
-    divisible = set(types)
-    types |= dict.fromkeys(kernel.arg_names, "i32") | {"alpha": "fp32"} | types
-    constants = {"BITS": bits, "DTYPE": triton_solver.DTYPES[BF16], **triton_solver.tile(bits, inputs)}
-    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    return compile_kernel(kernel, types, constants, divisible, arch, triton_solver.options())
-
-
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize(("n", "eight"), [(192, True), (4096, True), (384, False)])
-def test_rounding_does_not_spill(n: int, eight: bool, arch: int):
-    names = ("L_ptr", "y_ptr", "c_ptr", "loss_ptr", *(["steps_ptr"] if eight else []))
-    types = dict.fromkeys(names, "*fp32") | dict.fromkeys(("n", "N", "row", "column"), "i32")
-    constants = {"BLOCK": triton.next_power_of_2(n), "DTYPE": triton_solver.DTYPES[FP32 if eight else BF16]}
-    constants |= {} if eight else {"steps_ptr": None}
-    kernel, options = triton_rounding.nearest_plane_kernel, triton_rounding.options(n)
-    compiled = compile_kernel(kernel, types, constants, set(names), arch, options)
-    assert read_cubin(compiled.asm["cubin"]).spills == 0
-
-
-def assert_no_spills(kernel: str, arch: int, bits: int, inputs: int) -> None:
-    compiled = compile_solver(getattr(triton_solver, kernel), arch, bits, inputs)
-    allowed = 4 if bits == 4 else 0  # at G = 256 on sm_90 ptxas leaves 3
-    assert read_cubin(compiled.asm["cubin"]).spills <= allowed
-    assert compiled.metadata.shared <= 48 << 10
-
-
-@pytest.mark.parametrize(("arch", "inputs"), [(86, 128), (90, 64)])
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_kernels_do_not_spill(kernel: str, arch: int, inputs: int):
-    assert_no_spills(kernel, arch, 2, inputs)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("inputs", [5, 32, 64, 128, 256])
-@pytest.mark.parametrize("bits", [1, 2, 3, 4])
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_no_kernel_spills(kernel: str, arch: int, bits: int, inputs: int):
-    assert_no_spills(kernel, arch, bits, inputs)
 
 
 @pytest.mark.gpu
@@ -348,23 +348,26 @@ def test_rows_on_a_gpu_are_solved_alone():
 
 
 @pytest.mark.gpu
-def test_a_gpu_s_groups_are_solved_by_a_few_kernels():
+@pytest.mark.parametrize("trellis", [False, True])
+def test_a_gpu_s_groups_are_solved_by_a_few_kernels(trellis: bool):
     from benchmarks.gpu_solver import kernels  # imports transformers, which no other test here needs
 
     W, H, U = (tensor.cuda() for tensor in random_group(128, 1000, 0))
-    assert kernels(lambda: groups.quantize_group(W, U, 2, 10, 1e-6, BF16, BOTH)) in range(9)
-    assert kernels(lambda: groups.descend_group(W, W, H, torch.zeros(3, 1000, device="cuda"))) in (0, 1, 2)
+    c, paths = torch.zeros(3, 1000, device="cuda"), torch.zeros_like(W, dtype=torch.uint8) if trellis else None
+    assert kernels(lambda: groups.quantize_group(W, U, 2, 10, 1e-6, BF16, BOTH, trellis)) in range(9)
+    assert kernels(lambda: groups.descend_group(W, W, H, c, paths)) in (0, 1, 2)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("trellis", [False, True])
 @pytest.mark.parametrize(("rounds", "dtype"), [(0, BF16), (1, BF16), (1, torch.int8)])
-def test_nothing_on_a_gpu_waits_for_the_host(rounds: int, dtype: torch.dtype):
+def test_nothing_on_a_gpu_waits_for_the_host(rounds: int, dtype: torch.dtype, trellis: bool):
     W, H, U = (tensor.cuda() for tensor in random_group(160, 100, 0))
-    order = group_aware_order(H.diagonal(), 64)
+    order = group_aware_order(H.diagonal(), 64, WORD if trellis else 1)
 
     def solve() -> None:
-        found = one_pass(W, U, order, 2, 3, 1e-6, BF16, BOTH)
-        refine(*found, W, H @ W, H, 64, rounds, 1e-6, dtype)
+        found = one_pass(W, U, order, 2, 3, 1e-6, BF16, BOTH, trellis)
+        refine(*found, W, H @ W, H, 64, rounds, 1e-6, dtype, trellis)
 
     solve()  # compiles
     try:

@@ -40,13 +40,8 @@ def solver_for(
     """The module whose `quantize_group` and `descend_group` solve groups of that many inputs on a device."""
     if starts and cpu_solver.supports(starts) and compiled_for(device):
         return cpu_solver
-    if (
-        device.type == "cuda"
-        and not trellis
-        and (kernels := triton_solver()) is not None
-        and kernels.supports(bits, inputs, starts)
-    ):
-        return kernels
+    if device.type == "cuda" and (kernels := triton_solver()) is not None:
+        return kernels if kernels.supports(bits, inputs, starts, trellis) else grid
     return grid
 
 
@@ -83,11 +78,9 @@ def quantize_group(
     solver = solver_for(W.device, bits, W.shape[-2], starts, trellis)
     arguments = W, U, bits, iterations, alpha, dtype, starts
     with threads_for(solver, W.shape[-1]):
-        if solver is cpu_solver:
-            return cpu_solver.quantize_group(*arguments, trellis)
-        if trellis:
-            return grid.quantize_group(*arguments, chains.assign_chains)
-        return solver.quantize_group(*arguments)
+        if solver is grid:
+            return grid.quantize_group(*arguments, chains.assign_chains if trellis else grid.assign_codes)
+        return solver.quantize_group(*arguments, trellis)
 
 
 def descend_group(W_hat: Tensor, V: Tensor, H: Tensor, c: Tensor, paths: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -95,9 +88,11 @@ def descend_group(W_hat: Tensor, V: Tensor, H: Tensor, c: Tensor, paths: Tensor 
     `chains.descend_chains`, from the codes `paths`."""
     solver = solver_for(W_hat.device, c.shape[-2] - 1, W_hat.shape[-2], trellis=paths is not None)
     with threads_for(solver, W_hat.shape[-1]):
+        if solver is not grid:
+            return solver.descend_group(W_hat, V, H, c, paths)
         if paths is not None:
             return chains.descend_chains(paths, W_hat, V, H, c)
-        return solver.descend_group(W_hat, V, H, c)
+        return grid.descend_group(W_hat, V, H, c)
 
 
 def solve_jointly(

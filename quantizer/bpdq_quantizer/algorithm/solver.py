@@ -33,9 +33,8 @@ def each_or_all(solve: Callable[..., Solution]) -> Callable[..., Solution]:
 
     @functools.wraps(solve)
     def solve_any(W: Tensor, H: Tensor, bits: int, group_size: int, *args: Any, **options: Any) -> Solution:
-        at_once = takes_batches(
-            W.device, bits, group_size, options.get("starts", STARTS), options.get("trellis", False)
-        )
+        starts, trellis = options.get("starts", STARTS), options.get("trellis", False)
+        at_once = takes_batches(W.device, bits + trellis, group_size, starts, trellis)
         if W.ndim == 2 or (at_once and W.shape[-1] % group_size == 0):
             return solve(W, H, bits, group_size, *args, **options)
         each = [solve(w, h, bits, group_size, *args, **options) for w, h in zip(W, H, strict=True)]

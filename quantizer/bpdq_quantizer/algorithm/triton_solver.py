@@ -1,8 +1,9 @@
-"""The solver's loops over columns on CUDA: a group in one Triton kernel, a sweep of descent over a group in another.
+"""The solver's loops over columns on CUDA: a group in one Triton kernel, a sweep of descent over a group in another
+(`triton_descent`).
 
-Same signatures and, but for the order of sums in fp32, same results as `grid.quantize_group` and
-`grid.descend_group`, which are the readable form. Rows are independent, so a warp takes R of them through all starts,
-k-means, iterations and fits on its own, with nothing to wait for but its own shuffles:
+Same signatures and, but for the order of sums in fp32, same results as `groups.quantize_group` and
+`groups.descend_group` in torch (`grid`, `chains`), which is the readable form. Rows are independent, so a warp takes R
+of them through all starts, k-means, iterations and fits on its own, with nothing to wait for but its own shuffles:
 
                      R rows = 512 / G                          a thread holds 16 values of one row of
                     .--------.                                   e     what assignment left of the inputs before t
@@ -12,22 +13,24 @@ k-means, iterations and fits on its own, with nothing to wait for but its own sh
                     '--------'
 
 Step t of an assignment: the weight of input t less S[:, t] . e, its nearest level, then e[t] and V X += V[:, t] x, so
-that the fit finds V X done. G is g rounded up to a power of two, at least 32: the factors are zero past g. With four
-planes R is half as much, else registers spill. S = U / diag(U) and
-V = U^-T come from a kernel that is launched before, transposed, so that column t is contiguous. Matrices of a batch are
-the grid's second axis, each with factors of its own.
+that the fit finds V X done. With a trellis a second loop adds it up, when all paths are known (`triton_trellis`). G is
+g rounded up to a power of two, at least 32: the factors are zero past g. With four planes R is half as much, else
+registers spill. S = U / diag(U) and V = U^-T come from a kernel that is launched before, transposed, so that column t
+is contiguous. Matrices of a batch are the grid's second axis, each with factors of its own.
 """
 
 from collections.abc import Sequence
 from math import prod
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from bpdq_kernels.layout import WORD
+from bpdq_kernels.trellis import CODED
 from bpdq_quantizer.algorithm.grid import Start, paper_start, range_start, residual_start
+from bpdq_quantizer.algorithm.triton_descent import descend_group
 from bpdq_quantizer.algorithm.triton_grid import (
     DTYPES,
     clustered,
@@ -38,6 +41,19 @@ from bpdq_quantizer.algorithm.triton_grid import (
     residual_planes,
     sorted_grid,
 )
+from bpdq_quantizer.algorithm.triton_tiles import (
+    STAGES,
+    add_planes,
+    code_at,
+    matrix_stride,
+    options,
+    tile,
+    with_code,
+    zeros,
+)
+from bpdq_quantizer.algorithm.triton_trellis import assign_paths
+
+__all__ = ["descend_group", "quantize_group", "supports"]
 
 MAX_BITS = 4
 MAX_INPUTS = 256
@@ -46,38 +62,6 @@ STARTS: dict[Start, int] = {paper_start: 0, range_start: 1, residual_start: 2}
 _PAPER = tl.constexpr(STARTS[paper_start])
 _RANGE = tl.constexpr(STARTS[range_start])
 _RESIDUAL = tl.constexpr(STARTS[residual_start])
-_STAGES = tl.constexpr(3)  # columns of the factors on their way into shared memory
-
-
-@triton.jit
-def code_at(t: tl.tensor, words: tl.tensor) -> tl.tensor:
-    """Codes [R] of input t."""
-    which = tl.arange(0, words.shape[0])[:, None]
-    return (tl.sum(tl.where(which == t // 8, words, 0), 0) >> (t % 8 * 4)) & 15
-
-
-@triton.jit
-def with_code(words: tl.tensor, word: tl.tensor, t: tl.tensor, code: tl.tensor) -> tl.tensor:
-    """Words, numbered by `word`, with codes [R] of input t, which are zero there so far."""
-    return tl.where((word == t // 8)[:, None], words | (code << (t % 8 * 4))[None, :], words)
-
-
-@triton.jit
-def zeros(G: tl.constexpr, R: tl.constexpr, COUNT: tl.constexpr) -> tl.tuple:
-    """That many tiles."""
-    tiles = ()
-    for _ in tl.static_range(COUNT):
-        tiles = tiles + (tl.zeros([G, R], tl.float32),)
-    return tiles
-
-
-@triton.jit
-def add_planes(VX: tl.tuple, v: tl.tensor, code: tl.tensor, BITS: tl.constexpr) -> tl.tuple:
-    """V X with what an input of these codes [R] adds; v [G]: its column of V."""
-    more = ()
-    for p in tl.static_range(BITS):
-        more = more + (VX[p] + v[:, None] * ((code >> p) & 1).to(tl.float32)[None, :],)
-    return more
 
 
 @triton.jit
@@ -109,7 +93,7 @@ def whitened_planes(
     word = tl.arange(0, G // 8)
     codes = tl.zeros([G // 8, tile.shape[1]], tl.int32)
     VX = zeros(G, tile.shape[1], BITS)
-    for t in tl.range(0, g, num_stages=_STAGES):
+    for t in tl.range(0, g, num_stages=STAGES):
         v = tl.load(whiten_ptr + t * G + i)
         code = tl.sum(tl.where((i == t)[:, None], tile, 0), 0)
         codes = with_code(codes, word, t, code)
@@ -130,7 +114,7 @@ def assign(
     e = tl.zeros([G, R], tl.float32)
     codes = tl.zeros([G // 8, R], tl.int32)
     VX = zeros(G, R, BITS)
-    for t in tl.range(0, g, num_stages=_STAGES):
+    for t in tl.range(0, g, num_stages=STAGES):
         s = tl.load(spread_ptr + t * G + i)
         v = tl.load(whiten_ptr + t * G + i)
         w = tl.load(W_ptr + t * N + n, n < N, 0.0) - tl.sum(s[:, None] * e, 0)
@@ -140,6 +124,18 @@ def assign(
         codes = with_code(codes, word, t, code)
         VX = add_planes(VX, v, code, BITS)
     return codes, VX
+
+
+@triton.jit
+def whitened(
+    codes: tl.tensor, whiten_ptr: tl.tensor, g: tl.tensor, BITS: tl.constexpr, G: tl.constexpr
+) -> tl.tuple:  # fmt: skip
+    """V X of packed codes."""
+    VX = zeros(G, codes.shape[1], BITS)
+    for t in tl.range(0, g, num_stages=STAGES):
+        v = tl.load(whiten_ptr + t * G + tl.arange(0, G))
+        VX = add_planes(VX, v, code_at(t, codes), BITS)
+    return VX
 
 
 @triton.jit
@@ -169,6 +165,7 @@ def quantize_kernel(
     G: tl.constexpr,
     R: tl.constexpr,
     DTYPE: tl.constexpr,
+    TRELLIS: tl.constexpr,
 ) -> None:
     i = tl.arange(0, G)
     n = tl.program_id(0) * R + tl.arange(0, R)
@@ -195,7 +192,11 @@ def quantize_kernel(
         c = fit(VX + (ones,), VW, alpha, BITS, DTYPE)
         left = iterations
         while left > 0:
-            new_codes, VX = assign(c, W_ptr, whiten_ptr, spread_ptr, g, N, n, BITS, G)
+            if TRELLIS:
+                new_codes = assign_paths(c, W_ptr, whiten_ptr, spread_ptr, g, N, n, BITS, G)
+                VX = whitened(new_codes, whiten_ptr, g, BITS, G)
+            else:
+                new_codes, VX = assign(c, W_ptr, whiten_ptr, spread_ptr, g, N, n, BITS, G)
             ones = tl.broadcast_to(tl.load(whiten_ptr + G * G + i, volatile=True)[:, None], [G, R])
             VW = tl.load(VW_ptr + tile, inside, 0.0, volatile=True)
             c = fit(VX + (ones,), VW, alpha, BITS, DTYPE)
@@ -211,7 +212,7 @@ def quantize_kernel(
             codes = new_codes
             left = tl.where(moved != 0, left - 1, 0)  # all rows are at a fixed point
     E = tl.zeros([G, R], tl.float32)
-    for t in tl.range(0, g, num_stages=_STAGES):
+    for t in tl.range(0, g, num_stages=STAGES):
         v = tl.load(whiten_ptr + t * G + i)
         code = code_at(t, best)
         error = tl.load(W_ptr + t * N + n, n < N, 0.0) - level_of(code, best_c, BITS)
@@ -244,7 +245,7 @@ def factor_kernel(
     spread_ptr += e * G * G
     one = (i[:, None] == t[None, :]) | (t == G)[None, :]
     x = tl.where(one & (i < g)[:, None], 1.0, 0.0)
-    for j in tl.range(0, g, num_stages=_STAGES):  # U^T x = one, forwards
+    for j in tl.range(0, g, num_stages=STAGES):  # U^T x = one, forwards
         pivot = tl.load(U_ptr + j * (row + column))
         u = tl.load(U_ptr + j * row + i * column, (i > j) & (i < g), 0.0)
         here = (i == j)[:, None]
@@ -258,66 +259,11 @@ def factor_kernel(
     tl.store(spread_ptr + to, u / pivots[:, None], (t < G)[None, :])
 
 
-@triton.jit(do_not_specialize=["g", "N", "W_hat_matrix", "V_matrix", "H_matrix", "c_matrix", "stride"])
-def descend_kernel(
-    W_hat_ptr: tl.tensor,
-    V_ptr: tl.tensor,
-    H_ptr: tl.tensor,
-    c_ptr: tl.tensor,
-    codes_ptr: tl.tensor,
-    change_ptr: tl.tensor,
-    g: tl.tensor,
-    N: tl.tensor,
-    W_hat_matrix: tl.tensor,
-    V_matrix: tl.tensor,
-    H_matrix: tl.tensor,
-    c_matrix: tl.tensor,
-    stride: tl.tensor,
-    BITS: tl.constexpr,
-    G: tl.constexpr,
-    R: tl.constexpr,
-) -> None:
-    """X_matrix: from one matrix of a batch to the next; stride: from a row of H to the next."""
-    i = tl.arange(0, G)
-    n = tl.program_id(0) * R + tl.arange(0, R)
-    live = n < N
-    e = tl.program_id(1).to(tl.int64)
-    W_hat_ptr += e * W_hat_matrix
-    V_ptr += e * V_matrix
-    H_ptr += e * H_matrix
-    c_ptr += e * c_matrix
-    codes_ptr += e * g * N
-    change_ptr += e * g * N
-    c = ()
-    for p in tl.static_range(BITS + 1):
-        c = c + (tl.load(c_ptr + p * N + n, live, 0.0),)
-    midpoints, order = sorted_grid(c, BITS)
-    change = tl.zeros([G, R], tl.float32)
-    for t in tl.range(0, g, num_stages=_STAGES):
-        h = tl.load(H_ptr + t * stride + i, i < g, 0.0)
-        now = tl.load(W_hat_ptr + t * N + n, live, 0.0)
-        gradient = tl.load(V_ptr + t * N + n, live, 0.0) - tl.sum(h[:, None] * change, 0)
-        code = nearest(now + gradient / tl.load(H_ptr + t * (stride + 1)), midpoints, order)
-        moved = level_of(code, c, BITS) - now
-        change = tl.where((i == t)[:, None], moved[None, :], change)
-        tl.store(codes_ptr + t * N + n, code.to(tl.uint8), live)
-        tl.store(change_ptr + t * N + n, moved, live)
-
-
-def supports(bits: int, inputs: int, starts: Sequence[Start] = ()) -> bool:
+def supports(bits: int, inputs: int, starts: Sequence[Start] = (), trellis: bool = False) -> bool:
     """Whether there are kernels for groups of that many inputs."""
+    if trellis and (bits < CODED or inputs % WORD):
+        return False
     return bits <= MAX_BITS and inputs <= MAX_INPUTS and all(start in STARTS for start in starts)
-
-
-def tile(bits: int, inputs: int) -> dict[str, int]:
-    """A program's G and R for groups of that many inputs."""
-    G = max(32, triton.next_power_of_2(inputs))
-    return {"G": G, "R": (512 if bits < 4 else 256) // G}
-
-
-def options() -> dict[str, Any]:
-    """Compiler options: with one warp, sums over inputs are shuffles."""
-    return {"num_warps": 1, "enable_fp_fusion": True}
 
 
 def quantize_group(
@@ -328,8 +274,9 @@ def quantize_group(
     alpha: float,
     dtype: torch.dtype,
     starts: Sequence[Start] = (paper_start,),
+    trellis: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `grid.quantize_group`, for what `supports` allows, in 3 launches; of one matrix or a batch, W [E, g, N] with
+    """As `groups.quantize_group`, for what `supports` allows, in 3 launches; of one matrix or a batch, W [E, g, N] with
     U [E, g, g]."""
     *batch, g, N = W.shape
     W, sizes = W.contiguous(), tile(bits, g)
@@ -369,47 +316,9 @@ def quantize_group(
             BITS=bits,
             **sizes,
             DTYPE=DTYPES[dtype],
+            TRELLIS=trellis,
             grid=(triton.cdiv(N, R), matrices),
             warmup=False,
-            **options(),
+            **options(all_registers=trellis),
         )
     return codes, c, E
-
-
-def descend_group(W_hat: Tensor, V: Tensor, H: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """As `grid.descend_group` for a symmetric H and what `supports` allows, in one launch; of one matrix or a batch,
-    with an axis in front of all."""
-    *batch, g, N = W_hat.shape
-    bits, H = c.shape[-2] - 1, H if H.stride(-1) == 1 else H.contiguous()
-    W_hat, V, c = (tensor if has_whole_rows(tensor) else tensor.contiguous() for tensor in (W_hat, V, c))
-    sizes = tile(bits, g)
-    codes, change = W_hat.new_empty(*batch, g, N, dtype=torch.uint8), W_hat.new_empty(*batch, g, N)
-    with torch.cuda.device_of(W_hat):
-        descend_kernel.run(
-            W_hat,
-            V,
-            H,
-            c,
-            codes,
-            change,
-            g,
-            N,
-            *(matrix_stride(tensor) for tensor in (W_hat, V, H, c)),
-            H.stride(-2),
-            BITS=bits,
-            **sizes,
-            grid=(triton.cdiv(N, sizes["R"]), prod(batch)),
-            warmup=False,
-            **options(),
-        )
-    return codes, change
-
-
-def has_whole_rows(x: Tensor) -> bool:
-    """Whether the rows of each matrix of x [..., rows, columns] follow each other."""
-    return x.stride()[-2:] == (x.shape[-1], 1)
-
-
-def matrix_stride(x: Tensor) -> int:
-    """From one matrix of x [E, rows, columns] to the next; of a single one 0."""
-    return x.stride(0) if x.ndim == 3 else 0
