@@ -24,8 +24,8 @@ MAX_IDLE = 0.15
 
 
 class Variant(NamedTuple):
-    """One compilation of a kernel: planes, group size, tile, the activations' dtype (Triton's name), the width of the
-    coefficients, and of experts which matrix: "gate_up" or "down"."""
+    """One compilation of a kernel: stored planes, group size, tile, the activations' dtype (Triton's name), the width of
+    the coefficients, of experts which matrix: "gate_up" or "down", and whether the planes are trellis-coded."""
 
     planes: int
     group: int
@@ -33,6 +33,7 @@ class Variant(NamedTuple):
     dtype: str = "bf16"
     coefficient_bits: int = 16
     matrix: str = ""
+    trellis: bool = False
 
     @property
     def scheme(self) -> Scheme:
@@ -46,11 +47,16 @@ class Variant(NamedTuple):
     @property
     def name(self) -> str:
         if isinstance(self.config, Dense):
-            return f"dense-{scheme_name(self.scheme)}-n{self.config.outputs}"
+            return f"dense-{scheme_name(self.scheme, self.trellis)}-n{self.config.outputs}"
         tile = f"t{self.config.tiles}-w{self.config.warps}-s{self.split}"
         kernel = f"{self.matrix and 'experts-'}{'gemv' if self.tokens == 1 else 'gemm'}"
         matrix = self.matrix and f"-{self.matrix}"
-        return f"{kernel}-{scheme_name(self.scheme)}-m{self.tokens}-{tile}{matrix}"
+        return f"{kernel}-{scheme_name(self.scheme, self.trellis)}-m{self.tokens}-{tile}{matrix}"
+
+    @property
+    def multiplied(self) -> int:
+        """Planes that are multiplied."""
+        return self.planes + self.trellis
 
     @property
     def split(self) -> int:
@@ -70,13 +76,22 @@ class Variant(NamedTuple):
     @property
     def bits(self) -> float:
         """Stored bits per weight."""
-        return self.scheme.bits_per_weight
+        return self.planes + self.coefficient_bits * (self.multiplied + 1) / self.group
+
+    def tiled_bytes(self, layer: Layer) -> int:
+        """Bytes of a layer's `bpdq_kernels.layout.Tiles`."""
+        size = self.scheme.tiled_bytes(layer.out_features, layer.in_features)
+        if self.trellis:  # one coefficient more of each group, and ratio
+            groups = cdiv(cdiv(layer.in_features, UNIT) * UNIT, self.group)
+            each = 2 * groups if self.coefficient_bits == 16 else groups + 2
+            size += cdiv(layer.out_features, 4 * TILE_ROWS) * 4 * TILE_ROWS * each
+        return size
 
     @property
     def bytes_ahead(self) -> int:
         """Bytes of planes and coefficients that a warp has requested and not yet received, at most."""
         groups = groups_in_unit(self.group)
-        per_tile = TILE_ROWS * (UNIT * self.planes + self.coefficient_bits * (self.planes + 1) * groups) // 8
+        per_tile = TILE_ROWS * (UNIT * self.planes + self.coefficient_bits * (self.multiplied + 1) * groups) // 8
         return self.config.tiles * per_tile
 
 
@@ -90,14 +105,15 @@ class Kernel(NamedTuple):
     ctas: int
 
 
-def scheme_name(scheme: Scheme) -> str:
-    return f"k{scheme.bits}-g{scheme.group_size}" + ("-c8" if scheme.coefficient_bits == 8 else "")
+def scheme_name(scheme: Scheme, trellis: bool = False) -> str:
+    width = "-c8" if scheme.coefficient_bits == 8 else ""
+    return f"k{scheme.bits}{'-trellis' if trellis else ''}-g{scheme.group_size}{width}"
 
 
 def config_for(
     tokens: int, layer: Layer, planes: int, group: int, multiprocessors: int, arch: int, coefficient_bits: int = 16
 ) -> Config:
-    """What `bpdq_kernels.tiled_linear` dispatches to."""
+    """What `bpdq_kernels.tiled_linear` dispatches to; planes: those multiplied."""
     sizes = (layer.out_features, layer.in_features, multiprocessors, arch)
     return linear_config(tokens, planes, group, *sizes, coefficient_bits)
 
@@ -112,7 +128,8 @@ def compile_kernel(variant: Variant, arch: str) -> Kernel:
     eight = variant.coefficient_bits == 8
     types |= {"coefficients_ptr": "*i16", "ratios_ptr": "*i32"} if eight else {"coefficients_ptr": "*i32"}
     types |= {"y_ptr": activations, "M": "i32", "N": "i32", "K": "i32", "stride_x": "i32"}
-    constants: dict[str, Any] = {"PLANES": variant.planes, "GROUP": variant.group, "WHOLE": True, "bias_ptr": None}
+    constants: dict[str, Any] = {"PLANES": variant.multiplied, "STORED": variant.planes, "GROUP": variant.group}
+    constants |= {"WHOLE": True, "bias_ptr": None}
     constants |= {} if eight else {"ratios_ptr": None}
     constants |= {"TILES": variant.config.tiles, "WARPS": variant.config.warps, "SPLIT": variant.split}
     constants |= {"TOKENS": variant.tokens, "BF16": variant.dtype == "bf16"}
@@ -143,7 +160,7 @@ def compile_kernel(variant: Variant, arch: str) -> Kernel:
 
 def kernel_of(variant: Variant) -> tuple[triton.JITFunction, dict[str, Any]]:
     """The kernel and its compiler options."""
-    planes, group, config, bits = variant.planes, variant.group, variant.config, variant.coefficient_bits
+    planes, group, config, bits = variant.multiplied, variant.group, variant.config, variant.coefficient_bits
     if variant.matrix and variant.tokens == 1:
         return triton_expert_gemv.expert_gemv_kernel, triton_expert_gemv.options(config, planes, group)
     if variant.matrix:

@@ -18,6 +18,8 @@ from bpdq_kernels.triton_layout import (
     input_of_bit,
     input_of_word,
     lane_words,
+    multiplied_plane,
+    plane_in_store,
     plane_start,
     row_pairs,
     unit_words,
@@ -36,6 +38,7 @@ def embedding_kernel(
     N: tl.tensor,
     K: tl.tensor,
     PLANES: tl.constexpr,
+    STORED: tl.constexpr,
     GROUP: tl.constexpr,
     UNITS: tl.constexpr,  # at a time
 ) -> None:
@@ -45,11 +48,11 @@ def embedding_kernel(
     groups = tl.cdiv(units * UNIT, GROUP)
     word = tl.arange(0, 4 * UNITS)[:, None]
     bit = tl.arange(0, 32)[None, :]
-    BESIDE: tl.constexpr = words_beside(GROUP)
+    BESIDE: tl.constexpr = words_beside(GROUP, STORED != PLANES)
     inputs = input_of_word(input_of_bit(bit, BESIDE), word % 4, BESIDE)
     tile = row // TILE_ROWS
     half = row % TILE_ROWS // 8
-    tile_ptr = planes_ptr + tile * units * unit_words(PLANES) + (row % 8 * 4 + word % 4) * lane_words(PLANES) + half
+    tile_ptr = planes_ptr + tile * units * unit_words(STORED) + (row % 8 * 4 + word % 4) * lane_words(STORED) + half
     c_ptr = coefficients_ptr + (tile * groups * 8 + row % 8) * (2 * row_pairs(PLANES)) + half
     scale = tl.where(number == row, tl.load(scales_ptr + row), 0)
     ratio = ()
@@ -65,7 +68,9 @@ def embedding_kernel(
         if ratios_ptr is not None:
             w *= ratio[PLANES]
         for p in tl.static_range(PLANES):
-            words = tl.load(tile_ptr + unit * unit_words(PLANES) + plane_start(p, PLANES), here, 0)
+            stored_ptr = tile_ptr + unit * unit_words(STORED)
+            stored_ptr += plane_start(plane_in_store(p, PLANES, STORED), STORED)
+            words = multiplied_plane(tl.load(stored_ptr, here, 0), p, PLANES, STORED)
             c_p = tl.load(group_ptr + 2 * p, here, 0).to(tl.float32)
             if ratios_ptr is not None:
                 c_p *= ratio[p]
@@ -82,7 +87,8 @@ def launch(ids: Tensor, tiles: Tiles, group_size: int, y: Tensor) -> None:
         y,
         tiles.scales.numel(),
         y.shape[1],
-        PLANES=tiles.bits,
+        PLANES=tiles.multiplied,
+        STORED=tiles.stored,
         GROUP=group_size,
         UNITS=8,
         num_warps=4,
