@@ -24,8 +24,8 @@ MAX_IDLE = 0.15
 
 
 class Variant(NamedTuple):
-    """One compilation of a kernel: stored planes, group size, tile, the activations' dtype (Triton's name), the width of
-    the coefficients, of experts which matrix: "gate_up" or "down", and whether the planes are trellis-coded."""
+    """One compilation of a kernel: stored planes, group size, tile, the activations' dtype (Triton's name), the width
+    of the coefficients, of experts which matrix: "gate_up" or "down", and whether the planes are trellis-coded."""
 
     planes: int
     group: int
@@ -178,18 +178,37 @@ def variants(
     machine: Machine,
     dtype: str = "bf16",
     coefficient_bits: int = 16,
+    trellis: bool = False,
 ) -> list[Variant]:
-    """The layers' kernels at `planes` and `group`; then k = 1..4 and G = 32..256 with the tile of a gate_up layer."""
+    """The layers' kernels at `planes` and `group`; then all k and G = 32..256 with the tile of a gate_up layer."""
     layers = [layer for name in models for layer in (*MODELS[name].layers, MODELS[name].head)]
     widest = max((layer for name in models for layer in MODELS[name].layers), key=lambda layer: layer.out_features)
     wanted = [(planes, group, m, layer) for m in tokens for layer in layers]
-    wanted += [(k, g, m, widest) for k in range(1, MAX_PLANES + 1) for g in GROUP_SIZES for m in SWEEP_TOKENS]
-    sms, arch = machine.multiprocessors, machine.capability
-    chosen = [
-        Variant(k, g, config_for(m, layer, k, g, sms, arch, coefficient_bits), dtype, coefficient_bits)
-        for k, g, m, layer in wanted
-    ]
+    wanted += [(k, g, m, widest) for k in stored_planes(trellis) for g in GROUP_SIZES for m in SWEEP_TOKENS]
+    rest = (machine, dtype, coefficient_bits, trellis)
+    chosen = [variant_for(m, layer, k, g, *rest) for k, g, m, layer in wanted]
     return [variant for variant in dict.fromkeys(chosen) if not isinstance(variant.config, Dense)]
+
+
+def stored_planes(trellis: bool) -> range:
+    """Which numbers of planes may be stored."""
+    return range(1, MAX_PLANES + 1 - trellis)
+
+
+def variant_for(
+    tokens: int,
+    layer: Layer,
+    planes: int,
+    group: int,
+    machine: Machine,
+    dtype: str,
+    coefficient_bits: int = 16,
+    trellis: bool = False,
+) -> Variant:
+    """The kernel that multiplies so many tokens with a layer."""
+    multiplied, sms, arch = planes + trellis, machine.multiprocessors, machine.capability
+    config = config_for(tokens, layer, multiplied, group, sms, arch, coefficient_bits)
+    return Variant(planes, group, config, dtype, coefficient_bits, trellis=trellis)
 
 
 def over_dram(kernel: Kernel, machine: Machine) -> dict[str, float]:
@@ -262,13 +281,18 @@ def kernel_row(kernel: Kernel, machine: Machine) -> dict[str, Any]:
 
 
 def layer_row(
-    layer: Layer, tokens: int, planes: int, group: int, machine: Machine, dtype: str, coefficient_bits: int = 16
+    layer: Layer,
+    tokens: int,
+    planes: int,
+    group: int,
+    machine: Machine,
+    dtype: str,
+    coefficient_bits: int = 16,
+    trellis: bool = False,
 ) -> dict[str, Any]:
     """How a layer's kernel fills the machine, and its predicted time: `fill` of its packed weights, read once."""
-    config = config_for(tokens, layer, planes, group, machine.multiprocessors, machine.capability, coefficient_bits)
-    variant = Variant(planes, group, config, dtype, coefficient_bits)
-    size = variant.scheme.tiled_bytes(layer.out_features, layer.in_features)
-    return fill(variant, layer, tokens, cdiv(tokens, variant.tokens), size, machine)
+    variant = variant_for(tokens, layer, planes, group, machine, dtype, coefficient_bits, trellis)
+    return fill(variant, layer, tokens, cdiv(tokens, variant.tokens), variant.tiled_bytes(layer), machine)
 
 
 def fill(
@@ -312,11 +336,17 @@ def fill(
 
 
 def model_row(
-    model: str, planes: int, group: int, machine: Machine, dtype: str, coefficient_bits: int = 16
+    model: str,
+    planes: int,
+    group: int,
+    machine: Machine,
+    dtype: str,
+    coefficient_bits: int = 16,
+    trellis: bool = False,
 ) -> dict[str, Any]:
     """Predicted tokens/s of one-token decoding and its DRAM roofline: all Linears and a 16-bit LM head only."""
     blocks, layers, head = MODELS[model]
-    rows = [layer_row(layer, 1, planes, group, machine, dtype, coefficient_bits) for layer in layers]
+    rows = [layer_row(layer, 1, planes, group, machine, dtype, coefficient_bits, trellis) for layer in layers]
     head_bytes = 2 * head.out_features * head.in_features
     size = blocks * sum(row["packed_bytes"] for row in rows) + head_bytes
     seconds = blocks * sum(row["predicted_us"] for row in rows) / 1e6 + head_bytes / machine.gbps / 1e9
@@ -339,6 +369,7 @@ def emit(kernels: Sequence[Kernel], folder: Path) -> None:
         variant = kernel.variant
         (folder / f"{variant.name}.cubin").write_bytes(kernel.cubin)
         entry = {"name": variant.name, "m": variant.tokens, "k": variant.planes, "group_size": variant.group}
+        entry |= {"trellis": True} if variant.trellis else {}
         entry |= {"block_n": variant.outputs, "weights_per_trip": variant.weights_per_trip}
         entry |= {"num_warps": variant.config.warps, "bits_per_weight": variant.bits, "loop": kernel.code.loop}
         manifest.append(entry)

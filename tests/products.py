@@ -6,22 +6,31 @@ from bpdq_kernels import layout
 
 
 def random_layer(
-    k: int, group: int, n: int, in_features: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0
+    k: int,
+    group: int,
+    n: int,
+    in_features: int,
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+    trellis: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """B of any bit pattern, past K too, and random coefficients."""
     generator = torch.Generator().manual_seed(seed)
     shape = layout.plane_shape(in_features, n, k)
     B = torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, generator=generator)
-    return B, torch.randn(layout.coefficient_shape(in_features, n, k, group), generator=generator).to(dtype)
+    shape = layout.coefficient_shape(in_features, n, k, group, trellis)
+    return B, torch.randn(shape, generator=generator).to(dtype)
 
 
-def random_stored(k: int, group: int, n: int, in_features: int, dtype: torch.dtype, seed: int = 0) -> layout.Stored:
+def random_stored(
+    k: int, group: int, n: int, in_features: int, dtype: torch.dtype, seed: int = 0, trellis: bool = False
+) -> layout.Stored:
     """As `random_layer`, with coefficients in `dtype`; in int8 with scales in bf16."""
     if dtype != torch.int8:
-        return layout.Stored(*random_layer(k, group, n, in_features, dtype, seed))
-    B, c = random_layer(k, group, n, in_features, torch.float32, seed)
+        return layout.Stored(*random_layer(k, group, n, in_features, dtype, seed, trellis))
+    B, c = random_layer(k, group, n, in_features, torch.float32, seed, trellis)
     generator = torch.Generator().manual_seed(seed + 1)
-    s = (torch.rand(k + 1, n, generator=generator) / 40).bfloat16()
+    s = (torch.rand(k + trellis + 1, n, generator=generator) / 40).bfloat16()
     return layout.Stored(B, (40 * c).round().clamp(-128, 127).to(torch.int8), s)
 
 

@@ -148,7 +148,7 @@ def test_tiles_of_8_bit_coefficients_hold_the_numbers_of_the_oracle(
     s[:, seed % n] = 0
     s = s.bfloat16()
     tiles = layout.to_tiles(layout.pack(random_bits(**size)), c, scale["group"], dtype, s)
-    assert (tiles.dtype, tiles.bits) == (dtype, k)
+    assert (tiles.dtype, tiles.stored, tiles.multiplied) == (dtype, k, k)
     assert tiles.ratios.abs().max() <= 1
     stored = tiles.coefficients.float() * tiles.ratios.float().unsqueeze(1)  # [T, Gn, 8, k+1, 2]
     stored = stored.permute(1, 3, 0, 4, 2).flatten(2)
@@ -185,12 +185,13 @@ def test_triton_counts_words_and_coefficients_as_the_tiles_have_them(planes: int
 
 
 @pytest.mark.parametrize("group", layout.GROUP_SIZES)
-def test_triton_takes_a_bit_for_the_input_that_the_tiles_have_there(group: int):
-    beside = triton_layout.words_beside(group)
+@pytest.mark.parametrize("trellis", [False, True])
+def test_triton_takes_a_bit_for_the_input_that_the_tiles_have_there(group: int, trellis: bool):
+    beside = triton_layout.words_beside(group, trellis)
     for number in range(layout.UNIT):
         bits = torch.zeros(1, 1, layout.UNIT, dtype=torch.int32)
         bits[0, 0, number] = 1
-        c = torch.ones(layout.coefficient_shape(layout.UNIT, 1, 1, group))
+        c = torch.ones(layout.coefficient_shape(layout.UNIT, 1, 1, group, trellis))
         q, word = next(
             (q, w)
             for q, w in enumerate(

@@ -30,8 +30,10 @@ class Experts(NamedTuple):
         return prepare_experts(self.stored, self.group_size, self.dense.shape[2])
 
 
-def random_experts(count: int, k: int, group: int, n: int, in_features: int, dtype: torch.dtype, seed: int) -> Experts:
-    layers = [random_stored(k, group, n, in_features, dtype, seed + i) for i in range(count)]
+def random_experts(
+    count: int, k: int, group: int, n: int, in_features: int, dtype: torch.dtype, seed: int, trellis: bool = False
+) -> Experts:
+    layers = [random_stored(k, group, n, in_features, dtype, seed + i, trellis) for i in range(count)]
     stored = Stored(*(None if t[0] is None else torch.stack(t) for t in zip(*layers, strict=True)))
     return Experts(stored, torch.stack([dequantize(B, c, group, in_features, s) for B, c, s in layers]), group)
 
@@ -109,11 +111,12 @@ def random_case(
     weights_on_input: bool = False,
     seed: int = 0,
     ids_dtype: torch.dtype = torch.int32,
+    trellis: bool = False,
 ) -> Case:
     """Ids of all experts but the last, which none chooses, and of some that are not here."""
     outputs = 2 * inner if activation.is_gated else inner
-    up = random_experts(count, k, groups[0], outputs, hidden, c_dtype, seed)
-    down = random_experts(count, k, groups[1], hidden, inner, c_dtype, seed + 100)
+    up = random_experts(count, k, groups[0], outputs, hidden, c_dtype, seed, trellis)
+    down = random_experts(count, k, groups[1], hidden, inner, c_dtype, seed + 100, trellis)
     torch.manual_seed(seed)
     here = torch.rand(tokens, count - 1).argsort(1)
     ids = torch.cat([here, torch.tensor([-1, count, 1 << 20]).expand(tokens, -1)], 1)
