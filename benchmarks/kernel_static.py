@@ -235,6 +235,11 @@ def bars(variant: Variant) -> tuple[float, float] | None:
     """Upper bounds of HMMA and of every other pipe over DRAM time on an RTX 3090, where there are any."""
     k, group, m = variant.planes, variant.group, variant.tokens
     eight = variant.coefficient_bits == 8  # fewer bytes, so that DRAM takes less time
+    if variant.trellis:  # as much work as with a plane more, and again fewer bytes
+        if group != 128 or k == 1:
+            return None
+        few = {2: (0.80, 0.84) if eight else (0.80, 0.76), 3: (0.70, 0.75) if eight else (0.70, 0.70)}
+        return {1: (0.45, 0.45), 8: few[k]}.get(m)
     if m <= 8 and k in (3, 4) and group == 128:
         return 0.70, 0.70
     if m <= 8 and k == 2 and group in (64, 256):

@@ -129,7 +129,9 @@ def test_cpu_tiles_hold_words_and_coefficients_as_drawn(k: int, group: int, word
     assert all(torch.equal(tensor, other) for tensor, other in zip(found, expected, strict=True))
 
 
-scales = st.fixed_dictionaries({"group": st.sampled_from(layout.GROUP_SIZES), "powers_of_two": st.booleans()})
+scales = st.fixed_dictionaries(
+    {"group": st.sampled_from(layout.GROUP_SIZES), "powers_of_two": st.booleans(), "trellis": st.booleans()}
+)
 
 
 @given(sizes, scales, st.sampled_from([torch.float16, torch.bfloat16]))
@@ -140,15 +142,16 @@ def test_tiles_of_8_bit_coefficients_hold_the_numbers_of_the_oracle(
     """Exactly, where an output's scales are powers of two apart, else to the rounding of their ratios."""
     k, n, in_features, seed = (size[name] for name in ("k", "n", "in_features", "seed"))
     generator = torch.Generator().manual_seed(seed)
-    shape = layout.coefficient_shape(in_features, n, k, scale["group"])
+    multiplied = k + scale["trellis"]
+    shape = layout.coefficient_shape(in_features, n, multiplied, scale["group"])
     c = torch.randint(-128, 128, shape, dtype=torch.int8, generator=generator)
-    s = torch.randn(k + 1, n, generator=generator)
+    s = torch.randn(multiplied + 1, n, generator=generator)
     if scale["powers_of_two"]:
-        s = s[:1].bfloat16() * 2.0 ** -torch.randint(0, 8, (k + 1, n), generator=generator)
+        s = s[:1].bfloat16() * 2.0 ** -torch.randint(0, 8, (multiplied + 1, n), generator=generator)
     s[:, seed % n] = 0
     s = s.bfloat16()
     tiles = layout.to_tiles(layout.pack(random_bits(**size)), c, scale["group"], dtype, s)
-    assert (tiles.dtype, tiles.stored, tiles.multiplied) == (dtype, k, k)
+    assert (tiles.dtype, tiles.stored, tiles.multiplied) == (dtype, k, multiplied)
     assert tiles.ratios.abs().max() <= 1
     stored = tiles.coefficients.float() * tiles.ratios.float().unsqueeze(1)  # [T, Gn, 8, k+1, 2]
     stored = stored.permute(1, 3, 0, 4, 2).flatten(2)

@@ -1,7 +1,8 @@
 """Which kernel, tile and split a layer and a batch get: computed from their sizes, never timed at run time.
 
 A block computes some tiles of 16 outputs, and its warps share the inputs. The largest tile is taken that still gives
-every multiprocessor about the same number of blocks.
+every multiprocessor about the same number of blocks. Planes are counted as they are multiplied: what fits the registers
+depends on that, not on how many are stored.
 """
 
 from functools import cache

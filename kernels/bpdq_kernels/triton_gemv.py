@@ -22,7 +22,7 @@ most 2^-15 of that largest, where a weight rounded to fp16 is off by up to 2^-11
 Infinity and NaN in x give NaN.
 
 Coefficients of 8 bits multiply the counts as integers, and each plane is summed by itself: its ratio comes once at the
-end.
+end. Of trellis-coded planes the first word becomes two in registers, by four instructions for 32 weights.
 
 Budget, RTX 3090, k = 2, G = 128 (sm_86 SASS): 1.2 thread instructions a weight with 64 outputs per block, 2.1 with
 16, where 5.6 fit into the time DRAM needs for it: the schedulers take 0.21 to 0.37 of it, every pipe less. With
