@@ -111,11 +111,18 @@ def scheme_name(scheme: Scheme, trellis: bool = False) -> str:
 
 
 def config_for(
-    tokens: int, layer: Layer, planes: int, group: int, multiprocessors: int, arch: int, coefficient_bits: int = 16
+    tokens: int,
+    layer: Layer,
+    planes: int,
+    group: int,
+    multiprocessors: int,
+    arch: int,
+    coefficient_bits: int = 16,
+    trellis: bool = False,
 ) -> Config:
     """What `bpdq_kernels.tiled_linear` dispatches to; planes: those multiplied."""
     sizes = (layer.out_features, layer.in_features, multiprocessors, arch)
-    return linear_config(tokens, planes, group, *sizes, coefficient_bits)
+    return linear_config(tokens, planes, group, *sizes, coefficient_bits, trellis)
 
 
 @cache
@@ -167,7 +174,7 @@ def kernel_of(variant: Variant) -> tuple[triton.JITFunction, dict[str, Any]]:
         return triton_expert_gemm.expert_gemm_kernel, triton_expert_gemm.options(config, planes, bits)
     if variant.tokens == 1:
         return triton_gemv.gemv_kernel, triton_gemv.options(config)
-    return triton_gemm.gemm_kernel, triton_gemm.options(config, planes, bits)
+    return triton_gemm.gemm_kernel, triton_gemm.options(config, planes, bits, variant.trellis)
 
 
 def variants(
@@ -207,7 +214,7 @@ def variant_for(
 ) -> Variant:
     """The kernel that multiplies so many tokens with a layer."""
     multiplied, sms, arch = planes + trellis, machine.multiprocessors, machine.capability
-    config = config_for(tokens, layer, multiplied, group, sms, arch, coefficient_bits)
+    config = config_for(tokens, layer, multiplied, group, sms, arch, coefficient_bits, trellis)
     return Variant(planes, group, config, dtype, coefficient_bits, trellis=trellis)
 
 

@@ -11,6 +11,7 @@ from triton.compiler import ASTSource, CompiledKernel
 from benchmarks.sass import read_cubin
 from bpdq_kernels import (
     triton_activation,
+    triton_embedding,
     triton_expert_gemm,
     triton_expert_gemv,
     triton_gemm,
@@ -18,11 +19,10 @@ from bpdq_kernels import (
     triton_linear,
 )
 from bpdq_kernels.activation import Activation
-from bpdq_kernels.dispatch import MAX_COEFFICIENTS, Dense, Gemm, Gemv
+from bpdq_kernels.dispatch import MAX_COEFFICIENTS, MAX_COEFFICIENTS_TRELLIS, Dense, Gemm, Gemv
 from bpdq_kernels.layout import groups_in_unit
 from bpdq_kernels.triton_dequantize import UNITS, dequantize_kernel
 from bpdq_kernels.triton_dequantize import options as dequantize_options
-from bpdq_kernels.triton_embedding import embedding_kernel
 from bpdq_kernels.triton_linear import Tile, linear_kernel
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -85,11 +85,11 @@ def name(value: object) -> str:
     return "embedding" if value is None else str(value)
 
 
-def fits(config: Gemv | Gemm, planes: int, group: int, coefficient_bits: int = 16) -> bool:
+def fits(config: Gemv | Gemm, planes: int, group: int, coefficient_bits: int = 16, trellis: bool = False) -> bool:
     """Whether the dispatch may pick this configuration for a layer of so many planes to multiply: not if its
     coefficients fill the registers."""
     if isinstance(config, Gemm) and config.tokens == 64:
-        return config.tiles == (1 if planes == 4 and coefficient_bits == 8 else 2)
+        return config.tiles == (1 if coefficient_bits == 8 and planes in ((2, 4) if trellis else (4,)) else 2)
     if isinstance(config, Gemm):
         return planes <= 2 or config.warps < 16 or config.tiles == 1
     coefficients = config.tiles * groups_in_unit(group) * (planes + 1)
@@ -97,7 +97,8 @@ def fits(config: Gemv | Gemm, planes: int, group: int, coefficient_bits: int = 1
         return False
     if config.warps == 8:
         return coefficients < MAX_COEFFICIENTS
-    return config.tiles == 1 or coefficients <= MAX_COEFFICIENTS
+    room = MAX_COEFFICIENTS_TRELLIS if trellis and config.tiles == 2 else MAX_COEFFICIENTS
+    return config.tiles == 1 or coefficients <= room
 
 
 def compile_kernel(
@@ -126,7 +127,8 @@ def compile_tiled(
     if isinstance(config, Gemv):
         kernel, options = triton_gemv.gemv_kernel, triton_gemv.options(config)
     else:
-        kernel, options = triton_gemm.gemm_kernel, triton_gemm.options(config, layer.multiplied, layer.coefficient_bits)
+        kernel = triton_gemm.gemm_kernel
+        options = triton_gemm.options(config, layer.multiplied, layer.coefficient_bits, layer.trellis)
     x = POINTERS[layer.dtype]
     types = {"x_ptr": x, "planes_ptr": "*i32", "scales_ptr": "*fp32", "ratios_ptr": "*i32", "bias_ptr": x}
     types |= {"coefficients_ptr": "*i16" if layer.coefficient_bits == 8 else "*i32"}
@@ -231,9 +233,8 @@ def compile_embedding(arch: int, layer: Layer) -> CompiledKernel:
     types |= {"N": "i32", "K": "i32"}
     constants = layer.constants() | {"UNITS": 8}
     constants |= {} if layer.coefficient_bits == 8 else {"ratios_ptr": None}
-    return compile_kernel(
-        embedding_kernel, types, constants, divisible, arch, {"num_warps": 4, "enable_fp_fusion": True}
-    )
+    options = triton_embedding.options(layer.multiplied)
+    return compile_kernel(triton_embedding.embedding_kernel, types, constants, divisible, arch, options)
 
 
 def compile_dequantize(arch: int, layer: Layer) -> CompiledKernel:

@@ -47,7 +47,7 @@ def test_kernels_of_a_common_layer_spill_and_emulate_nothing(arch: int, compiler
     jobs = [(kernel, layer) for kernel in (*kernels, Dense(128), TILES_16BIT[0], TILES_16BIT[-1], None)]
     jobs += [(kernel, layer._replace(coefficient_bits=8)) for kernel in (*kernels, Dense(128), TILES_16BIT[0], None)]
     coded = layer._replace(coefficient_bits=8, trellis=True)
-    kernels = {linear_config(m, coded.multiplied, layer.group, layer.N, layer.K, 82, arch, 8) for m in tokens}
+    kernels = {linear_config(m, coded.multiplied, layer.group, layer.N, layer.K, 82, arch, 8, True) for m in tokens}
     jobs += [(kernel, coded) for kernel in (*kernels, Dense(128), TILES_16BIT[0], None)]
     if arch > 86:  # for that the experts' kernels are compiled to be run and counted
         experts = ExpertLayer(Layer(2, 128, 1536, 2048, BF16), Activation("silu"), is_fused=True, is_sorted=True)
@@ -65,7 +65,7 @@ def layers(kernel: Config | Tile | None, coefficient_bits: int, trellis: bool) -
     if kernel in TILES_FP32:
         return [layer._replace(dtype=FP32) for layer in found]
     if isinstance(kernel, Gemv | Gemm):
-        found = [layer for layer in found if fits(kernel, layer.multiplied, layer.group, coefficient_bits)]
+        found = [layer for layer in found if fits(kernel, layer.multiplied, layer.group, coefficient_bits, trellis)]
     if isinstance(kernel, Gemv):
         return [layer._replace(dtype=dtype) for layer in found for dtype in (BF16, FP16)]
     return [layer._replace(dtype=(BF16, FP16)[(i + i // 4) % 2]) for i, layer in enumerate(found)]

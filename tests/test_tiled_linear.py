@@ -371,10 +371,12 @@ IN_8_BITS = [
 TRELLIS = [
     (Gemv(2, 8), Layer(2, 128, 72, 384, BF16, trellis=True), 1, True),
     (Gemv(1, 4), Layer(3, 64, 33, 352, FP16, 8, trellis=True), 1, False),
-    (Gemv(4, 4), Layer(1, 256, 72, 160, BF16, 8, trellis=True), 1, True),
+    (Gemv(2, 4), Layer(2, 64, 72, 160, BF16, 8, trellis=True), 1, True),
+    (Gemv(4, 4), Layer(1, 256, 72, 160, BF16, trellis=True), 1, True),
     (Gemm(8, 2, 8, 8), Layer(2, 128, 72, 384, FP16, trellis=True), 5, True),
     (Gemm(8, 2, 16, 16), Layer(1, 64, 72, 160, BF16, trellis=True), 7, False),
     (Gemm(16, 1, 8, 8), Layer(3, 256, 33, 352, BF16, 8, trellis=True), 12, False),
+    (Gemm(64, 1, 4, 4), Layer(1, 32, 33, 96, BF16, 8, trellis=True), 50, False),
     (Gemm(64, 2, 4, 2), Layer(2, 32, 40, 160, FP16, 8, trellis=True), 61, True),
 ]
 
@@ -396,7 +398,7 @@ def test_ptx_of_every_group_size_and_dtype_agrees_with_the_oracle(
 ):
     tokens = 1 if isinstance(config, Gemv) else max(2, config.tokens - planes)
     for group, K in itertools.product((32, 64, 128, 256), (160 if coded else 136, 512)):
-        if fits(config, planes + coded, group, coefficient_bits):
+        if fits(config, planes + coded, group, coefficient_bits, coded):
             emulate(config, Layer(planes, group, 72, K, dtype, coefficient_bits, coded), tokens, bias=True)
 
 

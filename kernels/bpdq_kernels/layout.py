@@ -228,6 +228,10 @@ class Tiles(NamedTuple):
         return self.coefficients.shape[-2] - 1
 
     @property
+    def has_trellis(self) -> bool:
+        return self.stored < self.multiplied
+
+    @property
     def coefficient_bits(self) -> int:
         return 16 if self.ratios is None else 8
 

@@ -6,11 +6,13 @@ A program gathers one row: for each unit of 128 inputs its four words per plane,
                                  `bpdq_kernels.layout.Tiles`
 """
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from bpdq_kernels.layout import Tiles
+from bpdq_kernels.layout import MAX_PLANES, Tiles
 from bpdq_kernels.triton_layout import (
     TILE_ROWS,
     UNIT,
@@ -79,6 +81,11 @@ def embedding_kernel(
         tl.store(y_ptr + tl.program_id(0).to(tl.int64) * K + i, (w * scale).to(y_ptr.dtype.element_ty), i < K)
 
 
+def options(planes: int) -> dict[str, Any]:
+    """Compiler options. Left to itself, ptxas spills some of four planes for the sake of one more block."""
+    return {"num_warps": 4, "enable_fp_fusion": True} | ({"maxnreg": 128} if planes == MAX_PLANES else {})
+
+
 def launch(ids: Tensor, tiles: Tiles, group_size: int, y: Tensor) -> None:
     """Write rows `ids` [M] (int32 or int64; zeros for those not in 0..N-1) of the weight into y [M, K]."""
     embedding_kernel[(ids.numel(),)](
@@ -91,6 +98,5 @@ def launch(ids: Tensor, tiles: Tiles, group_size: int, y: Tensor) -> None:
         STORED=tiles.stored,
         GROUP=group_size,
         UNITS=8,
-        num_warps=4,
-        enable_fp_fusion=True,
+        **options(tiles.multiplied),
     )

@@ -73,6 +73,7 @@ REGISTERS_8_BITS = {
     (Gemm(16, 2, 4, 4), 3): 144,
     (Gemm(64, 2, 4, 4), 2): 255,
 }
+REGISTERS_8_BITS_TRELLIS = REGISTERS_8_BITS | {(Gemm(16, 1, 8, 8), 4): 96, (Gemm(16, 2, 4, 4), 4): 192}
 
 
 @triton.jit(do_not_specialize=["M", "stride_x"])
@@ -404,10 +405,11 @@ def weights(
     return w
 
 
-def options(config: Gemm, planes: int, coefficient_bits: int) -> dict[str, Any]:
+def options(config: Gemm, planes: int, coefficient_bits: int, trellis: bool = False) -> dict[str, Any]:
     """Compiler options."""
     found: dict[str, Any] = {"num_warps": config.warps, "enable_fp_fusion": True}
-    limit = (REGISTERS if coefficient_bits == 16 else REGISTERS_8_BITS).get((config, planes))
+    of_bytes = REGISTERS_8_BITS_TRELLIS if trellis else REGISTERS_8_BITS
+    limit = (REGISTERS if coefficient_bits == 16 else of_bytes).get((config, planes))
     return found | {"maxnreg": limit} if limit else found
 
 
@@ -447,5 +449,5 @@ def launch(
         WHOLE=in_features % layout.UNIT == 0,
         grid=(cdiv(tokens, config.tokens), cdiv(out_features, layout.TILE_ROWS * tiles_per_block)),
         warmup=compile_only,
-        **options(config, tiles.multiplied, tiles.coefficient_bits),
+        **options(config, tiles.multiplied, tiles.coefficient_bits, tiles.has_trellis),
     )

@@ -95,7 +95,7 @@ def launches(prepared: Prepared, bias: Tensor | None) -> Iterator[Callable[..., 
         return
     machine = tiled_linear.machine(planes.device)
     layer = (tiles.multiplied, group_size, out_features, in_features)
-    for config in linear_configs(*layer, *machine, tiles.coefficient_bits):
+    for config in linear_configs(*layer, *machine, tiles.coefficient_bits, tiles.has_trellis):
         yield partial(tiled_linear.launch, x, tiles, group_size, bias, y, config)
 
 
