@@ -76,6 +76,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--coefficient-bits", type=int, default=16, metavar="BITS", help="width of coefficients, 8 or 16 (%(default)s)"
     )
+    parser.add_argument(
+        "--code", default="planes", metavar="CODE", help="planes, or with --static trellis: of the planes (%(default)s)"
+    )
     parser.add_argument("--tokens", metavar="LIST", help=f"batch sizes ({GPU_TOKENS}; static: {STATIC_TOKENS})")
     parser.add_argument("--dtype", default="bfloat16", help="of activations: bfloat16 or float16 (%(default)s)")
     parser.add_argument("--static", metavar="ARCH", help=f"compile and count, no GPU: {', '.join(MACHINES)}")
@@ -95,7 +98,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     problems = {
         f"--model: unknown {unknown!r}, choose from {', '.join(known)}": bool(unknown),
         f"--static: unknown {args.static!r}, choose from {', '.join(MACHINES)}": args.static not in (None, *MACHINES),
+        "--code must be planes or trellis, and trellis needs --static": args.code != "planes"
+        and (args.code != "trellis" or not args.static),
         f"--bits must be 1 to {MAX_PLANES}": not 1 <= args.bits <= MAX_PLANES,
+        f"--bits must be 1 to {MAX_PLANES - 1} with a trellis": args.bits == MAX_PLANES and args.code == "trellis",
         f"--group-size must be one of {GROUP_SIZES}": args.group_size not in GROUP_SIZES,
         "--coefficient-bits must be 8 or 16": args.coefficient_bits not in (8, 16),
         "--dtype must be bfloat16 or float16": args.dtype not in ("bfloat16", "float16"),
@@ -119,7 +125,8 @@ def static(args: argparse.Namespace) -> Row:
     machine, dtype = MACHINES[args.static], {"bfloat16": "bf16", "float16": "fp16"}[args.dtype]
     kernels = []
     dense, sparse = ([name for name in args.model if name in table] for table in (MODELS, EXPERTS))
-    scheme = (args.bits, args.group_size, machine, dtype, args.coefficient_bits)
+    trellis = args.code == "trellis"
+    scheme = (args.bits, args.group_size, machine, dtype, args.coefficient_bits, trellis)
     variants = kernel_static.variants(dense, args.tokens, *scheme) if dense else []
     variants += expert_static.variants(sparse, args.tokens, *scheme)
     for i, variant in enumerate(variants):
@@ -141,9 +148,10 @@ def static(args: argparse.Namespace) -> Row:
         ]
         + [row for model in sparse for m in args.tokens for row in expert_static.rows(model, m, *scheme)],
         "models": [
-            kernel_static.model_row(model, k, args.group_size, machine, dtype, args.coefficient_bits)
+            kernel_static.model_row(model, k, *scheme[1:])
             for model in dense
             for k in PLOTTED_PLANES
+            if k in kernel_static.stored_planes(trellis)
         ],
     }
     print(
@@ -222,7 +230,8 @@ def predictions(args: argparse.Namespace, machine: Machine) -> dict[tuple[str, s
 def modelled(args: argparse.Namespace, tokens: int, layer: Layer, machine: Machine) -> bool:
     """Whether a kernel of ours multiplies, not torch.matmul, which the static model does not know."""
     sms, arch = machine.multiprocessors, machine.capability
-    config = kernel_static.config_for(tokens, layer, args.bits, args.group_size, sms, arch)
+    multiplied = args.bits + (args.code == "trellis")
+    config = kernel_static.config_for(tokens, layer, multiplied, args.group_size, sms, arch)
     return not isinstance(config, Dense)
 
 

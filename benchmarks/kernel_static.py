@@ -24,8 +24,8 @@ MAX_IDLE = 0.15
 
 
 class Variant(NamedTuple):
-    """One compilation of a kernel: planes, group size, tile, the activations' dtype (Triton's name), the width of the
-    coefficients, and of experts which matrix: "gate_up" or "down"."""
+    """One compilation of a kernel: stored planes, group size, tile, the activations' dtype (Triton's name), the width
+    of the coefficients, of experts which matrix: "gate_up" or "down", and whether the planes are trellis-coded."""
 
     planes: int
     group: int
@@ -33,6 +33,7 @@ class Variant(NamedTuple):
     dtype: str = "bf16"
     coefficient_bits: int = 16
     matrix: str = ""
+    trellis: bool = False
 
     @property
     def scheme(self) -> Scheme:
@@ -46,11 +47,16 @@ class Variant(NamedTuple):
     @property
     def name(self) -> str:
         if isinstance(self.config, Dense):
-            return f"dense-{scheme_name(self.scheme)}-n{self.config.outputs}"
+            return f"dense-{scheme_name(self.scheme, self.trellis)}-n{self.config.outputs}"
         tile = f"t{self.config.tiles}-w{self.config.warps}-s{self.split}"
         kernel = f"{self.matrix and 'experts-'}{'gemv' if self.tokens == 1 else 'gemm'}"
         matrix = self.matrix and f"-{self.matrix}"
-        return f"{kernel}-{scheme_name(self.scheme)}-m{self.tokens}-{tile}{matrix}"
+        return f"{kernel}-{scheme_name(self.scheme, self.trellis)}-m{self.tokens}-{tile}{matrix}"
+
+    @property
+    def multiplied(self) -> int:
+        """Planes that are multiplied."""
+        return self.planes + self.trellis
 
     @property
     def split(self) -> int:
@@ -70,13 +76,22 @@ class Variant(NamedTuple):
     @property
     def bits(self) -> float:
         """Stored bits per weight."""
-        return self.scheme.bits_per_weight
+        return self.planes + self.coefficient_bits * (self.multiplied + 1) / self.group
+
+    def tiled_bytes(self, layer: Layer) -> int:
+        """Bytes of a layer's `bpdq_kernels.layout.Tiles`."""
+        size = self.scheme.tiled_bytes(layer.out_features, layer.in_features)
+        if self.trellis:  # one coefficient more of each group, and ratio
+            groups = cdiv(cdiv(layer.in_features, UNIT) * UNIT, self.group)
+            each = 2 * groups if self.coefficient_bits == 16 else groups + 2
+            size += cdiv(layer.out_features, 4 * TILE_ROWS) * 4 * TILE_ROWS * each
+        return size
 
     @property
     def bytes_ahead(self) -> int:
         """Bytes of planes and coefficients that a warp has requested and not yet received, at most."""
         groups = groups_in_unit(self.group)
-        per_tile = TILE_ROWS * (UNIT * self.planes + self.coefficient_bits * (self.planes + 1) * groups) // 8
+        per_tile = TILE_ROWS * (UNIT * self.planes + self.coefficient_bits * (self.multiplied + 1) * groups) // 8
         return self.config.tiles * per_tile
 
 
@@ -90,16 +105,24 @@ class Kernel(NamedTuple):
     ctas: int
 
 
-def scheme_name(scheme: Scheme) -> str:
-    return f"k{scheme.bits}-g{scheme.group_size}" + ("-c8" if scheme.coefficient_bits == 8 else "")
+def scheme_name(scheme: Scheme, trellis: bool = False) -> str:
+    width = "-c8" if scheme.coefficient_bits == 8 else ""
+    return f"k{scheme.bits}{'-trellis' if trellis else ''}-g{scheme.group_size}{width}"
 
 
 def config_for(
-    tokens: int, layer: Layer, planes: int, group: int, multiprocessors: int, arch: int, coefficient_bits: int = 16
+    tokens: int,
+    layer: Layer,
+    planes: int,
+    group: int,
+    multiprocessors: int,
+    arch: int,
+    coefficient_bits: int = 16,
+    trellis: bool = False,
 ) -> Config:
-    """What `bpdq_kernels.tiled_linear` dispatches to."""
+    """What `bpdq_kernels.tiled_linear` dispatches to; planes: those multiplied."""
     sizes = (layer.out_features, layer.in_features, multiprocessors, arch)
-    return linear_config(tokens, planes, group, *sizes, coefficient_bits)
+    return linear_config(tokens, planes, group, *sizes, coefficient_bits, trellis)
 
 
 @cache
@@ -112,7 +135,8 @@ def compile_kernel(variant: Variant, arch: str) -> Kernel:
     eight = variant.coefficient_bits == 8
     types |= {"coefficients_ptr": "*i16", "ratios_ptr": "*i32"} if eight else {"coefficients_ptr": "*i32"}
     types |= {"y_ptr": activations, "M": "i32", "N": "i32", "K": "i32", "stride_x": "i32"}
-    constants: dict[str, Any] = {"PLANES": variant.planes, "GROUP": variant.group, "WHOLE": True, "bias_ptr": None}
+    constants: dict[str, Any] = {"PLANES": variant.multiplied, "STORED": variant.planes, "GROUP": variant.group}
+    constants |= {"WHOLE": True, "bias_ptr": None}
     constants |= {} if eight else {"ratios_ptr": None}
     constants |= {"TILES": variant.config.tiles, "WARPS": variant.config.warps, "SPLIT": variant.split}
     constants |= {"TOKENS": variant.tokens, "BF16": variant.dtype == "bf16"}
@@ -143,14 +167,14 @@ def compile_kernel(variant: Variant, arch: str) -> Kernel:
 
 def kernel_of(variant: Variant) -> tuple[triton.JITFunction, dict[str, Any]]:
     """The kernel and its compiler options."""
-    planes, group, config, bits = variant.planes, variant.group, variant.config, variant.coefficient_bits
+    planes, group, config, bits = variant.multiplied, variant.group, variant.config, variant.coefficient_bits
     if variant.matrix and variant.tokens == 1:
         return triton_expert_gemv.expert_gemv_kernel, triton_expert_gemv.options(config, planes, group)
     if variant.matrix:
         return triton_expert_gemm.expert_gemm_kernel, triton_expert_gemm.options(config, planes, bits)
     if variant.tokens == 1:
         return triton_gemv.gemv_kernel, triton_gemv.options(config)
-    return triton_gemm.gemm_kernel, triton_gemm.options(config, planes, bits)
+    return triton_gemm.gemm_kernel, triton_gemm.options(config, planes, bits, variant.trellis)
 
 
 def variants(
@@ -161,18 +185,37 @@ def variants(
     machine: Machine,
     dtype: str = "bf16",
     coefficient_bits: int = 16,
+    trellis: bool = False,
 ) -> list[Variant]:
-    """The layers' kernels at `planes` and `group`; then k = 1..4 and G = 32..256 with the tile of a gate_up layer."""
+    """The layers' kernels at `planes` and `group`; then all k and G = 32..256 with the tile of a gate_up layer."""
     layers = [layer for name in models for layer in (*MODELS[name].layers, MODELS[name].head)]
     widest = max((layer for name in models for layer in MODELS[name].layers), key=lambda layer: layer.out_features)
     wanted = [(planes, group, m, layer) for m in tokens for layer in layers]
-    wanted += [(k, g, m, widest) for k in range(1, MAX_PLANES + 1) for g in GROUP_SIZES for m in SWEEP_TOKENS]
-    sms, arch = machine.multiprocessors, machine.capability
-    chosen = [
-        Variant(k, g, config_for(m, layer, k, g, sms, arch, coefficient_bits), dtype, coefficient_bits)
-        for k, g, m, layer in wanted
-    ]
+    wanted += [(k, g, m, widest) for k in stored_planes(trellis) for g in GROUP_SIZES for m in SWEEP_TOKENS]
+    rest = (machine, dtype, coefficient_bits, trellis)
+    chosen = [variant_for(m, layer, k, g, *rest) for k, g, m, layer in wanted]
     return [variant for variant in dict.fromkeys(chosen) if not isinstance(variant.config, Dense)]
+
+
+def stored_planes(trellis: bool) -> range:
+    """Which numbers of planes may be stored."""
+    return range(1, MAX_PLANES + 1 - trellis)
+
+
+def variant_for(
+    tokens: int,
+    layer: Layer,
+    planes: int,
+    group: int,
+    machine: Machine,
+    dtype: str,
+    coefficient_bits: int = 16,
+    trellis: bool = False,
+) -> Variant:
+    """The kernel that multiplies so many tokens with a layer."""
+    multiplied, sms, arch = planes + trellis, machine.multiprocessors, machine.capability
+    config = config_for(tokens, layer, multiplied, group, sms, arch, coefficient_bits, trellis)
+    return Variant(planes, group, config, dtype, coefficient_bits, trellis=trellis)
 
 
 def over_dram(kernel: Kernel, machine: Machine) -> dict[str, float]:
@@ -199,6 +242,11 @@ def bars(variant: Variant) -> tuple[float, float] | None:
     """Upper bounds of HMMA and of every other pipe over DRAM time on an RTX 3090, where there are any."""
     k, group, m = variant.planes, variant.group, variant.tokens
     eight = variant.coefficient_bits == 8  # fewer bytes, so that DRAM takes less time
+    if variant.trellis:  # as much work as with a plane more, and again fewer bytes
+        if group != 128 or k == 1:
+            return None
+        few = {2: (0.80, 0.84) if eight else (0.80, 0.76), 3: (0.70, 0.75) if eight else (0.70, 0.70)}
+        return {1: (0.45, 0.45), 8: few[k]}.get(m)
     if m <= 8 and k in (3, 4) and group == 128:
         return 0.70, 0.70
     if m <= 8 and k == 2 and group in (64, 256):
@@ -245,13 +293,18 @@ def kernel_row(kernel: Kernel, machine: Machine) -> dict[str, Any]:
 
 
 def layer_row(
-    layer: Layer, tokens: int, planes: int, group: int, machine: Machine, dtype: str, coefficient_bits: int = 16
+    layer: Layer,
+    tokens: int,
+    planes: int,
+    group: int,
+    machine: Machine,
+    dtype: str,
+    coefficient_bits: int = 16,
+    trellis: bool = False,
 ) -> dict[str, Any]:
     """How a layer's kernel fills the machine, and its predicted time: `fill` of its packed weights, read once."""
-    config = config_for(tokens, layer, planes, group, machine.multiprocessors, machine.capability, coefficient_bits)
-    variant = Variant(planes, group, config, dtype, coefficient_bits)
-    size = variant.scheme.tiled_bytes(layer.out_features, layer.in_features)
-    return fill(variant, layer, tokens, cdiv(tokens, variant.tokens), size, machine)
+    variant = variant_for(tokens, layer, planes, group, machine, dtype, coefficient_bits, trellis)
+    return fill(variant, layer, tokens, cdiv(tokens, variant.tokens), variant.tiled_bytes(layer), machine)
 
 
 def fill(
@@ -295,11 +348,17 @@ def fill(
 
 
 def model_row(
-    model: str, planes: int, group: int, machine: Machine, dtype: str, coefficient_bits: int = 16
+    model: str,
+    planes: int,
+    group: int,
+    machine: Machine,
+    dtype: str,
+    coefficient_bits: int = 16,
+    trellis: bool = False,
 ) -> dict[str, Any]:
     """Predicted tokens/s of one-token decoding and its DRAM roofline: all Linears and a 16-bit LM head only."""
     blocks, layers, head = MODELS[model]
-    rows = [layer_row(layer, 1, planes, group, machine, dtype, coefficient_bits) for layer in layers]
+    rows = [layer_row(layer, 1, planes, group, machine, dtype, coefficient_bits, trellis) for layer in layers]
     head_bytes = 2 * head.out_features * head.in_features
     size = blocks * sum(row["packed_bytes"] for row in rows) + head_bytes
     seconds = blocks * sum(row["predicted_us"] for row in rows) / 1e6 + head_bytes / machine.gbps / 1e9
@@ -322,6 +381,7 @@ def emit(kernels: Sequence[Kernel], folder: Path) -> None:
         variant = kernel.variant
         (folder / f"{variant.name}.cubin").write_bytes(kernel.cubin)
         entry = {"name": variant.name, "m": variant.tokens, "k": variant.planes, "group_size": variant.group}
+        entry |= {"trellis": True} if variant.trellis else {}
         entry |= {"block_n": variant.outputs, "weights_per_trip": variant.weights_per_trip}
         entry |= {"num_warps": variant.config.warps, "bits_per_weight": variant.bits, "loop": kernel.code.loop}
         manifest.append(entry)

@@ -11,6 +11,7 @@ from triton.compiler import ASTSource, CompiledKernel
 from benchmarks.sass import read_cubin
 from bpdq_kernels import (
     triton_activation,
+    triton_embedding,
     triton_expert_gemm,
     triton_expert_gemv,
     triton_gemm,
@@ -18,11 +19,10 @@ from bpdq_kernels import (
     triton_linear,
 )
 from bpdq_kernels.activation import Activation
-from bpdq_kernels.dispatch import MAX_COEFFICIENTS, Dense, Gemm, Gemv
+from bpdq_kernels.dispatch import MAX_COEFFICIENTS, MAX_COEFFICIENTS_TRELLIS, Dense, Gemm, Gemv
 from bpdq_kernels.layout import groups_in_unit
 from bpdq_kernels.triton_dequantize import UNITS, dequantize_kernel
 from bpdq_kernels.triton_dequantize import options as dequantize_options
-from bpdq_kernels.triton_embedding import embedding_kernel
 from bpdq_kernels.triton_linear import Tile, linear_kernel
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -62,10 +62,20 @@ class Layer(NamedTuple):
     K: int
     dtype: torch.dtype
     coefficient_bits: int = 16
+    trellis: bool = False  # one plane more is multiplied
 
     def __str__(self) -> str:
+        code = "-trellis" if self.trellis else ""
         width = "-c8" if self.coefficient_bits == 8 else ""
-        return f"k{self.planes}-G{self.group}-N{self.N}-K{self.K}-{str(self.dtype)[6:]}{width}"
+        return f"k{self.planes}{code}-G{self.group}-N{self.N}-K{self.K}-{str(self.dtype)[6:]}{width}"
+
+    @property
+    def multiplied(self) -> int:
+        return self.planes + self.trellis
+
+    def constants(self) -> dict[str, int]:
+        """What every kernel for tiles wants to know of it."""
+        return {"PLANES": self.multiplied, "STORED": self.planes, "GROUP": self.group}
 
 
 def name(value: object) -> str:
@@ -75,10 +85,11 @@ def name(value: object) -> str:
     return "embedding" if value is None else str(value)
 
 
-def fits(config: Gemv | Gemm, planes: int, group: int, coefficient_bits: int = 16) -> bool:
-    """Whether the dispatch may pick this configuration for such a layer: not if its coefficients fill the registers."""
+def fits(config: Gemv | Gemm, planes: int, group: int, coefficient_bits: int = 16, trellis: bool = False) -> bool:
+    """Whether the dispatch may pick this configuration for a layer of so many planes to multiply: not if its
+    coefficients fill the registers."""
     if isinstance(config, Gemm) and config.tokens == 64:
-        return config.tiles == (1 if planes == 4 and coefficient_bits == 8 else 2)
+        return config.tiles == (1 if coefficient_bits == 8 and planes in ((2, 4) if trellis else (4,)) else 2)
     if isinstance(config, Gemm):
         return planes <= 2 or config.warps < 16 or config.tiles == 1
     coefficients = config.tiles * groups_in_unit(group) * (planes + 1)
@@ -86,7 +97,8 @@ def fits(config: Gemv | Gemm, planes: int, group: int, coefficient_bits: int = 1
         return False
     if config.warps == 8:
         return coefficients < MAX_COEFFICIENTS
-    return config.tiles == 1 or coefficients <= MAX_COEFFICIENTS
+    room = MAX_COEFFICIENTS_TRELLIS if trellis and config.tiles == 2 else MAX_COEFFICIENTS
+    return config.tiles == 1 or coefficients <= room
 
 
 def compile_kernel(
@@ -115,12 +127,13 @@ def compile_tiled(
     if isinstance(config, Gemv):
         kernel, options = triton_gemv.gemv_kernel, triton_gemv.options(config)
     else:
-        kernel, options = triton_gemm.gemm_kernel, triton_gemm.options(config, layer.planes, layer.coefficient_bits)
+        kernel = triton_gemm.gemm_kernel
+        options = triton_gemm.options(config, layer.multiplied, layer.coefficient_bits, layer.trellis)
     x = POINTERS[layer.dtype]
     types = {"x_ptr": x, "planes_ptr": "*i32", "scales_ptr": "*fp32", "ratios_ptr": "*i32", "bias_ptr": x}
     types |= {"coefficients_ptr": "*i16" if layer.coefficient_bits == 8 else "*i32"}
     types |= {"y_ptr": POINTERS[result or layer.dtype], "M": "i32", "N": "i32", "K": "i32", "stride_x": "i32"}
-    constants = {"PLANES": layer.planes, "GROUP": layer.group, "WHOLE": layer.K % 128 == 0, "TILES": config.tiles}
+    constants = layer.constants() | {"WHOLE": layer.K % 128 == 0, "TILES": config.tiles}
     constants |= {"WARPS": config.warps, "BF16": layer.dtype == BF16}
     if isinstance(config, Gemm):
         constants |= {"TOKENS": config.tokens, "SPLIT": config.split}
@@ -150,9 +163,9 @@ class ExpertLayer(NamedTuple):
         if isinstance(config, Gemm):
             return config.tokens < 64 or (self.layer.coefficient_bits == 16 and self.layer.group >= 64)
         if self.is_fused:
-            full = 2 * groups_in_unit(self.layer.group) * (self.layer.planes + 1) >= MAX_COEFFICIENTS
+            full = 2 * groups_in_unit(self.layer.group) * (self.layer.multiplied + 1) >= MAX_COEFFICIENTS
             return config.tiles == 2 and (config.warps < 8 or not full)
-        return fits(config, self.layer.planes, self.layer.group)
+        return fits(config, self.layer.multiplied, self.layer.group)
 
 
 def compile_expert(config: Gemv | Gemm, experts: ExpertLayer, bias: bool, arch: int = 86) -> CompiledKernel:
@@ -160,16 +173,16 @@ def compile_expert(config: Gemv | Gemm, experts: ExpertLayer, bias: bool, arch: 
     layer, x = experts.layer, POINTERS[experts.layer.dtype]
     if isinstance(config, Gemv):
         kernel = triton_expert_gemv.expert_gemv_kernel
-        options = triton_expert_gemv.options(config, layer.planes, layer.group)
+        options = triton_expert_gemv.options(config, layer.multiplied, layer.group)
     else:
         kernel = triton_expert_gemm.expert_gemm_kernel
-        options = triton_expert_gemm.options(config, layer.planes, layer.coefficient_bits)
+        options = triton_expert_gemm.options(config, layer.multiplied, layer.coefficient_bits)
     types = {"x_ptr": x, "planes_ptr": "*i32", "scales_ptr": "*fp32", "ratios_ptr": "*i32", "bias_ptr": x}
     types |= {"coefficients_ptr": "*i16" if layer.coefficient_bits == 8 else "*i32"}
     types |= {"ids_ptr": "*i32", "blocks_ptr": "*i32", "order_ptr": "*i32"}
     types |= {"y_ptr": x if experts.is_fused or experts.activation else "*fp32"}
     types |= dict.fromkeys(("E", "N", "K", "stride_x", "stride_y", "choices"), "i32")
-    constants = {"PLANES": layer.planes, "GROUP": layer.group, "WHOLE": layer.K % 128 == 0, "TILES": config.tiles}
+    constants = layer.constants() | {"WHOLE": layer.K % 128 == 0, "TILES": config.tiles}
     constants |= {"WARPS": config.warps, "BF16": layer.dtype == BF16}
     constants |= triton_activation.constants(experts.activation, experts.is_fused)
     constants |= {"TOKENS": config.tokens, "SPLIT": config.split} if isinstance(config, Gemm) else {}
@@ -186,7 +199,14 @@ def compile_expert(config: Gemv | Gemm, experts: ExpertLayer, bias: bool, arch: 
 
 
 def compile_stored(
-    arch: int, tile: Tile, dtype: torch.dtype, planes: int, group: int, aligned: bool = True, coefficient_bits: int = 16
+    arch: int,
+    tile: Tile,
+    dtype: torch.dtype,
+    planes: int,
+    group: int,
+    aligned: bool = True,
+    coefficient_bits: int = 16,
+    trellis: bool = False,
 ) -> CompiledKernel:
     """The kernel as `stored_linear` would launch it, with pointers and sizes divisible by 16 or not."""
     x = POINTERS[dtype]
@@ -194,8 +214,8 @@ def compile_stored(
     types |= {"c_ptr": "*i8"} if coefficient_bits == 8 else {}
     divisible = {*types, "N", "K", "stride_x"} if aligned else set()
     types |= {"M": "i32", "N": "i32", "K": "i32", "stride_x": "i32"}
-    constants = {"PLANES": planes, "GROUP": group, "TILE_M": tile.m, "TILE_N": tile.n, "TILE_K": min(tile.k, group)}
-    constants["INTERPRETED"] = False
+    constants = {"PLANES": planes + trellis, "STORED": planes, "GROUP": group, "INTERPRETED": False}
+    constants |= {"TILE_M": tile.m, "TILE_N": tile.n, "TILE_K": min(tile.k, group)}
     constants |= {} if coefficient_bits == 8 else {"s_ptr": None}
     return compile_kernel(linear_kernel, types, constants, divisible, arch, triton_linear.options(tile))
 
@@ -211,11 +231,10 @@ def compile_embedding(arch: int, layer: Layer) -> CompiledKernel:
     types = {"ids_ptr": "*i64", "planes_ptr": "*i32", "y_ptr": POINTERS[layer.dtype]} | coefficient_types(layer)
     divisible = {*types, "N", "K"}
     types |= {"N": "i32", "K": "i32"}
-    constants = {"PLANES": layer.planes, "GROUP": layer.group, "UNITS": 8}
+    constants = layer.constants() | {"UNITS": 8}
     constants |= {} if layer.coefficient_bits == 8 else {"ratios_ptr": None}
-    return compile_kernel(
-        embedding_kernel, types, constants, divisible, arch, {"num_warps": 4, "enable_fp_fusion": True}
-    )
+    options = triton_embedding.options(layer.multiplied)
+    return compile_kernel(triton_embedding.embedding_kernel, types, constants, divisible, arch, options)
 
 
 def compile_dequantize(arch: int, layer: Layer) -> CompiledKernel:
@@ -223,7 +242,7 @@ def compile_dequantize(arch: int, layer: Layer) -> CompiledKernel:
     types = {"planes_ptr": "*i32", "w_ptr": POINTERS[layer.dtype]} | coefficient_types(layer)
     divisible = {*types, "K"}
     types |= {"first_tile": "i32", "N": "i32", "K": "i32"}
-    constants = {"PLANES": layer.planes, "GROUP": layer.group, "UNITS": UNITS}
+    constants = layer.constants() | {"UNITS": UNITS}
     constants |= {} if layer.coefficient_bits == 8 else {"ratios_ptr": None}
     return compile_kernel(dequantize_kernel, types, constants, divisible, arch, dequantize_options())
 
@@ -239,7 +258,8 @@ def flaws(arch: int, kernel: Gemv | Gemm | Dense | Tile | None, layer: Layer | E
     elif kernel is None:
         compiled, multiplies = compile_embedding(arch, layer), ""
     elif isinstance(kernel, Tile):
-        compiled = compile_stored(arch, kernel, layer.dtype, layer.planes, layer.group, True, layer.coefficient_bits)
+        scheme = layer.planes, layer.group, True, layer.coefficient_bits, layer.trellis
+        compiled = compile_stored(arch, kernel, layer.dtype, *scheme)
         multiplies = "FFMA" if layer.dtype == FP32 else r"(HMMA|HGMMA|UTCHMMA)"
     else:
         compiled = compile_tiled(kernel, layer, bias=True, arch=arch)

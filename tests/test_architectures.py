@@ -28,7 +28,9 @@ from tests.offline import (
 )
 
 ARCHITECTURES = [80, 86, 89, 90, 100, 120]
-SCHEMES = list(itertools.product((1, 2, 3, 4), (32, 64, 128, 256)))  # planes, group size
+GROUPS = (32, 64, 128, 256)
+SCHEMES = list(itertools.product((1, 2, 3, 4), GROUPS))  # planes, group size
+TRELLISES = list(itertools.product((1, 2, 3), GROUPS))
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +46,9 @@ def test_kernels_of_a_common_layer_spill_and_emulate_nothing(arch: int, compiler
     kernels = {linear_config(m, layer.planes, layer.group, layer.N, layer.K, 82, arch) for m in tokens}
     jobs = [(kernel, layer) for kernel in (*kernels, Dense(128), TILES_16BIT[0], TILES_16BIT[-1], None)]
     jobs += [(kernel, layer._replace(coefficient_bits=8)) for kernel in (*kernels, Dense(128), TILES_16BIT[0], None)]
+    coded = layer._replace(coefficient_bits=8, trellis=True)
+    kernels = {linear_config(m, coded.multiplied, layer.group, layer.N, layer.K, 82, arch, 8, True) for m in tokens}
+    jobs += [(kernel, coded) for kernel in (*kernels, Dense(128), TILES_16BIT[0], None)]
     if arch > 86:  # for that the experts' kernels are compiled to be run and counted
         experts = ExpertLayer(Layer(2, 128, 1536, 2048, BF16), Activation("silu"), is_fused=True, is_sorted=True)
         jobs.append((Gemv(2, 4) if arch == 90 else Gemm(8, 2, 4, 2), experts))
@@ -51,48 +56,53 @@ def test_kernels_of_a_common_layer_spill_and_emulate_nothing(arch: int, compiler
     assert not [*itertools.chain.from_iterable(found)]
 
 
-def layers(kernel: Config | Tile | None, coefficient_bits: int) -> list[Layer]:
+def layers(kernel: Config | Tile | None, coefficient_bits: int, trellis: bool) -> list[Layer]:
     """One for each scheme that this kernel is for. 16-bit dtypes take turns, but for one token, where registers are
     scarcest, each scheme comes with both."""
+    found = [
+        Layer(*scheme, 4096, 4096, BF16, coefficient_bits, trellis) for scheme in (TRELLISES if trellis else SCHEMES)
+    ]
     if kernel in TILES_FP32:
-        return [Layer(*scheme, 4096, 4096, FP32, coefficient_bits) for scheme in SCHEMES]
+        return [layer._replace(dtype=FP32) for layer in found]
+    if isinstance(kernel, Gemv | Gemm):
+        found = [layer for layer in found if fits(kernel, layer.multiplied, layer.group, coefficient_bits, trellis)]
     if isinstance(kernel, Gemv):
-        fitting = [scheme for scheme in SCHEMES if fits(kernel, *scheme, coefficient_bits)]
-        return [Layer(*scheme, 4096, 4096, dtype, coefficient_bits) for scheme in fitting for dtype in (BF16, FP16)]
-    fitting = [scheme for scheme in SCHEMES if not isinstance(kernel, Gemm) or fits(kernel, *scheme, coefficient_bits)]
-    dtypes = [(BF16, FP16)[(i + i // 4) % 2] for i in range(len(fitting))]
-    return [Layer(*scheme, 4096, 4096, dtype, coefficient_bits) for scheme, dtype in zip(fitting, dtypes, strict=True)]
+        return [layer._replace(dtype=dtype) for layer in found for dtype in (BF16, FP16)]
+    return [layer._replace(dtype=(BF16, FP16)[(i + i // 4) % 2]) for i, layer in enumerate(found)]
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("trellis", [False, True], ids=["planes", "trellis"])
 @pytest.mark.parametrize("coefficient_bits", [16, 8])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize(
     "kernel", [*GEMV, *GEMM, *GEMM_K4_8_BITS, Dense(128), *TILES_16BIT, *TILES_FP32, None], ids=name
 )
 def test_nothing_that_the_dispatch_picks_spills_or_is_emulated(
-    arch: int, kernel: Config | Tile | None, coefficient_bits: int, compilers: ProcessPoolExecutor
+    arch: int, kernel: Config | Tile | None, coefficient_bits: int, trellis: bool, compilers: ProcessPoolExecutor
 ):
     if isinstance(kernel, Gemv) and arch >= 100:
         pytest.skip("one token gets a Gemm")
-    found = compilers.map(flaws, itertools.repeat(arch), itertools.repeat(kernel), layers(kernel, coefficient_bits))
+    jobs = layers(kernel, coefficient_bits, trellis)
+    found = compilers.map(flaws, itertools.repeat(arch), itertools.repeat(kernel), jobs)
     assert not [*itertools.chain.from_iterable(found)]
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("trellis", [False, True], ids=["planes", "trellis"])
 @pytest.mark.parametrize("coefficient_bits", [16, 8])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("kernel", EXPERT_GEMV + EXPERT_GEMM, ids=name)
 def test_no_kernel_of_experts_spills_or_is_emulated(
-    arch: int, kernel: Gemv | Gemm, coefficient_bits: int, compilers: ProcessPoolExecutor
+    arch: int, kernel: Gemv | Gemm, coefficient_bits: int, trellis: bool, compilers: ProcessPoolExecutor
 ):
     """Activations take turns: they are computed where most registers are free again."""
     if isinstance(kernel, Gemv) and arch >= 100:
         pytest.skip("one token gets a Gemm")
     names = itertools.cycle(("silu", "swigluoai", "gelu", "gelu_tanh"))
     jobs = []
-    for i, scheme in enumerate(SCHEMES):
-        layer = Layer(*scheme, 1536, 2048, (BF16, FP16)[(i + i // 4) % 2], coefficient_bits)
+    for i, scheme in enumerate(TRELLISES if trellis else SCHEMES):
+        layer = Layer(*scheme, 1536, 2048, (BF16, FP16)[(i + i // 4) % 2], coefficient_bits, trellis)
         up, down = ExpertLayer(layer, Activation(next(names), limit=7.0), is_fused=True), ExpertLayer(layer, None)
         jobs += [experts._replace(is_sorted=i % 3 > 0) for experts in (up, down) if experts.takes(kernel)]
     found = compilers.map(flaws, itertools.repeat(arch), itertools.repeat(kernel), jobs)

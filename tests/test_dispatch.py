@@ -55,6 +55,12 @@ def test_dispatch_picks_only_what_the_tests_run(arch: int):
     N, sms = range(16, 20000, 400), (1, 46, 82, 132)
     sizes = list(itertools.product(N, (64, 4096), sms))
     several = [2, 8, 9, 16, 17, 32, 33, 64, 65, 500]
+    for planes, group, width in itertools.product((2, 3, 4), (32, 64, 128, 256), (8, 16)):
+        coded = {
+            linear_config(M, planes, group, n, K, s, arch, width, True) for M in (1, *several) for n, K, s in sizes
+        }
+        few = GEMM + GEMM_K4_8_BITS + (GEMV if arch < 100 else [])
+        assert coded == {config for config in few if fits(config, planes, group, width, True)}
     for planes, group in itertools.product((1, 2, 3, 4), (32, 64, 128, 256)):
         one = {linear_config(1, planes, group, n, K, s, arch) for n, K, s in sizes}
         gemm = {linear_config(M, planes, group, n, K, s, arch) for M in several for n, K, s in sizes}

@@ -1,5 +1,6 @@
 """The kernel benchmark's static model counts what the machine executes, and real kernels stay within their budgets."""
 
+import itertools
 import json
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ from benchmarks import expert_static, kernel_bench, kernel_static, kernel_timing
 from benchmarks.kernel_static import Variant, compile_kernel
 from benchmarks.random_planes import random_layer
 from benchmarks.shapes import EXPERTS, MODELS, Experts, Layer, Model
-from bpdq_kernels import dispatch, reference
+from bpdq_kernels import dispatch, layout, reference
 from bpdq_kernels.dispatch import Gemm, Gemv
 
 RTX_3090 = sass.MACHINES["sm_86"]
@@ -39,8 +40,11 @@ LISTING = """
 """
 
 
-def kernel(planes: int, group: int, config: Gemv | Gemm, coefficient_bits: int = 16) -> kernel_static.Kernel:
-    return compile_kernel(Variant(planes, group, config, coefficient_bits=coefficient_bits), "sm_86")
+def kernel(
+    planes: int, group: int, config: Gemv | Gemm, coefficient_bits: int = 16, trellis: bool = False
+) -> kernel_static.Kernel:
+    variant = Variant(planes, group, config, coefficient_bits=coefficient_bits, trellis=trellis)
+    return compile_kernel(variant, "sm_86")
 
 
 def test_longest_backward_branch_is_the_main_loop_and_every_instruction_has_its_pipe():
@@ -142,6 +146,34 @@ def test_kernel_stays_within_its_budget_on_an_rtx_3090(planes, group, config, co
 
 
 @pytest.mark.parametrize(
+    ("planes", "group", "config"),
+    [
+        (2, 128, Gemv(tiles=2, warps=8)),
+        (2, 64, Gemv(tiles=1, warps=8)),
+        (3, 128, Gemv(tiles=1, warps=8)),
+        (2, 128, Gemm(8, tiles=2, warps=4, split=4)),
+        (3, 128, Gemm(8, tiles=1, warps=8, split=8)),
+        (2, 128, Gemm(64, tiles=2, warps=4, split=2)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("coefficient_bits", [16, 8])
+def test_kernel_of_a_trellis_stays_within_its_budget_on_an_rtx_3090(planes, group, config, coefficient_bits):
+    assert kernel_static.missed(kernel(planes, group, config, coefficient_bits, trellis=True), RTX_3090) == []
+
+
+def test_a_trellis_has_the_bytes_of_its_tiles():
+    layer = Layer("odd", 200, 416)
+    for group, width in itertools.product((32, 128), (8, 16)):
+        B = torch.zeros(layout.plane_shape(416, 200, 2), dtype=torch.int32)
+        c = torch.zeros(layout.coefficient_shape(416, 200, 2, group, trellis=True))
+        c, s = (c.to(torch.int8), torch.zeros(c.shape[1:])) if width == 8 else (c, None)
+        tiles = layout.to_tiles(B, c, group, torch.float16, s)
+        variant = Variant(2, group, Gemv(1, 8), coefficient_bits=width, trellis=True)
+        assert variant.tiled_bytes(layer) == sum(tensor.nbytes for tensor in tiles if tensor is not None)
+
+
+@pytest.mark.parametrize(
     ("config", "matrix"), [(Gemv(2, 4), "gate_up"), (Gemv(4, 2), "down"), (Gemm(8, 2, 4, 2), "gate_up")], ids=str
 )
 def test_experts_stay_within_the_budget_of_one_layer(config, matrix):
@@ -224,6 +256,8 @@ def test_emitted_cubins_are_described_well_enough_to_count_them_again(tmp_path):
         (["--static", "sm_86", "--model", "gpt-5,qwen2.5-7b"], "--model: unknown 'gpt-5', choose from qwen2.5-7b,"),
         (["--static", "sm_75"], "--static: unknown 'sm_75', choose from sm_86,"),
         (["--static", "sm_86", "--bits", "5"], "--bits must be 1 to 4"),
+        (["--static", "sm_86", "--bits", "4", "--code", "trellis"], "--bits must be 1 to 3 with a trellis"),
+        (["--static", "sm_86", "--code", "tcq"], "--code must be planes or trellis"),
         (["--static", "sm_86", "--bits", "two"], "--bits: invalid int value: 'two'"),
         (["--static", "sm_86", "--group-size", "100"], "--group-size must be one of"),
         (["--static", "sm_86", "--coefficient-bits", "4"], "--coefficient-bits must be 8 or 16"),
@@ -267,6 +301,21 @@ def test_static_run_prints_tables_and_writes_json_and_plot(tmp_path, capsys, mon
     assert "not measured" in axes.get_title()
     assert axes.get_xlabel()
     assert axes.get_ylabel() == "tokens/s, one sequence"
+
+
+def test_static_run_of_a_trellis_counts_one_plane_more_than_it_reads(tmp_path, capsys, monkeypatch):
+    code = sass.read_listing(LISTING)
+    monkeypatch.setattr(
+        kernel_static, "compile_kernel", lambda variant, arch: kernel_static.Kernel(variant, b"", code, 1024, 2)
+    )
+    argv = ["--static", "sm_86", "--tokens", "1,8", "--code", "trellis", "--model", "qwen2.5-7b,qwen3-30b-a3b"]
+    assert kernel_bench.main([*argv, "--json", str(tmp_path / "k.json")]) == 0
+    assert "gemm-k2-trellis-g128-m8-t2-w4-s4" in capsys.readouterr().out
+    report = json.loads((tmp_path / "k.json").read_text())
+    assert [row["planes"] for row in report["models"]] == [2, 3]
+    row = report["layers"][0]
+    outputs, inputs = row["layer"]["out_features"], row["layer"]["in_features"]
+    assert row["packed_bytes"] == outputs * (inputs * (2 + 4 * 16 / 128) / 8 + 4)
 
 
 def test_72b_bytes_are_those_of_its_layers(monkeypatch):

@@ -136,7 +136,9 @@ def test_cpu_tiles_hold_words_and_coefficients_as_drawn(
     assert all(torch.equal(tensor, other) for tensor, other in zip(found, expected, strict=True))
 
 
-scales = st.fixed_dictionaries({"group": st.sampled_from(layout.GROUP_SIZES), "powers_of_two": st.booleans()})
+scales = st.fixed_dictionaries(
+    {"group": st.sampled_from(layout.GROUP_SIZES), "powers_of_two": st.booleans(), "trellis": st.booleans()}
+)
 
 
 @given(sizes, scales, st.sampled_from([torch.float16, torch.bfloat16]))
@@ -147,15 +149,16 @@ def test_tiles_of_8_bit_coefficients_hold_the_numbers_of_the_oracle(
     """Exactly, where an output's scales are powers of two apart, else to the rounding of their ratios."""
     k, n, in_features, seed = (size[name] for name in ("k", "n", "in_features", "seed"))
     generator = torch.Generator().manual_seed(seed)
-    shape = layout.coefficient_shape(in_features, n, k, scale["group"])
+    multiplied = k + scale["trellis"]
+    shape = layout.coefficient_shape(in_features, n, multiplied, scale["group"])
     c = torch.randint(-128, 128, shape, dtype=torch.int8, generator=generator)
-    s = torch.randn(k + 1, n, generator=generator)
+    s = torch.randn(multiplied + 1, n, generator=generator)
     if scale["powers_of_two"]:
-        s = s[:1].bfloat16() * 2.0 ** -torch.randint(0, 8, (k + 1, n), generator=generator)
+        s = s[:1].bfloat16() * 2.0 ** -torch.randint(0, 8, (multiplied + 1, n), generator=generator)
     s[:, seed % n] = 0
     s = s.bfloat16()
     tiles = layout.to_tiles(layout.pack(random_bits(**size)), c, scale["group"], dtype, s)
-    assert (tiles.dtype, tiles.bits) == (dtype, k)
+    assert (tiles.dtype, tiles.stored, tiles.multiplied) == (dtype, k, multiplied)
     assert tiles.ratios.abs().max() <= 1
     stored = tiles.coefficients.float() * tiles.ratios.float().unsqueeze(1)  # [T, Gn, 8, k+1, 2]
     stored = stored.permute(1, 3, 0, 4, 2).flatten(2)
@@ -192,12 +195,13 @@ def test_triton_counts_words_and_coefficients_as_the_tiles_have_them(planes: int
 
 
 @pytest.mark.parametrize("group", layout.GROUP_SIZES)
-def test_triton_takes_a_bit_for_the_input_that_the_tiles_have_there(group: int):
-    beside = triton_layout.words_beside(group)
+@pytest.mark.parametrize("trellis", [False, True])
+def test_triton_takes_a_bit_for_the_input_that_the_tiles_have_there(group: int, trellis: bool):
+    beside = triton_layout.words_beside(group, trellis)
     for number in range(layout.UNIT):
         bits = torch.zeros(1, 1, layout.UNIT, dtype=torch.int32)
         bits[0, 0, number] = 1
-        c = torch.ones(layout.coefficient_shape(layout.UNIT, 1, 1, group))
+        c = torch.ones(layout.coefficient_shape(layout.UNIT, 1, 1, group, trellis))
         q, word = next(
             (q, w)
             for q, w in enumerate(

@@ -202,11 +202,13 @@ def test_single_bit_mma_in_inline_assembly():
 
 
 @pytest.mark.parametrize(
-    "case", [Case(2, 128, 3, 65, 200, FP16, BF16, True), Case(2, 128, 3, 97, 352, BF16, BF16, True)], ids=str
+    "case",
+    [Case(2, 128, 3, 65, 200, FP16, BF16, True), Case(2, 128, 3, 97, 352, BF16, BF16, True, trellis=True)],
+    ids=str,
 )
 def test_linear_kernel_agrees_with_the_oracle(case: Case):
     tile = TILES_16BIT[0]
-    kernel = compile_stored(86, tile, case.dtype, case.planes, case.group, aligned=False)
+    kernel = compile_stored(86, tile, case.dtype, case.planes, case.group, aligned=False, trellis=case.trellis)
     B, c, bias = random_layer(case, "cpu")
     x = normal(case.M, case.K, dtype=case.dtype)
     y = torch.zeros(case.M, case.N, dtype=case.dtype)

@@ -11,7 +11,7 @@ import torch
 
 import bpdq_kernels
 from benchmarks.sass import read_cubin
-from bpdq_kernels import layout, reference, triton_dequantize, triton_embedding
+from bpdq_kernels import layout, reference, trellis, triton_dequantize, triton_embedding
 from bpdq_kernels.dispatch import Dense, Gemm, Gemv
 from bpdq_kernels.layout import cdiv, to_tiles
 from bpdq_kernels.tiled_linear import aligned, machine, tiled_linear
@@ -40,7 +40,7 @@ def problem(layer: Layer, tokens: int, bias: bool, device: str = "cpu") -> Probl
     generator = torch.Generator().manual_seed(tokens + layer.planes)
     shape = layout.plane_shape(layer.K, layer.N, layer.planes)
     B = torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, generator=generator)
-    shape = layout.coefficient_shape(layer.K, layer.N, layer.planes, layer.group)
+    shape = layout.coefficient_shape(layer.K, layer.N, layer.planes, layer.group, layer.trellis)
     magnitudes, s = torch.logspace(-4, 1, layer.N), None
     if layer.coefficient_bits == 8:
         c = torch.randint(-128, 128, shape, dtype=torch.int8, generator=generator)
@@ -58,14 +58,15 @@ def tolerance(layer: Layer, p: Problem, y: torch.Tensor, arch: int) -> torch.Ten
     """What each output may be off by: rounding of y, fp32 sums, and the rounding of x (one token, up to sm_90) or of
     the weights."""
     numbers = layout.coefficients(p.c, p.s).abs()
-    magnitudes = reference.dequantize(torch.full_like(p.B, -1), numbers, layer.group, layer.K).double()  # sum |c|
+    ones = p.B.new_full((p.B.shape[0], layer.multiplied, layer.N), -1)
+    magnitudes = reference.dequantize(ones, numbers, layer.group, layer.K).double()  # sum |c|
     x = p.x.double().abs()
     if len(x) == 1 and arch < 100:
         units = torch.nn.functional.pad(x[0], (0, -layer.K % 128)).view(-1, 128)
         largest = units.amax(1, keepdim=True).expand_as(units).flatten()[: layer.K]
         rounding = 2**-15 * largest @ magnitudes.T
     else:
-        rounding = (layer.planes + 2) * torch.finfo(layer.dtype).eps / 2 * x @ magnitudes.T
+        rounding = (layer.multiplied + 2) * torch.finfo(layer.dtype).eps / 2 * x @ magnitudes.T
     result = torch.finfo(y.dtype)
     own = result.eps * y.double().abs().clamp(min=result.tiny)
     return rounding + 2e-6 * x @ magnitudes.T + own + 1e-30
@@ -99,7 +100,7 @@ def test_tiles_put_an_input_where_the_drawing_says(group: int, starts: list[int]
         bits[0, 0, number] = 1
         planes = to_tiles(layout.pack(bits), torch.ones(-(-128 // group), 2, 1), group, FP16).planes
         lane, run = divmod(starts.index(number // 8 * 8), 4)
-        bit = (11 + number % 8 // 2 + 16 * (number % 2) - 4 * run) % 32
+        bit = (11 + number % 8 // 2 + 16 * (number % 2) + 4 * run) % 32
         assert planes[0, 0, 0, lane, 0, 0].item() & 0xFFFFFFFF == 1 << bit
         assert planes.count_nonzero() == 1
 
@@ -121,6 +122,19 @@ def test_tiles_put_words_and_coefficients_where_the_drawing_says(planes: int):
             assert stored == c[group, p, 16 * t + 8 * h + r]
     assert tiles.coefficients.abs().max() <= 1
     assert tiles.planes.numel() == 16 * 4 * 64 * planes
+
+
+@pytest.mark.parametrize("group", [32, 64, 128, 256])
+@pytest.mark.parametrize("planes", [1, 2, 3])
+def test_tiles_of_a_trellis_hold_chains_upwards_from_bit_11(planes: int, group: int):
+    p = problem(Layer(planes, group, 16, 160, FP16, trellis=True), 1, bias=False)
+    tiles = to_tiles(p.B, p.c, group, FP16)
+    assert (tiles.stored, tiles.multiplied) == (planes, planes + 1)
+    chains = layout.unpack(p.B, 160)[..., trellis.chain_order(160)].view(planes, 16, 5, 32)
+    v = 2 - planes % 2
+    for plane, row, word in ((0, 0, 0), (planes - 1, 5, 3), (0, 13, 4)):
+        found = tiles.planes[0, word // 4, plane // v, row % 8 * 4 + word % 4, plane % v, row // 8]
+        assert [found >> (11 + i) % 32 & 1 for i in range(32)] == chains[plane, row, word].tolist()
 
 
 def test_fp16_coefficients_are_rounded_once_for_bf16_activations():
@@ -161,6 +175,17 @@ INTERPRETED = [
     (Layer(4, 128, 33, 72, BF16, 8), 17),
     (Layer(3, 256, 20, 40, FP16, 8), 64),
     (Layer(2, 128, 36, 72, FP16, 8), 65),
+    (Layer(2, 128, 40, 256, BF16, trellis=True), 1),
+    (Layer(1, 32, 17, 96, FP16, trellis=True), 1),
+    (Layer(3, 64, 33, 352, BF16, trellis=True), 1),
+    (Layer(2, 128, 40, 352, BF16, trellis=True), 3),
+    (Layer(1, 256, 33, 544, FP16, trellis=True), 12),
+    (Layer(3, 64, 36, 160, BF16, trellis=True), 70),
+    (Layer(2, 256, 33, 288, FP16, 8, trellis=True), 1),
+    (Layer(1, 128, 40, 128, BF16, 8, trellis=True), 1),
+    (Layer(3, 32, 17, 96, FP16, 8, trellis=True), 1),
+    (Layer(2, 64, 33, 160, FP16, 8, trellis=True), 8),
+    (Layer(3, 256, 20, 352, BF16, 8, trellis=True), 20),
 ]
 
 
@@ -191,7 +216,8 @@ def interpret_views() -> None:
 
 
 def interpret_one_token_without_binary_tensor_cores() -> None:
-    for layer in (Layer(2, 64, 20, 100, FP16), Layer(4, 32, 33, 256, BF16)):  # rows aligned to 16 bytes or not
+    some = (Layer(2, 64, 20, 100, FP16), Layer(4, 32, 33, 256, BF16))  # rows aligned to 16 bytes or not
+    for layer in (*some, Layer(2, 128, 33, 224, BF16, 8, trellis=True)):
         p = problem(layer, 1, bias=True)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("bpdq_kernels.tiled_linear.machine", lambda _: (1, 120))
@@ -217,6 +243,9 @@ def interpret_embedding() -> None:
         Layer(1, 32, 17, 40, BF16),
         Layer(2, 64, 40, 200, BF16, 8),
         Layer(3, 32, 17, 72, FP16, 8),
+        Layer(1, 64, 40, 224, BF16, trellis=True),
+        Layer(2, 256, 33, 544, FP16, trellis=True),
+        Layer(3, 128, 17, 160, FP16, 8, trellis=True),
     ):
         p = problem(layer, 1, bias=False)
         ids = torch.tensor([0, layer.N - 1, 7, 8, 7, -1, layer.N])
@@ -234,6 +263,9 @@ def interpret_dense() -> None:
         Layer(1, 64, 50, 100, FP16),
         Layer(2, 64, 50, 136, BF16, 8),
         Layer(4, 32, 33, 136, FP16, 8),
+        Layer(2, 128, 33, 352, FP16, trellis=True),
+        Layer(1, 32, 33, 96, BF16, 8, trellis=True),
+        Layer(3, 64, 50, 160, FP16, 8, trellis=True),
     ):
         p = problem(layer, 5, bias=True)
         tiles = p.tiles(layer)
@@ -336,9 +368,20 @@ IN_8_BITS = [
     (Gemm(16, 1, 8, 8), Layer(4, 128, 33, 136, BF16, 8), 12, False),
     (Gemm(64, 1, 4, 2), Layer(4, 32, 40, 136, BF16, 8), 61, True),
 ]
+TRELLIS = [
+    (Gemv(2, 8), Layer(2, 128, 72, 384, BF16, trellis=True), 1, True),
+    (Gemv(1, 4), Layer(3, 64, 33, 352, FP16, 8, trellis=True), 1, False),
+    (Gemv(2, 4), Layer(2, 64, 72, 160, BF16, 8, trellis=True), 1, True),
+    (Gemv(4, 4), Layer(1, 256, 72, 160, BF16, trellis=True), 1, True),
+    (Gemm(8, 2, 8, 8), Layer(2, 128, 72, 384, FP16, trellis=True), 5, True),
+    (Gemm(8, 2, 16, 16), Layer(1, 64, 72, 160, BF16, trellis=True), 7, False),
+    (Gemm(16, 1, 8, 8), Layer(3, 256, 33, 352, BF16, 8, trellis=True), 12, False),
+    (Gemm(64, 1, 4, 4), Layer(1, 32, 33, 96, BF16, 8, trellis=True), 50, False),
+    (Gemm(64, 2, 4, 2), Layer(2, 32, 40, 160, FP16, 8, trellis=True), 61, True),
+]
 
 
-@pytest.mark.parametrize(("config", "layer", "tokens", "bias"), [*combinations(), *IN_8_BITS], ids=name)
+@pytest.mark.parametrize(("config", "layer", "tokens", "bias"), [*combinations(), *IN_8_BITS, *TRELLIS], ids=name)
 def test_ptx_for_rtx_3090_agrees_with_the_oracle_and_spills_no_register(
     config: Gemv | Gemm, layer: Layer, tokens: int, bias: bool
 ):
@@ -348,15 +391,15 @@ def test_ptx_for_rtx_3090_agrees_with_the_oracle_and_spills_no_register(
 @pytest.mark.slow
 @pytest.mark.parametrize("coefficient_bits", [16, 8])
 @pytest.mark.parametrize("dtype", [FP16, BF16], ids=str)
-@pytest.mark.parametrize("planes", [1, 2, 3, 4])
+@pytest.mark.parametrize(("planes", "coded"), [*((k, False) for k in (1, 2, 3, 4)), *((k, True) for k in (1, 2, 3))])
 @pytest.mark.parametrize("config", GEMV + GEMM + GEMM_K4_8_BITS, ids=name)
 def test_ptx_of_every_group_size_and_dtype_agrees_with_the_oracle(
-    config: Gemv | Gemm, planes: int, dtype: torch.dtype, coefficient_bits: int
+    config: Gemv | Gemm, planes: int, coded: bool, dtype: torch.dtype, coefficient_bits: int
 ):
     tokens = 1 if isinstance(config, Gemv) else max(2, config.tokens - planes)
-    for group, K in itertools.product((32, 64, 128, 256), (136, 512)):
-        if fits(config, planes, group, coefficient_bits):
-            emulate(config, Layer(planes, group, 72, K, dtype, coefficient_bits), tokens, bias=True)
+    for group, K in itertools.product((32, 64, 128, 256), (160 if coded else 136, 512)):
+        if fits(config, planes + coded, group, coefficient_bits, coded):
+            emulate(config, Layer(planes, group, 72, K, dtype, coefficient_bits, coded), tokens, bias=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
@@ -384,6 +427,12 @@ ON_A_GPU = [
 ]
 ON_A_GPU += [Layer(k, group, 8448, 2048, dtype, 8) for k in (1, 2, 3, 4) for group, dtype in ((32, FP16), (128, BF16))]
 ON_A_GPU += [Layer(k, (64, 256)[k % 2], 1000, 1100, (FP16, BF16)[k // 2 % 2], 8) for k in (1, 2, 3, 4)]
+ON_A_GPU += [
+    Layer(k, group, 8448, 2048, (FP16, BF16)[i % 2], (16, 8)[(k + i) % 2], trellis=True)
+    for k in (1, 2, 3)
+    for i, group in enumerate((32, 64, 128, 256))
+]
+ON_A_GPU += [Layer(k, (64, 256)[k % 2], 1000, 1120, (FP16, BF16)[k // 2 % 2], 8, trellis=True) for k in (1, 2, 3)]
 
 
 @pytest.mark.gpu
@@ -417,7 +466,11 @@ def test_kernels_replay_from_a_cuda_graph_with_new_inputs(tokens: int):
 
 @pytest.mark.gpu
 def test_embedding_on_a_gpu_gives_the_oracles_rows():
-    layer = Layer(4, 64, 1000, 1100, BF16)
+    for layer in (Layer(4, 64, 1000, 1100, BF16), Layer(2, 128, 1000, 1120, BF16, 8, trellis=True)):
+        embedding_on_a_gpu(layer)
+
+
+def embedding_on_a_gpu(layer: Layer) -> None:
     p = problem(layer, 1, bias=False, device="cuda")
     prepared = bpdq_kernels.prepare(p.B, p.c, layer.group, layer.K, layer.dtype, "cuda", p.s)
     ids = torch.randint(0, layer.N, (3, 7), device="cuda")

@@ -64,6 +64,10 @@ CASES: dict[str, dict[str, Any]] = {
     "sorted": {"tokens": 4, "choices": 2, "hidden": 40, "inner": 16, "count": 3, "activation": Activation("gelu_tanh")},
     "weights-on-input": {"tokens": 2, "choices": 1, "hidden": 16, "inner": 16, "count": 3, "weights_on_input": True}
     | {"activation": Activation("relu2_no_mul"), "dtype": BF16, "k": 1, "ids_dtype": torch.int64},
+    "trellis-pairs": {"tokens": 1, "choices": 2, "hidden": 160, "inner": 32, "count": 4, "trellises": (True, True)}
+    | {"groups": (128, 32)},
+    "trellis-sorted": {"tokens": 4, "choices": 2, "hidden": 96, "inner": 32, "count": 3, "trellises": (True, True)}
+    | {"k": 1, "c_dtype": FP16, "groups": (64, 256)},
 }
 SIZES = [(1, 4, 264, 80, 5), (30, 2, 72, 64, 4), (2, 1, 100, 37, 6), (9, 3, 136, 48, 5), (100, 3, 40, 20, 4)]
 SIZES += [(70, 1, 65, 33, 3), (8, 2, 136, 144, 9)]
@@ -73,6 +77,25 @@ MANY = [
     | {"k": k, "groups": groups, "dtype": dtype, "c_dtype": (INT8, dtype)[sizes[0] // 2 % 2]}
     | {"activation": Activation(name, limit=0.7), "biases": dtype == FP16, "weights_on_input": sizes[0] == 2}
     for sizes, (k, *groups), name, dtype in zip(SIZES, SCHEMES, NAMES, [FP16, BF16] * 4, strict=False)
+]
+MANY += [
+    {
+        "tokens": tokens,
+        "choices": 2,
+        "hidden": 160,
+        "inner": 64,
+        "count": 4,
+        "k": k,
+        "groups": groups,
+        "trellises": (True, True),
+    }
+    | {"dtype": dtype, "c_dtype": c_dtype, "biases": k > 1}
+    for tokens, k, groups, dtype, c_dtype in (
+        (2, 3, (256, 64), BF16, INT8),
+        (1, 1, (32, 128), BF16, BF16),
+        (30, 2, (64, 32), FP16, INT8),
+        (90, 3, (128, 256), BF16, BF16),
+    )
 ]
 
 
@@ -174,7 +197,7 @@ def emulator(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, name, Emulated(kernel))
 
 
-@pytest.mark.parametrize("name", ["pairs", "sorted"])
+@pytest.mark.parametrize("name", ["pairs", "sorted", "trellis-pairs", "trellis-sorted"])
 def test_ptx_for_rtx_3090_gives_what_dense_experts_give(name: str, emulator: None):
     case = some_case(CASES[name])
     compare(case, multiply(case))

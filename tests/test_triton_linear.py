@@ -27,10 +27,12 @@ class Case(NamedTuple):
     dtype: torch.dtype
     c_dtype: torch.dtype  # int8: with scales
     bias: bool
+    trellis: bool = False
 
     def __str__(self) -> str:
         dtypes = f"{self.dtype}-c_{self.c_dtype}".replace("torch.", "")
-        return f"k{self.planes}-G{self.group}-M{self.M}-N{self.N}-K{self.K}-{dtypes}{'-bias' if self.bias else ''}"
+        name = f"k{self.planes}-G{self.group}-M{self.M}-N{self.N}-K{self.K}-{dtypes}"
+        return f"{name}{'-bias' if self.bias else ''}{'-trellis' if self.trellis else ''}"
 
 
 CASES = [
@@ -54,6 +56,10 @@ CASES = [
     Case(3, 128, 17, 70, 352, FP16, torch.int8, False),
     Case(1, 32, 9, 33, 100, FP32, torch.int8, True),
     Case(4, 256, 65, 40, 300, FP16, torch.int8, True),
+    Case(1, 32, 1, 65, 96, FP16, FP16, True, trellis=True),
+    Case(2, 128, 8, 63, 352, BF16, BF16, False, trellis=True),
+    Case(3, 64, 17, 70, 160, FP32, torch.int8, True, trellis=True),
+    Case(2, 256, 70, 33, 288, FP16, torch.int8, False, trellis=True),
 ]
 
 
@@ -61,7 +67,9 @@ def scales(case: Case, device: str) -> torch.Tensor | None:
     """s of coefficients in 8 bits: few powers of two, so that sums of them are exact in bf16."""
     if case.c_dtype != torch.int8:
         return None
-    exponents = torch.randint(4, 6, (case.planes + 1, case.N), generator=torch.Generator().manual_seed(2))
+    exponents = torch.randint(
+        4, 6, (case.planes + case.trellis + 1, case.N), generator=torch.Generator().manual_seed(2)
+    )
     return (2.0**-exponents).to(device, BF16)
 
 
@@ -71,7 +79,7 @@ def random_layer(case: Case, device: str) -> tuple[torch.Tensor, torch.Tensor, t
     generator = torch.Generator().manual_seed(0)
     shape = layout.plane_shape(case.K, case.N, case.planes)
     B = torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, generator=generator)
-    shape = layout.coefficient_shape(case.K, case.N, case.planes, case.group)
+    shape = layout.coefficient_shape(case.K, case.N, case.planes, case.group, case.trellis)
     if case.dtype == BF16 and device == "cpu":
         c = torch.randint(-16, 17, shape, generator=generator) / 16
     else:
@@ -167,9 +175,12 @@ def spills(sass: str) -> list[str]:
     [(tile, *layer) for tile in TILES_16BIT for layer in ((2, 128), (4, 256))]
     + [(TILES_16BIT[0], 1, 32), (TILES_16BIT[-1], 3, 64)],
 )
-def test_kernel_for_rtx_3090_uses_tensor_cores_and_spills_no_register(tile: Tile, planes: int, group: int):
+@pytest.mark.parametrize("trellis", [False, True])
+def test_kernel_for_rtx_3090_uses_tensor_cores_and_spills_no_register(
+    tile: Tile, planes: int, group: int, trellis: bool
+):
     dtype = FP16 if planes % 2 else BF16
-    kernel = compile_stored(86, tile, dtype, planes, group)
+    kernel = compile_stored(86, tile, dtype, min(planes, 3) if trellis else planes, group, trellis=trellis)
     sass = kernel.asm["sass"]
     assert f"HMMA.16816.F32{'.BF16' if dtype == BF16 else ' '}" in sass, "no tensor cores, or 16-bit accumulation"
     assert not spills(sass)
@@ -207,7 +218,8 @@ def test_one_compilation_serves_every_token_count_of_a_tile():
     backend = make_backend(GPUTarget("cuda", 86, 32))
     bind = create_function_from_signature(linear_kernel.signature, linear_kernel.params, backend)
     tensors = [torch.zeros(1, dtype=dtype) for dtype in (BF16, torch.int32, BF16, BF16, BF16)]
-    constants = {"PLANES": 2, "GROUP": 128, "TILE_M": 8, "TILE_N": 64, "TILE_K": 128, "INTERPRETED": False}
+    constants = {"PLANES": 2, "STORED": 2, "GROUP": 128, "INTERPRETED": False}
+    constants |= {"TILE_M": 8, "TILE_N": 64, "TILE_K": 128}
     tensors.insert(3, None)
     keys = {str(bind(*tensors, M, 4096, 4096, 4096, **constants)[1]) for M in (1, 2, 7, 8, 16, 64, 4097)}
     assert len(keys) == 1

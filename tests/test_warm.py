@@ -33,6 +33,7 @@ LAYERS = [
     Layer(3, 64, 1000, 1100, FP16),  # 16 divides neither
     Layer(1, 32, 70, 333, BF16),  # rows that are copied to be read in vectors
     Layer(2, 64, 1000, 1100, FP16, 8),
+    Layer(2, 128, 1000, 1120, BF16, 8, trellis=True),
 ]
 
 
@@ -76,7 +77,7 @@ def random_layer(layer: Layer) -> layout.Stored:
     generator = torch.Generator().manual_seed(0)
     shape = layout.plane_shape(layer.K, layer.N, layer.planes)
     B = torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, generator=generator)
-    shape = layout.coefficient_shape(layer.K, layer.N, layer.planes, layer.group)
+    shape = layout.coefficient_shape(layer.K, layer.N, layer.planes, layer.group, layer.trellis)
     if layer.coefficient_bits == 8:
         c = torch.randint(-128, 128, shape, dtype=torch.int8, generator=generator)
         return layout.Stored(B, c, torch.rand(shape[1:], generator=generator).bfloat16())
@@ -100,7 +101,7 @@ def zeros(layer: Layer, bias: torch.dtype | None) -> torch.Tensor | None:
 
 
 @pytest.mark.parametrize("machine", [(46, 86), (82, 86), (132, 90)], ids=str)
-@pytest.mark.parametrize(("layer", "bias"), [*zip(LAYERS, (BF16, None, FP16, FP32, FP16), strict=True)], ids=str)
+@pytest.mark.parametrize(("layer", "bias"), [*zip(LAYERS, (BF16, None, FP16, FP32, FP16, BF16), strict=True)], ids=str)
 def test_no_batch_needs_a_kernel_that_loading_does_not_compile(
     layer: Layer,
     bias: torch.dtype | None,

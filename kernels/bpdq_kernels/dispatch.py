@@ -1,7 +1,8 @@
 """Which kernel, tile and split a layer and a batch get: computed from their sizes, never timed at run time.
 
 A block computes some tiles of 16 outputs, and its warps share the inputs. The largest tile is taken that still gives
-every multiprocessor about the same number of blocks.
+every multiprocessor about the same number of blocks. Planes are counted as they are multiplied: what fits the registers
+depends on that, not on how many are stored.
 """
 
 from functools import cache
@@ -21,6 +22,7 @@ DECODE_TOKENS, DECODE_PAIRS = 8, 2  # at most, and for each expert: then each pa
 # pairs of an average expert up to which blocks have so many: most experts have then no more
 EXPERT_TOKENS = {8: 4, 16: 10, 32: 24}
 MAX_COEFFICIENTS = 12  # registers of a thread for one unit's; as many are on their way for the next
+MAX_COEFFICIENTS_TRELLIS = 16  # of two tiles
 
 
 class Gemv(NamedTuple):
@@ -94,30 +96,35 @@ def linear_config(
     multiprocessors: int,
     arch: int,
     coefficient_bits: int = 16,
+    trellis: bool = False,
 ) -> Config:
     """The kernel for `tokens` (at least 1) and a layer; arch: compute capability, 86 for 8.6.
 
     Two tiles of four planes with coefficients of 8 bits need more registers: with one token fewer warps have them, with
-    64 tokens no thread.
+    64 tokens no thread. Nor has one then those of two planes that are made of one, on sm_90.
     Binary tensor cores end with sm_90: from sm_100 on, ptxas emulates each of their MMAs in some fifty instructions.
     """
     if tokens == 1 and arch < 100:
-        one = gemv_config(planes, group_size, out_features, in_features, multiprocessors)
+        one = gemv_config(planes, group_size, out_features, in_features, multiprocessors, trellis)
         return one._replace(warps=4) if one.tiles == 2 and planes == 4 and coefficient_bits == 8 else one
     if tokens >= DENSE_TOKENS.get(arch, DENSE_TOKENS_ELSEWHERE):
         return dense_config(in_features)
     config = gemm_config(tokens, planes, out_features, multiprocessors)
-    too_large = config.tokens == 64 and planes == 4 and coefficient_bits == 8
+    too_large = config.tokens == 64 and coefficient_bits == 8 and (planes == 4 or (trellis and planes == 2))
     return config._replace(tiles=1) if too_large else config
 
 
-def gemv_config(planes: int, group_size: int, out_features: int, in_features: int, multiprocessors: int) -> Gemv:
-    """One tile always fits the registers; more only while a unit's coefficients leave room.
+def gemv_config(
+    planes: int, group_size: int, out_features: int, in_features: int, multiprocessors: int, trellis: bool = False
+) -> Gemv:
+    """One tile always fits the registers; more only while a unit's coefficients leave room. With a trellis two tiles
+    have more of it, as a word less of each row is on its way.
 
     Where these fill it, blocks have four warps: the 128 registers of eight are too few for some versions of ptxas.
     """
     coefficients = (planes + 1) * groups_in_unit(group_size)
-    candidates = tuple(tiles for tiles in (4, 2, 1) if tiles == 1 or tiles * coefficients <= MAX_COEFFICIENTS)
+    room = {4: MAX_COEFFICIENTS, 2: MAX_COEFFICIENTS_TRELLIS if trellis else MAX_COEFFICIENTS}
+    candidates = tuple(tiles for tiles in (4, 2, 1) if tiles == 1 or tiles * coefficients <= room[tiles])
     tiles = tiles_per_block(out_features, candidates, multiprocessors)
     full = tiles * coefficients >= MAX_COEFFICIENTS
     return Gemv(tiles, warps=4 if full or in_features < 16 * UNIT else 8)
@@ -157,6 +164,7 @@ def linear_configs(
     multiprocessors: int,
     arch: int,
     coefficient_bits: int = 16,
+    trellis: bool = False,
 ) -> tuple[Config, ...]:
     """All that `linear_config` gives a layer for 1 to MAX_TOKENS tokens: past 64 it counts them in 64s."""
     first = (*range(1, 65), *range(65, MAX_TOKENS, 64))

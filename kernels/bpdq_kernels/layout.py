@@ -186,12 +186,15 @@ class Tiles(NamedTuple):
 
              so that the lanes of a row read activations next to each other, and a word lies in one group.
 
-             bit    31 | 30 29 28 27 | 26 .. 23 | 22 .. 19 | 18 17 16 | 15 | 14 13 12 11 | 10 .. 7 | 6 .. 3 | 2  1  0
-             run     3 |           0 |        1 |        2 |        3 |  3 |           0 |       1 |      2 |       3
-             input   0 |  7  5  3  1 |  7 ..  1 |  7 ..  1 |  7  5  3 |  1 |  6  4  2  0 | 6 .. 0  | 6 .. 0 | 6  4  2
+             bit    31 | 30 29 28 27 | 26 .. 23 | 22 .. 19 | 18 .. 15 | 14 13 12 11 | 10 .. 7 | 6 .. 3 | 2  1  0
+             run     1 |           0 |        3 |        2 |        1 |           0 |       3 |      2 |       1
+             input   1 |  7  5  3  1 |  6 ..  0 |  6 ..  0 |  6 ..  0 |  6  4  2  0 | 7 .. 1  | 7 .. 1 | 7  5  3
 
-             Rotated left by 4j, bits 11..14 and 27..30 are the pairs of inputs 2i, 2i + 1 of run j, i = 0..3: each is
+             Rotated right by 4j, bits 11..14 and 27..30 are the pairs of inputs 2i, 2i + 1 of run j, i = 0..3: each is
              the exponent of an fp16 (or bf16) number in one half of the register.
+
+             Of trellis-coded planes those stored, and below k+2 in place of k+1. For every G runs are as for G = 32, so
+             that a word has the inputs of a stored one: a chain, upwards from bit 11 and past bit 31 from bit 0.
 
     coefficients  [T, Gn, 8, k+1, 2]       c of outputs 16t + 8h + r over 2^s, in the activations' dtype, fp16 or bf16;
                                            Gn groups, whole units of them
@@ -216,9 +219,18 @@ class Tiles(NamedTuple):
         return self.coefficients.dtype if self.ratios is None else self.ratios.dtype
 
     @property
-    def bits(self) -> int:
-        """Bit-planes: k."""
+    def stored(self) -> int:
+        """Bit-planes in `planes`: k."""
+        return self.planes.shape[-4] * self.planes.shape[-2]
+
+    @property
+    def multiplied(self) -> int:
+        """Bit-planes that coefficients are for: k, of trellis-coded ones k + 1."""
         return self.coefficients.shape[-2] - 1
+
+    @property
+    def has_trellis(self) -> bool:
+        return self.stored < self.multiplied
 
     @property
     def coefficient_bits(self) -> int:
@@ -236,8 +248,8 @@ class Tiles(NamedTuple):
 
 
 def to_tiles(B: Tensor, c: Tensor, group_size: int, dtype: torch.dtype, s: Tensor | None = None) -> Tiles:
-    """Rearrange B [ceil(K/32), k, N], c [ceil(K/G), k+1, N] and s [k+1, N] (finite; s where c is int8) for activations
-    of `dtype`, fp16 or bf16.
+    """Rearrange B [ceil(K/32), k, N], c [ceil(K/G), k+1, N] and s [k+1, N] (finite; s where c is int8; of trellis-coded
+    planes c and s with k+2 rows) for activations of `dtype`, fp16 or bf16.
 
     Exact for int8 c where an output's s are powers of two apart; other ratios of s are rounded to `dtype`. Else exact
     for c in `dtype`, but for coefficients below 2^-14 of their output's largest, which fp16 holds with an error
@@ -254,7 +266,7 @@ def to_tiles(B: Tensor, c: Tensor, group_size: int, dtype: torch.dtype, s: Tenso
         rows = B[:, :, start * TILE_ROWS : (start + len(part)) * TILE_ROWS]
         missing = len(part) * TILE_ROWS - rows.shape[2]
         rows = torch.nn.functional.pad(rows, (0, missing, 0, 0, 0, units * 4 - words))
-        rows = _interleave_pairs(_interleave_words(rows, words_beside(group_size)))
+        rows = _interleave_pairs(_interleave_words(rows, words_beside(group_size, has_trellis(B, c))))
         rows = rows.view(units, 4, k // v, v, len(part), 2, 8).permute(4, 0, 2, 6, 1, 3, 5)  # [T, U, k/v, r, q, v, h]
         part.copy_(rows.reshape(part.shape))
 
@@ -275,14 +287,15 @@ def _pairs_of_rows(c: Tensor, tiles: int, groups: int) -> Tensor:
     return c.view(groups, -1, tiles, 2, 8).permute(2, 0, 4, 1, 3).contiguous()
 
 
-def words_beside(group_size: int) -> int:
-    """How many words of a unit take runs of 8 inputs in turn: as many as their group has, 4 at most."""
-    return min(4, group_size // WORD)
+def words_beside(group_size: int, trellis: bool = False) -> int:
+    """How many words of a unit take runs of 8 inputs in turn: as many as their group has, 4 at most; with a trellis
+    each keeps its own."""
+    return 1 if trellis else min(4, group_size // WORD)
 
 
-def planes_beside(planes: int) -> int:
-    """Of how many planes `Tiles` has a lane's words next to each other: v."""
-    return 2 - planes % 2
+def planes_beside(stored: int) -> int:
+    """Of how many of its planes `Tiles` has a lane's words next to each other: v."""
+    return 2 - stored % 2
 
 
 def groups_in_unit(group_size: int) -> int:
@@ -300,13 +313,11 @@ def _interleave_words(B: Tensor, beside: int) -> Tensor:
 
 def _interleave_pairs(B: Tensor) -> Tensor:
     """Words with their bits in the order of `Tiles`: even inputs to the low half, odd ones to the high half, then the
-    four-bit fields of each half reversed, then the word rotated right by one."""
+    word rotated left by 11."""
     for shift, mask in ((1, 0x22222222), (2, 0x0C0C0C0C), (4, 0x00F000F0), (8, 0x0000FF00)):
         moved = (B ^ (B >> shift)) & mask
         B = B ^ moved ^ (moved << shift)
-    B = ((B & 0x00FF00FF) << 8) | ((B >> 8) & 0x00FF00FF)
-    B = ((B & 0x0F0F0F0F) << 4) | ((B >> 4) & 0x0F0F0F0F)
-    return ((B >> 1) & 0x7FFFFFFF) | (B << 31)
+    return (B << 11) | ((B >> 21) & 0x7FF)
 
 
 _UNSHUFFLED = ((1, 0x22222222), (2, 0x0C0C0C0C), (4, 0x00F000F0), (8, 0x0000FF00))  # how far bits go, and which

@@ -36,8 +36,8 @@ def tiled_linear(x: Tensor, tiles: Tiles, out_features: int, group_size: int, bi
     if not tokens:
         return y
     with torch.cuda.device_of(x):
-        layer = (tiles.bits, group_size, out_features, in_features)
-        config = linear_config(tokens, *layer, *machine(x.device), tiles.coefficient_bits)
+        layer = (tiles.multiplied, group_size, out_features, in_features)
+        config = linear_config(tokens, *layer, *machine(x.device), tiles.coefficient_bits, tiles.has_trellis)
         launch(rows, tiles, group_size, bias, y.view(-1, out_features), config)
     return y
 

@@ -57,7 +57,9 @@ def tiled_moe(
 def matrix_of(experts: PreparedExperts) -> Matrix:
     """What the dispatch wants to know of them."""
     tiles = Tiles(*experts[:4])
-    return Matrix(tiles.bits, experts.group_size, experts.out_features, experts.in_features, tiles.coefficient_bits)
+    return Matrix(
+        tiles.multiplied, experts.group_size, experts.out_features, experts.in_features, tiles.coefficient_bits
+    )
 
 
 def launches(

@@ -26,6 +26,8 @@ from bpdq_kernels.triton_layout import (
     group_pairs,
     input_of_word,
     lane_words,
+    multiplied_plane,
+    plane_in_store,
     plane_start,
     row_pairs,
     run_step,
@@ -47,11 +49,12 @@ def dequantize_kernel(
     N: tl.tensor,
     K: tl.tensor,
     PLANES: tl.constexpr,
+    STORED: tl.constexpr,
     GROUP: tl.constexpr,
     UNITS: tl.constexpr,
 ) -> None:
     # axes, in the order of the weights in memory: row, words of other groups, run, words beside, input of the run
-    BESIDE: tl.constexpr = words_beside(GROUP)
+    BESIDE: tl.constexpr = words_beside(GROUP, STORED != PLANES)
     row = tl.arange(0, TILE_ROWS)[:, None, None, None, None]
     other = tl.arange(0, 4 // BESIDE)[None, :, None, None, None]
     run = tl.arange(0, 4)[None, None, :, None, None]
@@ -62,8 +65,8 @@ def dequantize_kernel(
     units = tl.cdiv(K, UNIT)
     groups = tl.cdiv(units * UNIT, GROUP)
     q = other * BESIDE + beside
-    words_ptr = planes_ptr + (first_tile + tile).to(tl.int64) * units * unit_words(PLANES)
-    words_ptr += (row % 8 * 4 + q) * lane_words(PLANES) + row // 8
+    words_ptr = planes_ptr + (first_tile + tile).to(tl.int64) * units * unit_words(STORED)
+    words_ptr += (row % 8 * 4 + q) * lane_words(STORED) + row // 8
     c_ptr = coefficients_ptr + (first_tile + tile).to(tl.int64) * groups * (2 * group_pairs(PLANES))
     c_ptr += row % 8 * (2 * row_pairs(PLANES)) + row // 8
     n = (first_tile + tile) * TILE_ROWS + row
@@ -82,7 +85,9 @@ def dequantize_kernel(
         if ratios_ptr is not None:
             w *= ratio[PLANES]
         for p in tl.static_range(PLANES):
-            words = tl.load(words_ptr + unit * unit_words(PLANES) + plane_start(p, PLANES), here, 0)
+            stored_ptr = words_ptr + unit * unit_words(STORED)
+            stored_ptr += plane_start(plane_in_store(p, PLANES, STORED), STORED)
+            words = multiplied_plane(tl.load(stored_ptr, here, 0), p, PLANES, STORED)
             c_p = tl.load(group_ptr + 2 * p, here, 0).to(tl.float32)
             if ratios_ptr is not None:
                 c_p *= ratio[p]
@@ -114,7 +119,8 @@ def dequantize(
         first_output // layout.TILE_ROWS,
         min(first_output + outputs, tiles.scales.numel()),
         in_features,
-        PLANES=tiles.bits,
+        PLANES=tiles.multiplied,
+        STORED=tiles.stored,
         GROUP=group_size,
         UNITS=UNITS,
         grid=(cdiv(outputs, layout.TILE_ROWS), cdiv(in_features, UNITS * layout.UNIT)),

@@ -6,11 +6,13 @@ A program gathers one row: for each unit of 128 inputs its four words per plane,
                                  `bpdq_kernels.layout.Tiles`
 """
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from bpdq_kernels.layout import Tiles
+from bpdq_kernels.layout import MAX_PLANES, Tiles
 from bpdq_kernels.triton_layout import (
     TILE_ROWS,
     UNIT,
@@ -18,6 +20,8 @@ from bpdq_kernels.triton_layout import (
     input_of_bit,
     input_of_word,
     lane_words,
+    multiplied_plane,
+    plane_in_store,
     plane_start,
     row_pairs,
     unit_words,
@@ -36,6 +40,7 @@ def embedding_kernel(
     N: tl.tensor,
     K: tl.tensor,
     PLANES: tl.constexpr,
+    STORED: tl.constexpr,
     GROUP: tl.constexpr,
     UNITS: tl.constexpr,  # at a time
 ) -> None:
@@ -45,11 +50,11 @@ def embedding_kernel(
     groups = tl.cdiv(units * UNIT, GROUP)
     word = tl.arange(0, 4 * UNITS)[:, None]
     bit = tl.arange(0, 32)[None, :]
-    BESIDE: tl.constexpr = words_beside(GROUP)
+    BESIDE: tl.constexpr = words_beside(GROUP, STORED != PLANES)
     inputs = input_of_word(input_of_bit(bit, BESIDE), word % 4, BESIDE)
     tile = row // TILE_ROWS
     half = row % TILE_ROWS // 8
-    tile_ptr = planes_ptr + tile * units * unit_words(PLANES) + (row % 8 * 4 + word % 4) * lane_words(PLANES) + half
+    tile_ptr = planes_ptr + tile * units * unit_words(STORED) + (row % 8 * 4 + word % 4) * lane_words(STORED) + half
     c_ptr = coefficients_ptr + (tile * groups * 8 + row % 8) * (2 * row_pairs(PLANES)) + half
     scale = tl.where(number == row, tl.load(scales_ptr + row), 0)
     ratio = ()
@@ -65,13 +70,20 @@ def embedding_kernel(
         if ratios_ptr is not None:
             w *= ratio[PLANES]
         for p in tl.static_range(PLANES):
-            words = tl.load(tile_ptr + unit * unit_words(PLANES) + plane_start(p, PLANES), here, 0)
+            stored_ptr = tile_ptr + unit * unit_words(STORED)
+            stored_ptr += plane_start(plane_in_store(p, PLANES, STORED), STORED)
+            words = multiplied_plane(tl.load(stored_ptr, here, 0), p, PLANES, STORED)
             c_p = tl.load(group_ptr + 2 * p, here, 0).to(tl.float32)
             if ratios_ptr is not None:
                 c_p *= ratio[p]
             w = tl.where((words >> bit) & 1 != 0, w + c_p, w)
         i = unit * UNIT + inputs
         tl.store(y_ptr + tl.program_id(0).to(tl.int64) * K + i, (w * scale).to(y_ptr.dtype.element_ty), i < K)
+
+
+def options(planes: int) -> dict[str, Any]:
+    """Compiler options. Left to itself, ptxas spills some of four planes for the sake of one more block."""
+    return {"num_warps": 4, "enable_fp_fusion": True} | ({"maxnreg": 128} if planes == MAX_PLANES else {})
 
 
 def launch(ids: Tensor, tiles: Tiles, group_size: int, y: Tensor) -> None:
@@ -82,9 +94,9 @@ def launch(ids: Tensor, tiles: Tiles, group_size: int, y: Tensor) -> None:
         y,
         tiles.scales.numel(),
         y.shape[1],
-        PLANES=tiles.bits,
+        PLANES=tiles.multiplied,
+        STORED=tiles.stored,
         GROUP=group_size,
         UNITS=8,
-        num_warps=4,
-        enable_fp_fusion=True,
+        **options(tiles.multiplied),
     )

@@ -44,6 +44,7 @@ def expert_gemm_kernel(
     stride_y: tl.tensor,
     choices: tl.tensor,  # pairs that share a row of x
     PLANES: tl.constexpr,
+    STORED: tl.constexpr,
     GROUP: tl.constexpr,
     BF16: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -98,6 +99,7 @@ def expert_gemm_kernel(
         K,
         stride_x,
         PLANES,
+        STORED,
         GROUP,
         BF16,
         TOKENS,
@@ -173,7 +175,8 @@ def launch(
         x.stride(0),
         y.stride(0),
         choices,
-        PLANES=tiles.bits,
+        PLANES=tiles.multiplied,
+        STORED=tiles.stored,
         GROUP=group_size,
         BF16=tiles.dtype == torch.bfloat16,
         TOKENS=config.tokens,
@@ -184,5 +187,5 @@ def launch(
         **constants(activation, fused),
         grid=(cdiv(cdiv(out_features, 2 if fused else 1), layout.TILE_ROWS * block_tiles), len(blocks)),
         warmup=compile_only,
-        **options(config, tiles.bits, tiles.coefficient_bits),
+        **options(config, tiles.multiplied, tiles.coefficient_bits),
     )

@@ -38,6 +38,7 @@ def expert_gemv_kernel(
     stride_y: tl.tensor,
     choices: tl.tensor,  # pairs that share a row of x
     PLANES: tl.constexpr,
+    STORED: tl.constexpr,
     GROUP: tl.constexpr,
     BF16: tl.constexpr,
     TILES: tl.constexpr,
@@ -69,6 +70,7 @@ def expert_gemv_kernel(
         stride,
         K,
         PLANES,
+        STORED,
         GROUP,
         BF16,
         TILES,
@@ -133,7 +135,8 @@ def launch(
         in_features,
         y.stride(0),
         choices,
-        PLANES=tiles.bits,
+        PLANES=tiles.multiplied,
+        STORED=tiles.stored,
         GROUP=group_size,
         BF16=tiles.dtype == torch.bfloat16,
         TILES=config.tiles,
@@ -142,5 +145,5 @@ def launch(
         **constants(activation, fused),
         grid=(ids.numel(), cdiv(y.shape[1], layout.TILE_ROWS * (1 if fused else config.tiles))),
         warmup=compile_only,
-        **options(config, tiles.bits, group_size),
+        **options(config, tiles.multiplied, group_size),
     )

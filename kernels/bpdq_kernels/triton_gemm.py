@@ -46,6 +46,7 @@ from bpdq_kernels.triton_layout import (
     lane_words,
     load_coefficients,
     load_planes,
+    multiplied_planes,
     pair_mask,
     row_pairs,
     row_words,
@@ -72,6 +73,7 @@ REGISTERS_8_BITS = {
     (Gemm(16, 2, 4, 4), 3): 144,
     (Gemm(64, 2, 4, 4), 2): 255,
 }
+REGISTERS_8_BITS_TRELLIS = REGISTERS_8_BITS | {(Gemm(16, 1, 8, 8), 4): 96, (Gemm(16, 2, 4, 4), 4): 192}
 
 
 @triton.jit(do_not_specialize=["M", "stride_x"])
@@ -88,6 +90,7 @@ def gemm_kernel(
     K: tl.tensor,
     stride_x: tl.tensor,
     PLANES: tl.constexpr,
+    STORED: tl.constexpr,
     GROUP: tl.constexpr,
     BF16: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -119,6 +122,7 @@ def gemm_kernel(
         K,
         stride_x,
         PLANES,
+        STORED,
         GROUP,
         BF16,
         TOKENS,
@@ -171,6 +175,7 @@ def dot_rows(
     K: tl.tensor,
     stride_x: tl.tensor,
     PLANES: tl.constexpr,
+    STORED: tl.constexpr,
     GROUP: tl.constexpr,
     BF16: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -191,13 +196,13 @@ def dot_rows(
     BYTES: tl.constexpr = ratios_ptr is not None
     units = tl.cdiv(K, UNIT)
     u = thread // 32 // TEAMS
-    planes_stride = units * unit_words(PLANES)
+    planes_stride = units * unit_words(STORED)
     c_stride = tl.cdiv(units * UNIT, GROUP) * group_pairs(PLANES)
-    planes_ptr += tile * planes_stride + u * unit_words(PLANES) + lane * lane_words(PLANES)
+    planes_ptr += tile * planes_stride + u * unit_words(STORED) + lane * lane_words(STORED)
     coefficients_ptr += tile * c_stride + first_pair(r, PLANES, BYTES)
     planes_stride *= stride
     c_stride *= stride
-    BESIDE: tl.constexpr = words_beside(GROUP)
+    BESIDE: tl.constexpr = words_beside(GROUP, STORED != PLANES)
     i = input_of_word(u * UNIT, lane % 4, BESIDE)
     x_rows = ()
     for n in tl.static_range(TOKENS // 8):
@@ -216,24 +221,25 @@ def dot_rows(
             next_x = next_x + (load_run(x_rows, u, units, i, K, 0, j, BESIDE, TOKENS, WHOLE),)
     if AHEAD:
         live = inside & (u < units)
-        next_words = load_planes(planes_ptr, planes_stride, live, PLANES, TILES)
+        next_words = load_planes(planes_ptr, planes_stride, live, STORED, TILES)
         c_ptr = coefficients_ptr + i // GROUP * group_pairs(PLANES)
         next_c = load_coefficients(c_ptr, c_stride, live, 1, PLANES, TILES, BYTES)
     for _ in range(0, units, SPLIT):
         if AHEAD:
-            words = next_words
+            words = multiplied_planes(next_words, PLANES, STORED, TILES)
             c = next_c
-            planes_ptr += SPLIT * unit_words(PLANES)
+            planes_ptr += SPLIT * unit_words(STORED)
             live = inside & (u + SPLIT < units)
-            next_words = load_planes(planes_ptr, planes_stride, live, PLANES, TILES)
+            next_words = load_planes(planes_ptr, planes_stride, live, STORED, TILES)
             c_ptr = coefficients_ptr + (i + SPLIT * UNIT) // GROUP * group_pairs(PLANES)
             next_c = load_coefficients(c_ptr, c_stride, live, 1, PLANES, TILES, BYTES)
         else:
             live = inside & (u < units)
-            words = load_planes(planes_ptr, planes_stride, live, PLANES, TILES)
+            words = load_planes(planes_ptr, planes_stride, live, STORED, TILES)
+            words = multiplied_planes(words, PLANES, STORED, TILES)
             c_ptr = coefficients_ptr + i // GROUP * group_pairs(PLANES)
             c = load_coefficients(c_ptr, c_stride, live, 1, PLANES, TILES, BYTES)
-            planes_ptr += SPLIT * unit_words(PLANES)
+            planes_ptr += SPLIT * unit_words(STORED)
         if X_AHEAD:
             x_runs = next_x
             next_x = ()
@@ -399,10 +405,11 @@ def weights(
     return w
 
 
-def options(config: Gemm, planes: int, coefficient_bits: int) -> dict[str, Any]:
+def options(config: Gemm, planes: int, coefficient_bits: int, trellis: bool = False) -> dict[str, Any]:
     """Compiler options."""
     found: dict[str, Any] = {"num_warps": config.warps, "enable_fp_fusion": True}
-    limit = (REGISTERS if coefficient_bits == 16 else REGISTERS_8_BITS).get((config, planes))
+    of_bytes = REGISTERS_8_BITS_TRELLIS if trellis else REGISTERS_8_BITS
+    limit = (REGISTERS if coefficient_bits == 16 else of_bytes).get((config, planes))
     return found | {"maxnreg": limit} if limit else found
 
 
@@ -431,7 +438,8 @@ def launch(
         out_features,
         in_features,
         x.stride(0),
-        PLANES=tiles.bits,
+        PLANES=tiles.multiplied,
+        STORED=tiles.stored,
         GROUP=group_size,
         BF16=x.dtype == torch.bfloat16,
         TOKENS=config.tokens,
@@ -441,5 +449,5 @@ def launch(
         WHOLE=in_features % layout.UNIT == 0,
         grid=(cdiv(tokens, config.tokens), cdiv(out_features, layout.TILE_ROWS * tiles_per_block)),
         warmup=compile_only,
-        **options(config, tiles.bits, tiles.coefficient_bits),
+        **options(config, tiles.multiplied, tiles.coefficient_bits, tiles.has_trellis),
     )

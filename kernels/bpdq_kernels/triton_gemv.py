@@ -22,7 +22,7 @@ most 2^-15 of that largest, where a weight rounded to fp16 is off by up to 2^-11
 Infinity and NaN in x give NaN.
 
 Coefficients of 8 bits multiply the counts as integers, and each plane is summed by itself: its ratio comes once at the
-end.
+end. Of trellis-coded planes the first word becomes two in registers, by four instructions for 32 weights.
 
 Budget, RTX 3090, k = 2, G = 128 (sm_86 SASS): 1.2 thread instructions a weight with 64 outputs per block, 2.1 with
 16, where 5.6 fit into the time DRAM needs for it: the schedulers take 0.21 to 0.37 of it, every pipe less. With
@@ -49,6 +49,7 @@ from bpdq_kernels.triton_layout import (
     lane_words,
     load_coefficients,
     load_planes,
+    multiplied_planes,
     row_pairs,
     row_words,
     unit_words,
@@ -81,6 +82,7 @@ def gemv_kernel(
     N: tl.tensor,
     K: tl.tensor,
     PLANES: tl.constexpr,
+    STORED: tl.constexpr,
     GROUP: tl.constexpr,
     BF16: tl.constexpr,
     TILES: tl.constexpr,
@@ -92,7 +94,22 @@ def gemv_kernel(
     # misses at the end would be waited for
     first_row = tile * TILE_ROWS
     prefetch(scales_ptr + first_row + thread, (thread < TILES * TILE_ROWS) & (first_row + thread < N))
-    y = dot_tiles(x_ptr, planes_ptr, coefficients_ptr, ratios_ptr, tile, 1, K, PLANES, GROUP, BF16, TILES, WARPS, WHOLE)
+    y = dot_tiles(
+        x_ptr,
+        planes_ptr,
+        coefficients_ptr,
+        ratios_ptr,
+        tile,
+        1,
+        K,
+        PLANES,
+        STORED,
+        GROUP,
+        BF16,
+        TILES,
+        WARPS,
+        WHOLE,
+    )
     row = first_row + 8 * tl.arange(0, 2 * TILES)[None, :] + tl.arange(0, 8)[:, None]
     y *= tl.load(scales_ptr + row, row < N, 0)
     if bias_ptr is not None:
@@ -110,6 +127,7 @@ def dot_tiles(
     stride: tl.tensor,
     K: tl.tensor,
     PLANES: tl.constexpr,
+    STORED: tl.constexpr,
     GROUP: tl.constexpr,
     BF16: tl.constexpr,
     TILES: tl.constexpr,
@@ -127,12 +145,12 @@ def dot_tiles(
     BYTES: tl.constexpr = ratios_ptr is not None
     SUMS: tl.constexpr = 2 * PLANES + 1 if BYTES else 2  # of a tile
     CS: tl.constexpr = PARTS * (row_words(PLANES) if BYTES else PLANES + 1)
-    planes_stride = units * unit_words(PLANES)
+    planes_stride = units * unit_words(STORED)
     c_stride = tl.cdiv(units * UNIT, GROUP) * group_pairs(PLANES)
-    planes_ptr += tile * planes_stride + warp * unit_words(PLANES) + lane * lane_words(PLANES)
+    planes_ptr += tile * planes_stride + warp * unit_words(STORED) + lane * lane_words(STORED)
     coefficients_ptr += tile * c_stride + warp * UNIT // GROUP * group_pairs(PLANES)
     coefficients_ptr += first_pair(lane // 4, PLANES, BYTES)
-    BESIDE: tl.constexpr = words_beside(GROUP)
+    BESIDE: tl.constexpr = words_beside(GROUP, STORED != PLANES)
     x_ptr += warp * UNIT + input_of_lane(lane, BESIDE)
     inputs_left = K - warp * UNIT
     c_step: tl.constexpr = WARPS * UNIT // GROUP * group_pairs(PLANES)  # 256 divides UNIT x WARPS
@@ -144,18 +162,18 @@ def dot_tiles(
         prefetch(ratios_ptr + which, thread < TILES * (PLANES + 1))
     sign = tl.where(q == 3, -2, 2)  # bit 15 counts negative
     acc = (tl.zeros([32 * WARPS], tl.float32),) * (SUMS * TILES)
-    next_words = load_planes(planes_ptr, planes_stride, inputs_left > 0, PLANES, TILES)
+    next_words = load_planes(planes_ptr, planes_stride, inputs_left > 0, STORED, TILES)
     next_c = load_coefficients(coefficients_ptr, c_stride, inputs_left > 0, PARTS, PLANES, TILES, BYTES)
     next_x = load_inputs(x_ptr, inputs_left - own, BESIDE, WHOLE)
     for _ in range(0, units, WARPS):
-        words = next_words
+        words = multiplied_planes(next_words, PLANES, STORED, TILES)
         c = next_c
         x = next_x
-        planes_ptr += WARPS * unit_words(PLANES)
+        planes_ptr += WARPS * unit_words(STORED)
         coefficients_ptr += c_step
         x_ptr += WARPS * UNIT
         inputs_left -= WARPS * UNIT
-        next_words = load_planes(planes_ptr, planes_stride, inputs_left > 0, PLANES, TILES)
+        next_words = load_planes(planes_ptr, planes_stride, inputs_left > 0, STORED, TILES)
         next_c = load_coefficients(coefficients_ptr, c_stride, inputs_left > 0, PARTS, PLANES, TILES, BYTES)
         next_x = load_inputs(x_ptr, inputs_left - own, BESIDE, WHOLE)
         low, high, sums, scale = slice_bits(x, lane, q, GROUP, BYTES)
@@ -391,7 +409,8 @@ def launch(
         y,
         out_features,
         in_features,
-        PLANES=tiles.bits,
+        PLANES=tiles.multiplied,
+        STORED=tiles.stored,
         GROUP=group_size,
         BF16=tiles.dtype == torch.bfloat16,
         TILES=config.tiles,

@@ -1,14 +1,15 @@
 """Where a word, a coefficient or an input is in `bpdq_kernels.layout.Tiles`, which draws it, for code that Triton
 compiles.
 
-Planes are counted in words from a tile's unit, coefficients in pairs (of rows r and r + 8) from a tile's group.
+Planes are counted in words from a tile's unit, coefficients in pairs (of rows r and r + 8) from a tile's group. Of
+trellis-coded planes fewer are `stored` than there are to be multiplied, `planes`: `multiplied_plane` makes those.
 """
 
 import triton
 import triton.language as tl
 
 from bpdq_kernels import layout
-from bpdq_kernels.warp import load2, load4, select_bytes, shift_right, signed_byte
+from bpdq_kernels.warp import load2, load4, rotate_left, select_bytes, shift_right, signed_byte
 
 TILE_ROWS, UNIT, RUN = tl.constexpr(layout.TILE_ROWS), tl.constexpr(layout.UNIT), tl.constexpr(layout.RUN)
 words_beside = triton.constexpr_function(layout.words_beside)
@@ -17,22 +18,28 @@ groups_in_unit = triton.constexpr_function(layout.groups_in_unit)
 
 
 @triton.constexpr_function
-def unit_words(planes: int) -> int:
+def unit_words(stored: int) -> int:
     """Words of a tile in a unit."""
-    return layout.TILE_ROWS * layout.UNIT // layout.WORD * planes
+    return layout.TILE_ROWS * layout.UNIT // layout.WORD * stored
 
 
 @triton.constexpr_function
-def lane_words(planes: int) -> int:
+def lane_words(stored: int) -> int:
     """Words that a lane finds next to each other, and how far it is to those of the next lane."""
-    return 2 * planes_beside(planes)
+    return 2 * planes_beside(stored)
 
 
 @triton.constexpr_function
-def plane_start(plane: int, planes: int) -> int:
-    """Where the first lane's words of a plane start."""
-    beside = planes_beside(planes)
+def plane_start(plane: int, stored: int) -> int:
+    """Where the first lane's words of a stored plane start."""
+    beside = planes_beside(stored)
     return plane // beside * (64 * beside) + plane % beside * 2
+
+
+@triton.constexpr_function
+def plane_in_store(plane: int, planes: int, stored: int) -> int:
+    """The stored plane from which plane `plane` of those multiplied comes."""
+    return max(0, plane - (planes - stored))
 
 
 @triton.constexpr_function
@@ -75,21 +82,21 @@ def input_of_word(i: tl.tensor, q: tl.tensor, BESIDE: tl.constexpr) -> tl.tensor
 @triton.jit
 def input_of_bit(bit: tl.tensor, BESIDE: tl.constexpr) -> tl.tensor:
     """Which input of its unit a bit of the first word stands for."""
-    rank = (14 - bit) & 31  # runs of 8 inputs, even ones first
+    rank = (bit - 11) & 31  # runs of 8 inputs, even ones first
     run = (rank & 15) >> 2
-    return run * run_step(BESIDE) + ((((rank & 3) ^ 3) << 1) | (rank >> 4))
+    return run * run_step(BESIDE) + (((rank & 3) << 1) | (rank >> 4))
 
 
 @triton.jit
 def bit_of_input(run: tl.tensor, number: tl.tensor) -> tl.tensor:
     """Which bit of its word stands for input `number` of run `run`: the inverse of `input_of_bit`."""
-    return (14 - ((number & 1) * 16 + run * 4 + (3 - (number >> 1)))) & 31
+    return (11 + (number & 1) * 16 + run * 4 + (number >> 1)) & 31
 
 
 @triton.constexpr_function
 def turn(run: int) -> int:
     """By how much a word is rotated left so that `pair_mask` finds the inputs of a run."""
-    return 4 * run
+    return -4 * run % 32
 
 
 @triton.constexpr_function
@@ -100,20 +107,45 @@ def pair_mask(pair: int) -> int:
 
 @triton.jit
 def load_planes(
-    ptr: tl.tensor, stride: tl.tensor, live: tl.tensor, PLANES: tl.constexpr, TILES: tl.constexpr
+    ptr: tl.tensor, stride: tl.tensor, live: tl.tensor, STORED: tl.constexpr, TILES: tl.constexpr
 ) -> tl.tuple:
     """A lane's words of one unit for each tile: rows r and r + 8 of plane 0, then of plane 1, ...; zeros where not
     `live`. Tiles are `stride` words apart."""
     words = ()
     for _ in tl.static_range(TILES):
-        if PLANES % 2 == 0:
-            for p in tl.static_range(0, PLANES, 2):
-                words = words + load4(ptr, live, 4 * plane_start(p, PLANES))
+        if STORED % 2 == 0:
+            for p in tl.static_range(0, STORED, 2):
+                words = words + load4(ptr, live, 4 * plane_start(p, STORED))
         else:
-            for p in tl.static_range(PLANES):
-                words = words + load2(ptr, live, 4 * plane_start(p, PLANES))
+            for p in tl.static_range(STORED):
+                words = words + load2(ptr, live, 4 * plane_start(p, STORED))
         ptr += stride
     return words
+
+
+@triton.jit
+def multiplied_planes(words: tl.tuple, PLANES: tl.constexpr, STORED: tl.constexpr, TILES: tl.constexpr) -> tl.tuple:
+    """A lane's words, in the order of `load_planes`, of the planes that are multiplied; words: of those stored."""
+    if PLANES == STORED:
+        return words
+    found = ()
+    for t in tl.static_range(TILES):
+        for p in tl.static_range(PLANES):
+            for half in tl.static_range(2):
+                word = words[2 * (STORED * t + plane_in_store(p, PLANES, STORED)) + half]
+                found = found + (multiplied_plane(word, p, PLANES, STORED),)
+    return found
+
+
+@triton.jit
+def multiplied_plane(word: tl.tensor, P: tl.constexpr, PLANES: tl.constexpr, STORED: tl.constexpr) -> tl.tensor:
+    """The word of plane P of those multiplied; word: of `plane_in_store(P)`. The first two of a trellis are the bits of
+    one before and two before in their chain (`bpdq_kernels.trellis`), which starts at bit 11."""
+    if PLANES == STORED or P > 1:
+        return word
+    elif P == 0:
+        return rotate_left(word, 1) & ~(1 << 11)
+    return word ^ (rotate_left(word, 2) & ~(3 << 11))
 
 
 @triton.jit

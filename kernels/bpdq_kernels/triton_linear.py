@@ -30,6 +30,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bpdq_kernels.triton_layout import plane_in_store
+
 
 class Tile(NamedTuple):
     """Tokens, outputs and inputs of a program's step, with its warps and pipeline stages."""
@@ -59,6 +61,7 @@ def linear_kernel(
     K: tl.tensor,
     stride_x: tl.tensor,
     PLANES: tl.constexpr,
+    STORED: tl.constexpr,
     GROUP: tl.constexpr,
     TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,
@@ -73,7 +76,7 @@ def linear_kernel(
     even = (1 << (2 * tl.arange(0, 16)))[None, :, None]
     odd = even << 1
     x_tile = x_ptr + m[None, :] * stride_x + i[:, None]
-    B_tile = B_ptr + word[:, None] * PLANES * N + n[None, :]
+    B_tile = B_ptr + word[:, None] * STORED * N + n[None, :]
     acc = tl.zeros((TILE_N, TILE_M), tl.float32)
     s = ()
     for p in tl.static_range(PLANES + 1):
@@ -92,7 +95,8 @@ def linear_kernel(
             if s_ptr is not None:
                 c_p *= s[p]
             c_p = c_p[None, None, :]
-            bits = tl.load(B_tile + p * N, mask=live, other=0)[:, None, :]
+            bits = tl.load(B_tile + plane_in_store(p, PLANES, STORED) * N, mask=live, other=0)
+            bits = multiplied_plane(bits, p, PLANES, STORED)[:, None, :]
             w_even = tl.where((bits & even) != 0, w_even + c_p, w_even)
             w_odd = tl.where((bits & odd) != 0, w_odd + c_p, w_odd)
         w = tl.join(w_even.to(x_ptr.dtype.element_ty), w_odd.to(x_ptr.dtype.element_ty))  # [words, 16, N, 2]
@@ -104,11 +108,22 @@ def linear_kernel(
             x = x.to(tl.float32)
         acc = tl.dot(w, x, acc, input_precision="ieee")
         x_tile += TILE_K
-        B_tile += TILE_K // 32 * PLANES * N
+        B_tile += TILE_K // 32 * STORED * N
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + n, mask=n < N, other=0).to(tl.float32)[:, None]
     y_tile = y_ptr + m[None, :] * N + n[:, None]
     tl.store(y_tile, acc.to(y_ptr.dtype.element_ty), mask=(n < N)[:, None] & (m < M)[None, :])
+
+
+@triton.jit
+def multiplied_plane(word: tl.tensor, P: tl.constexpr, PLANES: tl.constexpr, STORED: tl.constexpr) -> tl.tensor:
+    """As that of `triton_layout`, of words as stored (`bpdq_kernels.trellis.shifted`)."""
+    if PLANES == STORED or P > 1:
+        return word
+    from_even = word & 0x55555555
+    if P == 0:
+        return (word << 2) | (from_even >> 29)
+    return word ^ ((word << 4) | (from_even >> 27))
 
 
 def tile_for(tokens: int, dtype: torch.dtype) -> Tile:
@@ -128,7 +143,7 @@ def stored_linear(
     """y [..., N] = x [..., K] @ W.T + bias [N] in x.dtype (fp32, fp16 or bf16), accumulated in fp32.
 
     B: int32 [ceil(K/32), k, N], any bit pattern; c: [ceil(K/G), k+1, N] floating point, finite, or int8 with s
-    [k+1, N]; all contiguous. Raises ValueError where they are not.
+    [k+1, N]; of trellis-coded planes c and s have k+2 rows; all contiguous. Raises ValueError where they are not.
     Allocates nothing but y where x has unit stride along K.
     """
     if not all(tensor is None or tensor.is_contiguous() for tensor in (B, c, s)):
@@ -171,7 +186,8 @@ def launch(
         out_features,
         in_features,
         x.stride(0),
-        PLANES=B.shape[1],
+        PLANES=c.shape[1] - 1,
+        STORED=B.shape[1],
         GROUP=group_size,
         TILE_M=tile.m,
         TILE_N=tile.n,

@@ -94,7 +94,8 @@ def launches(prepared: Prepared, bias: Tensor | None) -> Iterator[Callable[..., 
             yield partial(triton_linear.launch, x, planes, coefficients, scales, group_size, bias, y, tile)
         return
     machine = tiled_linear.machine(planes.device)
-    for config in linear_configs(tiles.bits, group_size, out_features, in_features, *machine, tiles.coefficient_bits):
+    layer = (tiles.multiplied, group_size, out_features, in_features)
+    for config in linear_configs(*layer, *machine, tiles.coefficient_bits, tiles.has_trellis):
         yield partial(tiled_linear.launch, x, tiles, group_size, bias, y, config)
 
 
