@@ -16,7 +16,7 @@ from products import random_stored
 
 SILU = Activation("silu")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-TOLERANCE = {torch.float32: 2e-5, torch.float16: 8e-3, torch.bfloat16: 2e-2}  # of a token's length
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}  # of a token's length
 
 
 class Experts(NamedTuple):
@@ -88,15 +88,12 @@ def expected(case: Case) -> torch.Tensor:
 
 
 def assert_experts(case: Case, y: torch.Tensor) -> None:
-    """y is `expected`, up to rounding in x's dtype, also of what cancels out; exactly 0 for tokens without an expert of
-    ours."""
+    """y is `expected`, up to rounding in x's dtype; exactly 0 for tokens without an expert of ours."""
     assert y.dtype == case.x.dtype
     assert y.shape == case.x.shape
     exact = expected(case)
     error = (y.double() - exact).norm(dim=1)
-    size = exact.norm(dim=1)
-    size += 0.1 * case.x.double().norm(dim=1) * (size > 0)
-    assert (error <= TOLERANCE[y.dtype] * size).all(), (error / size).max()
+    assert (error <= TOLERANCE[y.dtype] * exact.norm(dim=1)).all(), (error / exact.norm(dim=1)).max()
 
 
 def random_case(
@@ -131,21 +128,17 @@ def random_case(
 
 
 @pytest.mark.parametrize("isa", [*ISAS, None])
-@settings(max_examples=80, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_experts_give_what_their_dense_matrices_give(isa, data):
     """On every instruction set, and without a compiler."""
-    trellises = data.draw(st.booleans()), data.draw(st.booleans())
-    hidden, inner = (
-        32 * data.draw(st.integers(1, 4)) if trellis else data.draw(st.integers(16, 150)) for trellis in trellises
-    )
     case = random_case(
         tokens=data.draw(st.sampled_from([1, 2, 5, 9, 33, 70])),
         choices=data.draw(st.integers(1, 4)),
-        hidden=hidden,
-        inner=inner,
+        hidden=data.draw(st.integers(16, 150)),
+        inner=data.draw(st.integers(16, 150)),
         count=data.draw(st.integers(4, 7)),
-        k=data.draw(st.integers(1, 3 if any(trellises) else 4)),
+        k=data.draw(st.integers(1, 4)),
         groups=(data.draw(st.sampled_from(GROUP_SIZES)), data.draw(st.sampled_from(GROUP_SIZES))),
         c_dtype=data.draw(st.sampled_from([torch.float16, torch.bfloat16, torch.int8])),
         dtype=data.draw(st.sampled_from(DTYPES)),
@@ -154,8 +147,28 @@ def test_experts_give_what_their_dense_matrices_give(isa, data):
         weights_on_input=data.draw(st.booleans()),
         seed=data.draw(st.integers(0, 9)),
         ids_dtype=data.draw(st.sampled_from([torch.int32, torch.int64])),
-        trellises=trellises,
     )
+    with using(isa) if isa else mock.patch.object(cpu, "library", return_value=None):
+        y = case.run()
+    assert_experts(case, y)
+
+
+@pytest.mark.parametrize("isa", [*ISAS, None])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("k", "groups", "c_dtype", "trellises"),
+    [
+        (1, (32, 256), torch.int8, (True, True)),
+        (2, (128, 64), torch.int8, (True, True)),
+        (3, (64, 32), torch.float16, (True, True)),
+        (2, (128, 128), torch.bfloat16, (True, False)),
+        (3, (64, 64), torch.int8, (False, True)),
+    ],
+)
+def test_experts_of_trellis_coded_planes_too(isa, dtype, k, groups, c_dtype, trellises):
+    """Of either matrix or both; many experts get one token, some get many."""
+    case = random_case(90, 2, 160, 96, 8, k, groups, c_dtype, dtype, biases=True, trellises=trellises)
+    case.ids[20:] = case.ids[20:].clamp_max(1)
     with using(isa) if isa else mock.patch.object(cpu, "library", return_value=None):
         y = case.run()
     assert_experts(case, y)

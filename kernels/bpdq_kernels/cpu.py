@@ -129,8 +129,8 @@ def linear(
 ) -> Tensor:
     """y [..., N] = x [..., K] @ W.T + bias in x.dtype; planes, coefficients and scales from `prepare`.
 
-    Sums are fp32. W is exact, or rounded to bf16 where bf16 x is multiplied in bf16. With AVX2, and AVX-512's VBMI, 16-bit
-    x is rounded to multiples of at most 2^-14 of the most that four neighbours have together in its group, of a trellis
+    Sums are fp32. W is exact, or rounded to bf16 where bf16 x is multiplied in bf16. With AVX2 or VBMI, 16-bit x is
+    rounded to multiples of at most 2^-14 of the most that four neighbours have together in its group, of a trellis
     neighbours in a chain; fp32 x, with VBMI, of 2^-29, and a group's sums of that are exact.
     """
     if library() is None:
