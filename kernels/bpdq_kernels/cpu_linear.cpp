@@ -109,11 +109,12 @@ template <int PLANES, class Kernel>
 void run_tiles(Scratch<Kernel>& scratch, const Layer& layer, const Rows& rows, const float* bias, int64_t first,
                int64_t last) {
   const int64_t group_words = layer.group_size / WORD;
-  for (int64_t row = 0; row < rows.count; row += Kernel::TOKENS)
-    for (int64_t block = first; block < last; block += BLOCK) {
-      const int64_t end = std::min(block + BLOCK, last);
-      const int count = std::min<int64_t>(Kernel::TOKENS, rows.count - row);
-      const int room = (count + Kernel::AT_ONCE - 1) / Kernel::AT_ONCE * Kernel::AT_ONCE;
+  for (int64_t row = 0; row < rows.count; row += Kernel::TOKENS) {
+    const int count = std::min<int64_t>(Kernel::TOKENS, rows.count - row);
+    const int room = (count + Kernel::AT_ONCE - 1) / Kernel::AT_ONCE * Kernel::AT_ONCE;
+    const int64_t together = BLOCK * std::min(FEW, Kernel::TOKENS / room);
+    for (int64_t block = first; block < last; block += together) {
+      const int64_t end = std::min(block + together, last);
       memset(scratch.sums, 0, (end - block) * room * sizeof *scratch.sums);
       for (int64_t word = 0, group = 0; word < layer.words(); word += group_words, group++) {
         const int words = std::min(group_words, layer.words() - word);
@@ -141,6 +142,7 @@ void run_tiles(Scratch<Kernel>& scratch, const Layer& layer, const Rows& rows, c
             rows.outputs.write(out + lane, sums[lane] + (bias ? bias[tile * TILE + lane] : 0));
         }
     }
+  }
 }
 
 /* A thread's kernels; those that it needs have memory. */

@@ -29,8 +29,7 @@ namespace {
 struct Bits {
   __m512i of[2];
   Bits() = default;
-  explicit Bits(__m512i word) {
-    const __m512i four = _mm512_set1_epi8(15), place = _mm512_set1_epi32(0x30201000);
+  Bits(__m512i word, __m512i four, __m512i place) {
     constexpr int AND_OR = 0xea;  // word & four | place
     of[1] = _mm512_ternarylogic_epi32(_mm512_srli_epi32(word, 4), four, place, AND_OR);
     of[0] = _mm512_ternarylogic_epi32(word, four, place, AND_OR);
@@ -62,6 +61,8 @@ struct LookupPairs {
   Table table[TOKENS][1 + TRELLIS][MAX_GROUP / WORD];  // of inputs, and of those one place later
   int start[TOKENS][1 + TRELLIS][PAIRS];               // of the sums
   float total[TOKENS], unit[TOKENS];                   // of inputs their sum, and what 1 stands for
+  // in memory, from where they are spread without help of the vector units
+  int four = 0x0f0f0f0f, place = 0x30201000, one = 0x01010101, minus_128 = 0x80808080;
 
   void take(int token, const Input* values, int words) {
     alignas(64) float later[MAX_GROUP];
@@ -150,8 +151,8 @@ struct LookupPairs {
   using Sums = __m512i[SIDES][PAIRS];  // of a tile's outputs
 
   /* Adds what `bits` pick of a word's sums, which are loaded once for all outputs. */
-  __attribute__((always_inline)) static void add(Sums& sums, const Bits (&bits)[SIDES], const Table& from) {
-    const __m512i ones = _mm512_set1_epi8(1), minus = _mm512_set1_epi8(-128);
+  __attribute__((always_inline)) static void add(Sums& sums, const Bits (&bits)[SIDES], const Table& from, __m512i ones,
+                                                 __m512i minus) {
 #pragma GCC unroll 2
     for (int pair = 0; pair < PAIRS; pair++) {
       __m512i low[2], high[2];
@@ -184,6 +185,8 @@ struct LookupPairs {
   template <int COUNT>
   __attribute__((noinline)) void accumulate(const TileGroup<PLANES>& tile, int first, float* y) const {
     constexpr int STORED_PLANES = PLANES - TRELLIS;
+    const __m512i fours = _mm512_set1_epi32(four), places = _mm512_set1_epi32(place);
+    const __m512i ones = _mm512_set1_epi32(one), minus = _mm512_set1_epi32(minus_128);
     Sums sums[COUNT][PLANES];
 #pragma GCC unroll 64
     for (int i = 0; i < COUNT * PLANES * SIDES * PAIRS; i++) {
@@ -200,18 +203,18 @@ struct LookupPairs {
         for (int side = 0; side < SIDES; side++) {
           words[side] = _mm512_loadu_si512(tile.planes + at + side * LANES);
           __builtin_prefetch(tile.ahead + at + side * LANES);
-          bits[side] = Bits(words[side]);
+          bits[side] = Bits(words[side], fours, places);
         }
         const bool coded = TRELLIS && p == 0;
 #pragma GCC unroll 2
         for (int token = 0; token < COUNT; token++)
-          add(sums[token][p ? p + TRELLIS : 0], bits, table[first + token][coded][word]);
+          add(sums[token][p ? p + TRELLIS : 0], bits, table[first + token][coded][word], ones, minus);
         if (!coded) continue;
 #pragma GCC unroll 2
         for (int side = 0; side < SIDES; side++)
-          bits[side] = Bits(_mm512_xor_si512(words[side], _mm512_slli_epi32(words[side], 2)));
+          bits[side] = Bits(_mm512_xor_si512(words[side], _mm512_slli_epi32(words[side], 2)), fours, places);
 #pragma GCC unroll 2
-        for (int token = 0; token < COUNT; token++) add(sums[token][1], bits, table[first + token][0][word]);
+        for (int token = 0; token < COUNT; token++) add(sums[token][1], bits, table[first + token][0][word], ones, minus);
       }
     y += first * TILE;
 #pragma GCC unroll 8

@@ -28,7 +28,7 @@ typedef uint8_t Octets __attribute__((vector_size(4 * LANES)));
 constexpr int WORD = BPDQ_WORD, TILE = BPDQ_TILE, MAX_GROUP = BPDQ_MAX_GROUP;
 static_assert(WORD == 8 * sizeof(uint32_t), "a lane holds one word");
 static_assert(TILE % (2 * LANES) == 0, "tiles are pairs of registers");
-constexpr int BLOCK = 64;  // tiles between which a thread's tables and inputs stay in cache
+constexpr int BLOCK = 64, FEW = 4;  // tiles between which a thread's tables and inputs stay in cache, and of few tokens
 constexpr int TABLES = (WORD + TABLE_BITS - 1) / TABLE_BITS;  // per word
 
 constexpr int AHEAD = 1024;  // words of planes between those in use and those fetched from memory
