@@ -2,6 +2,7 @@
 
     python -m benchmarks.cpu_bench                              # layers of Qwen2.5-7B and 72B
     python -m benchmarks.cpu_bench --layers 8192x8192 --tokens 1 8
+    python -m benchmarks.cpu_bench --code plain trellis         # trellis-coded planes beside plain ones
     python -m benchmarks.cpu_bench --models MODEL MODEL-bpdq    # the first is the baseline
     python -m benchmarks.cpu_bench --random-models 1.5B         # of Qwen2.5-1.5B's shape, written to --output first
     python -m benchmarks.cpu_bench --random-models 30B-A3B      # two blocks of Qwen3-30B-A3B's shape
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,7 @@ from benchmarks.shapes import EXPERTS, Experts, Layer
 from bpdq_kernels import Activation, layout, linear, moe, prepare, prepare_experts
 from bpdq_kernels.compiled import instruction_set
 from bpdq_kernels.experts import routes
-from bpdq_kernels.format import Scheme
+from bpdq_kernels.format import CODE_OPTIONS, Scheme
 
 LAYERS = (
     Layer("7B qkv", 4608, 3584),
@@ -56,7 +58,7 @@ MIN_ROUNDS = 3
 PREFILL_TOKENS, DECODE_TOKENS = 512, 32
 
 Row = dict[str, Any]
-Measured = Callable[[int], tuple[dict[str, Callable[[], Tensor]], float]]
+Measured = Callable[[int], tuple[dict[str, Callable[[], Tensor]], dict[str, float]]]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -104,6 +106,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--bits", type=int, default=2, choices=range(1, layout.MAX_PLANES + 1), help="(%(default)s)")
     parser.add_argument("--group-size", type=int, default=128, choices=layout.GROUP_SIZES, help="(%(default)s)")
     parser.add_argument("--coefficient-bits", type=int, default=16, choices=(8, 16), help="(%(default)s)")
+    parser.add_argument(
+        "--code", nargs="+", default=["plain"], choices=CODE_OPTIONS, help="of layers' planes (%(default)s)"
+    )
     parser.add_argument("--rounds", type=int, default=15, help="at most, per layer and number of tokens (%(default)s)")
     parser.add_argument(
         "--cpu-time",
@@ -122,6 +127,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--layers: write outputs x inputs, such as 4096x4096, or four numbers, such as 128x8x2048x768")
     if min(args.rounds, *args.tokens) < 1:
         parser.error("--tokens and --rounds must be at least 1")
+    if "trellis" in args.code and args.bits == layout.MAX_PLANES:
+        parser.error(f"--code trellis: store at most {layout.MAX_PLANES - 1} planes, one more is multiplied")
+    if "trellis" in args.code and any(inputs % layout.WORD for layer in args.layers for inputs in layer[-2:]):
+        parser.error(f"--code trellis: inputs must be a multiple of {layout.WORD}")
     return args
 
 
@@ -146,9 +155,10 @@ def copy_bandwidth() -> float:
 
 
 def measure_layer(layer: Layer | Experts, args: argparse.Namespace) -> list[Row]:
-    """Milliseconds of one layer for every number of tokens: BPDQ and torch on bf16 x, of a Linear torch on fp32 x."""
+    """Milliseconds of one layer for every number of tokens: BPDQ and torch on bf16 x, of a Linear torch on fp32 x. For
+    every code a row, whose candidates were all timed in turn."""
     scheme = Scheme(args.bits, args.group_size, args.coefficient_bits)
-    measured = (linear_candidates if isinstance(layer, Layer) else expert_candidates)(layer, scheme)
+    measured = (linear_candidates if isinstance(layer, Layer) else expert_candidates)(layer, scheme, args.code)
     rows = []
     for tokens in args.tokens:
         candidates, packed_bytes = measured(tokens)
@@ -156,61 +166,75 @@ def measure_layer(layer: Layer | Experts, args: argparse.Namespace) -> list[Row]
         for run in candidates.values():
             run()
         end = time.perf_counter() + SECONDS_PER_ROW
-        while len(times["bpdq"]) < args.rounds and (len(times["bpdq"]) < MIN_ROUNDS or time.perf_counter() < end):
+        while len(times["bf16"]) < args.rounds and (len(times["bf16"]) < MIN_ROUNDS or time.perf_counter() < end):
             for candidate, run in candidates.items():
                 times[candidate].append(seconds(run, time.process_time if args.cpu_time else time.perf_counter))
-        row: Row = {"layer": layer.name, "shape": " x ".join(map(str, layer[1:])), "tokens": tokens}
-        row["rounds"] = len(times["bpdq"])
-        row |= {f"{candidate}_ms": statistics.median(values) * 1e3 for candidate, values in times.items()}
-        row |= {f"{candidate}_min_ms": min(values) * 1e3 for candidate, values in times.items()}
-        row["packed_gb_s"] = packed_bytes / row["bpdq_ms"] / 1e6
-        rows.append(row)
-        print(f"{layer.name}, {tokens} tokens: {row['bpdq_ms']:.2f} ms, bf16 {row['bf16_ms']:.2f} ms", file=sys.stderr)
+        for code in args.code:
+            name = f"{layer.name}, trellis" if code == "trellis" else layer.name
+            row: Row = {"layer": name, "shape": " x ".join(map(str, layer[1:])), "tokens": tokens, "code": code}
+            row["rounds"] = len(times[code])
+            named = {"bpdq": times[code]} | {other: times[other] for other in times if other not in CODE_OPTIONS}
+            row |= {f"{candidate}_ms": statistics.median(values) * 1e3 for candidate, values in named.items()}
+            row |= {f"{candidate}_min_ms": min(values) * 1e3 for candidate, values in named.items()}
+            row["packed_gb_s"] = packed_bytes[code] / row["bpdq_ms"] / 1e6
+            if code != args.code[0]:
+                row["of_first_code"] = row["packed_gb_s"] / rows[-1]["packed_gb_s"]
+            rows.append(row)
+            print(f"{name}, {tokens} tokens: {row['bpdq_ms']:.2f} ms, bf16 {row['bf16_ms']:.2f} ms", file=sys.stderr)
     return rows
 
 
-def linear_candidates(layer: Layer, scheme: Scheme) -> Measured:
-    """For a number of tokens what is timed, by name, and the bytes that BPDQ reads."""
+def linear_candidates(layer: Layer, scheme: Scheme, codes: Sequence[str]) -> Measured:
+    """For a number of tokens what is timed, by name, and the bytes that BPDQ reads, by code."""
     _, n, k_in = layer
-    stored = random_layer(n, k_in, scheme, torch.default_generator)
-    prepared = prepare(stored.B, stored.c, scheme.group_size, k_in, s=stored.s)
+    prepared = {}
+    for code in codes:
+        stored = random_layer(n, k_in, replace(scheme, code=CODE_OPTIONS[code]), torch.default_generator)
+        prepared[code] = prepare(stored.B, stored.c, scheme.group_size, k_in, s=stored.s)
     half = torch.randn(n, k_in, dtype=torch.bfloat16)
     full = half.float()
 
-    def measured(tokens: int) -> tuple[dict[str, Callable[[], Tensor]], float]:
+    def measured(tokens: int) -> tuple[dict[str, Callable[[], Tensor]], dict[str, float]]:
         x = torch.randn(tokens, k_in)
         x_half = x.bfloat16()
-        candidates = {
-            "bpdq": lambda: linear(x_half, prepared),
+        candidates = {code: functools.partial(linear, x_half, held) for code, held in prepared.items()} | {
             "bf16": lambda: torch.nn.functional.linear(x_half, half),
             "fp32": lambda: torch.nn.functional.linear(x, full),
         }
-        return candidates, prepared.planes.nbytes + prepared.coefficients.nbytes
+        return candidates, {code: held.planes.nbytes + held.coefficients.nbytes for code, held in prepared.items()}
 
     return measured
 
 
-def expert_candidates(layer: Experts, scheme: Scheme) -> Measured:
+def expert_candidates(layer: Experts, scheme: Scheme, codes: Sequence[str]) -> Measured:
     """As `linear_candidates`, for tokens that choose experts at random; in bf16 as vLLM does it, one after another."""
     _, count, chosen, hidden, inner = layer
     shapes = (2 * inner, hidden), (hidden, inner)
-    up, down = (
-        prepare_experts(random_experts(count, n, k_in, scheme, torch.default_generator), scheme.group_size, k_in)
-        for n, k_in in shapes
-    )
+    prepared = {code: [] for code in codes}
+    for code, (n, k_in) in itertools.product(codes, shapes):
+        coded = replace(scheme, code=CODE_OPTIONS[code])
+        stored = random_experts(count, n, k_in, coded, torch.default_generator)
+        prepared[code].append(prepare_experts(stored, scheme.group_size, k_in))
     half = [0.02 * torch.randn(count, n, k_in, dtype=torch.bfloat16) for n, k_in in shapes]
-    packed_bytes = sum(m.planes.nbytes + m.coefficients.nbytes for m in (up, down)) / count
+    packed_bytes = {
+        code: sum(m.planes.nbytes + m.coefficients.nbytes for m in matrices) / count
+        for code, matrices in prepared.items()
+    }
 
-    def measured(tokens: int) -> tuple[dict[str, Callable[[], Tensor]], float]:
+    def measured(tokens: int) -> tuple[dict[str, Callable[[], Tensor]], dict[str, float]]:
         x = torch.randn(tokens, hidden, dtype=torch.bfloat16)
         weights = torch.full((tokens, chosen), 1 / chosen)
         ids = [torch.rand(tokens, count).argsort(1)[:, :chosen] for _ in range(ROUTINGS)]
-        turns = {candidate: itertools.cycle(ids) for candidate in ("bpdq", "bf16")}
-        candidates = {
-            "bpdq": lambda: moe(x, weights, next(turns["bpdq"]), up, down, Activation("silu")),
+        turns = {candidate: itertools.cycle(ids) for candidate in (*codes, "bf16")}
+
+        def packed(code: str) -> Tensor:
+            return moe(x, weights, next(turns[code]), *prepared[code], Activation("silu"))
+
+        candidates = {code: functools.partial(packed, code) for code in codes} | {
             "bf16": lambda: dense_experts(x, weights, routes(next(turns["bf16"]), count), *half),
         }
-        return candidates, packed_bytes * statistics.mean(len(choice.unique()) for choice in ids)
+        used = statistics.mean(len(choice.unique()) for choice in ids)
+        return candidates, {code: each * used for code, each in packed_bytes.items()}
 
     return measured
 
@@ -274,18 +298,19 @@ def weight_bytes(model: torch.nn.Module) -> int:
 
 
 def layer_table(rows: Sequence[Row], copy_gb_s: float) -> str:
-    """Rows as markdown; `vs bf16` is how many times faster than torch's bf16 layer. Shape: outputs x inputs, or experts
-    x chosen ones x hidden x inner size."""
+    """Rows as markdown; `vs bf16` is how many times faster than torch's bf16 layer, and in brackets stand the packed
+    bytes over those of the first code. Shape: outputs x inputs, or experts x chosen ones x hidden x inner size."""
     lines = [
         "| layer | shape | tokens | BPDQ, ms | bf16, ms | fp32, ms | vs bf16 | packed GB/s | of copy |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         full = f"{row['fp32_ms']:.2f}" if "fp32_ms" in row else ""
+        ratio = f" ({row['of_first_code']:.2f})" if "of_first_code" in row else ""
         lines.append(
             f"| {row['layer']} | {row['shape']} | {row['tokens']} | {row['bpdq_ms']:.2f} | "
             f"{row['bf16_ms']:.2f} | {full} | {row['bf16_ms'] / row['bpdq_ms']:.2f} | "
-            f"{row['packed_gb_s']:.1f} | {row['packed_gb_s'] / copy_gb_s:.0%} |"
+            f"{row['packed_gb_s']:.1f}{ratio} | {row['packed_gb_s'] / copy_gb_s:.0%} |"
         )
     return "\n".join(lines)
 

@@ -11,6 +11,7 @@ from bpdq_kernels.compiled import FLAGS, instruction_set
 
 ISAS = list(FLAGS)[list(FLAGS).index(instruction_set()) :]
 KERNELS = ["lookup", "multiply"]
+ROUNDING = ("avx512_vbmi", "avx2")  # activations of 16 bits
 _FEW = {"lookup": 1 << 30, "multiply": 0}
 
 
@@ -22,6 +23,6 @@ def opened(isa: str) -> CDLL:
 @contextmanager
 def using(isa: str, kernel: str | None = None) -> Iterator[None]:
     """Multiply on the instruction set `isa`, with `kernel` or what suits each number of tokens."""
-    few = cpu.few_tokens if kernel is None else lambda isa, dtype: _FEW[kernel]
+    few = cpu.few_tokens if kernel is None else lambda isa, dtype, planes: _FEW[kernel]
     with mock.patch.multiple(cpu, library=lambda: opened(isa), few_tokens=few):
         yield

@@ -37,6 +37,18 @@ def test_layers_are_timed_for_every_number_of_tokens(tmp_path, capsys):
     assert "| 6x2x64x32 | 6 x 2 x 64 x 32 | 1 |" in printed
 
 
+def test_trellis_coded_planes_are_timed_beside_plain_ones(tmp_path, capsys):
+    argv = ["--layers", "64x96", "6x2x64x32", "--tokens", "1", "--rounds", "3", "--code", "plain", "trellis"]
+    assert cpu_bench.main([*argv, "--coefficient-bits", "8", "--output", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "cpu-layers.json").read_text())["layers"]
+    assert [row["layer"] for row in rows] == ["64x96", "64x96, trellis", "6x2x64x32", "6x2x64x32, trellis"]
+    printed = capsys.readouterr().out
+    for plain, trellis in (rows[:2], rows[2:]):
+        assert trellis["of_first_code"] == pytest.approx(trellis["packed_gb_s"] / plain["packed_gb_s"])
+        assert trellis["bf16_ms"] == plain["bf16_ms"]
+        assert f"({trellis['of_first_code']:.2f})" in printed
+
+
 def test_experts_in_bf16_are_what_the_op_computes():
     layer = Experts("", count=5, chosen=2, hidden=64, inner=32)
     stored = [random_experts(5, n, k, Scheme(2, 64, 8), torch.default_generator) for n, k in ((64, 64), (64, 32))]
@@ -99,6 +111,9 @@ def test_tied_tensors_are_weighed_once():
         ["--layers", "1x2x3x4x5"],
         ["--tokens", "0"],
         ["--rounds", "0"],
+        ["--code", "trellis", "--bits", "4"],
+        ["--code", "trellis", "--layers", "64x40"],
+        ["--code", "trellis", "--layers", "8x2x64x40"],
     ],
 )
 def test_wrong_options_are_refused(argv):

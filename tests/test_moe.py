@@ -128,21 +128,17 @@ def random_case(
 
 
 @pytest.mark.parametrize("isa", [*ISAS, None])
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_experts_give_what_their_dense_matrices_give(isa, data):
     """On every instruction set, and without a compiler."""
-    trellises = data.draw(st.booleans()), data.draw(st.booleans())
-    hidden, inner = (
-        32 * data.draw(st.integers(1, 4)) if trellis else data.draw(st.integers(16, 150)) for trellis in trellises
-    )
     case = random_case(
         tokens=data.draw(st.sampled_from([1, 2, 5, 9, 33, 70])),
         choices=data.draw(st.integers(1, 4)),
-        hidden=hidden,
-        inner=inner,
+        hidden=data.draw(st.integers(16, 150)),
+        inner=data.draw(st.integers(16, 150)),
         count=data.draw(st.integers(4, 7)),
-        k=data.draw(st.integers(1, 3 if any(trellises) else 4)),
+        k=data.draw(st.integers(1, 4)),
         groups=(data.draw(st.sampled_from(GROUP_SIZES)), data.draw(st.sampled_from(GROUP_SIZES))),
         c_dtype=data.draw(st.sampled_from([torch.float16, torch.bfloat16, torch.int8])),
         dtype=data.draw(st.sampled_from(DTYPES)),
@@ -151,8 +147,28 @@ def test_experts_give_what_their_dense_matrices_give(isa, data):
         weights_on_input=data.draw(st.booleans()),
         seed=data.draw(st.integers(0, 9)),
         ids_dtype=data.draw(st.sampled_from([torch.int32, torch.int64])),
-        trellises=trellises,
     )
+    with using(isa) if isa else mock.patch.object(cpu, "library", return_value=None):
+        y = case.run()
+    assert_experts(case, y)
+
+
+@pytest.mark.parametrize("isa", [*ISAS, None])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("k", "groups", "c_dtype", "trellises"),
+    [
+        (1, (32, 256), torch.int8, (True, True)),
+        (2, (128, 64), torch.int8, (True, True)),
+        (3, (64, 32), torch.float16, (True, True)),
+        (2, (128, 128), torch.bfloat16, (True, False)),
+        (3, (64, 64), torch.int8, (False, True)),
+    ],
+)
+def test_experts_of_trellis_coded_planes_too(isa, dtype, k, groups, c_dtype, trellises):
+    """Of either matrix or both; many experts get one token, some get many."""
+    case = random_case(90, 2, 160, 96, 8, k, groups, c_dtype, dtype, biases=True, trellises=trellises)
+    case.ids[20:] = case.ids[20:].clamp_max(1)
     with using(isa) if isa else mock.patch.object(cpu, "library", return_value=None):
         y = case.run()
     assert_experts(case, y)

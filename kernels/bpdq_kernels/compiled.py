@@ -22,7 +22,14 @@ import torch
 
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
-FLAGS = {"avx512_bf16": (*_AVX512, "-mavx512bf16"), "avx512": _AVX512, "avx2": _AVX2, "portable": ()}
+_BF16 = (*_AVX512, "-mavx512bf16")
+FLAGS = {
+    "avx512_vbmi": (*_BF16, "-mavx512vbmi", "-mavx512vnni"),
+    "avx512_bf16": _BF16,
+    "avx512": _AVX512,
+    "avx2": _AVX2,
+    "portable": (),
+}
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}  # enum Dtype of the sources
 _DIGEST = hashlib.sha256().digest_size
 _log = logging.getLogger(__name__)
@@ -31,7 +38,11 @@ _log = logging.getLogger(__name__)
 def instruction_set() -> str:
     """The best of FLAGS that this machine has and torch may use (ATEN_CPU_CAPABILITY lowers it)."""
     level = {"AVX512": "avx512", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capability(), "portable")
-    return "avx512_bf16" if level == "avx512" and torch.cpu._is_avx512_bf16_supported() else level
+    if level != "avx512" or not torch.cpu._is_avx512_bf16_supported():
+        return level
+    # torch 2.8 can't tell
+    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return "avx512_vbmi" if found.get("avx512_vbmi") and found.get("avx512_vnni") else "avx512_bf16"
 
 
 @contextmanager

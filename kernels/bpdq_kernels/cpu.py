@@ -109,8 +109,10 @@ def bytes_together() -> bool:
     return library().isa == "avx2"
 
 
-def few_tokens(isa: str, dtype: torch.dtype) -> int:
-    """Up to how many tokens look-ups beat multiplications, of activations in `dtype`."""
+def few_tokens(isa: str, dtype: torch.dtype, planes: int) -> int:
+    """Up to how many tokens look-ups beat multiplications, of activations in `dtype` with `planes`."""
+    if isa == "avx512_vbmi":  # in pairs of bytes
+        return sys.maxsize if planes <= 2 or dtype == torch.float16 else 16
     if isa == "avx2":
         return 4 if dtype == torch.float32 else sys.maxsize  # in bytes
     return 4 if isa == "avx512_bf16" and dtype == torch.bfloat16 else 8
@@ -127,8 +129,9 @@ def linear(
 ) -> Tensor:
     """y [..., N] = x [..., K] @ W.T + bias in x.dtype; planes, coefficients and scales from `prepare`.
 
-    Sums are fp32. W is exact, or rounded to bf16 where bf16 x is multiplied in bf16. With AVX2, 16-bit x is rounded to
-    multiples of at most 2^-14 of the most that four neighbours have together in its group.
+    Sums are fp32. W is exact, or rounded to bf16 where bf16 x is multiplied in bf16. With AVX2 or VBMI, 16-bit x is
+    rounded to multiples of at most 2^-14 of the most that four neighbours have together in its group, of a trellis
+    neighbours in a chain; fp32 x, with VBMI, of 2^-29, and a group's sums of that are exact.
     """
     if library() is None:
         return reference.linear(x, planes, coefficients, group_size, bias, scales)
@@ -143,7 +146,7 @@ def linear(
         DTYPE_CODES[x.dtype],
         rows.stride(0),
         len(rows),
-        few_tokens(compiled.isa, x.dtype),
+        few_tokens(compiled.isa, x.dtype, coefficients.shape[-2] - 1),
         y.data_ptr(),
     )
     return y
@@ -203,7 +206,7 @@ def _experts(
         NAMES.index(activation.name),
         activation.alpha,
         activation.limit,
-        few_tokens(compiled.isa, rows.dtype),
+        few_tokens(compiled.isa, rows.dtype, max(m.coefficients.shape[-2] for m in matrices) - 1),
         y.data_ptr(),
     )
 

@@ -9,7 +9,8 @@
 
    and once per group y += c0 * sum(x) + sum_p sums_p. The product costs nothing: where permutations, shifts and
    additions would share pipes, multiply-adds have their own. AVX2 does the same with eight sums of three inputs, and
-   for inputs of 16 bits, any number of tokens, with bytes of 16 sums (cpu_linear_bytes.h).
+   for inputs of 16 bits, any number of tokens, with bytes of 16 sums (cpu_linear_bytes.h). With AVX-512 VBMI and VNNI
+   whole numbers in pairs of bytes take half the instructions (cpu_linear_pairs.h).
 
    Multiply, for many tokens: the 2^k possible weights of a group and tile are computed once; bit tests and blends
    choose among them, once for up to 64 tokens. With AVX512_BF16 the weights are rounded to bf16, as a 16-bit layer
@@ -29,13 +30,13 @@
 #include <memory>
 #include <numeric>
 #include <omp.h>
-#include <type_traits>
 #include <vector>
 
 #include "cpu_linear_activation.h"
 #include "cpu_linear_bytes.h"
 #include "cpu_linear_lookup.h"
 #include "cpu_linear_multiply.h"
+#include "cpu_linear_pairs.h"
 
 namespace {
 
@@ -108,11 +109,12 @@ template <int PLANES, class Kernel>
 void run_tiles(Scratch<Kernel>& scratch, const Layer& layer, const Rows& rows, const float* bias, int64_t first,
                int64_t last) {
   const int64_t group_words = layer.group_size / WORD;
-  for (int64_t row = 0; row < rows.count; row += Kernel::TOKENS)
-    for (int64_t block = first; block < last; block += BLOCK) {
-      const int64_t end = std::min(block + BLOCK, last);
-      const int count = std::min<int64_t>(Kernel::TOKENS, rows.count - row);
-      const int room = (count + Kernel::AT_ONCE - 1) / Kernel::AT_ONCE * Kernel::AT_ONCE;
+  for (int64_t row = 0; row < rows.count; row += Kernel::TOKENS) {
+    const int count = std::min<int64_t>(Kernel::TOKENS, rows.count - row);
+    const int room = (count + Kernel::AT_ONCE - 1) / Kernel::AT_ONCE * Kernel::AT_ONCE;
+    const int64_t together = BLOCK * std::min(FEW, Kernel::TOKENS / room);
+    for (int64_t block = first; block < last; block += together) {
+      const int64_t end = std::min(block + together, last);
       memset(scratch.sums, 0, (end - block) * room * sizeof *scratch.sums);
       for (int64_t word = 0, group = 0; word < layer.words(); word += group_words, group++) {
         const int words = std::min(group_words, layer.words() - word);
@@ -123,18 +125,11 @@ void run_tiles(Scratch<Kernel>& scratch, const Layer& layer, const Rows& rows, c
           if (layer.trellis) to_chains(values, words);
           scratch.kernel.take(i, values, words);
         }
+        const Group<PLANES> held_of_all(layer, group, block, end);
         for (int64_t tile = block; tile < end; tile++) {
-          TileGroup<PLANES> held(layer, group, tile, block, end);
-          alignas(64) uint32_t expanded[MAX_GROUP / WORD * PLANES * TILE];
-#ifdef BPDQ_BYTES
-          constexpr bool BYTES = std::is_same_v<Kernel, LookupBytes<PLANES>>;
-          alignas(64) uint32_t gathered[MAX_GROUP / WORD * PLANES * TILE];
-          if (!BYTES) held.gather(gathered);
-          if (layer.trellis && BYTES) held.expand_bytes(expanded);
-          if (layer.trellis && !BYTES) held.expand(expanded);
-#else
-          if (layer.trellis) held.expand(expanded);
-#endif
+          TileGroup<PLANES> held(held_of_all, tile);
+          typename TileGroup<PLANES>::Derived derived;
+          held.template as<Kernel::FORM>(layer, derived);
           scratch.kernel.tile(held, count, scratch.sums[(tile - block) * room]);
         }
       }
@@ -147,6 +142,7 @@ void run_tiles(Scratch<Kernel>& scratch, const Layer& layer, const Rows& rows, c
             rows.outputs.write(out + lane, sums[lane] + (bias ? bias[tile * TILE + lane] : 0));
         }
     }
+  }
 }
 
 /* A thread's kernels; those that it needs have memory. */
@@ -162,6 +158,12 @@ struct Kernels {
 #ifdef BPDQ_BYTES
   Held<LookupBytes<PLANES>> lookup_bytes;
 #endif
+#ifdef BPDQ_PAIRS
+  Held<LookupPairs<PLANES, false, 1>> pairs;
+  Held<LookupPairs<PLANES, false, 2>> pairs_of_floats;
+  Held<LookupPairs<PLANES, true, 1>> trellis_pairs;
+  Held<LookupPairs<PLANES, true, 2>> trellis_pairs_of_floats;
+#endif
 
   template <class Kernel, class... Rest>
   static void run(Held<Kernel>& held, const Rest&... rest) {
@@ -172,6 +174,17 @@ struct Kernels {
   void run(const Layer& layer, const Rows& rows, int64_t few, const float* bias, int64_t first, int64_t last) {
 #ifdef BPDQ_BYTES
     if (rows.count <= few && rows.inputs.dtype != FLOAT32) return run(lookup_bytes, layer, rows, bias, first, last);
+#endif
+#ifdef BPDQ_PAIRS
+    if (rows.count <= few) {
+      const bool floats = rows.inputs.dtype == FLOAT32;
+      if constexpr (PLANES > 1) {
+        if (layer.trellis && floats) return run(trellis_pairs_of_floats, layer, rows, bias, first, last);
+        if (layer.trellis) return run(trellis_pairs, layer, rows, bias, first, last);
+      }
+      if (floats) return run(pairs_of_floats, layer, rows, bias, first, last);
+      return run(pairs, layer, rows, bias, first, last);
+    }
 #endif
     if (rows.count <= few) return run(lookup, layer, rows, bias, first, last);
 #ifdef __AVX512BF16__

@@ -34,6 +34,7 @@ inline __m256i signs(int first, int half) {
 template <int PLANES>
 struct LookupBytes {
   using Input = float;
+  static constexpr Form FORM = BYTES;
   static constexpr int TOKENS = 32, AT_ONCE = 1, STEP = 8, STEPS = WORD / STEP;  // inputs of a byte
   /* Of STEP inputs: low bytes of the first four's sums, of the last four's, and high bytes. */
   struct Table {

@@ -21,6 +21,7 @@ inline Floats lookup(Floats table, Words index) {
 template <int PLANES>
 struct Lookup {
   using Input = float;
+  static constexpr Form FORM = WORDS;
   static constexpr int TOKENS = 8, AT_ONCE = 1;  // `tile` writes sums of a multiple of AT_ONCE tokens
   static constexpr int ROOM = (LANES == 16 ? 31 : 15) / (2 * PLANES) - 2;  // tokens whose sums stay in registers
   static constexpr int TOGETHER = ROOM >= 4 ? 4 : ROOM >= 2 ? 2 : 1;

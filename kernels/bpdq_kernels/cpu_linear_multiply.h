@@ -99,6 +99,7 @@ struct Chooser {
 
 template <int PLANES, class Arithmetic>
 struct Multiply {
+  static constexpr Form FORM = WORDS;
   static constexpr int ROW = LANES == 16 ? 8 : 4;  // tokens whose sums for two registers of outputs stay in registers
   static constexpr int TOKENS = 8 * ROW, AT_ONCE = ROW;
   static constexpr int STEPS = Arithmetic::STEPS;

@@ -28,11 +28,13 @@ typedef uint8_t Octets __attribute__((vector_size(4 * LANES)));
 constexpr int WORD = BPDQ_WORD, TILE = BPDQ_TILE, MAX_GROUP = BPDQ_MAX_GROUP;
 static_assert(WORD == 8 * sizeof(uint32_t), "a lane holds one word");
 static_assert(TILE % (2 * LANES) == 0, "tiles are pairs of registers");
-constexpr int BLOCK = 64;  // tiles between which a thread's tables and inputs stay in cache
+constexpr int BLOCK = 64, FEW = 4;  // tiles between which a thread's tables and inputs stay in cache, and of few tokens
 constexpr int TABLES = (WORD + TABLE_BITS - 1) / TABLE_BITS;  // per word
 
-constexpr int AHEAD = 512;  // words of planes between those in use and those fetched from memory
+constexpr int AHEAD = 1024;  // words of planes between those in use and those fetched from memory
 
+/* How a kernel wants the planes of a tile: those that are multiplied, in words or with bytes together, or as they lie. */
+enum Form { WORDS, BYTES, STORED };
 enum Dtype { FLOAT32, FLOAT16, BFLOAT16, INT8 };
 
 template <class T>
@@ -99,27 +101,50 @@ struct Coefficients {
   Floats of[PLANES + 1];
 };
 
-/* What `layer` holds of one tile in one group, of PLANES that are multiplied and `stored`; `ahead`: the planes to fetch from memory meanwhile, where groups follow
-   each other and in each of them the tiles from `begin` to `end`. */
+/* One group of `layer`'s inputs in the tiles from `begin` to `end`. */
+template <int PLANES>
+struct Group {
+  const Layer& layer;
+  int64_t begin, end, row;  // row: of the coefficients of tile 0
+  int words, stored;        // of the planes that lie there
+  int64_t step, next_step;  // words of a tile, here and in the next group
+  const uint32_t *planes, *next;
+  int64_t ahead;  // tiles
+
+  Group(const Layer& layer, int64_t group, int64_t begin, int64_t end) : layer(layer), begin(begin), end(end) {
+    const int64_t whole = layer.group_size / WORD, tiles = layer.tiles();
+    const int64_t following = std::min(group + 1, (layer.words() - 1) / whole);
+    stored = PLANES - layer.trellis;
+    words = words_of(group);
+    step = words * stored * TILE, next_step = words_of(following) * stored * TILE;
+    planes = layer.planes + group * whole * tiles * stored * TILE;
+    next = layer.planes + following * whole * tiles * stored * TILE;
+    ahead = AHEAD / (whole * stored * TILE);
+    row = group * tiles * (PLANES + 1) * TILE;
+  }
+
+  int64_t words_of(int64_t group) const {
+    const int64_t whole = layer.group_size / WORD;
+    return std::min(whole, layer.words() - group * whole);
+  }
+};
+
+/* What a layer has of one tile in one group: of the planes `stored`, and coefficients of PLANES that are multiplied.
+   `ahead`: the planes to fetch from memory meanwhile, where groups follow each other. */
 template <int PLANES>
 struct TileGroup {
   int words, stored;
   const uint32_t *planes, *ahead;
   Coefficients<PLANES> c[TILE / LANES];
 
-  TileGroup(const Layer& layer, int64_t group, int64_t tile, int64_t begin, int64_t end) {
-    const int64_t whole = layer.group_size / WORD;
-    stored = PLANES - layer.trellis;
-    const auto start = [&](int64_t group, int64_t tile) {
-      const int64_t first = group * whole, words = std::min(whole, layer.words() - first);
-      return layer.planes + (first * layer.tiles() + tile * words) * stored * TILE;
-    };
-    words = std::min(whole, layer.words() - group * whole);
-    planes = start(group, tile);
-    const int64_t later = tile + AHEAD / (whole * stored * TILE);
-    const int64_t next = std::min(group + 1, (layer.words() - 1) / whole);
-    ahead = later < end ? start(group, later) : start(next, begin + later - end);
-    const int64_t row = (group * layer.tiles() + tile) * (PLANES + 1) * TILE;
+  __attribute__((always_inline)) TileGroup(const Group<PLANES>& group, int64_t tile) {
+    words = group.words, stored = group.stored;
+    planes = group.planes + tile * group.step;
+    const int64_t later = tile + group.ahead;
+    ahead = later < group.end ? group.planes + later * group.step
+                              : group.next + (group.begin + later - group.end) * group.next_step;
+    const Layer& layer = group.layer;
+    const int64_t row = group.row + tile * (PLANES + 1) * TILE;
     if (layer.dtype == INT8) {
       const int8_t* bytes = (const int8_t*)layer.coefficients + row;
       const float* scales = layer.scales + tile * (PLANES + 1) * TILE;
@@ -127,6 +152,22 @@ struct TileGroup {
     } else {
       fill([&](int at) { return widen(layer.coefficients, row + at, layer.dtype); });
     }
+  }
+
+  /* Room for what `as` makes. */
+  struct Derived {
+    alignas(64) uint32_t words[2][MAX_GROUP / WORD * PLANES * TILE];
+  };
+
+  /* Puts the planes in a form, where that is not how they lie. */
+  template <Form FORM>
+  void as(const Layer& layer, Derived& room) {
+    if (FORM == STORED) return;
+#ifdef BPDQ_BYTES
+    if (FORM == WORDS) gather(room.words[0]);
+    if (FORM == BYTES && layer.trellis) return expand_bytes(room.words[1]);
+#endif
+    if (layer.trellis) expand(room.words[1]);
   }
 
   /* Puts the planes that are multiplied at `to`, from trellis-coded ones (bpdq_kernels/trellis.py): a bit of their first
