@@ -14,6 +14,7 @@ from bpdq_kernels.dispatch import (
     experts_configs,
     gemm_config,
     linear_config,
+    linear_configs,
 )
 from bpdq_kernels.layout import cdiv
 from tests.offline import (
@@ -114,3 +115,13 @@ def test_experts_get_only_what_the_tests_compile(arch: int, coefficient_bits: in
     assert {config for config in seen if isinstance(config, Gemm)} == gemm
     assert seen - gemm <= {*EXPERT_GEMV}
     assert (seen == gemm) == (arch >= 100)
+
+
+@pytest.mark.parametrize("trellis", [False, True])
+@pytest.mark.parametrize("arch", [86, 90, 120])
+@pytest.mark.parametrize(("planes", "group"), [(2, 32), (3, 64), (4, 128)])
+def test_what_any_batch_gets_was_compiled_before(planes: int, group: int, arch: int, trellis: bool):
+    for out_features, in_features in SHAPES_72B:
+        layer = (planes, group, out_features, in_features, 82, arch, 8, trellis)
+        compiled = linear_configs(*layer)
+        assert {linear_config(tokens, *layer) for tokens in (1, 2, 9, 17, 33, 64, 65, 200, 512, 4096)} <= {*compiled}

@@ -168,7 +168,7 @@ def linear_configs(
 ) -> tuple[Config, ...]:
     """All that `linear_config` gives a layer for 1 to MAX_TOKENS tokens: past 64 it counts them in 64s."""
     first = (*range(1, 65), *range(65, MAX_TOKENS, 64))
-    layer = (planes, group_size, out_features, in_features, multiprocessors, arch, coefficient_bits)
+    layer = (planes, group_size, out_features, in_features, multiprocessors, arch, coefficient_bits, trellis)
     return tuple(dict.fromkeys(linear_config(tokens, *layer) for tokens in first))
 
 
