@@ -44,7 +44,7 @@ def digest(report: Path) -> str:
 def plot(rows: list[dict[str, Any]], score: str) -> Figure:
     """A score (log scale), `kl` or `perplexity`, against bits per weight: a line for each model and method, dashes for
     the perplexity of 16 bits."""
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    figure = Figure(figsize=(6.4, 5.4), layout="constrained")
     axes = figure.subplots()
     series = dict.fromkeys((r["model"], r["method"]) for r in rows if r["method"] != "16-bit" or score != "kl")
     models = {model for model, _ in series}
@@ -55,14 +55,14 @@ def plot(rows: list[dict[str, Any]], score: str) -> Figure:
         if method == "16-bit":
             axes.axhline(points[0][1], linestyle="--", **style)
         else:
-            axes.plot(*zip(*sorted(points), strict=True), marker="o", **style)
+            axes.plot(*zip(*sorted(points), strict=True), marker="os^"[i // len(COLORS) % 3], **style)
     axes.set_yscale("log")
     axes.set_xlabel("bits per quantized weight")
     axes.set_ylabel(AXIS[score])
     axes.set_title(models.pop() if len(models) == 1 else "", fontsize=10, loc="left")
     axes.grid(alpha=0.25, which="both")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9)
+    figure.legend(loc="outside lower center", frameon=False, fontsize=9)
     return figure
 
 
