@@ -151,7 +151,9 @@ def measure_stage(n: int, k: int, device: str) -> Row:
         torch.cuda.reset_peak_memory_stats()
     solve = {"iterations": ITERATIONS, **SOLVER, "covariances": random_covariances(n, device)}
     row: Row = {"shape": (n, k)}
-    row["seconds"] = timed(lambda: quantize_linear(W, H, *vars(SCHEME).values(), **solve))
+    row["seconds"] = timed(
+        lambda: quantize_linear(W, H, SCHEME.bits, SCHEME.group_size, SCHEME.coefficient_bits, **solve)
+    )
     row["planned_bytes"] = stage_bytes(n, k)
     if device == "cuda":
         row["peak_bytes"] = torch.cuda.max_memory_allocated()

@@ -124,7 +124,7 @@ QUANTIZATION = {
 }
 NARROW = {
     "coefficient_bits": [0, 4, 16, -8, True, "8", None, 8.0, [8], {}],
-    "format_version": [0, 1, 3, "2", None, 2.5, True],
+    "format_version": [0, 1, 4, "2", None, 2.5, True],
     "layers": [
         {},
         {"lm_head": TABLE},

@@ -268,7 +268,7 @@ def test_a_truncated_file_stops_the_load_and_is_named(model):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"format_version": 3}, "format_version 3"), ({"bits": 5}, "bits = 5"), ({"group_size": 48}, "group_size = 48")],
+    [({"format_version": 4}, "format_version 4"), ({"bits": 5}, "bits = 5"), ({"group_size": 48}, "group_size = 48")],
 )
 def test_an_unsupported_format_stops_the_load(model, change, message):
     out = bpdq_checkpoint(model, model.parent / "out")

@@ -107,7 +107,7 @@ def test_a_layer_in_8_bits_is_what_its_report_says(bits, inputs, group_size, ref
     W, H = problem(5, inputs, seed)
     H[3], H[:, 3] = 0, 0  # an input that was never used
     s = quantize_linear(W, H, bits, group_size, 8, refinements=refinements)
-    layer = stored(s, bits)
+    layer = stored(s, Scheme(bits, group_size, 8))
     check_layer(layer.B, layer.c, group_size, inputs, layer.s)
     assert (layer.c.dtype, layer.s.dtype) == (torch.int8, torch.bfloat16)
     size = sum(tensor.nbytes for tensor in layer)
@@ -149,7 +149,8 @@ def test_a_row_with_singular_equations_is_stored_as_the_pass_left_it():
 def test_what_a_solution_stores_can_be_cut_by_outputs():
     W, H = problem(6, 64)
     s = quantize_linear(W, H, 2, 32, 8)
-    whole, part = stored(s, 2), stored(s, 2, slice(2, 5))
+    scheme = Scheme(2, 32, 8)
+    whole, part = stored(s, scheme), stored(s, scheme, slice(2, 5))
     assert all(torch.equal(a[..., 2:5], b) for a, b in zip(whole, part, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(Stored(*whole).outputs(slice(2, 5)), part, strict=True))
 
