@@ -176,3 +176,10 @@ def test_every_option_is_declared_once_and_tried_above():
 def test_plan_assumes_the_default_calibration():
     assert (Text().samples, Text().seq_len) == plan.CALIBRATION
     assert resolved(**GIVEN).method.output_tokens == memory.OUTPUT_TOKENS
+
+
+@pytest.mark.parametrize("tables", [{}, {"embed_bits": 3, "head_bits": 2}])
+def test_bits_that_have_no_trellis_are_refused_whatever_the_tables_have(tables):
+    with pytest.raises(InputError, match=r"--bits .* / --code: bits = 4 with a trellis is not supported: use 1 to 3"):
+        resolved(**GIVEN, bits=4, code="trellis", **tables)
+    assert resolved(**GIVEN, bits=3, code="trellis", embed_bits=4).schemes.scheme().planes == 4

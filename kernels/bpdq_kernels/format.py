@@ -68,7 +68,6 @@ class Scheme:
             raise InputError(f"group_size = {self.group_size!r} is not supported: use one of {GROUP_SIZES}")
         if type(self.coefficient_bits) is not int or self.coefficient_bits not in WIDTHS[2]:
             raise InputError(f"coefficient_bits = {self.coefficient_bits!r} is not supported: use one of {WIDTHS[2]}")
-
         if self.code not in CODES[3]:
             raise InputError(f"code = {self.code!r} is not supported: use one of {CODES[3]}")
         if self.planes > MAX_PLANES:

@@ -312,11 +312,8 @@ def _interleave_words(B: Tensor, beside: int) -> Tensor:
 
 
 def _interleave_pairs(B: Tensor) -> Tensor:
-    """Words with their bits in the order of `Tiles`: even inputs to the low half, odd ones to the high half, then the
-    word rotated left by 11."""
-    for shift, mask in ((1, 0x22222222), (2, 0x0C0C0C0C), (4, 0x00F000F0), (8, 0x0000FF00)):
-        moved = (B ^ (B >> shift)) & mask
-        B = B ^ moved ^ (moved << shift)
+    """Words with their bits in the order of `Tiles`: those of `to_chains` rotated left by 11."""
+    B = to_chains(B)
     return (B << 11) | ((B >> 21) & 0x7FF)
 
 

@@ -387,12 +387,14 @@ def _words(of: Field, value: Any) -> list[str]:
 
 def _check_together(o: Options) -> None:
     s, tune = o.schemes, o.tuning.tune
-    for bits in (s.embed_bits, s.head_bits):
-        try:
-            Scheme(s.scheme().bits if bits is None else bits, s.group_size, s.coefficient_bits)
-        except ValueError as e:
-            options = "--bits / --embed-bits / --head-bits / --group-size / --coefficient-bits / --code"
-            raise InputError(f"{options}: {e}") from None
+    try:
+        scheme = s.scheme()
+        for bits in (s.embed_bits, s.head_bits):
+            if bits is not None:
+                scheme.with_bits(bits)
+    except ValueError as e:
+        options = "--bits / --embed-bits / --head-bits / --group-size / --coefficient-bits / --code"
+        raise InputError(f"{options}: {e}") from None
     if min(o.text.samples, o.text.seq_len, o.method.iterations) < 1 or o.tuning.tune_steps < (tune != "none"):
         raise InputError("--samples, --seq-len, --iterations and --tune-steps must be at least 1")
     if o.tuning.tune_loss != "kl" and tune != "model":

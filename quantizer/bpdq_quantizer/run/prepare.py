@@ -12,7 +12,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from bpdq_kernels.folder import Headers
-from bpdq_kernels.format import CODE_OPTIONS, Scheme
+from bpdq_kernels.format import Scheme
 from bpdq_quantizer.checkpoint import writer
 from bpdq_quantizer.checkpoint.carried import carry_over
 from bpdq_quantizer.checkpoint.config_names import config_names
@@ -177,7 +177,8 @@ def _budget(source: Streamed, embeddings: Mapping[str, Scheme], copied: int, o: 
         budget = parse_size(o.target_size) - other_bytes(source, embeddings) - copied
     else:
         return None
-    check_budget(source, budget, choices(o.coefficient_bits, CODE_OPTIONS[o.code]))
+    scheme = o.scheme()
+    check_budget(source, budget, choices(scheme.coefficient_bits, scheme.code))
     return budget
 
 

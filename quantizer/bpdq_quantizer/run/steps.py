@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from tqdm import tqdm
 
-from bpdq_kernels.format import CODE_OPTIONS, Scheme
+from bpdq_kernels.format import Scheme
 from bpdq_quantizer.algorithm.solver import Solve
 from bpdq_quantizer.cost import Clock
 from bpdq_quantizer.model.stream import solved
@@ -86,12 +86,12 @@ def known_stages(run: Run) -> list[Stage]:
 
 def measured_stages(run: Run) -> list[Stage]:
     """What every scheme costs each stage, of all windows to solve on."""
-    solver, o = SOLVERS[run.options.method.solver], run.options.schemes
+    solver, scheme = SOLVERS[run.options.method.solver], run.options.schemes.scheme()
     return sensitivities(
         run.source,
         run.windows.solving,
         run.device,
-        schemes=choices(o.coefficient_bits, CODE_OPTIONS[o.code]),
+        schemes=choices(scheme.coefficient_bits, scheme.code),
         alpha=solver["alpha"],
         damping=solver["damping"],
         offload=run.folder.offload,
