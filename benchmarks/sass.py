@@ -177,15 +177,18 @@ def read_listing(listing: str) -> Code:
     return Code(registers, spills, index, count_pipes(inside), count_pipes(outside), dequantization, subroutines)
 
 
-def read_cubin(cubin: bytes) -> Code:
-    """Disassemble with the cuobjdump that Triton ships."""
+def disassemble(cubin: bytes) -> str:
+    """What `read_listing` reads, by the cuobjdump that Triton ships."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         command = [tool, "-sass", "-res-usage", file.name]
-        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return read_listing(listing)
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def read_cubin(cubin: bytes) -> Code:
+    return read_listing(disassemble(cubin))
 
 
 def ctas_per_sm(registers: int, shared: int, warps: int, machine: Machine) -> int:

@@ -8,7 +8,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from benchmarks.sass import read_cubin
+from benchmarks.sass import disassemble, read_listing
 from bpdq_kernels import (
     triton_activation,
     triton_embedding,
@@ -89,7 +89,7 @@ def fits(config: Gemv | Gemm, planes: int, group: int, coefficient_bits: int = 1
     """Whether the dispatch may pick this configuration for a layer of so many planes to multiply: not if its
     coefficients fill the registers."""
     if isinstance(config, Gemm) and config.tokens == 64:
-        return config.tiles == (1 if coefficient_bits == 8 and planes in ((2, 4) if trellis else (4,)) else 2)
+        return config.tiles == (1 if coefficient_bits == 8 and planes == 4 else 2)
     if isinstance(config, Gemm):
         return planes <= 2 or config.warps < 16 or config.tiles == 1
     coefficients = config.tiles * groups_in_unit(group) * (planes + 1)
@@ -264,11 +264,12 @@ def flaws(arch: int, kernel: Gemv | Gemm | Dense | Tile | None, layer: Layer | E
     else:
         compiled = compile_tiled(kernel, layer, bias=True, arch=arch)
         multiplies = "BMMA" if isinstance(kernel, Gemv) else "HMMA"
-    code = read_cubin(compiled.asm["cubin"])
+    listing = disassemble(compiled.asm["cubin"])
+    code = read_listing(listing)
     found = {
         f"{code.spills} spills": code.spills,
         f"{code.subroutines} subroutines": code.subroutines,
-        f"no {multiplies}": not re.search(rf"\b{multiplies}", compiled.asm["sass"]),
+        f"no {multiplies}": not re.search(rf"\b{multiplies}", listing),
         f"{compiled.metadata.shared} bytes of shared memory": compiled.metadata.shared > _SHARED_BYTES[arch],
     }
     return [f"sm_{arch} {kernel} {layer}: {flaw}" for flaw, is_there in found.items() if is_there]

@@ -174,7 +174,7 @@ INTERPRETED = [
     (Layer(1, 32, 40, 100, FP16, 8), 9),
     (Layer(4, 128, 33, 72, BF16, 8), 17),
     (Layer(3, 256, 20, 40, FP16, 8), 64),
-    (Layer(2, 128, 36, 72, FP16, 8), 65),
+    (Layer(2, 128, 36, 600, FP16, 8), 65),
     (Layer(2, 128, 40, 256, BF16, trellis=True), 1),
     (Layer(1, 32, 17, 96, FP16, trellis=True), 1),
     (Layer(3, 64, 33, 352, BF16, trellis=True), 1),
@@ -376,7 +376,7 @@ TRELLIS = [
     (Gemm(8, 2, 8, 8), Layer(2, 128, 72, 384, FP16, trellis=True), 5, True),
     (Gemm(8, 2, 16, 16), Layer(1, 64, 72, 160, BF16, trellis=True), 7, False),
     (Gemm(16, 1, 8, 8), Layer(3, 256, 33, 352, BF16, 8, trellis=True), 12, False),
-    (Gemm(64, 1, 4, 4), Layer(1, 32, 33, 96, BF16, 8, trellis=True), 50, False),
+    (Gemm(64, 2, 4, 4), Layer(1, 32, 33, 544, BF16, 8, trellis=True), 50, False),
     (Gemm(64, 2, 4, 2), Layer(2, 32, 40, 160, FP16, 8, trellis=True), 61, True),
 ]
 

@@ -101,7 +101,7 @@ def linear_config(
     """The kernel for `tokens` (at least 1) and a layer; arch: compute capability, 86 for 8.6.
 
     Two tiles of four planes with coefficients of 8 bits need more registers: with one token fewer warps have them, with
-    64 tokens no thread. Nor has one then those of two planes that are made of one, on sm_90.
+    64 tokens no thread.
     Binary tensor cores end with sm_90: from sm_100 on, ptxas emulates each of their MMAs in some fifty instructions.
     """
     if tokens == 1 and arch < 100:
@@ -110,7 +110,7 @@ def linear_config(
     if tokens >= DENSE_TOKENS.get(arch, DENSE_TOKENS_ELSEWHERE):
         return dense_config(in_features)
     config = gemm_config(tokens, planes, out_features, multiprocessors)
-    too_large = config.tokens == 64 and coefficient_bits == 8 and (planes == 4 or (trellis and planes == 2))
+    too_large = config.tokens == 64 and coefficient_bits == 8 and planes == 4
     return config._replace(tiles=1) if too_large else config
 
 

@@ -204,9 +204,12 @@ def dot_rows(
     c_stride *= stride
     BESIDE: tl.constexpr = words_beside(GROUP, STORED != PLANES)
     i = input_of_word(u * UNIT, lane % 4, BESIDE)
+    # of registers: a pointer takes two, a count of runs one; of three planes ptxas then spills some
+    SHORT: tl.constexpr = TOKENS == 64 and PLANES == 2
     x_rows = ()
     for n in tl.static_range(TOKENS // 8):
-        x_rows = x_rows + (x_ptr + tokens[n].to(tl.int64) * stride_x + i,)
+        start = tokens[n].to(tl.int64) * stride_x + i
+        x_rows = x_rows + ((start >> 3).to(tl.int32) if SHORT else x_ptr + start,)
     CS: tl.constexpr = row_words(PLANES) if BYTES else PLANES + 1
     if BYTES:
         ratios_ptr += tile * group_pairs(PLANES) + r * row_pairs(PLANES)
@@ -218,7 +221,7 @@ def dot_rows(
     if X_AHEAD:
         next_x = ()
         for j in tl.static_range(4):
-            next_x = next_x + (load_run(x_rows, u, units, i, K, 0, j, BESIDE, TOKENS, WHOLE),)
+            next_x = next_x + (load_run(x_ptr, x_rows, u, units, i, K, 0, j, BESIDE, TOKENS, WHOLE, SHORT),)
     if AHEAD:
         live = inside & (u < units)
         next_words = load_planes(planes_ptr, planes_stride, live, STORED, TILES)
@@ -244,7 +247,7 @@ def dot_rows(
             x_runs = next_x
             next_x = ()
             for j in tl.static_range(4):
-                next_x = next_x + (load_run(x_rows, u, units, i, K, SPLIT, j, BESIDE, TOKENS, WHOLE),)
+                next_x = next_x + (load_run(x_ptr, x_rows, u, units, i, K, SPLIT, j, BESIDE, TOKENS, WHOLE, SHORT),)
         steps = ()
         for t in tl.static_range(TILES):
             t_c = c[CS * t : CS * (t + 1)]
@@ -254,7 +257,7 @@ def dot_rows(
             else:
                 steps = steps + (coefficient_steps(t_c, PLANES, BF16),)
         for j in tl.static_range(4):
-            x = x_runs[j] if X_AHEAD else load_run(x_rows, u, units, i, K, 0, j, BESIDE, TOKENS, WHOLE)
+            x = x_runs[j] if X_AHEAD else load_run(x_ptr, x_rows, u, units, i, K, 0, j, BESIDE, TOKENS, WHOLE, SHORT)
             sums = ()
             for t in tl.static_range(TILES):
                 turned = ()
@@ -270,7 +273,7 @@ def dot_rows(
         i += SPLIT * UNIT
         next_rows = ()
         for n in tl.static_range(TOKENS // 8):
-            next_rows = next_rows + (x_rows[n] + SPLIT * UNIT,)
+            next_rows = next_rows + (x_rows[n] + (SPLIT * UNIT // 8 if SHORT else SPLIT * UNIT),)
         x_rows = next_rows
     y = tl.permute(tl.reshape(stack(acc), [SPLIT, TEAMS * 32, TILES * TOKENS // 2]), 1, 2, 0)
     y = sum_last(y, TEAMS * 32, TILES * TOKENS // 2, SPLIT)
@@ -279,6 +282,7 @@ def dot_rows(
 
 @triton.jit
 def load_run(
+    x_ptr: tl.tensor,
     x_rows: tl.tuple,
     u: tl.tensor,
     units: tl.tensor,
@@ -289,13 +293,16 @@ def load_run(
     BESIDE: tl.constexpr,
     TOKENS: tl.constexpr,
     WHOLE: tl.constexpr,
+    SHORT: tl.constexpr,
 ) -> tl.tuple:
-    """Activations of each eight tokens for the lane's run J of 8 inputs, in unit u + AHEAD; zeros past K."""
+    """Activations of each eight tokens for the lane's run J of 8 inputs, in unit u + AHEAD; zeros past K. x_rows:
+    pointers to the lane's first run of unit u, or if SHORT that run's number from x_ptr."""
     start: tl.constexpr = AHEAD * UNIT + run_step(BESIDE) * J
     live = u + AHEAD < units if WHOLE else i + start < K
     x = ()
     for n in tl.static_range(TOKENS // 8):
-        x = x + (load4(x_rows[n], live, 2 * start),)
+        run = x_ptr + x_rows[n].to(tl.uint32, bitcast=True).to(tl.int64) * 8 if SHORT else x_rows[n]
+        x = x + (load4(run, live, 2 * start),)
     return x
 
 
