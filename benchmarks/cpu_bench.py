@@ -5,7 +5,8 @@
     python -m benchmarks.cpu_bench --code plain trellis         # trellis-coded planes beside plain ones
     python -m benchmarks.cpu_bench --models MODEL MODEL-bpdq    # the first is the baseline
     python -m benchmarks.cpu_bench --random-models 1.5B         # of Qwen2.5-1.5B's shape, written to --output first
-    python -m benchmarks.cpu_bench --random-models 30B-A3B      # two blocks of Qwen3-30B-A3B's shape
+    python -m benchmarks.cpu_bench --random-models 1.5B --llama Q2_K Q4_0       # and llama.cpp's types of the first
+    python -m benchmarks.cpu_bench --random-models 30B-A3B --eager      # two blocks of Qwen3-30B-A3B's shape
 
 Times are medians over rounds; a round times every candidate once, so that a slower minute of the machine hits all.
 """
@@ -31,6 +32,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from benchmarks.dense_experts import dense_experts
+from benchmarks.llama_peer import peer_rows
 from benchmarks.packed_models import RANDOM_MODELS, write_random_models
 from benchmarks.random_planes import random_experts, random_layer
 from benchmarks.serve_bench import machine, versions
@@ -56,6 +58,7 @@ ROUTINGS = 16  # of a layer's experts, in turn, so that a token's are not in the
 SECONDS_PER_ROW = 20  # after which no further round starts, but MIN_ROUNDS are always run
 MIN_ROUNDS = 3
 PREFILL_TOKENS, DECODE_TOKENS = 512, 32
+REQUESTS, REQUEST_TOKENS = (1, 4, 8), 128  # at once, until each has its first token
 
 Row = dict[str, Any]
 Measured = Callable[[int], tuple[dict[str, Callable[[], Tensor]], dict[str, float]]]
@@ -66,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     args.output.mkdir(parents=True, exist_ok=True)
     if args.engine:
-        print(json.dumps(measure_engine(args.engine)))
+        print(json.dumps(measure_engine(args.engine, args.eager)))
         return 0
     report: dict[str, Any] = {
         "command": shlex.join(["python", "-m", "benchmarks.cpu_bench", *(sys.argv[1:] if argv is None else argv)]),
@@ -78,7 +81,9 @@ def main(argv: list[str] | None = None) -> int:
         scheme = Scheme(args.bits, args.group_size, args.coefficient_bits)
         models = write_random_models(args.random_models, args.output, scheme)
     if models:
-        report["models"] = [run_engine(model) for model in models]
+        report["models"] = [run_engine(model, args.eager) for model in models]
+        if args.llama:
+            report["models"] += peer_rows(Path(models[0]), args.llama, args.output)
         name, lines, figure = "cpu-models", model_table(report["models"]), None
     else:
         report["copy_gb_s"] = copy_bandwidth()
@@ -114,6 +119,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--cpu-time",
         action="store_true",
         help="of layers, for busy machines: of all threads, so take OMP_NUM_THREADS=1",
+    )
+    parser.add_argument(
+        "--eager", action="store_true", help="models without vLLM's compilation, and their blocks' times"
+    )
+    parser.add_argument(
+        "--llama", nargs="+", metavar="TYPE", help="llama.cpp's types, such as Q2_K, of the first model"
     )
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--models", nargs="+", metavar="DIR", help="serve these one after the other; first = baseline")
@@ -239,25 +250,25 @@ def expert_candidates(layer: Experts, scheme: Scheme, codes: Sequence[str]) -> M
     return measured
 
 
-def run_engine(model: str) -> Row:
+def run_engine(model: str, eager: bool) -> Row:
     """`measure_engine` in a process of its own, so that memory is this model's alone."""
     env = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "WARNING"} | os.environ
     env |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    command = [sys.executable, "-m", "benchmarks.cpu_bench", "--engine", model]
+    command = [sys.executable, "-m", "benchmarks.cpu_bench", "--engine", model, *(["--eager"] if eager else [])]
     done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
     return {"model": Path(model).name} | json.loads(done.stdout.splitlines()[-1])
 
 
-def measure_engine(model: str) -> Row:
-    """Prefill and decode tokens/s of a model in vLLM, milliseconds of a decoder block for a token, and the process's
-    resident memory after loading it."""
+def measure_engine(model: str, eager: bool) -> Row:
+    """Prefill and decode tokens/s of a model in vLLM, and the process's resident memory after loading it; eager: also
+    milliseconds of a decoder block for a token, as nothing is compiled."""
     from vllm import LLM, SamplingParams
 
     llm = LLM(
         model,
         dtype="bfloat16",
         skip_tokenizer_init=True,
-        enforce_eager=True,
+        enforce_eager=eager,
         max_model_len=1024,
         max_num_batched_tokens=1024,
         kv_cache_memory_bytes=1 << 28,
@@ -270,16 +281,23 @@ def measure_engine(model: str) -> Row:
         sampling = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
         return seconds(lambda: llm.generate(prompts, sampling, use_tqdm=False))
 
+    generate(1, PREFILL_TOKENS, 1)
     row["prefill_tokens_s"] = PREFILL_TOKENS / statistics.median(generate(1, PREFILL_TOKENS, 1) for _ in range(5))
+    for requests in REQUESTS:
+        generate(requests, REQUEST_TOKENS, 1)
+        times = [generate(requests, REQUEST_TOKENS, 1) for _ in range(5)]
+        row[f"first_of_{requests}_ms"] = 1e3 * statistics.median(times)
     blocks: list[float] = []
-    llm.apply_model(functools.partial(time_blocks, blocks))
+    if eager:
+        llm.apply_model(functools.partial(time_blocks, blocks))
     for batch in (1, 8):
         generate(batch, 16, 4)
         blocks.clear()
         # what the prompts take is in both times
         times = [generate(batch, 16, 1 + DECODE_TOKENS) - generate(batch, 16, 1) for _ in range(5)]
         row[f"decode_{batch}_tokens_s"] = batch * DECODE_TOKENS / statistics.median(times)
-        row[f"block_{batch}_ms"] = 1e3 * statistics.median(blocks)
+        if eager:
+            row[f"block_{batch}_ms"] = 1e3 * statistics.median(blocks)
     return row
 
 
@@ -317,16 +335,19 @@ def layer_table(rows: Sequence[Row], copy_gb_s: float) -> str:
 
 def model_table(rows: Sequence[Row]) -> str:
     """Rows as markdown, in brackets how many times as fast as the first model."""
-    head = ("model", "decode tokens/s, batch 1", "batch 8", "a block, ms", "batch 8", "prefill tokens/s")
-    lines = [f"| {' | '.join(head)} | weights, MB | resident, MB |", "|---" * (len(head) + 2) + "|"]
+    head = ["model", "decode tokens/s, batch 1", "batch 8", "prefill tokens/s"]
+    head += [f"first tokens of {REQUESTS[0]} x {REQUEST_TOKENS}, ms", *(str(requests) for requests in REQUESTS[1:])]
+    head += ["a block, ms", "batch 8", "weights, MB", "resident, MB"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for row in rows:
         speeds = [
             f"{row[key]:.1f} ({row[key] / rows[0][key]:.2f})" for key in ("decode_1_tokens_s", "decode_8_tokens_s")
         ]
-        blocks = [f"{row[key]:.2f} ({rows[0][key] / row[key]:.2f})" for key in ("block_1_ms", "block_8_ms")]
+        times = [*(f"first_of_{requests}_ms" for requests in REQUESTS), "block_1_ms", "block_8_ms"]
+        times = [f"{row[key]:.3g} ({rows[0][key] / row[key]:.2f})" if key in row else "" for key in times]
         prefill = f"{row['prefill_tokens_s']:.1f} ({row['prefill_tokens_s'] / rows[0]['prefill_tokens_s']:.2f})"
         memory = [f"{row[key] / 1e6:.0f}" for key in ("weight_bytes", "resident_bytes")]
-        lines.append(f"| {' | '.join([row['model'], *speeds, *blocks, prefill, *memory])} |")
+        lines.append(f"| {' | '.join([row['model'], *speeds, prefill, *times, *memory])} |")
     return "\n".join(lines)
 
 

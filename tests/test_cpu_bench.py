@@ -86,13 +86,21 @@ def test_layer_table_gives_speed_over_bf16_and_the_share_of_copy_bandwidth():
 
 
 def test_model_table_gives_ratios_to_the_first_model():
-    row = {"decode_1_tokens_s": 10.0, "decode_8_tokens_s": 40.0, "prefill_tokens_s": 100.0}
-    blocks = {"block_1_ms": 4.0, "block_8_ms": 9.0}
+    speeds = {"decode_1_tokens_s": 10.0, "decode_8_tokens_s": 40.0, "prefill_tokens_s": 100.0}
+    times = {"first_of_1_ms": 100.0, "first_of_4_ms": 400.0, "first_of_8_ms": 800.0}
     memory = {"weight_bytes": 300_000_000, "resident_bytes": 2_000_000_000}
-    rows = [{"model": "base"} | row | blocks | memory]
-    rows += [{"model": "bpdq", "block_1_ms": 1.0, "block_8_ms": 3.0} | {key: 2 * row[key] for key in row} | memory]
-    last = cpu_bench.model_table(rows).splitlines()[-1]
-    assert last == "| bpdq | 20.0 (2.00) | 80.0 (2.00) | 1.00 (4.00) | 3.00 (3.00) | 200.0 (2.00) | 300 | 2000 |"
+    base = {"model": "base"} | speeds | times | memory
+    bpdq = base | {"model": "bpdq"} | {key: 2 * speeds[key] for key in speeds} | {"first_of_1_ms": 50.0}
+    peer = {"model": "peer"} | speeds | memory
+    lines = cpu_bench.model_table([base, bpdq, peer]).splitlines()
+    assert lines[-2] == (
+        "| bpdq | 20.0 (2.00) | 80.0 (2.00) | 200.0 (2.00) | 50 (2.00) | 400 (1.00) | 800 (1.00) |  |  | 300 | 2000 |"
+    )
+    assert lines[-1] == "| peer | 10.0 (1.00) | 40.0 (1.00) | 100.0 (1.00) |  |  |  |  |  | 300 | 2000 |"
+    blocks = {"block_1_ms": 4.0, "block_8_ms": 9.0}
+    lines = cpu_bench.model_table([base | blocks, bpdq | {"block_1_ms": 1.0, "block_8_ms": 3.0}]).splitlines()
+    assert "| 1 (4.00) | 3 (3.00) | 300 |" in lines[-1]
+    assert len({line.count("|") for line in lines}) == 1
 
 
 def test_tied_tensors_are_weighed_once():

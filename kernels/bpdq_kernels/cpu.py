@@ -109,10 +109,10 @@ def bytes_together() -> bool:
     return library().isa == "avx2"
 
 
-def few_tokens(isa: str, dtype: torch.dtype, planes: int) -> int:
+def few_tokens(isa: str, dtype: torch.dtype, planes: int, group_size: int) -> int:
     """Up to how many tokens look-ups beat multiplications, of activations in `dtype` with `planes`."""
     if isa == "avx512_vbmi":  # in pairs of bytes
-        return sys.maxsize if planes <= 2 or dtype == torch.float16 else 16
+        return sys.maxsize if (planes <= 2 and group_size > 64) or dtype == torch.float16 else 16
     if isa == "avx2":
         return 4 if dtype == torch.float32 else sys.maxsize  # in bytes
     return 4 if isa == "avx512_bf16" and dtype == torch.bfloat16 else 8
@@ -146,7 +146,7 @@ def linear(
         DTYPE_CODES[x.dtype],
         rows.stride(0),
         len(rows),
-        few_tokens(compiled.isa, x.dtype, coefficients.shape[-2] - 1),
+        few_tokens(compiled.isa, x.dtype, coefficients.shape[-2] - 1, group_size),
         y.data_ptr(),
     )
     return y
@@ -193,6 +193,7 @@ def _experts(
         _matrix(m.stored, m.in_features, m.out_features, m.group_size, bias)
         for m, bias in zip(matrices, biases, strict=True)
     ]
+    planes = max(m.coefficients.shape[-2] for m in matrices) - 1
     compiled.bpdq_experts(
         *held,
         len(matrices[0].planes),
@@ -206,7 +207,7 @@ def _experts(
         NAMES.index(activation.name),
         activation.alpha,
         activation.limit,
-        few_tokens(compiled.isa, rows.dtype, max(m.coefficients.shape[-2] for m in matrices) - 1),
+        few_tokens(compiled.isa, rows.dtype, planes, min(m.group_size for m in matrices)),
         y.data_ptr(),
     )
 

@@ -75,6 +75,22 @@ struct Outputs {
     else
       ((uint16_t*)y)[at] = dtype == BFLOAT16 ? narrow_to_bfloat(value) : narrow_to_half(value);
   }
+
+  /* The sums of a tile's outputs, of which there are `count`, in its row of y from `at` on. */
+  void write(int64_t at, int count, const float* sums, const float* bias) const {
+    int lane = 0;
+    for (; lane + LANES <= count; lane += LANES) {
+      Floats values = load<Floats>(sums + lane);
+      if (bias) values += load<Floats>(bias + lane);
+      if (dtype == FLOAT32) {
+        memcpy((float*)y + at + lane, &values, sizeof values);
+      } else {
+        const Halves halves = narrow(values, dtype);
+        memcpy((uint16_t*)y + at + lane, &halves, sizeof halves);
+      }
+    }
+    for (; lane < count; lane++) write(at + lane, sums[lane] + (bias ? bias[lane] : 0));
+  }
 };
 
 /* Rows of y [.., N] and what makes them: row i is that of inputs i / choices. */
@@ -138,8 +154,7 @@ void run_tiles(Scratch<Kernel>& scratch, const Layer& layer, const Rows& rows, c
           const float* sums = scratch.sums[(tile - block) * room + i];
           const int64_t out = rows.of[row + i] * layer.out_features + tile * TILE;
           const int lanes = std::min<int64_t>(TILE, layer.out_features - tile * TILE);
-          for (int lane = 0; lane < lanes; lane++)
-            rows.outputs.write(out + lane, sums[lane] + (bias ? bias[tile * TILE + lane] : 0));
+          rows.outputs.write(out, lanes, sums, bias ? bias + tile * TILE : nullptr);
         }
     }
   }

@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "cpu_linear_tiles.h"
+
 namespace {
 
 /* To the nearest, ties to even. */
@@ -29,6 +31,29 @@ inline uint16_t narrow_to_half(float value) {
     return sign | (bits - 0x3f000000);
   }
   return sign | (bits + 0xfff + (bits >> 13 & 1) - 0x38000000) >> 13;
+}
+
+/* LANES numbers as 16 bits of `dtype`. */
+inline Halves narrow(Floats values, Dtype dtype) {
+  Halves halves;
+  if (dtype == BFLOAT16) {
+    const Words bits = (Words)values, even = bits >> 16 & 1;
+    const Words nan = (Words)((bits & 0x7fffffff) > 0x7f800000);
+    const Words all = ((bits + 0x7fff + even) >> 16 & ~nan) | ((bits >> 16 | 64) & nan);
+#if defined(__AVX512F__)
+    return (Halves)_mm512_cvtepi32_epi16((__m512i)all);
+#else
+    return __builtin_convertvector(all, Halves);
+#endif
+  }
+#if defined(__AVX512F__)
+  return (Halves)_mm512_cvtps_ph((__m512)values, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__AVX2__)
+  return (Halves)_mm256_cvtps_ph((__m256)values, _MM_FROUND_TO_NEAREST_INT);
+#else
+  for (int lane = 0; lane < LANES; lane++) halves[lane] = narrow_to_half(values[lane]);
+  return halves;
+#endif
 }
 
 enum Activation { SILU, GELU, GELU_TANH, SWIGLUOAI, RELU2_NO_MUL, SILU_NO_MUL, GELU_NO_MUL };  // as activation.NAMES
