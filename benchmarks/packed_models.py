@@ -18,6 +18,17 @@ QWEN25 = {
     "tie_word_embeddings": True,
 }
 RANDOM_MODELS: dict[str, dict[str, Any]] = {
+    "135M": {  # SmolLM2
+        "model_type": "llama",
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
+    },
     "0.5B": QWEN25
     | {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14},
     "1.5B": QWEN25

@@ -130,7 +130,7 @@ def test_wrong_options_are_refused(argv):
     assert exit_info.value.code == 2
 
 
-@pytest.mark.parametrize(("size", "coefficient_bits"), [("0.5B", 16), ("30B-A3B", 8)])
+@pytest.mark.parametrize(("size", "coefficient_bits"), [("135M", 8), ("0.5B", 16), ("30B-A3B", 8)])
 def test_random_models_are_whole_checkpoints(tmp_path, monkeypatch, size, coefficient_bits):
     """Of fewer and smaller layers; transformers loads them, and says if a tensor is missing."""
     small = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 64, "num_hidden_layers": 2}
