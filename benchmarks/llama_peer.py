@@ -60,7 +60,9 @@ def peer_rows(model: Path, types: list[str], output: Path) -> list[Row]:
         if not file.exists():
             quantize(plain, file, kind)
         command = [sys.executable, "-m", "benchmarks.llama_peer", "--measure", str(file)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"llama_peer: {file} was not measured: {done.stderr.strip().splitlines()[-1]}")
         rows.append({"model": f"llama.cpp {kind}"} | json.loads(done.stdout.splitlines()[-1]))
     return rows
 
@@ -111,15 +113,18 @@ def write_gguf(model: Path, file: Path) -> None:
 
 
 def quantize(plain: Path, file: Path, kind: str) -> None:
-    """Write `file`, `plain` in llama.cpp's mix `kind`, such as Q2_K, whose head and some layers are larger."""
+    """Write `file`, `plain` in llama.cpp's mix `kind`, such as Q2_K, whose head and some layers are larger. It appears
+    when it is complete."""
     llama_cpp = library()
     ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}", None)
     if ftype is None:
         raise SystemExit(f"llama_peer: llama.cpp has no type {kind}, but Q2_K or Q4_0")
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = ftype
-    if llama_cpp.llama_model_quantize(str(plain).encode(), str(file).encode(), ctypes.byref(params)):
+    partial = file.with_name(f"{file.name}.partial")
+    if llama_cpp.llama_model_quantize(str(plain).encode(), str(partial).encode(), ctypes.byref(params)):
         raise SystemExit(f"llama_peer: llama.cpp could not write {file}: see its messages above")
+    partial.rename(file)
 
 
 def library() -> Any:
