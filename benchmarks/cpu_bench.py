@@ -32,7 +32,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from benchmarks.dense_experts import dense_experts
-from benchmarks.llama_peer import peer_rows
+from benchmarks.llama_peer import DECODE_TOKENS, PREFILL_TOKENS, PROMPT_TOKENS, check, peer_rows
 from benchmarks.packed_models import RANDOM_MODELS, write_random_models
 from benchmarks.random_planes import random_experts, random_layer
 from benchmarks.serve_bench import machine, versions
@@ -57,7 +57,6 @@ LAYERS = (
 ROUTINGS = 16  # of a layer's experts, in turn, so that a token's are not in the cache since the last
 SECONDS_PER_ROW = 20  # after which no further round starts, but MIN_ROUNDS are always run
 MIN_ROUNDS = 3
-PREFILL_TOKENS, DECODE_TOKENS = 512, 32
 REQUESTS, REQUEST_TOKENS = (1, 4, 8), 128  # at once, until each has its first token
 
 Row = dict[str, Any]
@@ -81,6 +80,8 @@ def main(argv: list[str] | None = None) -> int:
         scheme = Scheme(args.bits, args.group_size, args.coefficient_bits)
         models = write_random_models(args.random_models, args.output, scheme)
     if models:
+        if args.llama:
+            check(Path(models[0]), args.llama)
         report["models"] = [run_engine(model, args.eager) for model in models]
         if args.llama:
             report["models"] += peer_rows(Path(models[0]), args.llama, args.output)
@@ -136,6 +137,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         args.layers = [parse_layer(shape) for shape in args.layers] if args.layers else LAYERS
     except (TypeError, ValueError):
         parser.error("--layers: write outputs x inputs, such as 4096x4096, or four numbers, such as 128x8x2048x768")
+    if (args.eager or args.llama) and not (args.models or args.random_models or args.engine):
+        parser.error("--eager and --llama are for --models and --random-models")
     if min(args.rounds, *args.tokens) < 1:
         parser.error("--tokens and --rounds must be at least 1")
     if "trellis" in args.code and args.bits == layout.MAX_PLANES:
@@ -291,10 +294,12 @@ def measure_engine(model: str, eager: bool) -> Row:
     if eager:
         llm.apply_model(functools.partial(time_blocks, blocks))
     for batch in (1, 8):
-        generate(batch, 16, 4)
+        generate(batch, PROMPT_TOKENS, 4)
         blocks.clear()
         # what the prompts take is in both times
-        times = [generate(batch, 16, 1 + DECODE_TOKENS) - generate(batch, 16, 1) for _ in range(5)]
+        times = [
+            generate(batch, PROMPT_TOKENS, 1 + DECODE_TOKENS) - generate(batch, PROMPT_TOKENS, 1) for _ in range(5)
+        ]
         row[f"decode_{batch}_tokens_s"] = batch * DECODE_TOKENS / statistics.median(times)
         if eager:
             row[f"block_{batch}_ms"] = 1e3 * statistics.median(blocks)

@@ -22,14 +22,16 @@ import psutil
 import torch
 
 ARCHITECTURES = {"llama": "LLAMA", "qwen2": "QWEN2"}  # model_type: gguf.MODEL_ARCH
-PREFILL_TOKENS, DECODE_TOKENS, PROMPT_TOKENS = 512, 32, 16
+FTYPE = "LLAMA_FTYPE_MOSTLY_"
+PREFILL_TOKENS = 512
+PROMPT_TOKENS, DECODE_TOKENS = 16, 32  # before the tokens that are decoded, and those
 ROUNDS = 5
 
 Row = dict[str, Any]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write the files that are missing and measure all; returns the exit status."""
+    """Write the files and measure them; returns the exit status."""
     args = parse_args(argv)
     if args.measure:
         print(json.dumps(measure(args.model, torch.get_num_threads())))
@@ -49,15 +51,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def peer_rows(model: Path, types: list[str], output: Path) -> list[Row]:
-    """A row of `measure` for each type. Raises SystemExit for a model or type that can't be had."""
-    rows = []
+    """A row of `measure` for each type. Raises SystemExit as `check`, and for what llama.cpp can't write or run."""
+    check(model, types)
     output.mkdir(parents=True, exist_ok=True)
     plain = output / f"{model.name}-BF16.gguf"
-    if not plain.exists():
-        write_gguf(model, plain)
+    write_gguf(model, plain)
+    rows = []
     for kind in types:
         file = output / f"{model.name}-{kind}.gguf"
-        if not file.exists():
+        if file != plain:
             quantize(plain, file, kind)
         command = [sys.executable, "-m", "benchmarks.llama_peer", "--measure", str(file)]
         done = subprocess.run(command, capture_output=True, text=True)
@@ -67,6 +69,21 @@ def peer_rows(model: Path, types: list[str], output: Path) -> list[Row]:
     return rows
 
 
+def check(model: Path, types: list[str]) -> None:
+    """Raises SystemExit for a package, a family or a type that is not there."""
+    try:
+        import gguf  # noqa: F401
+        import llama_cpp
+    except ImportError as e:
+        raise SystemExit(f"llama_peer: {e.name} is not installed: pip install llama-cpp-python gguf") from None
+    kind = json.loads((model / "config.json").read_text())["model_type"]
+    if kind not in ARCHITECTURES:
+        raise SystemExit(f"llama_peer: {model} is a {kind}: give one of {', '.join(ARCHITECTURES)}")
+    for name in types:
+        if not hasattr(llama_cpp, FTYPE + name):
+            raise SystemExit(f"llama_peer: llama.cpp has no type {name}, but Q2_K or Q4_0")
+
+
 def write_gguf(model: Path, file: Path) -> None:
     """A folder's matrices in bf16 and vectors in fp32, as llama.cpp names them. `file` appears when it is complete."""
     import gguf
@@ -74,8 +91,6 @@ def write_gguf(model: Path, file: Path) -> None:
 
     config = json.loads((model / "config.json").read_text())
     kind = config["model_type"]
-    if kind not in ARCHITECTURES:
-        raise SystemExit(f"llama_peer: {model} is a {kind}: give one of {', '.join(ARCHITECTURES)}")
     arch = gguf.MODEL_ARCH[ARCHITECTURES[kind]]
     heads, blocks = config["num_attention_heads"], config["num_hidden_layers"]
     shared_heads = config.get("num_key_value_heads", heads)
@@ -97,6 +112,8 @@ def write_gguf(model: Path, file: Path) -> None:
     for source in sorted(model.glob("*.safetensors")):
         for name, tensor in load_file(source).items():
             stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
+            if stored is None:
+                raise SystemExit(f"llama_peer: {source}: {name} has no place in a {kind}: give a model in 16 bits")
             if kind == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):  # pairs, not halves, are turned
                 count = heads if "q_proj" in name else shared_heads
                 tensor = tensor.unflatten(0, (count, 2, -1)).transpose(1, 2).flatten(0, 2)
@@ -115,30 +132,20 @@ def write_gguf(model: Path, file: Path) -> None:
 def quantize(plain: Path, file: Path, kind: str) -> None:
     """Write `file`, `plain` in llama.cpp's mix `kind`, such as Q2_K, whose head and some layers are larger. It appears
     when it is complete."""
-    llama_cpp = library()
-    ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}", None)
-    if ftype is None:
-        raise SystemExit(f"llama_peer: llama.cpp has no type {kind}, but Q2_K or Q4_0")
+    import llama_cpp
+
     params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype = ftype
+    params.ftype = getattr(llama_cpp, FTYPE + kind)
     partial = file.with_name(f"{file.name}.partial")
     if llama_cpp.llama_model_quantize(str(plain).encode(), str(partial).encode(), ctypes.byref(params)):
         raise SystemExit(f"llama_peer: llama.cpp could not write {file}: see its messages above")
     partial.rename(file)
 
 
-def library() -> Any:
-    """The bindings of llama.cpp."""
-    try:
-        import llama_cpp
-    except ImportError:
-        raise SystemExit("llama_peer: needs llama-cpp-python: pip install llama-cpp-python") from None
-    return llama_cpp
-
-
 def measure(file: Path, threads: int) -> Row:
     """As `cpu_bench.measure_engine`: prefill and greedy decode tokens/s, bytes of weights and of the process."""
-    llama_cpp = library()
+    import llama_cpp
+
     model = llama_cpp.llama_model_load_from_file(str(file).encode(), llama_cpp.llama_model_default_params())
     params = llama_cpp.llama_context_default_params()
     params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = 8 * 1024, 1024, 512, 8
@@ -158,24 +165,30 @@ def measure(file: Path, threads: int) -> Row:
         logits = llama_cpp.llama_get_logits(context)
         return np.ctypeslib.as_array(logits, shape=(wanted, words)).argmax(1)
 
-    def generate(sequences: int, prompt_tokens: int, new_tokens: int) -> float:
-        """Seconds to decode `new_tokens` after the first of each prompt; of none, to compute the prompt."""
+    def first_tokens(sequences: int, prompt_tokens: int) -> np.ndarray:
+        """The greedy choices after each of new prompts, which are computed one after the other."""
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+        prompts = [[((7 * i + s) % 1000 + 10, i, s) for i in range(prompt_tokens)] for s in range(sequences)]
+        return np.concatenate([step(prompt, 1) for prompt in prompts])
+
+    def prefill() -> float:
         start = time.perf_counter()
-        for s in range(sequences):
-            first = step([((7 * i + s) % 1000 + 10, i, s) for i in range(prompt_tokens)], 1)
-        chosen = np.repeat(first, sequences)
-        start = time.perf_counter() if new_tokens else start
-        for i in range(new_tokens):
-            chosen = step([(int(chosen[s]), prompt_tokens + i, s) for s in range(sequences)], sequences)
+        first_tokens(1, PREFILL_TOKENS)
+        return time.perf_counter() - start
+
+    def decode(sequences: int) -> float:
+        chosen = first_tokens(sequences, PROMPT_TOKENS)
+        start = time.perf_counter()
+        for i in range(DECODE_TOKENS):
+            chosen = step([(int(chosen[s]), PROMPT_TOKENS + i, s) for s in range(sequences)], sequences)
         return time.perf_counter() - start
 
     row: Row = {"weight_bytes": llama_cpp.llama_model_size(model)}
-    generate(1, PREFILL_TOKENS, 0)
-    row["prefill_tokens_s"] = PREFILL_TOKENS / statistics.median(generate(1, PREFILL_TOKENS, 0) for _ in range(ROUNDS))
+    prefill()
+    row["prefill_tokens_s"] = PREFILL_TOKENS / statistics.median(prefill() for _ in range(ROUNDS))
     for sequences in (1, 8):
-        times = [generate(sequences, PROMPT_TOKENS, DECODE_TOKENS) for _ in range(ROUNDS)]
-        row[f"decode_{sequences}_tokens_s"] = sequences * DECODE_TOKENS / statistics.median(times)
+        seconds = statistics.median(decode(sequences) for _ in range(ROUNDS))
+        row[f"decode_{sequences}_tokens_s"] = sequences * DECODE_TOKENS / seconds
     row["resident_bytes"] = psutil.Process().memory_info().rss
     return row
 

@@ -188,6 +188,7 @@ def disassemble(cubin: bytes) -> str:
 
 
 def read_cubin(cubin: bytes) -> Code:
+    """What is counted of a kernel's machine code."""
     return read_listing(disassemble(cubin))
 
 

@@ -119,6 +119,8 @@ def test_tied_tensors_are_weighed_once():
         ["--layers", "1x2x3x4x5"],
         ["--tokens", "0"],
         ["--rounds", "0"],
+        ["--llama", "Q2_K"],
+        ["--eager", "--layers", "64x64"],
         ["--code", "trellis", "--bits", "4"],
         ["--code", "trellis", "--layers", "64x40"],
         ["--code", "trellis", "--layers", "8x2x64x40"],

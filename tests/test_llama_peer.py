@@ -1,12 +1,14 @@
 """The files that llama.cpp gets hold the model, and what it can't be given is named."""
 
-import importlib.util
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from benchmarks import llama_peer
+from benchmarks import cpu_bench, llama_peer
 from tiny import tiny_model
 
 
@@ -21,14 +23,35 @@ def test_a_gguf_file_has_the_models_logits(arch, tied, tmp_path):
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_other_families_are_named(tmp_path):
-    with pytest.raises(SystemExit, match="is a mistral: give one of llama, qwen2"):
-        llama_peer.write_gguf(tiny_model(tmp_path / "model", "mistral"), tmp_path / "model.gguf")
+def test_a_tensor_that_no_llama_has_is_named(tmp_path):
+    model = tiny_model(tmp_path / "model", "llama")
+    tensors = load_file(model / "model.safetensors")
+    save_file({"strange.weight": tensors.popitem()[1], **tensors}, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SystemExit, match=r"strange\.weight has no place in a llama"):
+        llama_peer.write_gguf(model, tmp_path / "model.gguf")
     assert not (tmp_path / "model.gguf").exists()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is not None, reason="llama-cpp-python is installed")
-def test_missing_bindings_are_named(tmp_path):
-    (tmp_path / "model-BF16.gguf").touch()
-    with pytest.raises(SystemExit, match="pip install llama-cpp-python"):
-        llama_peer.main([str(tmp_path / "model"), "--types", "Q2_K", "--output", str(tmp_path)])
+@pytest.fixture
+def bindings(monkeypatch):
+    """In place of llama-cpp-python's, which tests don't need: of its types one."""
+    monkeypatch.setitem(sys.modules, "llama_cpp", SimpleNamespace(LLAMA_FTYPE_MOSTLY_Q2_K=10))
+
+
+@pytest.mark.parametrize(
+    ("arch", "kind", "error"),
+    [("mistral", "Q2_K", "is a mistral: give one of llama, qwen2"), ("llama", "Q9_Z", "has no type Q9_Z")],
+)
+def test_other_families_and_types_are_named_before_any_work(arch, kind, error, tmp_path, bindings):
+    model = tiny_model(tmp_path / "model", arch)
+    with pytest.raises(SystemExit, match=error):
+        llama_peer.main([str(model), "--types", "Q2_K", kind, "--output", str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match=error):
+        cpu_bench.main(["--models", str(model), "--llama", kind, "--output", str(tmp_path / "bench")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_bindings_are_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    with pytest.raises(SystemExit, match="llama_cpp is not installed: pip install llama-cpp-python"):
+        llama_peer.main([str(tiny_model(tmp_path / "model", "llama")), "--output", str(tmp_path)])

@@ -35,7 +35,6 @@ inline uint16_t narrow_to_half(float value) {
 
 /* LANES numbers as 16 bits of `dtype`. */
 inline Halves narrow(Floats values, Dtype dtype) {
-  Halves halves;
   if (dtype == BFLOAT16) {
     const Words bits = (Words)values, even = bits >> 16 & 1;
     const Words nan = (Words)((bits & 0x7fffffff) > 0x7f800000);
@@ -51,6 +50,7 @@ inline Halves narrow(Floats values, Dtype dtype) {
 #elif defined(__AVX2__)
   return (Halves)_mm256_cvtps_ph((__m256)values, _MM_FROUND_TO_NEAREST_INT);
 #else
+  Halves halves;
   for (int lane = 0; lane < LANES; lane++) halves[lane] = narrow_to_half(values[lane]);
   return halves;
 #endif
