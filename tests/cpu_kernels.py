@@ -23,6 +23,11 @@ def opened(isa: str) -> CDLL:
 @contextmanager
 def using(isa: str, kernel: str | None = None) -> Iterator[None]:
     """Multiply on the instruction set `isa`, with `kernel` or what suits each number of tokens."""
-    few = cpu.few_tokens if kernel is None else lambda isa, dtype, planes, group_size: _FEW[kernel]
-    with mock.patch.multiple(cpu, library=lambda: opened(isa), few_tokens=few):
-        yield
+    few = cpu.FEW if kernel is None else _FEW[kernel]
+    native = cpu.library()
+    cpu.use(opened(isa), few)
+    try:
+        with mock.patch.multiple(cpu, library=lambda: opened(isa), FEW=few):
+            yield
+    finally:
+        cpu.use(native)

@@ -198,14 +198,42 @@ def test_quotes_that_do_not_close_in_the_compilers_name_are_told(tmp_path, monke
 
 
 def test_processes_that_start_together_share_one_library(tmp_path):
-    """As tensor-parallel ranks do."""
+    """As tensor-parallel ranks do; and one op that calls it."""
     for process in [start(tmp_path) for _ in range(2)]:
         out, err = process.communicate()
         assert (out.splitlines(), err) == (RIGHT, "")
-    (library,) = (tmp_path / "vllm-bpdq").glob("*.so")
-    built = library.stat().st_mtime_ns
+    libraries = sorted((tmp_path / "vllm-bpdq").glob("*.so"))
+    names = ["cpu_linear", "cpu_op"] if cpu.op_library() else ["cpu_linear"]
+    assert [library.name.partition("-")[0] for library in libraries] == names
+    built = [library.stat().st_mtime_ns for library in libraries]
     assert start(tmp_path).wait() == 0
-    assert library.stat().st_mtime_ns == built
+    assert [library.stat().st_mtime_ns for library in libraries] == built
+
+
+IS_COMPILED = """
+print(torch._C._dispatch_has_kernel_for_dispatch_key("bpdq::linear", "CPU"))
+"""
+
+
+@pytest.mark.parametrize("oldest", ["(2, 10)", "(99, 0)"])
+def test_a_torch_without_a_stable_interface_calls_the_kernels_from_python(tmp_path, oldest):
+    program = f"from bpdq_kernels import cpu\ncpu.OP_TORCH = {oldest}\n{PROGRAM}\n{IS_COMPILED}"
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    is_compiled = cpu.op_library() is not None and oldest == "(2, 10)"
+    assert process.stdout.splitlines() == [*RIGHT, str(is_compiled)]
+    assert process.stderr == ""
+
+
+def test_an_op_that_does_not_compile_is_one_line(tmp_path, monkeypatch, caplog):
+    """It stays what it is in Python."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(cpu, "OP_SOURCE", tmp_path / "op.cpp")
+    cpu.OP_SOURCE.write_text("#include <torch/csrc/stable/none.h>\n")
+    monkeypatch.setattr(cpu, "OP_TORCH", (2, 0))
+    assert cpu.op_library.__wrapped__() is None
+    (record,) = caplog.records
+    assert "take 10 us more to call" in record.getMessage()
+    assert "none.h" in record.getMessage()
 
 
 def test_a_changed_header_is_compiled_again(tmp_path, monkeypatch):

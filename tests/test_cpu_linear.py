@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from bpdq_kernels import cpu, dequantize, embedding, layout, linear, prepare
 from bpdq_kernels.compiled import instruction_set
+from bpdq_kernels.ops import embedding_anywhere, linear_anywhere
 from cpu_kernels import ISAS, KERNELS, ROUNDING, using
 from products import assert_product, random_layer, random_stored
 
@@ -45,7 +46,10 @@ def test_products_are_the_oracles(isa, data):
     x = strided(x, data.draw(st.sampled_from(["contiguous", "columns apart", "rows apart", "transposed"])))
     bias = torch.randn(n).to(x_dtype) if data.draw(st.booleans()) else None
     with using(isa, data.draw(st.sampled_from(KERNELS))):
-        y = linear(x, prepare(B, c, group, in_features, s=s), bias)
+        prepared = prepare(B, c, group, in_features, s=s)
+        y = linear(x, prepared, bias)
+        in_python = linear_anywhere(x, *prepared[:4], n, group, bias)
+    assert torch.equal(y, in_python)
     rounded = isa in ROUNDING and x_dtype != torch.float32
     assert_product(y, x, dequantize(B, c, group, in_features, s), bias, rounded)
 
@@ -171,13 +175,16 @@ def test_rows_can_be_read_back_as_stored(k, group, n, in_features, trellis, dtyp
     with using(isa) if isa else mock.patch.object(cpu, "library", return_value=None):
         B, c, s = cpu.stored_rows(*cpu.prepare(stored.B, stored.c, group, stored.s), group, ids.flatten())
         prepared = prepare(stored.B, stored.c, group, in_features, s=stored.s)
-        found = embedding(ids, prepared, torch.float32)
+        in_python = embedding_anywhere(ids, *prepared[:4], in_features, group, torch.float32)
+        found = embedding(ids, prepared, torch.float32) if isa else in_python
     rows = stored.outputs(ids.flatten())
     assert torch.equal(B, rows.B)
     assert torch.equal(c, rows.c)
     assert c.dtype == dtype
     assert (s is None and rows.s is None) or torch.equal(s.float(), rows.s.float())
-    assert torch.equal(found, dequantize(stored.B, stored.c, group, in_features, stored.s)[ids])
+    W = dequantize(stored.B, stored.c, group, in_features, stored.s)
+    assert torch.equal(in_python, W[ids])
+    assert torch.equal(found, W[ids])
 
 
 @pytest.mark.parametrize("trellis", [False, True])
@@ -185,5 +192,33 @@ def test_without_a_compiler_coefficients_in_8_bits_are_multiplied_all_the_same(t
     B, c, s = random_stored(3, 64, 40, 224, torch.int8, trellis=trellis)
     x = torch.randn(5, 224)
     with mock.patch.object(cpu, "library", return_value=None):
-        y = linear(x, prepare(B, c, 64, 224, s=s))
+        y = linear_anywhere(x, *prepare(B, c, 64, 224, s=s)[:4], 40, 64, None)
     assert_product(y, x, dequantize(B, c, 64, 224, s))
+
+
+@pytest.mark.skipif(cpu.op_library() is None, reason="torch's stable interface for C++ is too old")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("ids", [torch.tensor(3), torch.zeros(0, dtype=torch.int64), torch.tensor([[1, 39]]).int()])
+def test_rows_of_an_embedding_in_any_shape_and_dtype(ids, dtype):
+    B, c, s = random_stored(2, 64, 40, 224, torch.int8)
+    found = embedding(ids, prepare(B, c, 64, 224, s=s), dtype)
+    assert torch.equal(found, dequantize(B, c, 64, 224, s)[ids.long()].to(dtype))
+
+
+@pytest.mark.skipif(cpu.op_library() is None, reason="torch's stable interface for C++ is too old")
+@pytest.mark.parametrize("token", [-1, 64])
+def test_a_token_that_is_none_is_refused(token):
+    """40 rows are padded to 64."""
+    B, c, s = random_stored(2, 64, 40, 224, torch.int8)
+    with pytest.raises(RuntimeError, match=f"token id {token} of"):
+        embedding(torch.tensor([1, token]), prepare(B, c, 64, 224, s=s), torch.float32)
+
+
+@pytest.mark.parametrize("shape", [(0, 96), (96,), (2, 0, 96), (2, 3, 96)])
+def test_inputs_of_any_shape(shape):
+    B, c, s = random_stored(2, 32, 40, 96, torch.int8)
+    x, bias = torch.randn(shape).bfloat16(), torch.randn(40).bfloat16()
+    y = linear(x, prepare(B, c, 32, 96, s=s), bias)
+    assert (y.shape, y.dtype) == ((*shape[:-1], 40), torch.bfloat16)
+    if y.numel():
+        assert_product(y.view(-1, 40), x.reshape(-1, 96), dequantize(B, c, 32, 96, s), bias, rounded=True)

@@ -1,4 +1,5 @@
-"""C++ sources compiled for this machine at first use, with a C interface and no part of torch or Python in them.
+"""C++ sources compiled for this machine at first use, with a C interface, no part of Python in them, and of torch at
+most what is stable.
 
 So they compile in seconds and outlive both. A library sits in the user's cache folder, with its digest at the end, or
 is compiled by every process where there is none.
@@ -46,9 +47,10 @@ def instruction_set() -> str:
 
 
 @contextmanager
-def compile_library(source: Path, isa: str, macros: Sequence[str] = ()) -> Iterator[Path]:
-    """Path, for as long as the context lasts, of `source` for one of FLAGS, with `macros` (`-DNAME=VALUE`): that of the
-    cache folder if it is whole. Of a source NAME.cpp, the headers NAME_*.h beside it are a part.
+def compile_library(source: Path, isa: str, macros: Sequence[str] = (), links: Sequence[str] = ()) -> Iterator[Path]:
+    """Path, for as long as the context lasts, of `source` for one of FLAGS, with `macros` (`-DNAME=VALUE`, or where
+    other headers are) and, as the linker takes them, `links`: that of the cache folder if it is whole. The headers
+    beside a source are a part of it.
 
     Raises OSError, ValueError (CXX) or CalledProcessError; PermissionError for a cache that others can write. Of
     processes that start together, one compiles and the others wait.
@@ -57,9 +59,9 @@ def compile_library(source: Path, isa: str, macros: Sequence[str] = ()) -> Itera
     # and settings are then ours
     flags = ["-O3", "-fno-tree-vectorize", "-std=c++17", "-fPIC", "-fopenmp", *FLAGS[isa], *macros]
     compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
-    headers = sorted(source.parent.glob(f"{source.stem}_*.h"))
+    headers = sorted(source.parent.glob("*.h"))
     content = b"".join(file.read_bytes() for file in (source, *headers))
-    key = hashlib.sha256(content + shlex.join([*compiler, *flags]).encode()).hexdigest()[:16]
+    key = hashlib.sha256(content + shlex.join([*compiler, *flags, *links]).encode()).hexdigest()[:16]
     with ExitStack() as stack:
         folder = _cache_folder() or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         library = folder / f"{source.stem}-{isa}-{key}.so"
@@ -67,7 +69,7 @@ def compile_library(source: Path, isa: str, macros: Sequence[str] = ()) -> Itera
             stack.enter_context(_locked(folder))
             if not _is_whole(library):
                 scratch = stack.enter_context(tempfile.TemporaryDirectory())
-                library = _stored(_compiled(source, compiler, flags, Path(scratch)), library)
+                library = _stored(_compiled(source, compiler, flags, links, Path(scratch)), library)
         yield library
 
 
@@ -111,12 +113,12 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _compiled(source: Path, compiler: list[str], flags: list[str], scratch: Path) -> Path:
+def _compiled(source: Path, compiler: list[str], flags: list[str], links: Sequence[str], scratch: Path) -> Path:
     if shutil.which(compiler[0]) is None:
         raise FileNotFoundError(f"{compiler[0]} is not found: install g++, or set CXX")
     linked, compiled = scratch / "linked.so", str(scratch / "compiled.o")
     compile_object = [*compiler, *flags, "-c", str(source), "-o", compiled]
-    for command in (compile_object, [*compiler, "-shared", compiled, "-o", str(linked)]):
+    for command in (compile_object, [*compiler, "-shared", compiled, *links, "-o", str(linked)]):
         subprocess.run(command, check=True, capture_output=True, encoding="utf-8", errors="replace")
     return linked
 
@@ -138,9 +140,9 @@ def _stored(linked: Path, library: Path) -> Path:
     return library
 
 
-def load_library(source: Path, isa: str, macros: Sequence[str] = ()) -> ctypes.CDLL:
-    """`source` with `macros` for one of FLAGS. Raises as `compile_library`."""
-    with compile_library(source, isa, macros) as path:
+def load_library(source: Path, isa: str, macros: Sequence[str] = (), links: Sequence[str] = ()) -> ctypes.CDLL:
+    """`source` for one of FLAGS, with `macros` and `links` as of `compile_library`, which says what is raised."""
+    with compile_library(source, isa, macros, links) as path:
         return ctypes.CDLL(str(path))
 
 

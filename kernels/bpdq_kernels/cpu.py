@@ -1,4 +1,5 @@
-"""y = x @ W.T + bias on a CPU, and experts: cpu_linear.cpp, compiled once for this machine's instruction set when used.
+"""y = x @ W.T + bias on a CPU, and experts: cpu_linear.cpp, compiled once for this machine's instruction set when used,
+and called from Python here, or by cpu_op.cpp without it.
 
 Where there is no compiler, or others can write the cache, layers stay as stored and `reference` multiplies.
 """
@@ -6,11 +7,11 @@ Where there is no compiler, or others can write the cache, layers stay as stored
 import ctypes
 import functools
 import mmap
-import sys
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from bpdq_kernels import reference
 from bpdq_kernels.activation import NAMES, Activation
@@ -18,6 +19,7 @@ from bpdq_kernels.compiled import DTYPE_CODES, library_or_none, load_library
 from bpdq_kernels.layout import (
     CPU_TILE,
     GROUP_SIZES,
+    MAX_PLANES,
     WORD,
     PreparedExperts,
     Stored,
@@ -27,7 +29,11 @@ from bpdq_kernels.layout import (
 )
 
 SOURCE = Path(__file__).with_name("cpu_linear.cpp")
+OP_SOURCE = Path(__file__).with_name("cpu_op.cpp")
 MACROS = (f"-DBPDQ_WORD={WORD}", f"-DBPDQ_TILE={CPU_TILE}", f"-DBPDQ_MAX_GROUP={max(GROUP_SIZES)}")
+MACROS += (f"-DBPDQ_MAX_PLANES={MAX_PLANES}",)
+OP_TORCH = (2, 10)  # whose stable interface for C++ has all that OP_SOURCE calls
+FEW = -1  # tokens that are looked up: as many as suits
 TOKENS_AT_ONCE = 2048  # of experts, whose rows between the two matrices are fp32
 
 
@@ -67,7 +73,38 @@ def open_library(isa: str) -> ctypes.CDLL:
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The library for this machine; None, after one line in the log, where there can be none."""
-    return library_or_none(open_library, "BPDQ layers run slowly on this CPU, as their kernel")
+    found = library_or_none(open_library, "BPDQ layers run slowly on this CPU, as their kernel")
+    if found is not None:
+        use(found)
+    return found
+
+
+def use(kernels: ctypes.CDLL, few: int = FEW) -> None:
+    """Let the ops `bpdq::linear` and `bpdq::embedding` call these kernels without Python between, where that can be:
+    cpu_op.cpp is then what they are on a CPU, in place of what `ops` has for any device."""
+    compiled = op_library()
+    if compiled is not None:
+        functions = (ctypes.cast(f, ctypes.c_void_p) for f in (kernels.bpdq_linear, kernels.bpdq_rows))
+        compiled.bpdq_use(*functions, few)
+
+
+@functools.cache
+def op_library() -> ctypes.CDLL | None:
+    """The ops compiled against this torch; None where it is too old, or, after one line in the log, for want of what
+    that takes."""
+    if TorchVersion(torch.__version__) < OP_TORCH:
+        return None
+    return library_or_none(_open_op_library, "BPDQ layers take 10 us more to call on this CPU, as their op")
+
+
+def _open_op_library(isa: str) -> ctypes.CDLL:
+    torch_folder = Path(torch.__file__).parent
+    target = sum(number << shift for number, shift in zip(OP_TORCH, (56, 48), strict=True))
+    macros = (f"-DTORCH_TARGET_VERSION={target:#x}", f"-DBPDQ_TORCH={torch.__version__}")
+    include = ("-isystem", str(torch_folder / "include"))
+    library = load_library(OP_SOURCE, isa, (*macros, *include), (f"-L{torch_folder / 'lib'}", "-ltorch_cpu"))
+    library.bpdq_use.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+    return library
 
 
 def prepare(B: Tensor, c: Tensor, group_size: int, s: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -109,15 +146,6 @@ def bytes_together() -> bool:
     return library().isa == "avx2"
 
 
-def few_tokens(isa: str, dtype: torch.dtype, planes: int, group_size: int) -> int:
-    """Up to how many tokens look-ups beat multiplications, of activations in `dtype` with `planes`."""
-    if isa == "avx512_vbmi":  # in pairs of bytes
-        return sys.maxsize if (planes <= 2 and group_size > 64) or dtype == torch.float16 else 16
-    if isa == "avx2":
-        return 4 if dtype == torch.float32 else sys.maxsize  # in bytes
-    return 4 if isa == "avx512_bf16" and dtype == torch.bfloat16 else 8
-
-
 def linear(
     x: Tensor,
     planes: Tensor,
@@ -146,7 +174,7 @@ def linear(
         DTYPE_CODES[x.dtype],
         rows.stride(0),
         len(rows),
-        few_tokens(compiled.isa, x.dtype, coefficients.shape[-2] - 1, group_size),
+        FEW,
         y.data_ptr(),
     )
     return y
@@ -193,7 +221,6 @@ def _experts(
         _matrix(m.stored, m.in_features, m.out_features, m.group_size, bias)
         for m, bias in zip(matrices, biases, strict=True)
     ]
-    planes = max(m.coefficients.shape[-2] for m in matrices) - 1
     compiled.bpdq_experts(
         *held,
         len(matrices[0].planes),
@@ -207,7 +234,7 @@ def _experts(
         NAMES.index(activation.name),
         activation.alpha,
         activation.limit,
-        few_tokens(compiled.isa, rows.dtype, planes, min(m.group_size for m in matrices)),
+        FEW,
         y.data_ptr(),
     )
 

@@ -37,6 +37,7 @@
 #include "cpu_linear_lookup.h"
 #include "cpu_linear_multiply.h"
 #include "cpu_linear_pairs.h"
+#include "cpu_linear_rows.h"
 
 namespace {
 
@@ -233,18 +234,24 @@ struct Sorted {
   int64_t count(int64_t expert) const { return begin[expert + 1] - begin[expert]; }
 };
 
-/* A matrix of experts, or of the one that a Linear is; bias [E, N] or null. */
-struct Matrix {
-  const uint32_t* planes;
-  const char* coefficients;
-  const float *scales, *bias;
-  int64_t dtype, in_features, out_features, group_size, plane_count;  // planes as stored
-  bool trellis;
+/* The matrix of the first expert. */
+Layer first_of(const Matrix& matrix) {
+  return {matrix.planes,      matrix.coefficients, (Dtype)matrix.dtype, matrix.scales, matrix.in_features,
+          matrix.out_features, matrix.group_size,  matrix.trellis};
+}
 
-  Layer first() const {
-    return {planes, coefficients, (Dtype)dtype, scales, in_features, out_features, group_size, trellis};
-  }
-};
+/* Up to how many tokens look-ups beat multiplications, of inputs in `dtype` with `planes` that are multiplied. */
+int64_t few_tokens(Dtype dtype, int64_t planes, int64_t group_size) {
+#if defined(BPDQ_PAIRS)
+  return (planes <= 2 && group_size > 64) || dtype == FLOAT16 ? INT64_MAX : 16;
+#elif defined(BPDQ_BYTES)
+  return dtype == FLOAT32 ? 4 : INT64_MAX;
+#elif defined(__AVX512BF16__)
+  return dtype == BFLOAT16 ? 4 : 8;
+#else
+  return 8;
+#endif
+}
 
 /* One of a team of threads. */
 struct Thread {
@@ -256,7 +263,7 @@ struct Thread {
 template <int PLANES>
 void share(const Thread& thread, const Matrix& matrix, const Inputs& inputs, const Outputs& outputs,
            const Sorted& sorted, int64_t choices, int64_t few) {
-  const Layer layer = matrix.first();
+  const Layer layer = first_of(matrix);
   const int64_t tiles = layer.tiles();
   const auto work = [&](int64_t expert) {
     const int64_t rows = sorted.count(expert);
@@ -282,7 +289,7 @@ void share(const Thread& thread, const Matrix& matrix, const Inputs& inputs, con
 
 template <class... Rest>
 void share(const Thread& thread, const Matrix& matrix, const Rest&... rest) {
-  const int64_t multiplied = matrix.plane_count + matrix.trellis;
+  const int64_t multiplied = matrix.multiplied();
   if (multiplied == 1) share<1>(thread, matrix, rest...);
   if (multiplied == 2) share<2>(thread, matrix, rest...);
   if (multiplied == 3) share<3>(thread, matrix, rest...);
@@ -291,14 +298,23 @@ void share(const Thread& thread, const Matrix& matrix, const Rest&... rest) {
 
 }  // namespace
 
-/* y [rows, N] = x @ W.T + bias, both of `dtype`, fp32 or 16 bits; rows of x are `stride` elements apart. Only INT8 has
-   scales, others null. */
 extern "C" void bpdq_linear(const Matrix* matrix, const void* x, int64_t dtype, int64_t stride, int64_t rows,
                             int64_t few, void* y) {
+  if (few < 0) few = few_tokens((Dtype)dtype, matrix->multiplied(), matrix->group_size);
   const Sorted sorted(nullptr, rows, 1);
   const Inputs inputs{x, (Dtype)dtype, stride};
 #pragma omp parallel
   share(Thread(), *matrix, inputs, Outputs{y, (Dtype)dtype}, sorted, 1, few);
+}
+
+extern "C" void bpdq_rows(const Matrix* matrix, const int64_t* ids, int64_t rows, int64_t dtype, void* y) {
+  const Layer layer = first_of(*matrix);
+  const Outputs outputs{y, (Dtype)dtype};
+#pragma omp parallel for if (rows > 1)
+  for (int64_t row = 0; row < rows; row++)
+    weights_of(layer, matrix->multiplied(), ids[row], [&](int64_t input, float weight) {
+      outputs.write(row * layer.in_features + input, weight);
+    });
 }
 
 /* y [tokens, N of down] = the sum over `choices` of weights * (down(act(up(x))) + bias) of the expert in ids, where it
@@ -307,6 +323,9 @@ extern "C" void bpdq_linear(const Matrix* matrix, const void* x, int64_t dtype, 
 extern "C" void bpdq_experts(const Matrix* up, const Matrix* down, int64_t experts, const void* x, int64_t dtype,
                              int64_t stride, bool row_each, const int64_t* ids, const float* weights, int64_t tokens,
                              int64_t choices, int64_t activation, float alpha, float limit, int64_t few, void* y) {
+  if (few < 0)
+    few = few_tokens((Dtype)dtype, std::max(up->multiplied(), down->multiplied()),
+                     std::min(up->group_size, down->group_size));
   const int64_t rows = tokens * choices, inner = down->in_features, outer = down->out_features;
   const Sorted sorted(ids, rows, experts);
   const std::unique_ptr<float[]> middle(new float[rows * up->out_features]), outs(new float[rows * outer]);

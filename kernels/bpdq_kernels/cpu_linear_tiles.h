@@ -9,6 +9,8 @@
 #include <immintrin.h>
 #endif
 
+#include "cpu_linear_matrix.h"
+
 namespace {
 
 #if defined(__AVX512F__)
@@ -25,7 +27,7 @@ typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 typedef int8_t Bytes __attribute__((vector_size(LANES)));
 typedef uint8_t Octets __attribute__((vector_size(4 * LANES)));
 
-constexpr int WORD = BPDQ_WORD, TILE = BPDQ_TILE, MAX_GROUP = BPDQ_MAX_GROUP;
+constexpr int WORD = BPDQ_WORD, TILE = BPDQ_TILE, MAX_GROUP = BPDQ_MAX_GROUP, MAX_PLANES = BPDQ_MAX_PLANES;
 static_assert(WORD == 8 * sizeof(uint32_t), "a lane holds one word");
 static_assert(TILE % (2 * LANES) == 0, "tiles are pairs of registers");
 constexpr int BLOCK = 64, FEW = 4;  // tiles between which a thread's tables and inputs stay in cache, and of few tokens
@@ -35,7 +37,6 @@ constexpr int AHEAD = 1024;  // words of planes between those in use and those f
 
 /* How a kernel wants the planes of a tile: those that are multiplied, in words or with bytes together, or as they lie. */
 enum Form { WORDS, BYTES, STORED };
-enum Dtype { FLOAT32, FLOAT16, BFLOAT16, INT8 };
 
 template <class T>
 inline T load(const void* p) {

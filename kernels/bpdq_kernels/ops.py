@@ -1,7 +1,8 @@
 """The ops `bpdq::linear` and `bpdq::embedding`, and the functions that everything above the kernels calls.
 
 All dispatch on device and number of tokens happens inside the ops: vLLM traces with a symbolic token count, so
-a branch outside would be frozen into the graph.
+a branch outside would be frozen into the graph. On a CPU cpu_op.cpp takes the place of the first two where it can be
+compiled (`cpu.use`).
 """
 
 from typing import NamedTuple
@@ -31,6 +32,7 @@ class Prepared(NamedTuple):
     group_size: int
 
 
+ANYWHERE = "CompositeExplicitAutograd"  # the dispatch key of what any device has that has nothing of its own
 _lib = torch.library.Library("bpdq", "DEF")
 _LAYER = "Tensor planes, Tensor coefficients, Tensor? scales, Tensor? ratios"
 _lib.define(f"linear(Tensor x, {_LAYER}, int out_features, int group_size, Tensor? bias) -> Tensor")
@@ -51,7 +53,7 @@ def _linear_fake(
     return x.new_empty((*x.shape[:-1], out_features))
 
 
-def _linear_cpu(
+def linear_anywhere(
     x: Tensor,
     planes: Tensor,
     coefficients: Tensor,
@@ -61,6 +63,9 @@ def _linear_cpu(
     group_size: int,
     bias: Tensor | None,
 ) -> Tensor:
+    """`bpdq::linear` where no kernel takes its place, in Python."""
+    if x.device.type != "cpu":
+        return reference.linear(x, planes, coefficients, group_size, bias, scales)
     return cpu.linear(x, planes, coefficients, scales, group_size, out_features, bias)
 
 
@@ -100,7 +105,7 @@ def _stored_linear_fake(
     return x.new_empty((*x.shape[:-1], B.shape[2]))
 
 
-def _embedding_cpu(
+def embedding_anywhere(
     ids: Tensor,
     planes: Tensor,
     coefficients: Tensor,
@@ -110,7 +115,12 @@ def _embedding_cpu(
     group_size: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    B, c, s = cpu.stored_rows(planes, coefficients, scales, group_size, ids.flatten())
+    """`bpdq::embedding` likewise."""
+    rows = ids.flatten()
+    if ids.device.type == "cpu":
+        B, c, s = cpu.stored_rows(planes, coefficients, scales, group_size, rows)
+    else:
+        B, c, s = Stored(planes, coefficients, scales).outputs(rows)
     return reference.rows(B, c, group_size, in_features, dtype, ids, s)
 
 
@@ -127,8 +137,7 @@ def _embedding_cuda(
     from bpdq_kernels import triton_embedding
 
     if is_stored(planes):
-        rows = Stored(planes, coefficients, scales).outputs(ids.flatten())
-        return reference.rows(rows.B, rows.c, group_size, in_features, dtype, ids, rows.s)
+        return embedding_anywhere(ids, planes, coefficients, scales, ratios, in_features, group_size, dtype)
     y = scales.new_empty((*ids.shape, in_features), dtype=dtype)
     with torch.cuda.device_of(y):
         tiles = Tiles(planes, coefficients, scales, ratios)
@@ -149,13 +158,13 @@ def _embedding_fake(
     return planes.new_empty((*ids.shape, in_features), dtype=dtype)
 
 
-_lib.impl("linear", _linear_cpu, "CPU")
+_lib.impl("linear", linear_anywhere, ANYWHERE)
 _lib.impl("linear", _linear_cuda, "CUDA")
 _lib.impl("linear", _linear_fake, "Meta")
 _lib.impl("stored_linear", reference.linear, "CPU")
 _lib.impl("stored_linear", _stored_linear_cuda, "CUDA")
 _lib.impl("stored_linear", _stored_linear_fake, "Meta")
-_lib.impl("embedding", _embedding_cpu, "CPU")
+_lib.impl("embedding", embedding_anywhere, ANYWHERE)
 _lib.impl("embedding", _embedding_cuda, "CUDA")
 _lib.impl("embedding", _embedding_fake, "Meta")
 for _op in ("linear", "stored_linear", "embedding"):
