@@ -37,7 +37,7 @@ def test_products_are_the_oracles(isa, data):
     trellis = data.draw(st.booleans())
     if trellis:
         k, in_features = min(k, 3), 32 * layout.cdiv(in_features, 32)
-    tokens = data.draw(st.sampled_from([*range(1, 10), 17, 64, 100]))
+    tokens = data.draw(st.sampled_from([*range(1, 10), 17, 64, 100, 130]))
     x_dtype, c_dtype = data.draw(st.sampled_from(DTYPES)), data.draw(st.sampled_from(STORED))
     seed = data.draw(st.integers(0, 9))
     B, c, s = random_stored(k, group, n, in_features, c_dtype, seed, trellis)
@@ -104,10 +104,10 @@ def test_bits_past_the_last_input_are_ignored(isa, kernel):
 )
 def test_identity_gives_the_exact_weights(isa, kernel, planes, dtype, trellis):
     """More tokens than a block of either kernel, more outputs than a block of tiles."""
-    B, c, s = random_stored(planes, 32, 2100, 96, dtype, trellis=trellis)
+    B, c, s = random_stored(planes, 32, 2100, 160, dtype, trellis=trellis)
     with using(isa, kernel):
-        W = linear(torch.eye(96), prepare(B, c, 32, 96, s=s)).T
-    torch.testing.assert_close(W, dequantize(B, c, 32, 96, s), rtol=0, atol=0 if kernel == "multiply" else 2e-6)
+        W = linear(torch.eye(160), prepare(B, c, 32, 160, s=s)).T
+    torch.testing.assert_close(W, dequantize(B, c, 32, 160, s), rtol=0, atol=0 if kernel == "multiply" else 2e-6)
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -126,6 +126,7 @@ template <int PLANES, class Kernel>
 void run_tiles(Scratch<Kernel>& scratch, const Layer& layer, const Rows& rows, const float* bias, int64_t first,
                int64_t last) {
   const int64_t group_words = layer.group_size / WORD;
+  const int64_t taken = std::max<int64_t>(group_words, Kernel::WORDS_AT_ONCE);
   for (int64_t row = 0; row < rows.count; row += Kernel::TOKENS) {
     const int count = std::min<int64_t>(Kernel::TOKENS, rows.count - row);
     const int room = (count + Kernel::AT_ONCE - 1) / Kernel::AT_ONCE * Kernel::AT_ONCE;
@@ -133,8 +134,8 @@ void run_tiles(Scratch<Kernel>& scratch, const Layer& layer, const Rows& rows, c
     for (int64_t block = first; block < last; block += together) {
       const int64_t end = std::min(block + together, last);
       memset(scratch.sums, 0, (end - block) * room * sizeof *scratch.sums);
-      for (int64_t word = 0, group = 0; word < layer.words(); word += group_words, group++) {
-        const int words = std::min(group_words, layer.words() - word);
+      for (int64_t word = 0; word < layer.words(); word += taken) {
+        const int words = std::min(taken, layer.words() - word);
         for (int i = 0; i < count; i++) {
           alignas(64) typename Kernel::Input values[MAX_GROUP] = {};
           const int64_t inputs = std::min<int64_t>(words * WORD, layer.in_features - word * WORD);
@@ -142,12 +143,21 @@ void run_tiles(Scratch<Kernel>& scratch, const Layer& layer, const Rows& rows, c
           if (layer.trellis) to_chains(values, words);
           scratch.kernel.take(i, values, words);
         }
-        const Group<PLANES> held_of_all(layer, group, block, end);
-        for (int64_t tile = block; tile < end; tile++) {
-          TileGroup<PLANES> held(held_of_all, tile);
+        const auto multiply = [&](const Group<PLANES>& group, int64_t tile, auto... place) {
+          TileGroup<PLANES> held(group, tile);
           typename TileGroup<PLANES>::Derived derived;
           held.template as<Kernel::FORM>(layer, derived);
-          scratch.kernel.tile(held, count, scratch.sums[(tile - block) * room]);
+          scratch.kernel.tile(held, count, scratch.sums[(tile - block) * room], place...);
+        };
+        if constexpr (Kernel::WORDS_AT_ONCE == 1) {
+          const Group<PLANES> group(layer, word / group_words, block, end);
+          for (int64_t tile = block; tile < end; tile++) multiply(group, tile);
+        } else {
+          for (int64_t tile = block; tile < end; tile++)
+            for (int at = 0; at < words; at += group_words) {
+              const Group<PLANES> group(layer, (word + at) / group_words, block, end);
+              multiply(group, tile, at, at + group_words >= words);
+            }
         }
       }
       for (int64_t tile = block; tile < end; tile++)
@@ -240,10 +250,12 @@ Layer first_of(const Matrix& matrix) {
           matrix.out_features, matrix.group_size,  matrix.trellis};
 }
 
-/* Up to how many tokens look-ups beat multiplications, of inputs in `dtype` with `planes` that are multiplied. */
-int64_t few_tokens(Dtype dtype, int64_t planes, int64_t group_size) {
+/* Up to how many tokens look-ups beat multiplications, of inputs in `dtype` with `planes` that are multiplied. A token's
+   sums serve all `outputs`. */
+int64_t few_tokens(Dtype dtype, int64_t planes, int64_t group_size, int64_t outputs) {
 #if defined(BPDQ_PAIRS)
-  return (planes <= 2 && group_size > 64) || dtype == FLOAT16 ? INT64_MAX : 16;
+  const bool is_wide = group_size >= 64 && outputs >= (group_size > 64 ? 768 : 1536);
+  return dtype == FLOAT16 || planes == 1 || (planes == 2 && is_wide) ? INT64_MAX : 16;
 #elif defined(BPDQ_BYTES)
   return dtype == FLOAT32 ? 4 : INT64_MAX;
 #elif defined(__AVX512BF16__)
@@ -300,7 +312,7 @@ void share(const Thread& thread, const Matrix& matrix, const Rest&... rest) {
 
 extern "C" void bpdq_linear(const Matrix* matrix, const void* x, int64_t dtype, int64_t stride, int64_t rows,
                             int64_t few, void* y) {
-  if (few < 0) few = few_tokens((Dtype)dtype, matrix->multiplied(), matrix->group_size);
+  if (few < 0) few = few_tokens((Dtype)dtype, matrix->multiplied(), matrix->group_size, matrix->out_features);
   const Sorted sorted(nullptr, rows, 1);
   const Inputs inputs{x, (Dtype)dtype, stride};
 #pragma omp parallel
@@ -325,7 +337,7 @@ extern "C" void bpdq_experts(const Matrix* up, const Matrix* down, int64_t exper
                              int64_t choices, int64_t activation, float alpha, float limit, int64_t few, void* y) {
   if (few < 0)
     few = few_tokens((Dtype)dtype, std::max(up->multiplied(), down->multiplied()),
-                     std::min(up->group_size, down->group_size));
+                     std::min(up->group_size, down->group_size), std::min(up->out_features, down->out_features));
   const int64_t rows = tokens * choices, inner = down->in_features, outer = down->out_features;
   const Sorted sorted(ids, rows, experts);
   const std::unique_ptr<float[]> middle(new float[rows * up->out_features]), outs(new float[rows * outer]);

@@ -35,6 +35,7 @@ template <int PLANES>
 struct LookupBytes {
   using Input = float;
   static constexpr Form FORM = BYTES;
+  static constexpr int WORDS_AT_ONCE = 1;
   static constexpr int TOKENS = 32, AT_ONCE = 1, STEP = 8, STEPS = WORD / STEP;  // inputs of a byte
   /* Of STEP inputs: low bytes of the first four's sums, of the last four's, and high bytes. */
   struct Table {

@@ -23,6 +23,7 @@ struct Lookup {
   using Input = float;
   static constexpr Form FORM = WORDS;
   static constexpr int TOKENS = 8, AT_ONCE = 1;  // `tile` writes sums of a multiple of AT_ONCE tokens
+  static constexpr int WORDS_AT_ONCE = 1;        // at least; whole groups of them are taken at once
   static constexpr int ROOM = (LANES == 16 ? 31 : 15) / (2 * PLANES) - 2;  // tokens whose sums stay in registers
   static constexpr int TOGETHER = ROOM >= 4 ? 4 : ROOM >= 2 ? 2 : 1;
   alignas(64) float table[TOKENS][MAX_GROUP / WORD * TABLES][LANES];

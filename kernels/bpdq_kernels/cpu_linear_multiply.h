@@ -39,7 +39,7 @@ struct OneFloat {
   static Mask test(Words bits, int step) { return (Words)((bits & BIT.by[step]) != 0); }
   static Weights blend(Mask bit, Weights off, Weights on) { return (Floats)(((Words)on & bit) | ((Words)off & ~bit)); }
 #endif
-  static Activation pick(const Input* x, int step) { return x[step]; }
+  static void pick(const Input* x, Activation* to) { memcpy(to, x, WORD * sizeof *x); }
   static Floats multiply(Floats sum, Weights w, Activation x) { return sum + w * x; }
 };
 
@@ -59,7 +59,11 @@ struct TwoBfloats {
     return _mm512_test_epi16_mask((__m512i)bits, _mm512_set1_epi32(BIT_OF_BOTH_HALVES.by[step]));
   }
   static Weights blend(Mask bit, Weights off, Weights on) { return _mm512_mask_blend_epi16(bit, off, on); }
-  static Activation pick(const Input* x, int step) { return x[step] | (uint32_t)x[step + STEPS] << 16; }
+  static void pick(const Input* x, Activation* to) {
+    const __m512i first = _mm512_cvtepu16_epi32(load<__m256i>(x)), second = _mm512_cvtepu16_epi32(load<__m256i>(x + STEPS));
+    const __m512i pairs = _mm512_or_si512(first, _mm512_slli_epi32(second, 16));
+    memcpy(to, &pairs, sizeof pairs);
+  }
   static Floats multiply(Floats sum, Weights w, Activation x) {
     return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)_mm512_set1_epi32(x));
   }
@@ -101,61 +105,58 @@ template <int PLANES, class Arithmetic>
 struct Multiply {
   static constexpr Form FORM = WORDS;
   static constexpr int ROW = LANES == 16 ? 8 : 4;  // tokens whose sums for two registers of outputs stay in registers
-  static constexpr int TOKENS = 8 * ROW, AT_ONCE = ROW;
+  static constexpr int TOKENS = 16 * ROW, AT_ONCE = ROW;
   static constexpr int STEPS = Arithmetic::STEPS;
   using Input = typename Arithmetic::Input;
   using Weights = typename Arithmetic::Weights;
-  alignas(64) typename Arithmetic::Activation x[TOKENS / ROW][MAX_GROUP / WORD * STEPS][ROW];
-
-  void take(int token, const Input* values, int words) {
-    for (int word = 0; word < words; word++)
-      for (int step = 0; step < STEPS; step++)
-        x[token / ROW][word * STEPS + step][token % ROW] = Arithmetic::pick(values + word * WORD, step);
-  }
 
   struct Pair {
     Weights of[2];  // neighbouring registers of outputs
   };
 
-  /* Adds the products of COUNT tokens from `first`, a multiple of 4, to y; `weights(word, step)` gives a Pair. */
-  template <int COUNT, class Source>
-  void accumulate(Source weights, int words, int first, float* y) const {
+  /* Words whose weights, of a tile, are held in 16 KiB: those of several groups, where they are small. */
+  static constexpr int WORDS_AT_ONCE = (16 << 10) / (STEPS * TILE * 4);
+  static_assert(WORDS_AT_ONCE <= MAX_GROUP / WORD);
+
+  alignas(64) typename Arithmetic::Activation x[TOKENS][MAX_GROUP / WORD * STEPS];
+  alignas(64) Pair weights[TILE / LANES / 2][MAX_GROUP / WORD * STEPS];
+
+  void take(int token, const Input* values, int words) {
+    for (int word = 0; word < words; word++) Arithmetic::pick(values + word * WORD, x[token] + word * STEPS);
+  }
+
+  /* Adds to y the products of the words before this group's, from `first`, and of this group's where it is the last. */
+  void tile(const TileGroup<PLANES>& tile, int tokens, float* y, int first, bool is_last) {
+    for (int i = 0; i < TILE / LANES; i += 2) {
+      const Chooser<PLANES, Arithmetic> left(tile.c[i]), right(tile.c[i + 1]);
+      for (int word = 0; word < tile.words; word++)
+        for (int step = 0; step < STEPS; step++) {
+          const uint32_t* start = tile.planes + word * PLANES * TILE + i * LANES;
+          weights[i / 2][(first + word) * STEPS + step] = {{left.at(start, step), right.at(start + LANES, step)}};
+        }
+    }
+    if (!is_last) return;
+    const int steps = (first + tile.words) * STEPS;
+    for (int i = 0; i < TILE / LANES; i += 2) {
+      int token = 0;
+      for (; tokens - token > ROW - 4; token += ROW) accumulate<ROW>(weights[i / 2], steps, token, y + i * LANES);
+      for (; token < tokens; token += 4) accumulate<4>(weights[i / 2], steps, token, y + i * LANES);
+    }
+  }
+
+  /* Adds the products of COUNT tokens from `first` on to y. */
+  template <int COUNT>
+  void accumulate(const Pair* pairs, int steps, int first, float* y) const {
     Floats sums[COUNT][2];
     y += first * TILE;
 #pragma GCC unroll 32
     for (int i = 0; i < 2 * COUNT; i++) sums[i / 2][i % 2] = load<Floats>(y + i / 2 * TILE + i % 2 * LANES);
-    for (int word = 0; word < words; word++)
-      for (int step = 0; step < STEPS; step++) {
-        const Pair& w = weights(word, step);
-        const auto* inputs = x[first / ROW][word * STEPS + step] + first % ROW;
+    for (int step = 0; step < steps; step++)
 #pragma GCC unroll 32
-        for (int i = 0; i < 2 * COUNT; i++)
-          sums[i / 2][i % 2] = Arithmetic::multiply(sums[i / 2][i % 2], w.of[i % 2], inputs[i / 2]);
-      }
+      for (int i = 0; i < 2 * COUNT; i++)
+        sums[i / 2][i % 2] = Arithmetic::multiply(sums[i / 2][i % 2], pairs[step].of[i % 2], x[first + i / 2][step]);
 #pragma GCC unroll 32
     for (int i = 0; i < 2 * COUNT; i++) memcpy(y + i / 2 * TILE + i % 2 * LANES, &sums[i / 2][i % 2], sizeof(Floats));
-  }
-
-  void tile(const TileGroup<PLANES>& tile, int tokens, float* y) const {
-    for (int i = 0; i < TILE / LANES; i += 2)
-      two(tile.planes + i * LANES, &tile.c[i], tile.words, tokens, y + i * LANES);
-  }
-
-  void two(const uint32_t* planes, const Coefficients<PLANES>* c, int words, int tokens, float* y) const {
-    const Chooser<PLANES, Arithmetic> left(c[0]), right(c[1]);
-    const auto chosen = [&](int word, int step) __attribute__((always_inline)) {
-      const uint32_t* start = planes + word * PLANES * TILE;
-      return Pair{{left.at(start, step), right.at(start + LANES, step)}};
-    };
-    if (tokens <= 4) return accumulate<4>(chosen, words, 0, y);
-    if (ROW >= 8 && PLANES <= 2 && tokens <= 8) return accumulate<8>(chosen, words, 0, y);
-    Pair all[MAX_GROUP / WORD * STEPS];
-    for (int word = 0; word < words; word++)
-      for (int step = 0; step < STEPS; step++) all[word * STEPS + step] = chosen(word, step);
-    const auto kept = [&](int word, int step) -> const Pair& { return all[word * STEPS + step]; };
-    int token = 0;
-    for (; tokens - token > ROW - 4; token += ROW) accumulate<ROW>(kept, words, token, y);
-    for (; token < tokens; token += 4) accumulate<4>(kept, words, token, y);
   }
 };
 

@@ -51,6 +51,7 @@ template <int PLANES, bool TRELLIS, int PAIRS>
 struct LookupPairs {
   using Input = float;
   static constexpr Form FORM = STORED;
+  static constexpr int WORDS_AT_ONCE = 1;
   static constexpr int TOKENS = 16, AT_ONCE = 1, SIDES = TILE / LANES;
   static constexpr int DIGITS = 15, MOST = (1 << DIGITS) - 1;  // bits of a pair, and what it holds
   static constexpr int FOUR = 4, PLACES = WORD / 8;            // inputs of a sum, bytes of a word
