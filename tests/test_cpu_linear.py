@@ -84,6 +84,21 @@ def test_threads_change_no_bit(isa, kernel, dtype, trellis):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("trellis", [False, True])
+def test_tokens_change_no_bit_of_each_other(isa, kernel, dtype, trellis):
+    """In a batch a token gets what it gets alone."""
+    B, c = random_layer(2, 64, 100, 480, trellis=trellis)
+    x = torch.randn(131, 480, generator=torch.Generator().manual_seed(0)).to(dtype)
+    with using(isa, kernel):
+        prepared = prepare(B, c, 64, 480)
+        alone = torch.cat([linear(token, prepared) for token in x.split(1)])
+        for tokens in (2, 3, 8, 9, 17, 64, 131):
+            assert torch.equal(linear(x[:tokens], prepared), alone[:tokens])
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("isa", ISAS)
 def test_bits_past_the_last_input_are_ignored(isa, kernel):
     B, c = random_layer(3, 64, 20, 70)
     zeroed = B.clone()
