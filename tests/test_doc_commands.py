@@ -36,6 +36,7 @@ BENCHMARKS = [
     "train_mixture",
     "rounding_peer",
     "gguf_peer",
+    "autoround_peer",
     "gpu_vllm",
 ]
 OTHERS = {  # whole commands of programs that are not at hand, read by eye
