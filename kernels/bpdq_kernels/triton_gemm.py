@@ -65,6 +65,7 @@ REGISTERS_8_BITS = {
     (Gemm(8, 1, 16, 16), 2): 96,
     (Gemm(8, 2, 4, 4), 2): 128,
     (Gemm(16, 2, 4, 4), 3): 144,
+    (Gemm(32, 2, 8, 8), 1): 168,
     (Gemm(64, 2, 4, 4), 2): 255,
 }
 REGISTERS_8_BITS_TRELLIS = REGISTERS_8_BITS | {(Gemm(16, 1, 8, 8), 4): 96, (Gemm(16, 2, 4, 4), 4): 192}
