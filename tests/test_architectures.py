@@ -42,7 +42,7 @@ def compilers() -> Iterator[ProcessPoolExecutor]:
 @pytest.mark.parametrize("arch", [86, 90, 120])
 def test_kernels_of_a_common_layer_spill_and_emulate_nothing(arch: int, compilers: ProcessPoolExecutor):
     layer = Layer(2, 128, 37888, 3584, BF16)
-    tokens = (1, 8, 64)
+    tokens = (1, 8, 16, 32, 64)
     kernels = {linear_config(m, layer.planes, layer.group, layer.N, layer.K, 82, arch) for m in tokens}
     jobs = [(kernel, layer) for kernel in (*kernels, Dense(128), TILES_16BIT[0], TILES_16BIT[-1], None)]
     jobs += [(kernel, layer._replace(coefficient_bits=8)) for kernel in (*kernels, Dense(128), TILES_16BIT[0], None)]
