@@ -100,7 +100,7 @@ def op_library() -> ctypes.CDLL | None:
 def _open_op_library(isa: str) -> ctypes.CDLL:
     torch_folder = Path(torch.__file__).parent
     target = sum(number << shift for number, shift in zip(OP_TORCH, (56, 48), strict=True))
-    macros = (f"-DTORCH_TARGET_VERSION={target:#x}", f"-DBPDQ_TORCH={torch.__version__}")
+    macros = (f"-DTORCH_TARGET_VERSION={target:#x}", f"-DBPDQ_TORCH={torch.__version__}")  # compiled anew for each
     include = ("-isystem", str(torch_folder / "include"))
     library = load_library(OP_SOURCE, isa, (*macros, *include), (f"-L{torch_folder / 'lib'}", "-ltorch_cpu"))
     library.bpdq_use.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]

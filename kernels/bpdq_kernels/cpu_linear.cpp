@@ -13,7 +13,7 @@
    whole numbers in pairs of bytes take half the instructions (cpu_linear_pairs.h).
 
    Multiply, for many tokens: the 2^k possible weights of a group and tile are computed once; bit tests and blends
-   choose among them, once for up to 64 tokens. With AVX512_BF16 the weights are rounded to bf16, as a 16-bit layer
+   choose among them, once for up to 128 tokens. With AVX512_BF16 the weights are rounded to bf16, as a 16-bit layer
    would hold them, and the two halves of a word are the pairs of inputs that vdpbf16ps multiplies.
 
    Trellis-coded planes lie with the bits of a word in the order of its chain, as inputs then do: in that order the two
@@ -246,12 +246,12 @@ struct Sorted {
 
 /* The matrix of the first expert. */
 Layer first_of(const Matrix& matrix) {
-  return {matrix.planes,      matrix.coefficients, (Dtype)matrix.dtype, matrix.scales, matrix.in_features,
-          matrix.out_features, matrix.group_size,  matrix.trellis};
+  return {matrix.planes,      matrix.coefficients, (Dtype)matrix.dtype, matrix.scales,
+          matrix.in_features, matrix.out_features, matrix.group_size,   matrix.trellis};
 }
 
-/* Up to how many tokens look-ups beat multiplications, of inputs in `dtype` with `planes` that are multiplied. A token's
-   sums serve all `outputs`. */
+/* Up to how many tokens look-ups beat multiplications, of inputs in `dtype` with `planes` that are multiplied: sums that
+   are looked up are made once for all `outputs`. */
 int64_t few_tokens(Dtype dtype, int64_t planes, int64_t group_size, int64_t outputs) {
 #if defined(BPDQ_PAIRS)
   const bool is_wide = group_size >= 64 && outputs >= (group_size > 64 ? 768 : 1536);

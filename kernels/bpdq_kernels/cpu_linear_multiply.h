@@ -60,7 +60,8 @@ struct TwoBfloats {
   }
   static Weights blend(Mask bit, Weights off, Weights on) { return _mm512_mask_blend_epi16(bit, off, on); }
   static void pick(const Input* x, Activation* to) {
-    const __m512i first = _mm512_cvtepu16_epi32(load<__m256i>(x)), second = _mm512_cvtepu16_epi32(load<__m256i>(x + STEPS));
+    const __m512i first = _mm512_cvtepu16_epi32(load<__m256i>(x));
+    const __m512i second = _mm512_cvtepu16_epi32(load<__m256i>(x + STEPS));
     const __m512i pairs = _mm512_or_si512(first, _mm512_slli_epi32(second, 16));
     memcpy(to, &pairs, sizeof pairs);
   }
