@@ -64,6 +64,7 @@ REGISTERS = {
 REGISTERS_8_BITS = {
     (Gemm(8, 1, 16, 16), 2): 96,
     (Gemm(8, 2, 4, 4), 2): 128,
+    (Gemm(16, 1, 16, 16), 2): 80,  # one block to a multiprocessor at most
     (Gemm(16, 2, 4, 4), 2): 128,
     (Gemm(16, 2, 4, 4), 3): 144,
     (Gemm(32, 2, 8, 8), 1): 168,
