@@ -72,7 +72,7 @@ def open_library(isa: str) -> ctypes.CDLL:
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The library for this machine; None, after one line in the log, where there can be none."""
+    """The library for this machine, which ops then use; None, after one line in the log, where there can be none."""
     found = library_or_none(open_library, "BPDQ layers run slowly on this CPU, as their kernel")
     if found is not None:
         use(found)

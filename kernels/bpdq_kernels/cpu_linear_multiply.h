@@ -126,7 +126,8 @@ struct Multiply {
     for (int word = 0; word < words; word++) Arithmetic::pick(values + word * WORD, x[token] + word * STEPS);
   }
 
-  /* Adds to y the products of the words before this group's, from `first`, and of this group's where it is the last. */
+  /* Makes the weights of a group, whose words are those from `first` on of what was taken; with those of the last one,
+     adds the products of all to y. */
   void tile(const TileGroup<PLANES>& tile, int tokens, float* y, int first, bool is_last) {
     for (int i = 0; i < TILE / LANES; i += 2) {
       const Chooser<PLANES, Arithmetic> left(tile.c[i]), right(tile.c[i + 1]);

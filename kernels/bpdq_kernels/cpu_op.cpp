@@ -18,6 +18,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 typedef std::optional<Tensor> Maybe;
 
+/* Those of the instruction set in use; few: as `bpdq_linear` takes it. */
 struct {
   decltype(bpdq_linear)* linear;
   decltype(bpdq_rows)* rows;
@@ -51,14 +52,6 @@ Matrix matrix_of(const Tensor& planes, const Tensor& coefficients, const Maybe& 
   return matrix;
 }
 
-/* The sizes of `tensor`, the last one replaced. */
-std::vector<int64_t> sizes_with(const Tensor& tensor, int64_t last) {
-  std::vector<int64_t> sizes(tensor.sizes().begin(), tensor.sizes().end());
-  sizes.back() = last;
-  return sizes;
-}
-
-/* x [..., K], rows of it `stride` apart. */
 Tensor linear(Tensor x, Tensor planes, Tensor coefficients, Maybe scales, Maybe, int64_t out_features,
               int64_t group_size, Maybe bias) {
   const int64_t in_features = x.size(x.dim() - 1), rows = in_features ? x.numel() / in_features : 0;
@@ -67,7 +60,9 @@ Tensor linear(Tensor x, Tensor planes, Tensor coefficients, Maybe scales, Maybe,
   if (bias) bias = torch::stable::contiguous(torch::stable::to(*bias, ScalarType::Float));
   Matrix matrix = matrix_of(planes, coefficients, scales, in_features, out_features, group_size);
   matrix.bias = bias ? (const float*)bias->data_ptr() : nullptr;
-  Tensor y = torch::stable::new_empty(x, sizes_with(x, out_features));
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes.back() = out_features;
+  Tensor y = torch::stable::new_empty(x, sizes);
   kernels.linear(&matrix, x.data_ptr(), dtype_code(x.scalar_type()), is_matrix ? x.stride(0) : in_features, rows,
                  kernels.few, y.data_ptr());
   return y;
@@ -95,7 +90,7 @@ STABLE_TORCH_LIBRARY_IMPL(bpdq, CPU, library) {
   library.impl("embedding", TORCH_BOX(&embedding));
 }
 
-/* Sets the functions of cpu_linear.cpp's library, and `few` as they take it. */
+/* Called before the first tensor comes. */
 extern "C" void bpdq_use(decltype(bpdq_linear)* linear, decltype(bpdq_rows)* rows, int64_t few) {
   kernels = {linear, rows, few};
 }
