@@ -138,7 +138,7 @@ def metric_of(H: Tensor, group_size: int, damping: float, trellis: bool = False)
     """That of the Hessian H [..., K, K], which is not modified, in groups of K; trellis: in the order of chains."""
     K = H.shape[-1]
     inputs = chain_order(K, H.device) if trellis else torch.arange(K, device=H.device)
-    H = in_order(in_order(H, inputs, -2), inputs, -1)
+    H = in_order(in_order(H, inputs, -2), inputs, -1) if trellis else H.clone()
     diagonal = H.diagonal(dim1=-2, dim2=-1)
     used, mean = diagonal != 0, live_mean(diagonal)
     order = group_aware_order(diagonal, group_size, WORD if trellis else 1)
