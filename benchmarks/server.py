@@ -4,6 +4,7 @@ Shared by the demo, the serving benchmark and the tests that speak HTTP.
 """
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -20,6 +21,8 @@ import psutil
 START_SECONDS = 900  # compiling takes 90 s on two CPU cores; a 72B checkpoint reads for minutes
 STOP_SECONDS = 10  # a server that still compiles ignores the request to end
 LOG_TAIL_LINES = 25
+# the last line of a traceback, which may be in a log's lines
+ERROR = re.compile(r"(\([^)]*\) )?(ERROR [^\]]*\] )?(?P<error>[\w.]*(Error|Exception): .+)")
 
 
 class ServerError(RuntimeError):
@@ -90,9 +93,11 @@ def _wait_until_healthy(server: Server, process: subprocess.Popen[bytes], log: P
 
 
 def log_tail(log: Path) -> str:
-    """Where a process's log is and how it ends, for the end of an error message."""
-    tail = "\n".join(log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:])
-    return f"its log is {log} and ends with:\n{tail}"
+    """Where a process's log is, its first error and how it ends, for the end of an error message."""
+    lines = log.read_text(errors="replace").splitlines()
+    tail = "\n".join(lines[-LOG_TAIL_LINES:])
+    cause = next((f", says {found['error']}\n" for line in lines if (found := ERROR.match(line))), " ")
+    return f"its log is {log}{cause}and ends with:\n{tail}"
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

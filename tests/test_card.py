@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import bpdq_quantizer
 from architectures import model_folder
-from bpdq_quantizer.checkpoint.card import CARD, PICTURE, licence_of, origin
+from bpdq_quantizer.checkpoint.card import CARD, PICTURE, UNMEASURED, licence_of, origin
 from bpdq_quantizer.checkpoint.manifest import verify
 from bpdq_quantizer.cli import main
 from bpdq_quantizer.errors import InputError
@@ -81,7 +81,7 @@ def test_metadata_is_what_the_hub_reads(card):
 
 def test_the_card_says_what_was_done(folder, card):
     report = json.loads((folder / "tiny-bpdq" / "quantization_report.json").read_text())
-    for part in ("# tiny-bpdq\n", "vllm serve tiny-bpdq\n", "import bpdq_quantizer", "128 tokens of `text.txt`"):
+    for part in ("# tiny-bpdq\n", "vllm serve ./tiny-bpdq\n", "import bpdq_quantizer", "128 tokens of `text.txt`"):
         assert part in card.text, part
     planes = [layer for layer in report["layers"] if "embed" not in layer["name"]]
     weights = [layer["in_features"] * layer["out_features"] for layer in planes]
@@ -90,6 +90,14 @@ def test_the_card_says_what_was_done(folder, card):
     assert "| `model.embed_tokens` |" in card.text
     size = sum(tensor.nbytes for tensor in load_tensors(folder / "tiny-bpdq").values())
     assert f"| all tensors | | | {size / 1e6:.1f} |" in card.text
+
+
+def test_a_checkpoint_that_was_not_measured_says_so(folder, card, tmp_path, capsys):
+    bpdq_quantizer.quantize(folder / "tiny", tmp_path / "plain", **small(str(folder / "text.txt")))
+    text = (tmp_path / "plain" / CARD).read_text()
+    assert UNMEASURED in text
+    assert UNMEASURED not in card.text
+    assert "128 tokens are few to calibrate on" in capsys.readouterr().out
 
 
 def test_its_command_makes_the_same_checkpoint(folder, card, monkeypatch, tmp_path):

@@ -276,6 +276,18 @@ def test_server_that_dies_at_start_says_why_and_names_its_log(tmp_path, monkeypa
     assert "no-such-model: no such model" in str(error.value)
 
 
+def test_of_a_log_the_first_error_is_named(tmp_path):
+    log = tmp_path / "server.log"
+    lines = [
+        "WARNING: hit the limit, such as `OSError: too many`",
+        "(EngineCore pid=7) ERROR 11-28 13:02:01 [core.py:99] ValueError: Available memory (1 GiB) is too small.",
+        *["(APIServer pid=5)   File"] * server.LOG_TAIL_LINES,
+        "(APIServer pid=5) RuntimeError: Engine core initialization failed. See root cause above.",
+    ]
+    log.write_text("\n".join(lines))
+    assert ", says ValueError: Available memory (1 GiB) is too small.\nand ends with:" in server.log_tail(log)
+
+
 def test_server_that_never_answers_is_given_up(tmp_path, monkeypatch):
     as_vllm("sleep 600", tmp_path, monkeypatch)
     started, before = time.monotonic(), psutil.Process().children()  # other tests' pools may have left a helper

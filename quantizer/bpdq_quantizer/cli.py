@@ -316,7 +316,7 @@ def _print_token(found: dict[str, Any]) -> None:
     parameters, used = (found[key] / 1e9 for key in ("parameters", "active_parameters"))
     experts = "" if used == parameters else f", {used:.3g} of {parameters:.3g} billion parameters"
     size, rate = found["active_bytes"] / 1e9, found["most_tokens_per_second"]
-    print(f"a token reads {size:.3f} GB{experts}: at most {rate:.3g} tokens/s on an RTX 3090")
+    print(f"a token reads {size:.3f} GB{experts}: at most {float(f'{rate:.3g}'):g} tokens/s on an RTX 3090")
 
 
 def _plan(args: argparse.Namespace) -> dict[str, Any]:
@@ -350,7 +350,7 @@ def _plan(args: argparse.Namespace) -> dict[str, Any]:
     core = "one core of this CPU" if args.probe else "one core of an EPYC"
     print(
         f"to quantize: {cpu:.3g} hours of {core} or, counted, at least {gpu:.3g} "
-        f"of an RTX 3090, {host:.0f} GB of host memory and {device:.0f} GB of the device's"
+        f"hours of an RTX 3090, {host:.0f} GB of host memory and {device:.0f} GB of the device's"
     )
     print("assumptions")
     for assumption in found["assumptions"]:

@@ -28,6 +28,7 @@ LICENSES = {  # of what a licence file says at its start; others are `other`
     "mit": r"MIT License|Permission is hereby granted, free of charge, to any person obtaining a copy",
 }
 START = 2000  # characters of a licence file that are looked at
+UNMEASURED = "Its quality was not measured: `bpdq eval DIR --reference ORIGINAL --text FILE` does."
 LICENSE_FILES = ("LICEN[CS]E*", "licen[cs]e*")
 
 
@@ -125,7 +126,7 @@ def write_card(folder: Path, made: Made, lm: PreTrainedModel, report: Mapping[st
         _bits(report, size),
         f"![bits per weight of every layer]({PICTURE})" if figure else _by_module(layers),
         _calibration(made, report),
-        *([] if made.evaluation is None else [_evaluation(made.evaluation)]),
+        _evaluation(made.evaluation) if made.evaluation else UNMEASURED,
     ]
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
     save(folder / CARD, lambda partial: partial.write_text(str(card), encoding="utf-8"))
@@ -137,24 +138,25 @@ def _head(made: Made) -> str:
     return (
         f"# {made.name}\n\n{base}, quantized to bit-planes with BPDQ "
         f"([arXiv 2602.04163](https://arxiv.org/abs/2602.04163)) by vllm-bpdq {made.version}. What it is for, "
-        "how it was trained and where its limits are is in the original's own card."
+        "how it was trained and where its limits are, the original's own card says."
     )
 
 
 def _use(name: str, auto: str) -> str:
+    place = f"./{name}"
     return f"""## Use
 
 Install the package `vllm-bpdq` where vLLM is, which finds its plugin by itself:
 
 ```bash
-vllm serve {shlex.quote(name)}
+vllm serve {shlex.quote(place)}
 ```
 
 In transformers, which without the import goes on with random weights after a warning:
 
 ```python
 import bpdq_quantizer, transformers
-model = transformers.{auto}.from_pretrained({json.dumps(name)})
+model = transformers.{auto}.from_pretrained({json.dumps(place)})
 ```"""
 
 

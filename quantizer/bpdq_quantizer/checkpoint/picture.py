@@ -1,6 +1,7 @@
 """A picture of what `bpdq inspect` found: layers by modules, bits per weight as colour, relative error as size."""
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,12 +37,15 @@ def draw(found: dict[str, Any]) -> "Figure":
     blocks = 1 + max((block for block, *_ in points), default=0)
     figure = blank(max(5.0, 2.5 + 0.22 * blocks), 1.5 + 0.35 * len(modules))
     axes = figure.subplots()
+    bits = [layer["bits_per_weight"] for *_, layer, _ in points]
     dots = axes.scatter(
         [block for block, *_ in points],
         [modules.index(module) for _, module, _, _ in points],
-        c=[layer["bits_per_weight"] for *_, layer, _ in points],
+        c=bits,
         s=[LARGEST * (0.1 + 0.9 * error / largest) if largest else LARGEST / 2 for *_, error in points],
         cmap="viridis_r",
+        vmin=math.floor(min(bits, default=0)),  # or differences of hundredths look large
+        vmax=math.ceil(max(bits, default=1)),
     )
     figure.colorbar(dots, label="bits per weight")
     axes.set_yticks(range(len(modules)), modules)

@@ -25,7 +25,7 @@ from bpdq_quantizer.model.sources import check_source, is_gguf
 from bpdq_quantizer.model.stream import Stamps, Streamed, decoder_blocks, leave_alone, open_model, solved, stamps
 from bpdq_quantizer.model.support import check_blocks, check_dense, check_tokens
 from bpdq_quantizer.model.tokens import leading_tokens, load_tokenizer
-from bpdq_quantizer.model.windows import Window, all_tokens, text_windows
+from bpdq_quantizer.model.windows import Window, all_tokens, text_windows, token_count
 from bpdq_quantizer.passes import kv_scales
 from bpdq_quantizer.passes.allocate import check_budget, most_common, other_bytes, parse_size, uniform
 from bpdq_quantizer.passes.embeddings import embedding_schemes
@@ -38,6 +38,8 @@ from bpdq_quantizer.run.recover import recover
 from bpdq_quantizer.run.run_folder import RunFolder, begin
 from bpdq_quantizer.run.statistics import check_place, keep
 from bpdq_quantizer.run.workers import own_device
+
+FEW_TOKENS = 16384  # of calibration, below which one line says so
 
 
 class Windows(NamedTuple):
@@ -165,6 +167,12 @@ def _parted(o: Options, read: list[Window]) -> tuple[list[Window], list[Window]]
         )
     if len(found) < wanted:
         tqdm.write(f"{calibration}: holds {len(found)} windows of {seq_len} tokens, --samples asked for {wanted}")
+    tokens = token_count(found[: o.text.samples])
+    if tokens < FEW_TOKENS:
+        tqdm.write(
+            f"{calibration}: {tokens} tokens are few to calibrate on, below {FEW_TOKENS} quality falls: raise "
+            "--samples or --seq-len"
+        )
     return found, spare
 
 
