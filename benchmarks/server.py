@@ -21,7 +21,7 @@ import psutil
 START_SECONDS = 900  # compiling takes 90 s on two CPU cores; a 72B checkpoint reads for minutes
 STOP_SECONDS = 10  # a server that still compiles ignores the request to end
 LOG_TAIL_LINES = 25
-# the last line of a traceback, which may be in a log's lines
+# of a log, the last line of a traceback, with or without the log's own prefix
 ERROR = re.compile(r"(\([^)]*\) )?(ERROR [^\]]*\] )?(?P<error>[\w.]*(Error|Exception): .+)")
 
 

@@ -170,11 +170,11 @@ struct Products {
   static constexpr int SIZE = k + 1;
   const Quadratic& of;
   std::vector<Floats> columns;  // of H, the group's: [blocks, K, VECTORS]
-  std::vector<Sums> sums{(size_t)ROWS};
+  std::vector<Sums> sums;  // zeros between two pairs of groups
   Tables tables;
 
   explicit Products(const Quadratic& of)
-      : of(of), columns((size_t)(of.group_size + WIDTH - 1) / WIDTH * BLOCKS * of.K * VECTORS) {}
+      : of(of), columns((size_t)(of.group_size + WIDTH - 1) / WIDTH * BLOCKS * of.K * VECTORS), sums(ROWS, Sums{}) {}
 
   Floats* block(int number) { return columns.data() + (size_t)number * of.K * VECTORS; }
 
@@ -185,7 +185,6 @@ struct Products {
     copy_columns(first);
     for (int64_t start = 0; start < of.N; start += ROWS) {
       const int64_t rows = std::min(ROWS, of.N - start);
-      std::fill(sums.begin(), sums.end(), Sums{});
       for (size_t j = 0; j < of.pairs.size() && of.pairs[j].group <= one; ++j) {
         add(first, of.pairs[j], start, rows);
         const int other = of.pairs[j].group;
