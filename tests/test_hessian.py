@@ -1,9 +1,14 @@
 """The Hessian, its factors, and the correction for shifted inputs."""
 
+from unittest import mock
+
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from torch import Tensor
 
-from bpdq_quantizer.algorithm import hessian
+from bpdq_quantizer.algorithm import cpu_hessian, hessian
 from bpdq_quantizer.algorithm.hessian import (
     accumulate,
     accumulate_shift,
@@ -26,6 +31,56 @@ def test_hessian_is_twice_the_mean_outer_product():
         accumulate(H, part[None], 21)
     flat = x.reshape(21, 5).double()
     torch.testing.assert_close(symmetrize(H).double(), 2 / 21 * flat.T @ flat, rtol=1e-5, atol=1e-6)
+
+
+def bf16(*shape: int) -> Tensor:
+    return (1 + torch.randn(*shape)).bfloat16()
+
+
+@pytest.mark.skipif(cpu_hessian.library() is None, reason="no compiler, or a CPU without products of bf16")
+@given(
+    tokens=st.integers(1, 40) | st.integers(1020, 2060),
+    shape=st.tuples(st.integers(1, 120), st.integers(1, 120)),
+    threads=st.integers(1, 3),
+)
+@example(tokens=1025, shape=(48, 97), threads=2)
+def test_sums_of_bf16_on_a_cpu_are_exact(tokens: int, shape: tuple[int, int], threads: int):
+    a, b = bf16(tokens, shape[0]), bf16(tokens, shape[1])
+    (before, square), whole = (torch.randn(size, size) for size in shape), torch.randn(shape)
+    known = before.clone(), whole.clone(), square.clone()
+    threads_before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        cpu_hessian.add_products(before, a, a, 0.5)
+        cpu_hessian.add_products(whole, a, b, -2.0)
+        cpu_hessian.add_products(square, b, b, 1.0)
+    finally:
+        torch.set_num_threads(threads_before)
+    for found, first, x, y, alpha in zip(
+        (before, whole, square), known, (a, a, b), (a, b, b), (0.5, -2.0, 1.0), strict=True
+    ):
+        exact = first.double() + alpha * x.double().T @ y.double()
+        error = (found - exact) / (1 + abs(alpha) * (x.double().abs().T @ y.double().abs()))
+        assert (error.tril() if x is y else error).abs().max() < 1e-5
+
+
+@pytest.mark.skipif(cpu_hessian.library() is None, reason="no compiler, or a CPU without products of bf16")
+def test_sums_of_bf16_are_those_of_fp32_on_any_cpu():
+    original, x = bf16(3, 100, 300), bf16(3, 100, 300)
+    found, expected = ([torch.zeros(300, 300) for _ in range(2)] for _ in range(2))
+    for (H, C), library in ((found, cpu_hessian.library()), (expected, None)):
+        with mock.patch.object(cpu_hessian, "library", return_value=library):
+            accumulate(H, x, 300)
+            accumulate_shift(C, x + original / 64, x, 300)
+            symmetrize(H)
+    for sums, exact, tolerance in zip(found, expected, (1e-6, 1e-3), strict=True):
+        assert (sums - exact).norm() < tolerance * exact.norm()
+
+
+def test_a_cpu_without_products_of_bf16_compiles_nothing(monkeypatch):
+    monkeypatch.setattr(cpu_hessian, "instruction_set", lambda: "avx512")
+    monkeypatch.setattr(cpu_hessian, "open_library", None)
+    assert cpu_hessian.library.__wrapped__() is None
 
 
 @pytest.mark.gpu

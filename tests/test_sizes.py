@@ -84,7 +84,12 @@ def test_what_is_kept_changes_nothing(first, tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [{"target_bpw": 3.3}, {"target_size": "80KB", "embed_bits": 3}, {"bits": 3}, {"tune": "model", "tune_steps": 2}],
+    [
+        {"target_bpw": 3.3},
+        {"target_size": "80KB", "embed_bits": 3},
+        {"bits": 3},
+        {"bits": 1, "tune": "model", "tune_steps": 2},  # one plane, which tuning improves whatever the last bits are
+    ],
     ids=str,
 )
 def test_another_size_is_as_from_the_start(first, kept, tmp_path, requantize_alone, options):

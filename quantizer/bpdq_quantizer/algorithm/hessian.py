@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from bpdq_quantizer.algorithm import cpu_hessian
 from bpdq_quantizer.algorithm.order import in_order
 
 MAX_DAMPING = 1.0
@@ -16,33 +17,45 @@ UNFACTORIZED = (
 def accumulate(H: Tensor, x: Tensor, total_tokens: int) -> None:
     """Add (2 / total_tokens) x^T x to the lower block triangle of H in place; `symmetrize` fills in the rest.
 
-    H: [K, K] fp32; x: [windows, ..., K], or [rows, K] of all windows, any float dtype. Blocks above the diagonal are
-    skipped: 5/8 of the work.
+    H: [K, K] fp32; x: [windows, ..., K], or [rows, K] of all windows, any float dtype.
     """
-    step = -(-len(H) // 4)
     for window in by_window(x):
-        tokens = _factor(window)
-        for start in range(0, len(H), step):
-            rows = slice(start, start + step)
-            _add_product(H[rows, : rows.stop], tokens[:, rows].T, tokens[:, : rows.stop], 2.0 / total_tokens)
+        add_square(H, window, 2.0 / total_tokens)
 
 
-def on_tensor_cores(x: Tensor) -> bool:
-    """Whether products of x are best left in its 16 bits: of bf16 on a GPU, which adds exact products in fp32."""
-    return x.is_cuda and x.dtype == torch.bfloat16
+def add_square(S: Tensor, x: Tensor, alpha: float) -> None:
+    """Add alpha x^T x to the lower block triangle of S [K, K] fp32 in place; x [T, K] of any float dtype.
+
+    Blocks above the diagonal are skipped: 5/8 of the work, and less where a CPU multiplies bf16.
+    """
+    if in_16_bits(x) and not x.is_cuda:
+        cpu_hessian.add_products(S, x, x, alpha)
+        return
+    step, x = -(-len(S) // 4), _factor(x)
+    for start in range(0, len(S), step):
+        rows = slice(start, start + step)
+        _add_product(S[rows, : rows.stop], x[:, rows], x[:, : rows.stop], alpha)
+
+
+def in_16_bits(x: Tensor) -> bool:
+    """Whether products of x are best left in its 16 bits: of bf16 on a GPU or a CPU that adds exact products in
+    fp32."""
+    return x.dtype == torch.bfloat16 and (x.is_cuda or (x.device.type == "cpu" and cpu_hessian.library() is not None))
 
 
 def _factor(x: Tensor) -> Tensor:
     """x for `_add_product`."""
-    return x if on_tensor_cores(x) else x.to(torch.float32)
+    return x if in_16_bits(x) else x.to(torch.float32)
 
 
 def _add_product(S: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
-    """S += alpha a b in place. S: fp32; a, b: of `_factor`."""
+    """Add alpha a^T b to S [M, N] fp32 in place. a [T, M], b [T, N]: of `_factor`."""
     if a.dtype == torch.float32:
-        S.addmm_(a, b, alpha=alpha)
+        S.addmm_(a.T, b, alpha=alpha)
+    elif a.is_cuda:
+        torch.addmm(S, a.T, b, out_dtype=torch.float32, alpha=alpha, out=S)
     else:
-        torch.addmm(S, a, b, out_dtype=torch.float32, alpha=alpha, out=S)
+        cpu_hessian.add_products(S, a, b, alpha)
 
 
 def by_window(x: Tensor) -> Tensor:
@@ -61,13 +74,12 @@ def accumulate_shift(C: Tensor, original: Tensor, x: Tensor, total_tokens: int) 
     """Add (2 / total_tokens) (original - x)^T x to C [K, K] fp32 in place.
 
     original, x: as for `accumulate`, a Linear's inputs in the 16-bit model and in the one that is quantized so far.
-    Sums are fp32: over a window's tokens they overflow fp16 where no activation does. Where `_factor` leaves x in bf16,
-    the difference is rounded to it too, by less than the inputs were when they became bf16.
+    Sums are fp32: over a window's tokens they overflow fp16 where no activation does. Where products are of bf16
+    (`in_16_bits`), the difference is rounded to it too, by less than the inputs were when they became bf16.
     """
     for before, now in zip(by_window(original), by_window(x), strict=True):
         tokens = _factor(now)
-        difference = before.to(torch.float32) - now.to(torch.float32)
-        _add_product(C, difference.to(tokens.dtype).T, tokens, 2.0 / total_tokens)
+        _add_product(C, before.to(tokens.dtype) - tokens, tokens, 2.0 / total_tokens)
 
 
 def live_mean(diagonal: Tensor) -> Tensor:

@@ -168,7 +168,7 @@ def _probe(planes: int, group_size: int, random: torch.Generator) -> Rates:
     codes, c = torch.cat([found[0] for found in solved]), torch.stack([found[1] for found in solved])
     b = torch.randn(2 * k // SMALLEST * width, n, generator=random)
     seconds = {
-        "hessian": cpu_time(lambda: accumulate(torch.zeros_like(H), x[None], len(x))),
+        "hessian": cpu_time(lambda: accumulate(torch.zeros_like(H), x[None].bfloat16(), len(x))),
         "product": cpu_time(lambda: x @ H),
         "factor": cpu_time(lambda: factorize(torch.block_diag(H, H))),
         "forward": cpu_time(lambda: half_product(x)),

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bpdq_quantizer.algorithm.hessian import accumulate, accumulate_shift, on_tensor_cores, symmetrize
+from bpdq_quantizer.algorithm.hessian import accumulate, accumulate_shift, in_16_bits, symmetrize
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.calls import BlockInputs, Call, Run, block_inputs, block_runs
 from bpdq_quantizer.model.stream import Streamed
@@ -157,8 +157,8 @@ def weighted(x: Tensor, weights: Tensor | None) -> Tensor:
     products are of it. An input that has no row for each of them counts the same everywhere."""
     if weights is None or x.shape[:-1].numel() != len(weights):
         return x
-    product = x.float() * weights.sqrt().view(*x.shape[:-1], 1)
-    return product.to(x.dtype) if on_tensor_cores(x) else product
+    roots = weights.sqrt().view(*x.shape[:-1], 1)
+    return x * roots.to(x.dtype) if in_16_bits(x) else x.float() * roots
 
 
 @torch.no_grad()

@@ -20,8 +20,10 @@ from torch.nn.functional import pad
 from tqdm import tqdm
 
 from bpdq_kernels.format import is_finite
+from bpdq_quantizer.algorithm.hessian import add_square, symmetrize
 from bpdq_quantizer.algorithm.in_turn import CHUNK
 from bpdq_quantizer.errors import InputError
+from bpdq_quantizer.model.activations import weighted
 from bpdq_quantizer.model.stream import Streamed, solved
 from bpdq_quantizer.model.windows import Window
 from bpdq_quantizer.passes.gradients import all_states, backwards, loss_gradients
@@ -47,20 +49,21 @@ class Sums:
 
     def add(self, gradient: Tensor) -> None:
         """gradient [1, L, N] of a window."""
-        g = gradient.reshape(-1, gradient.shape[-1]).float()
-        norm = torch.linalg.vector_norm(g, dim=1)
+        g = gradient.reshape(-1, gradient.shape[-1])
+        norm = torch.linalg.vector_norm(g, dim=1, dtype=torch.float32)
         self.lengths.append(pad(norm, (0, self.length - len(norm))))
         self.tokens += len(norm)
-        g = g * norm.clamp(min=torch.finfo(norm.dtype).tiny).rsqrt().unsqueeze(1)
-        parts = g.split([len(G) for G in self.covariances], 1)
+        parts = weighted(g, 1 / norm.clamp(min=torch.finfo(norm.dtype).tiny)).split(
+            [len(G) for G in self.covariances], 1
+        )
         for G, sums, part in zip(self.covariances, self.squares, parts, strict=True):
-            G.addmm_(part.T, part)
-            squares = part.square()
+            add_square(G, part, 1.0)
+            squares = part.float().square()
             sums += squares.sum(1).square().sum() - squares.square().sum()
 
     def read(self) -> Outputs:
         pairs = zip(self.covariances, self.squares, strict=True)
-        covariances = [shrunk(G / self.tokens, sums / self.tokens, self.tokens).cpu() for G, sums in pairs]
+        covariances = [shrunk(symmetrize(G) / self.tokens, sums / self.tokens, self.tokens).cpu() for G, sums in pairs]
         return Outputs(torch.stack(self.lengths).cpu(), covariances)
 
 
