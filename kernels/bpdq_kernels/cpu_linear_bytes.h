@@ -140,7 +140,7 @@ struct LookupBytes {
 #pragma GCC unroll 4
     for (int step = 0; step < STEPS; step++) {
       const __m256i bits = load<__m256i>(tile.planes + start + step * LANES);
-      if (step % 2 == 0) __builtin_prefetch(tile.ahead + start + step * LANES);
+      if (step % 2 == 0) fetch(tile.ahead + start + step * LANES);
       const __m256i front = _mm256_and_si256(bits, half), back = _mm256_and_si256(_mm256_srli_epi16(bits, 4), half);
 #pragma GCC unroll 4
       for (int i = 0; i < COUNT; i++) {

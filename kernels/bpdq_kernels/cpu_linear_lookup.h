@@ -58,7 +58,7 @@ struct Lookup {
       for (int p = 0; p < PLANES; p++)
         for (int side = 0; side < 2; side++) {
           bits[side][p] = load<Words>(tile.planes + start + p * TILE + side * LANES);
-          __builtin_prefetch(tile.ahead + start + p * TILE + side * LANES);
+          fetch(tile.ahead + start + p * TILE + side * LANES);
         }
 #pragma GCC unroll 16
       for (int j = 0; j < TABLES; j++) {

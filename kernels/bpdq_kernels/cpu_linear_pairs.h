@@ -203,7 +203,7 @@ struct LookupPairs {
 #pragma GCC unroll 2
         for (int side = 0; side < SIDES; side++) {
           words[side] = _mm512_loadu_si512(tile.planes + at + side * LANES);
-          __builtin_prefetch(tile.ahead + at + side * LANES);
+          fetch(tile.ahead + at + side * LANES);
           bits[side] = Bits(words[side], fours, places);
         }
         const bool coded = TRELLIS && p == 0;

@@ -33,7 +33,7 @@ static_assert(TILE % (2 * LANES) == 0, "tiles are pairs of registers");
 constexpr int BLOCK = 64, FEW = 4;  // tiles between which a thread's tables and inputs stay in cache, and of few tokens
 constexpr int TABLES = (WORD + TABLE_BITS - 1) / TABLE_BITS;  // per word
 
-constexpr int AHEAD = 1024;  // words of planes between those in use and those fetched from memory
+constexpr int AHEAD = 1536, LINE = 64;  // words of planes between those in use and those fetched; bytes of a fetch
 
 /* How a kernel wants the planes of a tile: those that are multiplied, in words or with bytes together, or as they lie. */
 enum Form { WORDS, BYTES, STORED };
@@ -44,6 +44,9 @@ inline T load(const void* p) {
   memcpy(&value, p, sizeof value);
   return value;
 }
+
+/* Has memory bring a line to the second cache: to the first one it would take the place of what is read there. */
+inline void fetch(const void* line) { __builtin_prefetch(line, 0, 2); }
 
 /* LANES numbers of `dtype` from element `i` of `p`, as fp32. */
 inline Floats widen(const void* p, int64_t i, Dtype dtype) {
@@ -83,14 +86,14 @@ struct Layer {
 
   int64_t tiles() const { return (out_features + TILE - 1) / TILE; }
   int64_t words() const { return (in_features + WORD - 1) / WORD; }
+  int64_t width() const { return dtype == FLOAT32 ? 4 : dtype == INT8 ? 1 : 2; }  // bytes of a coefficient
 
   /* Of experts, whose tensors follow each other, the one `index` places on; `plane_count` planes are multiplied. */
   Layer expert(int64_t index, int64_t plane_count) const {
     const int64_t outputs = tiles() * TILE, groups = (in_features + group_size - 1) / group_size;
-    const int64_t width = dtype == FLOAT32 ? 4 : dtype == INT8 ? 1 : 2;
     Layer other = *this;
     other.planes += index * words() * (plane_count - trellis) * outputs;
-    other.coefficients += index * width * groups * (plane_count + 1) * outputs;
+    other.coefficients += index * width() * groups * (plane_count + 1) * outputs;
     if (scales) other.scales += index * (plane_count + 1) * outputs;
     return other;
   }
@@ -106,8 +109,8 @@ struct Coefficients {
 template <int PLANES>
 struct Group {
   const Layer& layer;
-  int64_t begin, end, row;  // row: of the coefficients of tile 0
-  int words, stored;        // of the planes that lie there
+  int64_t begin, end, row, next_row;  // rows: of the coefficients of tile 0, here and in the next group
+  int words, stored;                  // of the planes that lie there
   int64_t step, next_step;  // words of a tile, here and in the next group
   const uint32_t *planes, *next;
   int64_t ahead;  // tiles
@@ -121,7 +124,7 @@ struct Group {
     planes = layer.planes + group * whole * tiles * stored * TILE;
     next = layer.planes + following * whole * tiles * stored * TILE;
     ahead = AHEAD / (whole * stored * TILE);
-    row = group * tiles * (PLANES + 1) * TILE;
+    row = group * tiles * (PLANES + 1) * TILE, next_row = following * tiles * (PLANES + 1) * TILE;
   }
 
   int64_t words_of(int64_t group) const {
@@ -141,14 +144,17 @@ struct TileGroup {
   __attribute__((always_inline)) TileGroup(const Group<PLANES>& group, int64_t tile) {
     words = group.words, stored = group.stored;
     planes = group.planes + tile * group.step;
-    const int64_t later = tile + group.ahead;
-    ahead = later < group.end ? group.planes + later * group.step
-                              : group.next + (group.begin + later - group.end) * group.next_step;
     const Layer& layer = group.layer;
-    const int64_t row = group.row + tile * (PLANES + 1) * TILE;
+    const int64_t later = tile + group.ahead, beyond = group.begin + later - group.end, numbers = (PLANES + 1) * TILE;
+    const bool here = later < group.end;
+    ahead = here ? group.planes + later * group.step : group.next + beyond * group.next_step;
+    const int64_t later_row = here ? group.row + later * numbers : group.next_row + beyond * numbers;
+    for (int64_t at = 0; at < numbers * layer.width(); at += LINE)
+      fetch(layer.coefficients + later_row * layer.width() + at);
+    const int64_t row = group.row + tile * numbers;
     if (layer.dtype == INT8) {
       const int8_t* bytes = (const int8_t*)layer.coefficients + row;
-      const float* scales = layer.scales + tile * (PLANES + 1) * TILE;
+      const float* scales = layer.scales + tile * numbers;
       fill([&](int at) { return widen_bytes(bytes + at) * load<Floats>(scales + at); });
     } else {
       fill([&](int at) { return widen(layer.coefficients, row + at, layer.dtype); });
