@@ -9,10 +9,13 @@ import sys
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from bpdq_quantizer import cost
+from bpdq_quantizer.checkpoint.inspection import ranges
 from bpdq_quantizer.cli import main
 from bpdq_quantizer.run import steps
 from bpdq_quantizer.storage import files
@@ -90,9 +93,30 @@ def test_inspect_tells_the_width_of_coefficients(folder, tmp_path, capsys):
     layers = {f"model.layers.0.self_attn.{name}_proj": {"coefficient_bits": 16} for name in "qkv"}
     out = bpdq_checkpoint(folder / "model", tmp_path / "out", coefficient_bits=8, layers=layers)
     assert main(["inspect", str(out)]) == 0
-    lines = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()}
-    assert lines["model.layers.0.self_attn.q_proj"][4:9] == ["2", "plain", "64", "16", "2.750"]
-    assert lines["model.layers.1.self_attn.q_proj"][4:9] == ["2", "plain", "64", "8", "2.750"]
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    rows = {row[-1]: row[4:10] for row in rows if row[0] == "model.layers.*.self_attn.q_proj"}
+    assert rows == {"0": ["2", "plain", "64", "16", "2.750", "1"], "1": ["2", "plain", "64", "8", "2.750", "1"]}
+
+
+def test_inspect_shows_layers_that_are_alike_as_one(folder, capsys):
+    assert main(["inspect", str(folder / "checkpoint"), "--json"]) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    rows = [line.split() for line in lines if line.startswith("model.layers.")]
+    found = json.loads(last)
+    assert len(rows) == 7
+    assert {row[-1] for row in rows} == {"0-1"}
+    assert sum(int(row[9]) for row in rows) == len(found["layers"])
+    assert sum(float(row[10]) for row in rows) == pytest.approx(found["quantized_bytes"] / 1e6, abs=0.05)
+
+
+@given(st.sets(st.integers(0, 30)))
+def test_ranges_name_all_numbers(numbers):
+    named = set()
+    for part in ranges(numbers).split(", "):
+        first, _, last = part.partition("-")
+        named |= set(range(int(first), int(last or first) + 1)) if part else set()
+    assert named == numbers
+    assert ranges(range(4)) == "0-3"
 
 
 def test_perplexity_is_exp_of_the_mean_nll_of_all_but_the_first_token(folder, capsys):

@@ -32,6 +32,7 @@ BENCHMARKS = [
     "quality_bench",
     "cpu_bench",
     "kernel_bench",
+    "decode_profile",
     "serve_bench",
     "train_mixture",
     "rounding_peer",

@@ -2,13 +2,16 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from benchmarks import decode_profile
 from benchmarks.quality_picture import digest, main
 from doc_pages import CODE, FENCE, PAGES, ROOT, blocks
 
@@ -91,6 +94,35 @@ def test_the_picture_shows_the_figures_beside_it():
     assert digest(FIGURES) in FIGURES.with_suffix(".svg").read_text(), (
         f"run python -m benchmarks.quality_picture {FIGURES}"
     )
+
+
+def test_the_picture_of_a_token_is_that_of_its_figures(tmp_path):
+    figures = FIGURES.with_name("decode.json")
+    assert digest(figures) in figures.with_suffix(".svg").read_text(), "run python -m benchmarks.decode_profile again"
+    copy = tmp_path / "decode.json"
+    shutil.copy(figures, copy)
+    decode_profile.draw(copy)
+    assert digest(copy) in copy.with_suffix(".svg").read_text()
+    for row in json.loads(figures.read_text())["rows"]:
+        assert sum(row["parts_ms"].values()) == pytest.approx(row["profiled_ms"])
+
+
+def test_parts_of_a_token_hold_all_of_a_profile():
+    def event(key, seconds, *shapes):
+        return SimpleNamespace(key=key, self_cpu_time_total=1e6 * seconds, input_shapes=shapes)
+
+    events = [
+        event("bpdq::linear", 8, [1, 64], [2, 2, 96], []),
+        event("bpdq::linear", 4, [1, 64], [2, 4, 1000]),
+        event("_C::cpu_attention_with_kv_cache", 2, [1, 4, 16]),
+        event("aten::copy_", 1, [[8], [8]]),
+    ]
+    assert decode_profile.parts(events, vocabulary=1000) == {
+        "Linears of the blocks": 8,
+        "LM head": 4,
+        "attention": 2,
+        "other operations": 1,
+    }
 
 
 def test_a_picture_is_drawn_of_rows_of_several_models(tmp_path):

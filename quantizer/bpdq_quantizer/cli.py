@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bpdq_quantizer.checkpoint import hub, manifest
-from bpdq_quantizer.checkpoint.inspection import inspect
+from bpdq_quantizer.checkpoint.inspection import alike, inspect
 from bpdq_quantizer.checkpoint.loader import load_model
 from bpdq_quantizer.checkpoint.picture import blank, draw
 from bpdq_quantizer.errors import InputError, WorkerError
@@ -283,12 +283,16 @@ def _inspect(args: argparse.Namespace) -> dict[str, Any]:
     found = inspect(args.checkpoint)
     if args.plot:
         _save(draw(found), args.plot)
-    print(f"{'layer':<48}{'N x K':>16}{'bits':>6}{'code':>10}{'group':>7}{'c bits':>8}{'bits/weight':>13}{'MB':>10}")
-    for layer in found["layers"]:
-        shape = f"{layer['out_features']} x {layer['in_features']}"
+    rows = alike(found["layers"])
+    width = max((len(row["name"]) for row in rows), default=0)
+    heads = f"{'N x K':>16}{'bits':>6}{'code':>9}{'group':>7}{'c bits':>8}{'bits/weight':>13}{'layers':>8}{'MB':>10}"
+    print(f"{'layers':<{width}}{heads}  blocks")
+    for row in rows:
+        shape = f"{row['out_features']} x {row['in_features']}"
         print(
-            f"{layer['name']:<48}{shape:>16}{layer['bits']:>6}{layer['code']:>10}{layer['group_size']:>7}"
-            f"{layer['coefficient_bits']:>8}{layer['bits_per_weight']:>13.3f}{layer['bytes'] / 1e6:>10.2f}"
+            f"{row['name']:<{width}}{shape:>16}{row['bits']:>6}{row['code']:>9}{row['group_size']:>7}"
+            f"{row['coefficient_bits']:>8}{row['bits_per_weight']:>13.3f}{row['count']:>8}{row['bytes'] / 1e6:>10.2f}"
+            f"  {row['blocks']}".rstrip()
         )
     print(
         f"{found['architecture']}: {found['quantized_weights'] / 1e6:.1f} M weights at "

@@ -1,5 +1,8 @@
 """What a checkpoint folder holds."""
 
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,3 +59,33 @@ def inspect(checkpoint: str | Path) -> dict[str, Any]:
         "kv_cache_scales": settings.kv_cache_scales,
         "file_bytes": sum(file.stat().st_size for file in {entry.file for entry in stored.values()}),
     }
+
+
+def alike(layers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Layers of `inspect`, those whose names differ in numbers alone and that have one shape and scheme as one.
+
+    Its `name` has * in the place of numbers; `count`: of layers; `bytes`: of all of them; `blocks`: which first numbers
+    their names have ("0-3, 7").
+    """
+    found = defaultdict(list)
+    for layer in layers:
+        name = re.sub(r"(?<=\.)\d+(?=\.)", "*", layer["name"])
+        scheme = tuple(value for key, value in layer.items() if key not in ("name", "bytes"))
+        found[name, scheme].append(layer)
+    rows = []
+    for (name, _), same in found.items():
+        numbers = {int(number[1]) for layer in same if (number := re.search(r"\.(\d+)\.", layer["name"]))}
+        size = sum(layer["bytes"] for layer in same)
+        rows.append(same[0] | {"name": name, "count": len(same), "bytes": size, "blocks": ranges(numbers)})
+    return rows
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Numbers in order, those that follow each other as one: "0-3, 7"."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
