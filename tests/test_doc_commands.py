@@ -35,6 +35,7 @@ BENCHMARKS = [
     "decode_profile",
     "serve_bench",
     "train_mixture",
+    "next_words",
     "rounding_peer",
     "gguf_peer",
     "autoround_peer",
