@@ -95,12 +95,15 @@ def test_targets_choose_among_trellises(model, text, tmp_path):
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
-def test_coefficients_are_tuned_and_planes_stay(model, checkpoint, text, tmp_path):
-    report = quantize(model, tmp_path / "out", text, embed_bits=3, tune="model", tune_steps=4)
-    before, after = load_tensors(checkpoint[0]), load_tensors(tmp_path / "out")
+def test_coefficients_are_tuned_and_planes_stay(model, text, tmp_path):
+    """Of one stored plane, whose coefficients tuning improves whatever the last bits are."""
+    quantize(model, tmp_path / "untuned", text, bits=1)
+    report = quantize(model, tmp_path / "tuned", text, bits=1, tune="model", tune_steps=8)
+    before, after = load_tensors(tmp_path / "untuned"), load_tensors(tmp_path / "tuned")
     first, *later = report["tuning"]["held_out_kl"]
-    assert min(later) < first
+    assert min(later) < 0.95 * first
     linears = [name for name in before if name.endswith("proj.B")]
+    assert linears
     assert all(torch.equal(before[name], after[name]) for name in linears)
 
 
