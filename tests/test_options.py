@@ -11,7 +11,7 @@ import bpdq_quantizer
 from bpdq_kernels.format import Scheme
 from bpdq_quantizer import cli
 from bpdq_quantizer.errors import InputError
-from bpdq_quantizer.fit import memory, plan
+from bpdq_quantizer.fit import plan
 from bpdq_quantizer.run.fields import flag
 from bpdq_quantizer.run.options import FIELDS, PARTS, Text, resolved
 from scripts.option_table import PAGE, updated
@@ -44,7 +44,9 @@ def test_defaults_follow_the_options_they_depend_on():
     found = resolved(**GIVEN, solver="paper", tune="model", samples=9)
     assert (found.method.asymmetric, found.tuning.tune_steps, found.tuning.tune_samples) == (0.0, 200, 9)
     assert (found.schemes.coefficient_bits, found.method.output_tokens) == (16, 0)
-    assert resolved(**GIVEN).method.output_tokens > 0
+    assert resolved(**GIVEN).method.output_tokens == 16384
+    for samples, tokens in ((2, 4096), (32, 4096), (48, 6144), (64, 8192), (999, 16384)):
+        assert resolved(**GIVEN, samples=samples, seq_len=512).method.output_tokens == tokens
     assert resolved(**GIVEN, output_tokens=0).method.output_tokens == 0
     assert resolved(**GIVEN).method.asymmetric == 0.5
     assert resolved(**GIVEN).schemes.coefficient_bits == 8
@@ -175,7 +177,6 @@ def test_every_option_is_declared_once_and_tried_above():
 
 def test_plan_assumes_the_default_calibration():
     assert (Text().samples, Text().seq_len) == plan.CALIBRATION
-    assert resolved(**GIVEN).method.output_tokens == memory.OUTPUT_TOKENS
 
 
 @pytest.mark.parametrize("tables", [{}, {"embed_bits": 3, "head_bits": 2}])

@@ -1,7 +1,8 @@
 """Errors weighed by what they do to the model's loss: gradients of the 16-bit model, and rows solved in turn."""
 
-import functools
 import shutil
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -20,11 +21,11 @@ from bpdq_quantizer.model.activations import weighted
 from bpdq_quantizer.model.stream import open_model, solved
 from bpdq_quantizer.model.windows import text_windows
 from bpdq_quantizer.passes import outputs, sensitivity
-from bpdq_quantizer.passes.gradients import all_states, draw
+from bpdq_quantizer.passes.gradients import all_states, backwards, draw, kept_states, loss_gradients
 from bpdq_quantizer.passes.outputs import Outputs, load_outputs, measure_outputs, save_outputs, token_weights
 from tests.tiny import TEXT, load_tensors, tiny_model
 
-SOLVE = functools.partial(quantize_linear, iterations=2)
+SOLVE = partial(quantize_linear, iterations=2)
 
 
 def low_rank(size: int, rank: int, seed: int) -> Tensor:
@@ -235,6 +236,38 @@ def test_energies_are_those_that_bits_are_allocated_by(model: Path, monkeypatch:
     assert found.keys() == expected.keys()
     for name, energy in expected.items():
         torch.testing.assert_close(outputs.energies(found[name]), energy, rtol=1e-3, atol=0)
+
+
+@given(blocks=st.integers(1, 200))
+def test_few_states_are_held_and_each_block_runs_twice_at_most(blocks: int):
+    kept = kept_states(blocks)
+    assert (kept[0], kept[-1]) == (0, blocks)
+    between = max(after - before for before, after in pairwise(kept)) - 1
+    assert len(kept) + between <= 2 * blocks**0.5 + 3
+    assert len(kept) + between <= blocks + 1
+
+
+def collect(seen: dict[str, list[Tensor]], name: str, gradient: Tensor) -> None:
+    seen.setdefault(name, []).append(gradient)
+
+
+def test_states_that_are_not_kept_are_computed_again(tmp_path: Path):
+    model = tiny_model(tmp_path / "model", layers=9)
+    tokens = torch.randint(0, 384, (3, 12), generator=torch.Generator().manual_seed(0))
+    source, windows, cpu = open_model(str(model)), text_windows(tokens), torch.device("cpu")
+    everything = dict(enumerate(all_states(source, windows, cpu)))
+    found = []
+    for indices in (range(10), kept_states(9), (0, 9)):
+        states = {index: everything[index] for index in indices}
+        gradients, seen, held = loss_gradients(source, windows, states.pop(9)), {}, []
+        for _ in backwards(source, windows, states, gradients, cpu, partial(collect, seen)):
+            held.append(len(states))
+        assert not states
+        found.append((seen, gradients, max(held)))
+    assert [most for _, _, most in found] == [8, 4, 8]
+    for seen, gradients, _ in found[1:]:
+        torch.testing.assert_close(seen, found[0][0])
+        torch.testing.assert_close(gradients, found[0][1])
 
 
 def test_bits_are_allocated_by_what_outputs_cost(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

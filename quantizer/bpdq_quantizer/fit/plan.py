@@ -18,7 +18,6 @@ from bpdq_quantizer.fit.kv_bytes import IN_FLIGHT, MAX_SEQUENCES, STEP_TOKENS, A
 from bpdq_quantizer.fit.kv_types import FLASHINFER_WORKSPACE, KV_TYPES
 from bpdq_quantizer.fit.memory import (
     CALIBRATION,
-    OUTPUT_TOKENS,
     experts_at_once,
     quantize_device_bytes,
     quantize_host_bytes,
@@ -28,6 +27,7 @@ from bpdq_quantizer.fit.weight_bytes import Settings, card_bytes, checkpoint_byt
 from bpdq_quantizer.model.activations import ACTIVATION_BYTES
 from bpdq_quantizer.model.sources import is_gguf
 from bpdq_quantizer.model.support import tied_bits
+from bpdq_quantizer.passes.outputs import MOST_TOKENS
 
 GIB = 2**30
 VISIBLE = 23.69 / 24
@@ -63,8 +63,8 @@ ASSUMPTIONS = (
     f"[N, K] of the largest stage, covariances of a block's outputs, {4 * 4 * CHUNK_ELEMENTS / GIB:.0f} GiB to refine, "
     f"{ACTIVATION_BYTES / GIB:.0f} GiB of activations; on the host the embedding, the head, a block and, without "
     f"--offload-dir, the hidden states of {CALIBRATION[0]} x {CALIBRATION[1]} calibration tokens twice, in page-locked "
-    f"batches, which torch rounds up to powers of two, or before that the head in fp32 and {OUTPUT_TOKENS} tokens' "
-    "states in front of all blocks; without a GPU the sum of device and host",
+    f"batches, which torch rounds up to powers of two, or before that the head in fp32 and {MOST_TOKENS} tokens' "
+    "states in front of 2 sqrt(blocks) blocks; without a GPU the sum of device and host",
 )
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from math import isqrt
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch.nn.functional import nll_loss, pad
 from bpdq_kernels.format import is_finite
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.activations import LOSS_ELEMENTS, embed, run_batches
-from bpdq_quantizer.model.calls import block_inputs, block_runs, head_inputs
+from bpdq_quantizer.model.calls import Call, block_inputs, block_runs, head_inputs
 from bpdq_quantizer.model.products import quick_products
 from bpdq_quantizer.model.stream import Streamed, drop_block, load_block, solved
 from bpdq_quantizer.model.weights import hooked
@@ -53,10 +54,28 @@ def all_states(source: Streamed, windows: Sequence[Window], device: torch.device
         yield states
 
 
+def kept_states(blocks: int) -> list[int]:
+    """Those in front of which blocks, of so many, `backwards` needs to go fast in little memory; `blocks` itself stands
+    for those after the last: at most about 2 sqrt(blocks) are held at a time, and most blocks run once more."""
+    return [*range(0, blocks, max(1, isqrt(blocks))), blocks]
+
+
+@torch.no_grad()
+def fill_states(
+    source: Streamed, calls: list[list[Call]], states: dict[int, list[Tensor]], index: int, device: torch.device
+) -> None:
+    """Add the states in front of block `index`, and on the way there, from those of the nearest block before it."""
+    for here in range(max(known for known in states if known <= index), index):
+        block = load_block(source, here, device)
+        runs = block_runs(block, calls[here], device, len(states[here]))
+        states[here + 1] = [run(hidden).cpu() for run, hidden in zip(runs, states[here], strict=True)]
+        drop_block(block)
+
+
 def backwards(
     source: Streamed,
     windows: Sequence[Window],
-    states: list[list[Tensor]],
+    states: dict[int, list[Tensor]],
     gradients: list[Tensor],
     device: torch.device,
     see: Callable[[str, Tensor], None],
@@ -64,17 +83,20 @@ def backwards(
     """Show the gradients [1, L, N] of every weight's outputs in every window, a block after the other from the last one
     on; yields the block's index when `see` has had all of its weights'.
 
-    states: those in front of every block, by window, as of `all_states`; gradients: those at the last block's output,
-    which become those at the first one's input.
+    states: those in front of blocks by window, as of `all_states`, by the block's index: of the first block at least,
+    others are computed again where they are missing; used up. gradients: those at the last block's output, which become
+    those at the first one's input.
     """
     calls = block_inputs(source.model, source.blocks, windows, source.by_window).calls
     for index in reversed(range(len(source.blocks))):
+        fill_states(source, calls, states, index, device)
+        here = states.pop(index)
         block = load_block(source, index, device).requires_grad_(False)
         runs = block_runs(block, calls[index], device, len(gradients))
         with hooked(weight.on_gradient(partial(see, name)) for name, weight in solved(source, index).items()):
             for i, gradient in enumerate(gradients):
                 with torch.enable_grad():
-                    hidden = states[index][i].detach().to(device).requires_grad_()
+                    hidden = here[i].detach().to(device).requires_grad_()
                     (gradients[i],) = torch.autograd.grad(runs[i](hidden), hidden, gradient.to(device))
         drop_block(block)
         yield index

@@ -26,8 +26,16 @@ from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.activations import weighted
 from bpdq_quantizer.model.stream import Streamed, solved
 from bpdq_quantizer.model.windows import Window
-from bpdq_quantizer.passes.gradients import all_states, backwards, loss_gradients
+from bpdq_quantizer.passes.gradients import all_states, backwards, kept_states, loss_gradients
 from bpdq_quantizer.storage.files import read_sealed, write_tensors
+
+FEWEST_TOKENS, MOST_TOKENS = 4096, 16384  # by default, whose gradients are taken
+
+
+def default_tokens(calibration: int) -> int:
+    """How many tokens are followed backwards, of so many that a model is calibrated on: of a quarter of them, or
+    MOST_TOKENS, gradients take little of the time of all."""
+    return min(max(calibration // 4, FEWEST_TOKENS), MOST_TOKENS)
 
 
 class Outputs(NamedTuple):
@@ -96,17 +104,19 @@ def measure_outputs(
 ) -> None:
     """Give `write` the `Outputs` of every block's Linears, by name, from the last block to the first.
 
-    Experts have none: each sees tokens of its own. The hidden states in front of all blocks are held in host memory:
-    2 bytes x tokens x width x blocks. Raises InputError for NaN and infinity.
+    Experts have none: each sees tokens of its own. The hidden states in front of about 2 sqrt(blocks) blocks are held
+    in host memory (`kept_states`), 2 bytes x tokens x width each. Raises InputError for NaN and infinity.
     """
     count = len(source.blocks)
     with tqdm(total=2 * count, desc="measuring outputs", unit="block") as bar:
-        states = []
-        for hidden in all_states(source, windows, device):
-            states.append(hidden)
-            bar.update(len(states) > 1)
-        sampled = torch.Generator(states[-1][0].device).manual_seed(seed)
-        gradients = loss_gradients(source, windows, states[-1], sampled)
+        kept, states = kept_states(count), {}
+        for index, hidden in enumerate(all_states(source, windows, device)):
+            if index in kept:
+                states[index] = hidden
+            bar.update(index > 0)
+        last = states.pop(count)
+        gradients = loss_gradients(source, windows, last, torch.Generator(last[0].device).manual_seed(seed))
+        del last
         length, sums = max(window.tokens.shape[1] for window in windows), {}
         alone = {name: weight for name, weight in solved(source).items() if weight.layer is None}
 
@@ -121,7 +131,6 @@ def measure_outputs(
             check_gradients(found)
             write(index, found)
             sums.clear()
-            states.pop()
             bar.update()
 
 

@@ -251,6 +251,6 @@ def gradient_energies(
         lengths[name] += length.sum()
         rows[name] += len(g)
 
-    for _ in backwards(source, windows, states, gradients, device, add):
+    for _ in backwards(source, windows, dict(enumerate(states)), gradients, device, add):
         pass
     return {name: (squares[name] * lengths[name]).cpu() / (max(1, rows[name]) * tokens) for name in squares}

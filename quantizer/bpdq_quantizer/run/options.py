@@ -11,6 +11,7 @@ from bpdq_kernels.format import CODE_OPTIONS, Scheme
 from bpdq_quantizer.algorithm.grid import paper_start
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.calibration import shown_name
+from bpdq_quantizer.passes.outputs import FEWEST_TOKENS, MOST_TOKENS, default_tokens
 from bpdq_quantizer.run.fields import PathName, checked, flag, option
 
 SOLVERS = {  # options of `quantize_linear`
@@ -18,7 +19,6 @@ SOLVERS = {  # options of `quantize_linear`
     "paper": {"refinements": 0, "alpha": 1e-4, "damping": 0.05, "starts": (paper_start,)},
 }
 ASYMMETRIC = {"refined": 0.5, "paper": 0.0}  # share of the shift of its inputs that a weight is corrected for
-OUTPUT_TOKENS = {"refined": 4096, "paper": 0}
 COEFFICIENT_BITS = {"refined": 8, "paper": 16}
 GROUP_SIZE = {8: 64, 16: 128}  # by coefficient_bits: as many bytes
 TUNE_STEPS = {"none": 0, "model": 200}
@@ -180,9 +180,10 @@ class Method:
         "tokens for gradients, by which errors are weighed",
         "so many tokens of the calibration text, at least a window, are followed backwards through the 16-bit model: "
         "its gradients say which tokens count how much, and which outputs of a Linear make good each other's errors "
-        "(YAQA); 0 is off, as it is for models whose blocks share keys and values (Gemma 3n and 4). All blocks' hidden "
-        "states of these tokens are held in host memory, and `DIR.partial` has 2048 bytes for every output of a Linear",
-        unset=f"{OUTPUT_TOKENS['refined']}; paper: {OUTPUT_TOKENS['paper']}",
+        "(YAQA); 0 is off, as it is for models whose blocks share keys and values (Gemma 3n and 4). Hidden states of "
+        "these tokens in front of about 2 sqrt(blocks) blocks are held in host memory, and `DIR.partial` has 2048 "
+        "bytes for every output of a Linear",
+        unset=f"a quarter of the calibration tokens, from {FEWEST_TOKENS} to {MOST_TOKENS}; paper: 0",
         metavar="TOKENS",
         within=(0, 2**31 - 1),
         expected="0 (off) or more",
@@ -364,7 +365,7 @@ def resolved(**given: Any) -> Options:
     if found["asymmetric"] is None:
         found["asymmetric"] = ASYMMETRIC[found["solver"]]
     if found["output_tokens"] is None:
-        found["output_tokens"] = OUTPUT_TOKENS[found["solver"]]
+        found["output_tokens"] = default_output_tokens(found["solver"], found["samples"] * found["seq_len"])
     if found["coefficient_bits"] is None:
         found["coefficient_bits"] = COEFFICIENT_BITS[found["solver"]]
     if found["group_size"] is None:
@@ -375,6 +376,11 @@ def resolved(**given: Any) -> Options:
     o = Options(**parts)
     _check_together(o)
     return o
+
+
+def default_output_tokens(solver: str, calibration: int) -> int:
+    """`--output-tokens` where it is not given, of so many calibration tokens."""
+    return 0 if solver == "paper" else default_tokens(calibration)
 
 
 def _words(of: Field, value: Any) -> list[str]:

@@ -32,7 +32,7 @@ from bpdq_quantizer.passes.embeddings import embedding_schemes
 from bpdq_quantizer.passes.rotate import rotated
 from bpdq_quantizer.passes.sensitivity import choices
 from bpdq_quantizer.run.identity import identity
-from bpdq_quantizer.run.options import OUTPUT_TOKENS, SOLVERS, Options, Schemes
+from bpdq_quantizer.run.options import SOLVERS, Options, Schemes, default_output_tokens
 from bpdq_quantizer.run.own_text import own_windows, writer_of
 from bpdq_quantizer.run.recover import recover
 from bpdq_quantizer.run.run_folder import RunFolder, begin
@@ -118,9 +118,10 @@ def prepare(o: Options, folder: RunFolder, kept: list[Window] | None = None) -> 
 
 def without_gradients(o: Options, model: str) -> Options:
     """o for a model whose blocks share keys and values; raises InputError if it asks for gradients."""
+    unset = default_output_tokens(o.method.solver, o.text.samples * o.text.seq_len)
     asked = {
         "--target-bpw / --target-size": o.schemes.target_bpw or o.schemes.target_size,
-        "--output-tokens": o.method.output_tokens not in OUTPUT_TOKENS.values(),
+        "--output-tokens": o.method.output_tokens not in (0, unset),
     }
     for option, given in asked.items():
         if given:
