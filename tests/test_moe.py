@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from bpdq_kernels import Activation, PreparedExperts, cpu, dequantize, moe, prepare_experts
 from bpdq_kernels.activation import NAMES
 from bpdq_kernels.layout import GROUP_SIZES, Stored
+from bpdq_kernels.moe import moe_anywhere
 from cpu_kernels import ISAS, using
 from products import random_stored
 
@@ -51,8 +52,28 @@ class Case(NamedTuple):
     down_bias: torch.Tensor | None = None
     weights_on_input: bool = False
 
+    def prepared(self) -> "Case":
+        return self._replace(up=self.up.prepared(), down=self.down.prepared())
+
     def run(self) -> torch.Tensor:
-        return moe(*self._replace(up=self.up.prepared(), down=self.down.prepared()))
+        return moe(*self.prepared())
+
+    def run_in_python(self) -> torch.Tensor:
+        case = self.prepared()
+        biases = case.up_bias, case.down_bias
+        matrices = (*case.up, *case.down, *biases, *case.activation, case.weights_on_input)
+        return moe_anywhere(case.x, case.weights, case.ids, *matrices)
+
+
+def run_on(isa: str | None, case: Case) -> torch.Tensor:
+    """The op of an instruction set, which is the same from Python; or what it is without a compiler."""
+    if isa is None:
+        with mock.patch.object(cpu, "library", return_value=None):
+            return case.run_in_python()
+    with using(isa):
+        y = case.run()
+        assert torch.equal(y, case.run_in_python())
+    return y
 
 
 def formula(activation: Activation, h: torch.Tensor) -> torch.Tensor:
@@ -148,9 +169,7 @@ def test_experts_give_what_their_dense_matrices_give(isa, data):
         seed=data.draw(st.integers(0, 9)),
         ids_dtype=data.draw(st.sampled_from([torch.int32, torch.int64])),
     )
-    with using(isa) if isa else mock.patch.object(cpu, "library", return_value=None):
-        y = case.run()
-    assert_experts(case, y)
+    assert_experts(case, run_on(isa, case))
 
 
 @pytest.mark.parametrize("isa", [*ISAS, None])
@@ -169,9 +188,7 @@ def test_experts_of_trellis_coded_planes_too(isa, dtype, k, groups, c_dtype, tre
     """Of either matrix or both; many experts get one token, some get many."""
     case = random_case(90, 2, 160, 96, 8, k, groups, c_dtype, dtype, biases=True, trellises=trellises)
     case.ids[20:] = case.ids[20:].clamp_max(1)
-    with using(isa) if isa else mock.patch.object(cpu, "library", return_value=None):
-        y = case.run()
-    assert_experts(case, y)
+    assert_experts(case, run_on(isa, case))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -198,9 +215,9 @@ def test_threads_change_no_bit(tokens, dtype):
     assert all(torch.equal(y, results[0]) for y in results[1:])
 
 
-def test_more_tokens_than_are_taken_at_once(monkeypatch):
-    case = random_case(23, 3, 64, 48, biases=True)
-    monkeypatch.setattr(cpu, "TOKENS_AT_ONCE", 10)
+@pytest.mark.parametrize("weights_on_input", [False, True])
+def test_more_tokens_than_are_taken_at_once(weights_on_input):
+    case = random_case(2060, 2, 32, 16, biases=True, weights_on_input=weights_on_input)
     assert_experts(case, case.run())
 
 

@@ -34,7 +34,6 @@ MACROS = (f"-DBPDQ_WORD={WORD}", f"-DBPDQ_TILE={CPU_TILE}", f"-DBPDQ_MAX_GROUP={
 MACROS += (f"-DBPDQ_MAX_PLANES={MAX_PLANES}",)
 OP_TORCH = (2, 10)  # whose stable interface for C++ has all that OP_SOURCE calls
 FEW = -1  # tokens that are looked up: as many as suits
-TOKENS_AT_ONCE = 2048  # of experts, whose rows between the two matrices are fp32
 
 
 class _Matrix(ctypes.Structure):
@@ -54,18 +53,8 @@ def open_library(isa: str) -> ctypes.CDLL:
     matrix = ctypes.POINTER(_Matrix)
     library.bpdq_linear.restype = library.bpdq_experts.restype = None
     library.bpdq_linear.argtypes = [matrix, pointer, *[integer] * 4, pointer]
-    library.bpdq_experts.argtypes = [
-        matrix,
-        matrix,
-        integer,
-        pointer,
-        integer,
-        integer,
-        ctypes.c_bool,
-        pointer,
-        pointer,
-    ]
-    library.bpdq_experts.argtypes += [*[integer] * 3, number, number, integer, pointer]
+    library.bpdq_experts.argtypes = [matrix, matrix, integer, pointer, *[integer] * 2, *[pointer] * 2, *[integer] * 3]
+    library.bpdq_experts.argtypes += [number, number, ctypes.c_bool, integer, pointer]
     library.isa = isa
     return library
 
@@ -80,12 +69,12 @@ def library() -> ctypes.CDLL | None:
 
 
 def use(kernels: ctypes.CDLL, few: int = FEW) -> None:
-    """Let the ops `bpdq::linear` and `bpdq::embedding` call these kernels without Python between, where that can be:
-    cpu_op.cpp is then what they are on a CPU, in place of what `ops` has for any device."""
+    """Let the ops `bpdq::linear`, `bpdq::embedding` and `bpdq::moe` call these kernels without Python between, where
+    that can be: cpu_op.cpp is then what they are on a CPU, in place of what `ops` and `moe` have for any device."""
     compiled = op_library()
     if compiled is not None:
-        functions = (ctypes.cast(f, ctypes.c_void_p) for f in (kernels.bpdq_linear, kernels.bpdq_rows))
-        compiled.bpdq_use(*functions, few)
+        functions = kernels.bpdq_linear, kernels.bpdq_rows, kernels.bpdq_experts
+        compiled.bpdq_use(*(ctypes.cast(function, ctypes.c_void_p) for function in functions), few)
 
 
 @functools.cache
@@ -103,7 +92,7 @@ def _open_op_library(isa: str) -> ctypes.CDLL:
     macros = (f"-DTORCH_TARGET_VERSION={target:#x}", f"-DBPDQ_TORCH={torch.__version__}")  # compiled anew for each
     include = ("-isystem", str(torch_folder / "include"))
     library = load_library(OP_SOURCE, isa, (*macros, *include), (f"-L{torch_folder / 'lib'}", "-ltorch_cpu"))
-    library.bpdq_use.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+    library.bpdq_use.argtypes = [*[ctypes.c_void_p] * 3, ctypes.c_int64]
     return library
 
 
@@ -194,49 +183,31 @@ def moe(
     """As `bpdq_kernels.moe.moe`; sums and W are those of `linear`."""
     if library() is None:
         return reference.moe(x, topk_weights, topk_ids, up, down, activation, up_bias, down_bias, weights_on_input)
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    y, rows = torch.empty_like(x, memory_format=torch.contiguous_format), _rows(x)
+    weights, ids = topk_weights.float().contiguous(), topk_ids.long().contiguous()
     biases = [None if bias is None else bias.float().contiguous() for bias in (up_bias, down_bias)]
-    for start in range(0, len(x), TOKENS_AT_ONCE):
-        part = slice(start, start + TOKENS_AT_ONCE)
-        rows, weights, ids = x[part], topk_weights[part].float().contiguous(), topk_ids[part].long().contiguous()
-        if weights_on_input:
-            rows = (rows.unsqueeze(1) * weights.unsqueeze(2)).to(x.dtype).flatten(0, 1)
-            weights = torch.ones_like(weights)
-        _experts(_rows(rows), weights, ids, (up, down), biases, activation, y[part])
-    return y
-
-
-def _experts(
-    rows: Tensor,
-    weights: Tensor,
-    ids: Tensor,
-    matrices: tuple[PreparedExperts, PreparedExperts],
-    biases: list[Tensor | None],
-    activation: Activation,
-    y: Tensor,
-) -> None:
-    """Write y [T, N] of rows [T, K], or [T * A, K] one for each choice, through the experts `ids` [T, A]."""
-    compiled = library()
     held = [
         _matrix(m.stored, m.in_features, m.out_features, m.group_size, bias)
-        for m, bias in zip(matrices, biases, strict=True)
+        for m, bias in zip((up, down), biases, strict=True)
     ]
+    compiled = library()
     compiled.bpdq_experts(
         *held,
-        len(matrices[0].planes),
+        len(up.planes),
         rows.data_ptr(),
-        DTYPE_CODES[rows.dtype],
+        DTYPE_CODES[x.dtype],
         rows.stride(0),
-        len(rows) != len(y),
         ids.data_ptr(),
         weights.data_ptr(),
         *ids.shape,
         NAMES.index(activation.name),
         activation.alpha,
         activation.limit,
+        weights_on_input,
         FEW,
         y.data_ptr(),
     )
+    return y
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -41,6 +41,8 @@
 
 namespace {
 
+constexpr int64_t TOKENS_AT_ONCE = 2048;  // of experts, whose rows between the two matrices are fp32
+
 /* x [rows, K], with rows `stride` elements apart. */
 struct Inputs {
   const void* x;
@@ -107,6 +109,16 @@ struct Scratch {
   Kernel kernel;
   alignas(64) float sums[BLOCK * Kernel::TOKENS][TILE];  // of a tile those of all tokens beside each other
 };
+
+/* Row `to` of y, without gaps: row `from` of x [.., K] times a weight. */
+inline void scale(const Inputs& x, int64_t from, float weight, int64_t in_features, const Outputs& y, int64_t to) {
+  float values[MAX_GROUP];
+  for (int64_t first = 0; first < in_features; first += MAX_GROUP) {
+    const int64_t count = std::min<int64_t>(MAX_GROUP, in_features - first);
+    x.read(from, first, count, values);
+    for (int64_t i = 0; i < count; i++) y.write(to * in_features + first + i, values[i] * weight);
+  }
+}
 
 /* Puts the inputs of each word in the order of their chain, even ones before odd ones. */
 template <class Input>
@@ -329,41 +341,64 @@ extern "C" void bpdq_rows(const Matrix* matrix, const int64_t* ids, int64_t rows
     });
 }
 
-/* y [tokens, N of down] = the sum over `choices` of weights * (down(act(up(x))) + bias) of the expert in ids, where it
-   is in [0, experts). x, y and the activation's output are of `dtype`; x [tokens, K] or, where `row_each`, [tokens,
-   choices, K]; weights [tokens, choices] fp32. Planes, coefficients, scales and biases of experts follow each other. */
-extern "C" void bpdq_experts(const Matrix* up, const Matrix* down, int64_t experts, const void* x, int64_t dtype,
-                             int64_t stride, bool row_each, const int64_t* ids, const float* weights, int64_t tokens,
-                             int64_t choices, int64_t activation, float alpha, float limit, int64_t few, void* y) {
-  if (few < 0)
-    few = few_tokens((Dtype)dtype, std::max(up->multiplied(), down->multiplied()),
-                     std::min(up->group_size, down->group_size), std::min(up->out_features, down->out_features));
+namespace {
+
+/* `bpdq_experts` of a few tokens. */
+void run_experts(const Matrix* up, const Matrix* down, int64_t experts, const Inputs& x, const int64_t* ids,
+                 const float* weights, int64_t tokens, int64_t choices, const Activation& activation,
+                 bool weights_on_input, int64_t few, const Outputs& outputs) {
   const int64_t rows = tokens * choices, inner = down->in_features, outer = down->out_features;
   const Sorted sorted(ids, rows, experts);
   const std::unique_ptr<float[]> middle(new float[rows * up->out_features]), outs(new float[rows * outer]);
   const std::unique_ptr<float[]> room(new float[rows * inner]);
-  const Outputs activated{room.get(), (Dtype)dtype}, outputs{y, (Dtype)dtype};
+  const std::unique_ptr<float[]> scaled(new float[weights_on_input ? rows * up->in_features : 0]);
+  const Outputs activated{room.get(), x.dtype}, weighed{scaled.get(), x.dtype};
+  const Inputs ours = weights_on_input ? Inputs{scaled.get(), x.dtype, up->in_features} : x;
 #pragma omp parallel
   {
     const Thread thread;
     const auto part = [&](int64_t count, int64_t number) { return count * number / thread.team; };
-    share(thread, *up, Inputs{x, (Dtype)dtype, stride}, Outputs{middle.get(), FLOAT32}, sorted,
-          row_each ? 1 : choices, few);
+    if (weights_on_input) {
+      for (int64_t row = part(rows, thread.number); row < part(rows, thread.number + 1); row++)
+        scale(x, row / choices, weights[row], up->in_features, weighed, row);
+#pragma omp barrier
+    }
+    share(thread, *up, ours, Outputs{middle.get(), FLOAT32}, sorted, weights_on_input ? 1 : choices, few);
 #pragma omp barrier
     const int64_t first = sorted.begin[0], ours = sorted.begin[experts] - first;
     for (int64_t i = part(ours * inner, thread.number); i < part(ours * inner, thread.number + 1); i++) {
       const int64_t row = sorted.rows[first + i / inner], at = i % inner;
       const float* values = middle.get() + row * up->out_features + at;
-      activated.write(row * inner + at, activate((Activation)activation, alpha, limit, values, inner));
+      activated.write(row * inner + at, activation.of(values, inner));
     }
 #pragma omp barrier
-    share(thread, *down, Inputs{room.get(), (Dtype)dtype, inner}, Outputs{outs.get(), FLOAT32}, sorted, 1, few);
+    share(thread, *down, Inputs{room.get(), x.dtype, inner}, Outputs{outs.get(), FLOAT32}, sorted, 1, few);
 #pragma omp barrier
     for (int64_t i = part(tokens * outer, thread.number); i < part(tokens * outer, thread.number + 1); i++) {
       float sum = 0;
       for (int64_t row = i / outer * choices; row < (i / outer + 1) * choices; row++)
-        if (ids[row] >= 0 && ids[row] < experts) sum += weights[row] * outs[row * outer + i % outer];
+        if (ids[row] >= 0 && ids[row] < experts)
+          sum += (weights_on_input ? 1 : weights[row]) * outs[row * outer + i % outer];
       outputs.write(i, sum);
     }
+  }
+}
+
+}  // namespace
+
+extern "C" void bpdq_experts(const Matrix* up, const Matrix* down, int64_t experts, const void* x, int64_t dtype,
+                             int64_t stride, const int64_t* ids, const float* weights, int64_t tokens, int64_t choices,
+                             int64_t activation, float alpha, float limit, bool weights_on_input, int64_t few,
+                             void* y) {
+  if (few < 0)
+    few = few_tokens((Dtype)dtype, std::max(up->multiplied(), down->multiplied()),
+                     std::min(up->group_size, down->group_size), std::min(up->out_features, down->out_features));
+  const int64_t itemsize = dtype == FLOAT32 ? 4 : 2;
+  for (int64_t first = 0; first < tokens; first += TOKENS_AT_ONCE) {
+    const int64_t at = first * choices;
+    const Inputs inputs{(const char*)x + first * stride * itemsize, (Dtype)dtype, stride};
+    const Outputs outputs{(char*)y + first * down->out_features * itemsize, (Dtype)dtype};
+    run_experts(up, down, experts, inputs, ids + at, weights + at, std::min(TOKENS_AT_ONCE, tokens - first), choices,
+                {(Activation::Name)activation, alpha, limit}, weights_on_input, few, outputs);
   }
 }

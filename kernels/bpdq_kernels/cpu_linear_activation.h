@@ -56,24 +56,28 @@ inline Halves narrow(Floats values, Dtype dtype) {
 #endif
 }
 
-enum Activation { SILU, GELU, GELU_TANH, SWIGLUOAI, RELU2_NO_MUL, SILU_NO_MUL, GELU_NO_MUL };  // as activation.NAMES
-
 inline float silu(float x) { return x / (1 + std::exp(-x)); }
 inline float gelu(float x) { return 0.5f * x * (1 + std::erf(x * 0.70710678f)); }
 inline float gelu_tanh(float x) { return 0.5f * x * (1 + std::tanh(0.79788456f * (x + 0.044715f * x * x * x))); }
 
-/* `bpdq_kernels.activation.activate` of the first number of gate, and up's `inner` places on, or of up alone. */
-inline float activate(Activation activation, float alpha, float limit, const float* values, int64_t inner) {
-  float gate = values[0];
-  if (activation == RELU2_NO_MUL) return gate < 0 ? 0 : gate * gate;
-  if (activation == SILU_NO_MUL) return silu(gate);
-  if (activation == GELU_NO_MUL) return gelu(gate);
-  float up = values[inner];
-  if (gate > limit) gate = limit;
-  if (up > limit) up = limit;
-  if (up < -limit) up = -limit;
-  if (activation == SWIGLUOAI) return gate / (1 + std::exp(-alpha * gate)) * (up + 1);
-  return (activation == SILU ? silu(gate) : activation == GELU ? gelu(gate) : gelu_tanh(gate)) * up;
-}
+/* `bpdq_kernels.activation.Activation`. */
+struct Activation {
+  enum Name { SILU, GELU, GELU_TANH, SWIGLUOAI, RELU2_NO_MUL, SILU_NO_MUL, GELU_NO_MUL } name;  // in its order
+  float alpha, limit;
+
+  /* Of the first number of gate, and up's `inner` places on, or of up alone. */
+  float of(const float* values, int64_t inner) const {
+    float gate = values[0];
+    if (name == RELU2_NO_MUL) return gate < 0 ? 0 : gate * gate;
+    if (name == SILU_NO_MUL) return silu(gate);
+    if (name == GELU_NO_MUL) return gelu(gate);
+    float up = values[inner];
+    if (gate > limit) gate = limit;
+    if (up > limit) up = limit;
+    if (up < -limit) up = -limit;
+    if (name == SWIGLUOAI) return gate / (1 + std::exp(-alpha * gate)) * (up + 1);
+    return (name == SILU ? silu(gate) : name == GELU ? gelu(gate) : gelu_tanh(gate)) * up;
+  }
+};
 
 }  // namespace

@@ -29,4 +29,12 @@ void bpdq_linear(const Matrix* matrix, const void* x, int64_t dtype, int64_t str
 
 /* y [rows, K], of `dtype`: the rows of W that `ids` names, each of an output. */
 void bpdq_rows(const Matrix* matrix, const int64_t* ids, int64_t rows, int64_t dtype, void* y);
+
+/* y [tokens, N of down] = the sum over `choices` of weights * (down(act(up(x))) + bias) of the expert in ids, where it
+   is in [0, experts). x, y and the activation's output are of `dtype`; rows of x are `stride` elements apart; weights
+   [tokens, choices] multiply x instead where they are `weights_on_input`. activation: its place in activation.NAMES.
+   Planes, coefficients, scales and biases of experts follow each other. few: as above. */
+void bpdq_experts(const Matrix* up, const Matrix* down, int64_t experts, const void* x, int64_t dtype, int64_t stride,
+                  const int64_t* ids, const float* weights, int64_t tokens, int64_t choices, int64_t activation,
+                  float alpha, float limit, bool weights_on_input, int64_t few, void* y);
 }

@@ -1,9 +1,11 @@
-/* `bpdq::linear` and `bpdq::embedding` for CPU tensors, called without Python: that takes 5 us instead of 15.
+/* `bpdq::linear`, `bpdq::embedding` and `bpdq::moe` for CPU tensors, called without Python: that takes 5 us instead of
+   15, and experts 30 us less.
 
    Only the stable part of torch's C++ interface, of 2.10, so that this compiles in a second or two. The kernels are
    those of cpu_linear.cpp, whose library cpu.py names by `bpdq_use`. */
 
 #include <optional>
+#include <string>
 #include <vector>
 
 #include <torch/csrc/stable/library.h>
@@ -22,6 +24,7 @@ typedef std::optional<Tensor> Maybe;
 struct {
   decltype(bpdq_linear)* linear;
   decltype(bpdq_rows)* rows;
+  decltype(bpdq_experts)* experts;
   int64_t few;
 } kernels;
 
@@ -52,12 +55,17 @@ Matrix matrix_of(const Tensor& planes, const Tensor& coefficients, const Maybe& 
   return matrix;
 }
 
+Maybe as_floats(const Maybe& bias) {
+  if (!bias) return bias;
+  return torch::stable::contiguous(torch::stable::to(*bias, ScalarType::Float));
+}
+
 Tensor linear(Tensor x, Tensor planes, Tensor coefficients, Maybe scales, Maybe, int64_t out_features,
               int64_t group_size, Maybe bias) {
   const int64_t in_features = x.size(x.dim() - 1), rows = in_features ? x.numel() / in_features : 0;
   const bool is_matrix = x.dim() == 2 && x.stride(1) == 1;
   if (!is_matrix) x = torch::stable::contiguous(x);
-  if (bias) bias = torch::stable::contiguous(torch::stable::to(*bias, ScalarType::Float));
+  bias = as_floats(bias);
   Matrix matrix = matrix_of(planes, coefficients, scales, in_features, out_features, group_size);
   matrix.bias = bias ? (const float*)bias->data_ptr() : nullptr;
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
@@ -83,14 +91,47 @@ Tensor embedding(Tensor ids, Tensor planes, Tensor coefficients, Maybe scales, M
   return y;
 }
 
+const char* const ACTIVATIONS[] = {"silu",         "gelu",        "gelu_tanh",  "swigluoai",
+                                   "relu2_no_mul", "silu_no_mul", "gelu_no_mul"};  // as activation.NAMES
+
+int64_t number_of(const std::string& activation) {
+  int64_t number = 0;
+  for (const char* name : ACTIVATIONS) {
+    if (activation == name) return number;
+    number++;
+  }
+  STD_TORCH_CHECK(false, "bpdq: activation ", activation, " is not known");
+}
+
+Tensor moe(Tensor x, Tensor weights, Tensor ids, Tensor up_planes, Tensor up_coefficients, Maybe up_scales, Maybe,
+           int64_t up_inputs, int64_t up_outputs, int64_t up_group_size, Tensor down_planes, Tensor down_coefficients,
+           Maybe down_scales, Maybe, int64_t down_inputs, int64_t down_outputs, int64_t down_group_size, Maybe up_bias,
+           Maybe down_bias, std::string activation, double alpha, double limit, bool weights_on_input) {
+  if (x.stride(1) != 1) x = torch::stable::contiguous(x);
+  weights = torch::stable::contiguous(torch::stable::to(weights, ScalarType::Float));
+  ids = torch::stable::contiguous(torch::stable::to(ids, ScalarType::Long));
+  up_bias = as_floats(up_bias), down_bias = as_floats(down_bias);
+  Matrix up = matrix_of(up_planes, up_coefficients, up_scales, up_inputs, up_outputs, up_group_size);
+  Matrix down = matrix_of(down_planes, down_coefficients, down_scales, down_inputs, down_outputs, down_group_size);
+  up.bias = up_bias ? (const float*)up_bias->data_ptr() : nullptr;
+  down.bias = down_bias ? (const float*)down_bias->data_ptr() : nullptr;
+  Tensor y = torch::stable::new_empty(x, {x.size(0), down_outputs});
+  kernels.experts(&up, &down, up_planes.size(0), x.data_ptr(), dtype_code(x.scalar_type()), x.stride(0),
+                  (const int64_t*)ids.data_ptr(), (const float*)weights.data_ptr(), ids.size(0), ids.size(1),
+                  number_of(activation), alpha, limit, weights_on_input, kernels.few, y.data_ptr());
+  return y;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(bpdq, CPU, library) {
   library.impl("linear", TORCH_BOX(&linear));
   library.impl("embedding", TORCH_BOX(&embedding));
+  library.impl("moe", TORCH_BOX(&moe));
 }
 
 /* Called before the first tensor comes. */
-extern "C" void bpdq_use(decltype(bpdq_linear)* linear, decltype(bpdq_rows)* rows, int64_t few) {
-  kernels = {linear, rows, few};
+extern "C" void bpdq_use(decltype(bpdq_linear)* linear, decltype(bpdq_rows)* rows, decltype(bpdq_experts)* experts,
+                         int64_t few) {
+  kernels = {linear, rows, experts, few};
 }

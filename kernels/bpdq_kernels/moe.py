@@ -10,7 +10,7 @@ from bpdq_kernels import activation as activations
 from bpdq_kernels import cpu, reference
 from bpdq_kernels.activation import Activation
 from bpdq_kernels.layout import PreparedExperts, Stored, cdiv
-from bpdq_kernels.ops import prepare
+from bpdq_kernels.ops import ANYWHERE, prepare
 
 _lib = torch.library.Library("bpdq", "FRAGMENT")
 _MATRIX = (
@@ -24,8 +24,10 @@ _lib.define(
 _FIELDS = len(PreparedExperts._fields)
 
 
-def _moe_cpu(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, *rest: object) -> Tensor:
-    return cpu.moe(x, topk_weights, topk_ids, *_unpacked(*rest))
+def moe_anywhere(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, *rest: object) -> Tensor:
+    """`bpdq::moe` where no kernel takes its place, in Python."""
+    on = reference if x.device.type != "cpu" else cpu
+    return on.moe(x, topk_weights, topk_ids, *_unpacked(*rest))
 
 
 def _moe_cuda(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, *rest: object) -> Tensor:
@@ -49,7 +51,7 @@ def _unpacked(
     return up, down, Activation(name, alpha, limit), up_bias, down_bias, weights_on_input
 
 
-_lib.impl("moe", _moe_cpu, "CPU")
+_lib.impl("moe", moe_anywhere, ANYWHERE)
 _lib.impl("moe", _moe_cuda, "CUDA")
 _lib.impl("moe", _moe_fake, "Meta")
 _lib.impl("moe", torch.library.fallthrough_kernel, "Autograd")
