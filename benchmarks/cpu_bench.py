@@ -8,7 +8,8 @@
     python -m benchmarks.cpu_bench --random-models 1.5B --llama Q2_K Q4_0       # and llama.cpp's types of the first
     python -m benchmarks.cpu_bench --random-models 30B-A3B --eager      # two blocks of Qwen3-30B-A3B's shape
 
-Times are medians over rounds; a round times every candidate once, so that a slower minute of the machine hits all.
+Times are medians over rounds; a round times every candidate, so that a slower minute of the machine hits all. A
+candidate has copies of a layer, more than the caches hold, and multiplies by one after the other, as decoding does.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,9 @@ LAYERS = (
     Layer("72B down", 8192, 29568),
     *EXPERTS.values(),
 )
-ROUTINGS = 16  # of a layer's experts, in turn, so that a token's are not in the cache since the last
+TURN_BYTES = 128 << 20  # of a layer's copies, at least, so that none is in the cache since its last turn
+ROUTINGS = 16  # of a layer's experts, likewise
+SECONDS_IN_TURN = 0.02  # of calls that are timed together: what ran before them has emptied the caches, too
 SECONDS_PER_ROW = 20  # after which no further round starts, but MIN_ROUNDS are always run
 MIN_ROUNDS = 3
 REQUESTS, REQUEST_TOKENS = (1, 4, 8), 128  # at once, until each has its first token
@@ -154,10 +157,12 @@ def parse_layer(shape: str) -> Layer | Experts:
     return Experts(shape, *sizes) if len(sizes) > 2 else Layer(shape, *sizes)
 
 
-def seconds(run: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
+def seconds(run: Callable[[], object], clock: Callable[[], float] = time.perf_counter, calls: int = 1) -> float:
+    """Of a call, where so many follow each other."""
     start = clock()
-    run()
-    return clock() - start
+    for _ in range(calls):
+        run()
+    return (clock() - start) / calls
 
 
 def copy_bandwidth() -> float:
@@ -177,12 +182,13 @@ def measure_layer(layer: Layer | Experts, args: argparse.Namespace) -> list[Row]
     for tokens in args.tokens:
         candidates, packed_bytes = measured(tokens)
         times: dict[str, list[float]] = {candidate: [] for candidate in candidates}
-        for run in candidates.values():
-            run()
+        once = {candidate: min(seconds(run) for _ in range(2)) for candidate, run in candidates.items()}
+        calls = {candidate: max(1, min(ROUTINGS, int(SECONDS_IN_TURN / each))) for candidate, each in once.items()}
         end = time.perf_counter() + SECONDS_PER_ROW
         while len(times["bf16"]) < args.rounds and (len(times["bf16"]) < MIN_ROUNDS or time.perf_counter() < end):
             for candidate, run in candidates.items():
-                times[candidate].append(seconds(run, time.process_time if args.cpu_time else time.perf_counter))
+                clock = time.process_time if args.cpu_time else time.perf_counter
+                times[candidate].append(seconds(run, clock, calls[candidate]))
         for code in args.code:
             name = f"{layer.name}, trellis" if code == "trellis" else layer.name
             row: Row = {"layer": name, "shape": " x ".join(map(str, layer[1:])), "tokens": tokens, "code": code}
@@ -201,23 +207,35 @@ def measure_layer(layer: Layer | Experts, args: argparse.Namespace) -> list[Row]
 def linear_candidates(layer: Layer, scheme: Scheme, codes: Sequence[str]) -> Measured:
     """For a number of tokens what is timed, by name, and the bytes that BPDQ reads, by code."""
     _, n, k_in = layer
-    prepared = {}
+    packed, packed_bytes = {}, {}
     for code in codes:
         stored = random_layer(n, k_in, replace(scheme, code=CODE_OPTIONS[code]), torch.default_generator)
-        prepared[code] = prepare(stored.B, stored.c, scheme.group_size, k_in, s=stored.s)
+        packed_bytes[code] = stored.B.nbytes + stored.c.nbytes
+        make = functools.partial(prepare, stored.B, stored.c, scheme.group_size, k_in, s=stored.s)
+        packed[code] = in_turn(make, packed_bytes[code])
     half = torch.randn(n, k_in, dtype=torch.bfloat16)
-    full = half.float()
+    dense = {"bf16": in_turn(half.clone, half.nbytes), "fp32": in_turn(half.float, 2 * half.nbytes)}
 
     def measured(tokens: int) -> tuple[dict[str, Callable[[], Tensor]], dict[str, float]]:
-        x = torch.randn(tokens, k_in)
-        x_half = x.bfloat16()
-        candidates = {code: functools.partial(linear, x_half, held) for code, held in prepared.items()} | {
-            "bf16": lambda: torch.nn.functional.linear(x_half, half),
-            "fp32": lambda: torch.nn.functional.linear(x, full),
+        x = {"fp32": torch.randn(tokens, k_in)}
+        x["bf16"] = x["fp32"].bfloat16()
+        ours = {code: functools.partial(multiply, linear, x["bf16"], turns) for code, turns in packed.items()}
+        theirs = {
+            dtype: functools.partial(multiply, torch.nn.functional.linear, x[dtype], turns)
+            for dtype, turns in dense.items()
         }
-        return candidates, {code: held.planes.nbytes + held.coefficients.nbytes for code, held in prepared.items()}
+        return ours | theirs, packed_bytes
 
     return measured
+
+
+def in_turn(make: Callable[[], Any], nbytes: int) -> Iterator[Any]:
+    """Copies of a matrix of so many bytes, one after the other without end."""
+    return itertools.cycle([make() for _ in range(-(-TURN_BYTES // nbytes))])
+
+
+def multiply(op: Callable[[Tensor, Any], Tensor], x: Tensor, matrices: Iterator[Any]) -> Tensor:
+    return op(x, next(matrices))
 
 
 def expert_candidates(layer: Experts, scheme: Scheme, codes: Sequence[str]) -> Measured:
