@@ -70,7 +70,7 @@ def random_hessian(k: int, device: str, windows: int, window: int) -> tuple[Tens
     for _ in range(windows):
         x = random_inputs(window, k, random)
         added = timed(partial(accumulate, H, x, tokens))
-        seconds.append(added + timed(partial(accumulate_shift, C, 1.01 * x, x, tokens)))
+        seconds.append(added + timed(partial(accumulate_shift, C, 1.01 * x, x, x, tokens)))
     return symmetrize(H), min(seconds) / window
 
 

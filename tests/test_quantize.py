@@ -29,6 +29,7 @@ from bpdq_quantizer.model import activations
 from bpdq_quantizer.model.activations import Original, capture, find_stages, input_statistics
 from bpdq_quantizer.model.calls import block_inputs, block_runs
 from bpdq_quantizer.model.modules import BPDQLinear
+from bpdq_quantizer.model.residual import Reader, Stream, find_streams
 from bpdq_quantizer.model.stream import decoder_blocks, from_memory
 from bpdq_quantizer.model.weights import weights_in
 from bpdq_quantizer.model.windows import text_windows
@@ -156,13 +157,18 @@ def test_the_16_bit_block_runs_to_its_end_once_for_each_batch(quantized):
     hidden, calls = block_inputs(model, decoder, text_windows(torch.arange(30).view(3, 10)))
     run = block_runs(decoder[0], calls[0], torch.device("cpu"), 1)[0]
     firsts = [stage[0] for stage in find_stages(weights_in(decoder[0]).values(), run, hidden[0])]
-    expected = [capture(firsts, run, batch) for batch in hidden]
-    original = Original(decoder[0], "", firsts, calls[0], torch.device("cpu"), list(hidden))
+    streams = find_streams(decoder[0], firsts, run, hidden[0])
+    readers = [Reader(weight, decoder[0], streams.get(weight.name)) for weight in firsts]
+    expected = [capture(readers, run, batch) for batch in hidden]
+    original = Original(decoder[0], "", firsts, streams, calls[0], torch.device("cpu"), list(hidden))
     ends = []
     original.block.register_forward_hook(lambda *_: ends.append(True))
     for weight in firsts:
-        for i, (inputs, _) in enumerate(expected):
-            assert torch.equal(original.input(weight.name, i), inputs[weight.name])
+        for i, (reads, _) in enumerate(expected):
+            found, of_weight = original.read(weight.name, i), reads[weight.name]
+            assert torch.equal(found.x, of_weight.x)
+            assert (found.stream is None) == (of_weight.stream is None) == (weight.name not in streams)
+            assert found.stream is None or torch.equal(found.stream, of_weight.stream)
     for found, (_, output) in zip(original.outputs(), expected, strict=True):
         assert torch.equal(found, output)
     assert len(ends) == 3
@@ -182,16 +188,18 @@ def test_each_layer_is_calibrated_on_the_quantized_prefix(quantized, text):
     tokens = torch.tensor(ids).view(6, 32)
     for name in ("model.layers.0.mlp.down_proj", "model.layers.1.self_attn.q_proj"):
         stored, weight = weights_in(model)[name], weights_in(original)[name]
+        stream = Stream(f"{name.partition('.mlp')[0]}.post_attention_layernorm", 1.0) if "down" in name else None
         before, now = (
-            capture([w], partial(m.base_model, use_cache=False), tokens)[0][name]
+            capture([Reader(w, m, stream)], partial(m.base_model, use_cache=False), tokens)[0][name]
             for m, w in ((original, weight), (model, stored))
         )
-        H, C = input_statistics(stored, [now], [tokens.numel()], lambda _, x=before: x)
-        target = corrected(weight.matrix.detach(), H, C, ASYMMETRIC["refined"])
+        H, C, P = input_statistics(stored, [now], [tokens.numel()], lambda _, read=before: read)
+        assert (P is None) == (stream is None)
+        target = corrected(weight.matrix.detach(), H, C, ASYMMETRIC["refined"], P)
         solved = quantize_linear(target, H, 2, 64, 8, iterations=3, **SOLVERS["refined"])
         D = target - stored.matrix.detach().float()
         assert ((D @ H) * D).sum().item() == pytest.approx(solved.loss.sum().item(), rel=0.02)
-        original_H, _ = input_statistics(weight, [before], [tokens.numel()], None)
+        original_H = input_statistics(weight, [before], [tokens.numel()], None).H
         assert (original_H - H).norm() > 0.05 * H.norm(), "the prefix makes a difference that the test can see"
 
 

@@ -70,16 +70,17 @@ def symmetrize(H: Tensor) -> Tensor:
     return H
 
 
-def accumulate_shift(C: Tensor, original: Tensor, x: Tensor, total_tokens: int) -> None:
-    """Add (2 / total_tokens) (original - x)^T x to C [K, K] fp32 in place.
+def accumulate_shift(C: Tensor, original: Tensor, now: Tensor, x: Tensor, total_tokens: int) -> None:
+    """Add (2 / total_tokens) (original - now)^T x to C [M, K] fp32 in place.
 
-    original, x: as for `accumulate`, a Linear's inputs in the 16-bit model and in the one that is quantized so far.
+    x: as for `accumulate`, a Linear's inputs in the model that is quantized so far; original, now [.., M]: something of
+    the same tokens, in the 16-bit model and in that one.
     Sums are fp32: over a window's tokens they overflow fp16 where no activation does. Where products are of bf16
     (`in_16_bits`), the difference is rounded to it too, by less than the inputs were when they became bf16.
     """
-    for before, now in zip(by_window(original), by_window(x), strict=True):
-        tokens = _factor(now)
-        _add_product(C, before.to(tokens.dtype) - tokens, tokens, 2.0 / total_tokens)
+    for before, after, inputs in zip(by_window(original), by_window(now), by_window(x), strict=True):
+        tokens = _factor(inputs)
+        _add_product(C, before.to(tokens.dtype) - after.to(tokens.dtype), tokens, 2.0 / total_tokens)
 
 
 def live_mean(diagonal: Tensor) -> Tensor:
@@ -103,18 +104,20 @@ def factorize(A: Tensor, upper: bool = False) -> tuple[Tensor, Tensor]:
     return A, info != 0
 
 
-def corrected(W: Tensor, H: Tensor, C: Tensor, share: float) -> Tensor:
-    """W [N, K] moved by `share` of the way to what, applied to the inputs x, comes closest to W on the original inputs.
+def corrected(W: Tensor, H: Tensor, C: Tensor, share: float, P: Tensor | None = None) -> Tensor:
+    """W [N, K] moved by `share` of the way to what, applied to the inputs x, comes closest to W on the original inputs,
+    and where P is given, to that and what the residual stream lacks that its outputs are added to.
 
-    That is W + share W C (H + d I)^-1, fp32, the least squares solution (QEP, arXiv 2504.09629; GPTAQ, arXiv
-    2504.02692, puts the same cross term into the error propagation), with C from `accumulate_shift`, whose memory is
-    used up, and d = CORRECTION_DAMPING * `live_mean`, doubled until the Cholesky factorization succeeds; ValueError
-    when d = MAX_DAMPING * `live_mean` is not enough. Where H is zero, no input was ever used and W stays as it is.
+    That is W + share (W C + P) (H + d I)^-1, fp32, the least squares solution (QEP, arXiv 2504.09629; GPTAQ, arXiv
+    2504.02692, puts the cross term of C into the error propagation), with C and P of `activations.Statistics`, whose
+    memory is used up, and d = CORRECTION_DAMPING * `live_mean`, doubled until the Cholesky factorization succeeds;
+    ValueError when d = MAX_DAMPING * `live_mean` is not enough. Where H is zero, no input was ever used and W stays as
+    it is.
     """
     W, diagonal = W.float(), H.diagonal()
     if not diagonal.any():
         return W
-    shift, damping = W @ C, CORRECTION_DAMPING
+    shift, damping = W @ C if P is None else P.addmm_(W, C), CORRECTION_DAMPING
     while damping <= MAX_DAMPING:
         C.copy_(H).diagonal().add_(damping * live_mean(diagonal))
         L, failed = factorize(C)

@@ -84,11 +84,13 @@ RTX_3090 = Card("RTX 3090", 936e9, 71e12, 35e12)
 
 class Block(NamedTuple):
     """A decoder block. stages: (outputs, inputs) of Linears that are solved together; hessians: inputs of each Hessian
-    that is taken; in_turn: whether rows make good each other's errors."""
+    that is taken; in_turn: whether rows make good each other's errors; writers: (outputs, inputs) of Linears that write
+    to the residual stream."""
 
     stages: Sequence[tuple[int, int]]
     hessians: Sequence[int]
     in_turn: bool = True
+    writers: Sequence[tuple[int, int]] = ()
 
 
 def solver_work(n: int, k: int, planes: int, group_size: int, in_turn: bool = False) -> Work:
@@ -118,6 +120,8 @@ def block_work(block: Block, planes: int, group_size: int, tokens: int, asymmetr
         work = work.plus(Work(hessian=5 / 4 * tokens * k * k))
         if asymmetric:
             work = work.plus(Work(hessian=2 * tokens * k * k, factor=k**3 / 3))
+    for n, k in block.writers if asymmetric else ():
+        work = work.plus(Work(hessian=2 * tokens * n * k))
     return work
 
 

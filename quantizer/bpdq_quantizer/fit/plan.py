@@ -283,7 +283,9 @@ def quantize_seconds(m: Model, scheme: Scheme, rates: hours.Rates) -> dict[str, 
     """What `bpdq quantize` takes by default: `quantize_cpu_seconds` of one core, `quantize_gpu_seconds` of a card."""
     hidden, tokens, cpu, card = m.embedding[1], prod(CALIBRATION), 0.0, 0.0
     for kind in m.blocks:
-        block = hours.Block(kind.stages, [k for _, k in kind.stages] + [hidden])  # attention's output has its own
+        hessians = [k for _, k in kind.stages] + [hidden]  # attention's output has its own
+        writers = [(hidden, hidden), *((n, k) for n, k in kind.stages if n == hidden)]
+        block = hours.Block(kind.stages, hessians, writers=writers)
         parts = [(1, block, tokens, 1)]
         for mixture in kind.experts:
             expert = hours.Block(mixture.stages, [k for _, k in mixture.stages], in_turn=False)

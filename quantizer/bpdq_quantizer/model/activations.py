@@ -2,12 +2,12 @@
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from bpdq_quantizer.algorithm.hessian import accumulate, accumulate_shift, in_16_bits, symmetrize
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.calls import BlockInputs, Call, Run, block_inputs, block_runs
+from bpdq_quantizer.model.residual import Read, Reader, Stream
 from bpdq_quantizer.model.stream import Streamed
 from bpdq_quantizer.model.weights import Weight, hooked, weights_in
 from bpdq_quantizer.model.windows import Window
@@ -22,6 +23,16 @@ from bpdq_quantizer.storage.offload import Batches, Offloaded
 
 ACTIVATION_BYTES = 1 << 30  # a calibration batch is as many windows as keep a block's activations within this
 LOSS_ELEMENTS = 1 << 23  # logits at a time of a loss
+
+
+class Statistics(NamedTuple):
+    """Of a weight's inputs x [T, K], and x' in the 16-bit model: H [K, K] = (2 / T) x^T x, C [K, K] = (2 / T)
+    (x' - x)^T x, and where the weight has a residual stream r [T, N], likewise, P [N, K] = (2 / T) (r' - r)^T x; fp32.
+    C and P are None where they are not known."""
+
+    H: Tensor
+    C: Tensor | None = None
+    P: Tensor | None = None
 
 
 class _StageReached(Exception):  # noqa: N818, control flow
@@ -118,38 +129,44 @@ def _recorded(source: Streamed, windows: Sequence[Window]) -> BlockInputs:
     return block_inputs(model, blocks, windows, by_window=True)
 
 
-def capture_one(weight: Weight, run: Run, batch: Tensor) -> Any:
-    """The input of a weight (`Weight.on_input`), in front of which the forward pass stops."""
-    inputs = []
+def capture_one(reader: Reader, run: Run, batch: Tensor) -> Read:
+    """What a weight reads, in front of which the forward pass stops."""
+    found = []
 
-    def stop(x: Tensor) -> None:
-        inputs.append(x)
+    def stop(read: Read) -> None:
+        found.append(read)
         raise _StageReached
 
-    with hooked([weight.on_input(stop)]), suppress(_StageReached):
+    with hooked(reader.on_read(stop)), suppress(_StageReached):
         run(batch)
-    return inputs[0]
+    return found[0]
 
 
 @torch.no_grad()
 def input_statistics(
     weight: Weight,
-    inputs: Iterable[Tensor],
+    inputs: Iterable[Read],
     tokens: Sequence[int],
-    original: Callable[[int], Tensor] | None,
+    original: Callable[[int], Read] | None,
     weights: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """H and C (`accumulate_shift`) of a weight's inputs in all batches; tokens: those of each; `original(i)` gives the
-    16-bit model's inputs of batch i; weights [T]: what every token counts, if not one."""
+) -> Statistics:
+    """Of what a weight reads in all batches; tokens: those of each; `original(i)` gives what the 16-bit model's reads
+    of batch i; weights [T]: what every token counts, if not one."""
     total, H = sum(tokens), torch.zeros(2 * weight.shape[1:], device=weight.matrix.device)
     C = None if original is None else torch.zeros_like(H)
+    P = None
     counts = [None] * len(tokens) if weights is None else weights.split(tokens)
-    for i, (x, count) in enumerate(zip(inputs, counts, strict=True)):
-        x = weighted(x, count)
+    for i, (read, count) in enumerate(zip(inputs, counts, strict=True)):
+        x = weighted(read.x, count)
         accumulate(H, x, total)
-        if C is not None:
-            accumulate_shift(C, weighted(original(i), count), x, total)
-    return symmetrize(H), C
+        if C is None:
+            continue
+        before = original(i)
+        accumulate_shift(C, weighted(before.x, count), x, x, total)
+        if read.stream is not None:
+            P = torch.zeros(weight.shape, device=H.device) if P is None else P
+            accumulate_shift(P, weighted(before.stream, count), weighted(read.stream, count), x, total)
+    return Statistics(symmetrize(H), C, P)
 
 
 def weighted(x: Tensor, weights: Tensor | None) -> Tensor:
@@ -162,30 +179,32 @@ def weighted(x: Tensor, weights: Tensor | None) -> Tensor:
 
 
 @torch.no_grad()
-def expert_statistics(x: Tensor, original: Tensor | None, weights: Tensor) -> tuple[Tensor, Tensor | None]:
-    """H and C of an expert's inputs x [n, K], of which each counts what `weights` [n, 1] says; original: those in the
-    16-bit model."""
+def expert_statistics(x: Tensor, original: Tensor | None, weights: Tensor) -> Statistics:
+    """Of an expert's inputs x [n, K], of which each counts what `weights` [n, 1] says; original: those in the 16-bit
+    model."""
     H, total, counts = torch.zeros(2 * x.shape[1:], device=x.device), weights.sum().item(), weights.flatten()
     C, x = None if original is None else torch.zeros_like(H), weighted(x, counts)
     accumulate(H, x, total)
     if C is not None:
-        accumulate_shift(C, weighted(original, counts), x, total)
-    return symmetrize(H), C
+        accumulate_shift(C, weighted(original, counts), x, x, total)
+    return Statistics(symmetrize(H), C)
 
 
-def capture(weights: Iterable[Weight], run: Run, batch: Tensor) -> tuple[dict[str, Any], Tensor]:
-    """The inputs of weights in a forward pass, by name, and its output."""
-    inputs: dict[str, Any] = {}
-    with hooked(weight.on_input(partial(inputs.__setitem__, weight.name)) for weight in weights):
-        return inputs, run(batch)
+def capture(readers: Iterable[Reader], run: Run, batch: Tensor) -> tuple[dict[str, Read], Tensor]:
+    """What weights read in a forward pass, by name, and its output."""
+    found: dict[str, Read] = {}
+    hooks = (hook for reader in readers for hook in reader.on_read(partial(found.__setitem__, reader.weight.name)))
+    with hooked(hooks):
+        return found, run(batch)
 
 
 class Original:
     """The 16-bit block, to look up what the model that is not quantized feeds its weights.
 
-    weights: the first of each stage, in order; batches: that model's hidden states before the block, which turn into
-    those after it. Of a single batch all inputs are kept. Of several they are computed when asked for, which must be in
-    the order of the stages: as far as the weight asked for, and for the last one to the end.
+    weights: the first of each stage, in order; streams: theirs, by name; batches: that model's hidden states before the
+    block, which turn into those after it. Of a single batch all inputs are kept. Of several they are computed when
+    asked for, which must be in the order of the stages: as far as the weight asked for, and for the last one to the
+    end.
     """
 
     def __init__(
@@ -193,6 +212,7 @@ class Original:
         block: nn.Module,
         name: str,
         weights: Sequence[Weight],
+        streams: Mapping[str, Stream],
         calls: list[Call],
         device: torch.device,
         batches: Batches,
@@ -202,22 +222,22 @@ class Original:
         self.at_once = len(batches) == 1
         self.block = block if self.at_once else copy.deepcopy(block)
         self.runs = block_runs(self.block, calls, device, len(batches))
+        own = {weight.name: weight for weight in weights} if self.at_once else weights_in(self.block, name)
+        self.readers = {w.name: Reader(own[w.name], self.block, streams.get(w.name)) for w in weights}
         if self.at_once:
-            self.inputs, self.output = capture(weights, self.runs[0], batches[0])
-        else:
-            self.weights = weights_in(self.block, name)
+            self.reads, self.output = capture(self.readers.values(), self.runs[0], batches[0])
 
-    def input(self, name: str, batch: int) -> Any:
-        """The input of the weight `name` for a batch; to be asked for once."""
+    def read(self, name: str, batch: int) -> Read:
+        """What the weight `name` reads of a batch; to be asked for once."""
         if self.at_once:
-            return self.inputs[name]
-        weight = self.weights[name]
+            return self.reads[name]
+        reader = self.readers[name]
         if name != self.last:
-            return capture_one(weight, self.runs[batch], self.batches[batch])
-        inputs, output = capture([weight], self.runs[batch], self.batches[batch])
+            return capture_one(reader, self.runs[batch], self.batches[batch])
+        reads, output = capture([reader], self.runs[batch], self.batches[batch])
         self.batches[batch] = to_host(output)
         self.after.add(batch)
-        return inputs[name]
+        return reads[name]
 
     def outputs(self) -> Batches:
         """The 16-bit model's hidden states after the block, on the CPU, in place of those before it."""

@@ -11,20 +11,21 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from bpdq_kernels import dequantize
-from bpdq_kernels.experts import Experts, Routed
+from bpdq_kernels.experts import Experts
 from bpdq_kernels.format import Scheme
 from bpdq_kernels.layout import Stored
 from bpdq_quantizer.algorithm.hessian import corrected
 from bpdq_quantizer.algorithm.solver import Solution, Solve
 from bpdq_quantizer.model.activations import (
     Original,
+    Statistics,
     block_calls,
     capture_one,
     embed,
@@ -35,6 +36,7 @@ from bpdq_quantizer.model.activations import (
 )
 from bpdq_quantizer.model.calls import Run, block_runs, head_inputs, twins
 from bpdq_quantizer.model.products import quick_products
+from bpdq_quantizer.model.residual import Read, Reader, find_streams
 from bpdq_quantizer.model.stream import Streamed, drop_block, load_block, trim_heap
 from bpdq_quantizer.model.weights import Weight, hooked, weights_in
 from bpdq_quantizer.model.windows import Window, text_windows
@@ -73,9 +75,9 @@ def quantize_blocks(
     as they are; offload: a folder for the hidden states, which else stay in memory. The model is on the CPU, one block
     at a time on `device`. If all windows fit one batch, a block takes one forward pass, otherwise about two for the
     four usual stages.
-    With `asymmetric` > 0, every weight is first corrected for what quantization has done to its inputs, by that share
-    (`hessian.corrected`). The reports are of the corrected weights. outputs(i): of block i's Linears, by name, what
-    errors of their outputs do to the model.
+    With `asymmetric` > 0, every weight is first corrected for what quantization has done to its inputs, and to the
+    residual stream that its outputs are added to, by that share (`hessian.corrected`). The reports are of the corrected
+    weights. outputs(i): of block i's Linears, by name, what errors of their outputs do to the model.
     """
     if start is None:
         batches, calls = embed(source, windows, device, offload)
@@ -93,10 +95,12 @@ def quantize_blocks(
         weights = [weight for weight in weights_in(block, name).values() if weight.name in schemes]
         stages = find_stages(weights, runs[0], batches[0][:1])
         firsts = [stage[0] for stage in stages]
-        original = Original(block, name, firsts, original_calls[index], device, full) if full else None
+        streams = find_streams(block, firsts, runs[0], batches[0][:1]) if full else {}
+        original = Original(block, name, firsts, streams, original_calls[index], device, full) if full else None
         known = {} if outputs is None else outputs(index)
         solver = StageSolver(schemes, solve, lengths, asymmetric, original, known)
-        quantize_block(stages, runs, batches, solver)
+        readers = [Reader(first, block, streams.get(first.name)) for first in firsts]
+        quantize_block(stages, readers, runs, batches, solver)
         if original is not None:
             full = original.outputs()
             solver.original = original = None
@@ -139,15 +143,15 @@ class StageSolver:
         self.reports: list[LayerReport] = []
         self.packed: list[tuple[Weight, Stored, int]] = []
 
-    def quantize(self, stage: list[Weight], inputs: Iterable[Any]) -> None:
-        """Solve a stage from its inputs in every batch."""
-        original = None if self.original is None else partial(self.original.input, stage[0].name)
+    def quantize(self, stage: list[Weight], inputs: Iterable[Read]) -> None:
+        """Solve a stage from what it reads in every batch."""
+        original = None if self.original is None else partial(self.original.read, stage[0].name)
         if stage[0].layer is None:
             known = [self.outputs[weight.name] for weight in stage if weight.name in self.outputs]
             weights = token_weights(known, list(chain.from_iterable(self.lengths))) if known else None
             tokens = [sum(lengths) for lengths in self.lengths]
             statistics = input_statistics(stage[0], inputs, tokens, original, weights)
-            problem = self._problem(stage, *statistics, sum(tokens))
+            problem = self._problem(stage, statistics, sum(tokens))
             covariances = [G for outputs in known for G in outputs.covariances]
             self._solve([problem._replace(covariances=covariances)])
         else:
@@ -157,18 +161,19 @@ class StageSolver:
         self,
         stage: list[Weight],
         layer: Experts,
-        inputs: Iterable[Routed],
-        original: Callable[[int], Routed] | None,
+        inputs: Iterable[Read],
+        original: Callable[[int], Read] | None,
     ) -> None:
         """Solve a layer's experts, some at a time, the matrix that reads the others' outputs last."""
-        tokens = layer_tokens(layer.num_experts, inputs, original)
+        routed = (read.x for read in inputs)
+        tokens = layer_tokens(layer.num_experts, routed, None if original is None else lambda i: original(i).x)
         for part in slices(in_two(stage, layer.names.down), tokens):
             samples, problems = [], []
             for expert in part:
                 sample = tokens.of(expert.number)
                 if expert.first:
                     statistics = expert_statistics(sample.x, sample.original, sample.weights)
-                    problems.append(self._problem(expert.first, *statistics, sample.routed))
+                    problems.append(self._problem(expert.first, statistics, sample.routed))
                 with quick_products(tokens.device):
                     middle = None if sample.original is None else layer.middle(expert.number, sample.original)
                 samples.append(sample._replace(original=middle))
@@ -178,15 +183,16 @@ class StageSolver:
                     with quick_products(tokens.device):
                         x = layer.middle(expert.number, sample.x)
                     statistics = expert_statistics(x, sample.original, sample.weights)
-                    problems.append(self._problem(expert.last, *statistics, sample.routed))
+                    problems.append(self._problem(expert.last, statistics, sample.routed))
             self._solve(problems)
 
-    def _problem(self, weights: list[Weight], H: Tensor, C: Tensor | None, tokens: int) -> Problem:
-        """H, C: as of `input_statistics`, of so many tokens."""
+    def _problem(self, weights: list[Weight], statistics: Statistics, tokens: int) -> Problem:
+        """statistics: of so many tokens."""
+        H, C, P = statistics
         matrices = {f"{weight.name}.weight": weight.matrix for weight in weights}
-        check_finite(matrices, H, *([] if C is None else [C]))
+        check_finite(matrices, *(found for found in statistics if found is not None))
         W = torch.cat(list(matrices.values()))
-        return Problem(weights, W if C is None else corrected(W, H, C, self.asymmetric), H, tokens)
+        return Problem(weights, W if C is None else corrected(W, H, C, self.asymmetric, P), H, tokens)
 
     def _solve(self, problems: list[Problem]) -> None:
         """Solve problems that are alike at once, and forget them."""
@@ -228,17 +234,22 @@ class StageSolver:
             weight.replace(layer, group_size)
 
 
-def quantize_block(stages: list[list[Weight]], runs: list[Run], batches: Batches, solver: StageSolver) -> None:
-    """Quantize one block in place, and turn its inputs `batches` into its outputs.
+def quantize_block(
+    stages: list[list[Weight]], readers: list[Reader], runs: list[Run], batches: Batches, solver: StageSolver
+) -> None:
+    """Quantize one block in place, and turn its inputs `batches` into its outputs; readers: the first weight of each
+    stage.
 
     Of a single batch each stage is solved while the pass waits in front of it.
     """
     if len(batches) == 1:
-        with hooked(stage[0].on_input(lambda x, stage=stage: solver.quantize(stage, [x])) for stage in stages):
+        solve = [partial(lambda stage, read: solver.quantize(stage, [read]), stage) for stage in stages]
+        pairs = zip(readers, solve, strict=True)
+        with hooked(hook for reader, see in pairs for hook in reader.on_read(see)):
             run_batches(runs, batches)
     else:
-        for stage in stages:
-            inputs = (capture_one(stage[0], run, batches[i]) for i, run in enumerate(runs))
+        for stage, reader in zip(stages, readers, strict=True):
+            inputs = (capture_one(reader, run, batches[i]) for i, run in enumerate(runs))
             solver.quantize(stage, inputs)
         run_batches(runs, batches)
     solver.finish()
