@@ -35,6 +35,7 @@ from bpdq_quantizer.evaluation.compare import summary, token_scores
 from bpdq_quantizer.evaluation.logits import Logits, opened
 from bpdq_quantizer.evaluation.tasks import check_tasks, in_transformers
 from bpdq_quantizer.model.calibration import file_windows
+from bpdq_quantizer.model.support import FLOATS
 from bpdq_quantizer.model.tokens import load_tokenizer
 
 METHODS = {  # options of `bpdq quantize`; gptq has a script of its own
@@ -149,6 +150,7 @@ def quantize(model: str, method: str, scheme: Scheme, checkpoint: Path, args: ar
     else:
         command = [sys.executable, "-m", "bpdq_quantizer", "quantize", model, *settings, *METHODS[method], "--resume"]
         command += ["--special-tokens", "none"]  # as the GPTQ peer calibrates, and as perplexity is measured here
+        command += ["--embed-bits", FLOATS]  # as peers leave the tables
         command += ["--coefficient-bits", scheme.coefficient_bits]
         if "-mixed" in method:
             command += ["--target-bpw", scheme.bits_per_weight]

@@ -155,7 +155,7 @@ def test_an_embedding_that_a_draft_model_shares_is_refused(monkeypatch):
         assert quant.get_quant_method(embedding, "model.embed_tokens")
         monkeypatch.setattr(current.speculative_config, "method", "eagle3")
         assert quant.get_quant_method(head, "lm_head")
-        with pytest.raises(ValueError, match=r"model.embed_tokens: .* can't be shared .* without --embed-bits"):
+        with pytest.raises(ValueError, match=r"model.embed_tokens: .* can't be shared .* with --embed-bits 16"):
             quant.get_quant_method(embedding, "model.embed_tokens")
 
 
@@ -172,6 +172,6 @@ def test_an_embedding_that_vllm_never_offers_is_refused_by_name(monkeypatch, is_
     monkeypatch.setattr(distributed, "get_pp_group", lambda: SimpleNamespace(is_first_rank=is_first_rank))
     quant = tables(*names)
     quant.get_quant_method(offered.__new__(offered), "lm_head" if offered is ParallelLMHead else "model.embed_tokens")
-    expected = pytest.raises(ValueError, match=r"model.embed_tokens: .* 16 bits only: .* without --embed-bits")
+    expected = pytest.raises(ValueError, match=r"model.embed_tokens: .* 16 bits only: .* with --embed-bits 16")
     with expected if refused else nullcontext():
         quant.get_checkpoint_weight_mapper()

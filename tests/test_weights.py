@@ -16,6 +16,7 @@ from bpdq_quantizer.checkpoint.inspection import inspect
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model import activations
 from bpdq_quantizer.model.activations import capture, capture_one, find_stages, run_batches
+from bpdq_quantizer.model.residual import Reader
 from bpdq_quantizer.model.weights import Weight, hooked, kept, weights_in
 from bpdq_quantizer.run import pipeline
 from tiny import load_tensors, tiny_model
@@ -61,8 +62,8 @@ def test_stages_are_of_the_weights_asked_for():
 def test_a_weight_gives_its_inputs_and_the_gradients_of_its_outputs():
     model, x = Model(), torch.randn(2, 3, 8)
     weight = weights_in(model)["inner.0"]
-    inputs, output = capture([weight], model, x)
-    assert torch.equal(nn.functional.linear(inputs["inner.0"], weight.matrix, weight.linear.bias), output)
+    reads, output = capture([Reader(weight)], model, x)
+    assert torch.equal(nn.functional.linear(reads["inner.0"].x, weight.matrix, weight.linear.bias), output)
     gradients = []
     with hooked([weight.on_gradient(gradients.append)]):
         (model(x) * 3).sum().backward()
@@ -73,10 +74,17 @@ def test_what_is_assigned_is_what_later_weights_see():
     model, x = Model(), torch.randn(2, 3, 8)
     weights = weights_in(model)
     weights["odd"].assign(torch.zeros(8, 8))
-    assert torch.equal(capture_one(weights["inner.0"], model, x), model.odd.bias.expand(2, 3, 8))
+    assert torch.equal(capture_one(Reader(weights["inner.0"]), model, x).x, model.odd.bias.expand(2, 3, 8))
 
 
-@pytest.mark.parametrize("call", [find_stages, capture, lambda weights, *args: capture_one(weights[-1], *args)])
+@pytest.mark.parametrize(
+    "call",
+    [
+        find_stages,
+        lambda weights, *args: capture(map(Reader, weights), *args),
+        lambda weights, *args: capture_one(Reader(weights[-1]), *args),
+    ],
+)
 def test_hooks_are_removed_when_a_pass_fails(call):
     model = Model()
     weights = [weight for name, weight in weights_in(model).items() if name in ("first", "inner.0")]

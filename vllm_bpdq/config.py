@@ -89,8 +89,8 @@ class BPDQConfig(QuantizationConfig):
         name = self._embedding_name()
         if name and not self.has_embedding and get_pp_group().is_first_rank:
             raise ValueError(
-                f"{name}: vLLM's model has its embedding in 16 bits only: quantize the model again without "
-                "--embed-bits, and without --head-bits if the LM head is tied to it"
+                f"{name}: vLLM's model has its embedding in 16 bits only: quantize the model again with "
+                "--embed-bits 16, and --head-bits 16 if the LM head is tied to it"
             )
         return super().get_checkpoint_weight_mapper() | numbered_experts(self.hf_config)
 
@@ -223,7 +223,7 @@ def _check_unshared(name: str) -> None:
     if current is not None and current.speculative_config is not None and current.speculative_config.use_eagle():
         raise ValueError(
             f"{name}: an embedding in bit-planes can't be shared with a draft model that reads hidden states: serve "
-            "without --speculative-config, or quantize the model again without --embed-bits"
+            "without --speculative-config, or quantize the model again with --embed-bits 16"
         )
 
 

@@ -186,7 +186,7 @@ def _made(report: dict[str, Any], output: str, repository: str | None) -> dict[s
         print(f"{kind:<14}{len(layers):>6}{bpw:>13.3f}{loss:>12.4g}{error:>17.3%}{seconds:>9.1f}")
     peak = report["peak_host_memory_bytes"]
     print(
-        f"{output}: {report['bits_per_weight']:.3f} bits per quantized weight, {report['seconds']:.0f} s "
+        f"{output}: {report['bits_per_weight']:.3f} bits per weight of the Linears, {report['seconds']:.0f} s "
         f"({report['cpu_seconds']:.0f} s CPU)" + (f", peak host memory {peak / 1e9:.2f} GB" if peak is not None else "")
     )
     if repository is not None:
@@ -295,8 +295,9 @@ def _inspect(args: argparse.Namespace) -> dict[str, Any]:
             f"  {row['blocks']}".rstrip()
         )
     print(
-        f"{found['architecture']}: {found['quantized_weights'] / 1e6:.1f} M weights at "
-        f"{found['bits_per_weight']:.3f} bits ({found['quantized_bytes'] / 1e6:.1f} MB), "
+        f"{found['architecture']}: {found['quantized_weights'] / 1e6:.1f} M weights in "
+        f"{found['quantized_bytes'] / 1e6:.1f} MB of bit-planes, "
+        f"{found['bits_per_weight']:.3f} bits per weight of the Linears, "
         f"other tensors {found['other_bytes'] / 1e6:.1f} MB"
         + (f", {found['mtp_bytes'] / 1e6:.1f} MB of them for multi-token prediction" if found["mtp_bytes"] else "")
         + (", scales for an fp8 KV cache" if found["kv_cache_scales"] else "")

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from bpdq_kernels.mtp import head_pattern
-from bpdq_kernels.skeleton import arranged, quantized_layers, stored_layer
+from bpdq_kernels.skeleton import arranged, embedding_names, quantized_layers, stored_layer
 from bpdq_quantizer.checkpoint.loader import open_checkpoint
 from bpdq_quantizer.checkpoint.writer import stored_bytes
 from bpdq_quantizer.errors import InputError
@@ -41,7 +41,9 @@ def inspect(checkpoint: str | Path) -> dict[str, Any]:
         )
     quantized = {layer["name"] for layer in layers}
     linears = [name for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)]
-    weights = sum(layer["in_features"] * layer["out_features"] for layer in layers)
+    sizes = {layer["name"]: layer["in_features"] * layer["out_features"] for layer in layers}
+    linear = [layer for layer in layers if layer["name"] not in embedding_names(skeleton)]
+    weights = sum(sizes[layer["name"]] for layer in linear)
     planes = sum(layer["bytes"] for layer in layers)
     total = stored_bytes(stored)
     known = skeleton.state_dict().keys()
@@ -51,8 +53,8 @@ def inspect(checkpoint: str | Path) -> dict[str, Any]:
         "architecture": type(skeleton).__name__,
         "layers": layers,
         "left_in_16_bits": [name for name in linears if name not in quantized],
-        "quantized_weights": weights,
-        "bits_per_weight": 8 * planes / weights if weights else 0.0,
+        "quantized_weights": sum(sizes.values()),
+        "bits_per_weight": 8 * sum(layer["bytes"] for layer in linear) / weights if weights else 0.0,
         "quantized_bytes": planes,
         "other_bytes": total - planes,
         "mtp_bytes": stored_bytes(heads),

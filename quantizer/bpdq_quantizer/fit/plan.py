@@ -26,7 +26,7 @@ from bpdq_quantizer.fit.parts import IMAGE_SIDE, Model, read_model
 from bpdq_quantizer.fit.weight_bytes import Settings, card_bytes, checkpoint_bytes, token_figures
 from bpdq_quantizer.model.activations import ACTIVATION_BYTES
 from bpdq_quantizer.model.sources import is_gguf
-from bpdq_quantizer.model.support import tied_bits
+from bpdq_quantizer.model.support import FLOATS, table_bits, tied_bits
 from bpdq_quantizer.passes.outputs import MOST_TOKENS
 
 GIB = 2**30
@@ -86,7 +86,8 @@ def plan(
     """Bytes of the BPDQ checkpoint of `model` (folder, config.json or hub id), and how vLLM would serve it on a card.
 
     group_size: 128, or 256 with coefficients in 16 bits; code: plain or trellis; embed_bits, head_bits: bit-planes of
-    the embedding and LM head, None for 16 bits; tied ones need to name but one. gpu_memory: nominal GiB; context:
+    the embedding and LM head, or 16 bits, None for what `bpdq quantize` takes by default; tied ones need to name but
+    one. gpu_memory: nominal GiB; context:
     tokens that a request must be able to take, 2048 by default; language_model_only: of a model that sees images serve
     the text model alone; ignore: names, or `re:` patterns, of Linears that stay in 16 bits; probe: measure this CPU for
     the hours that quantizing takes, some seconds.
@@ -96,7 +97,9 @@ def plan(
     if language_model_only and not m.tower.elements:
         raise InputError(f"--language-model-only: {m.architecture} sees no images, leave the option out")
     if m.head is None:
-        embed_bits = head_bits = tied_bits(embed_bits, head_bits)
+        weights = sum(n * k for n, k in m.linears) + prod(m.embedding) + m.others
+        default = table_bits(m.architecture, prod(m.embedding), weights)
+        embed_bits = head_bits = tied_bits(embed_bits, head_bits) or default
     context = min(DEFAULT_CONTEXT, m.max_positions) if context is None else context
     if not 1 <= context <= m.max_positions:
         raise InputError(f"--context {context}: {m.architecture} takes 1 to {m.max_positions} tokens")
@@ -108,7 +111,7 @@ def plan(
         group_size = 256 if coefficient_bits == 16 else 128
     try:
         scheme = Scheme(bits, group_size, coefficient_bits, CODE_OPTIONS[code])
-        embedding, head = (None if k is None else scheme.with_bits(k) for k in (embed_bits, head_bits))
+        embedding, head = (None if k in (None, FLOATS) else scheme.with_bits(k) for k in (embed_bits, head_bits))
     except ValueError as e:
         options = "--bits / --group-size / --coefficient-bits / --code / --embed-bits / --head-bits"
         raise InputError(f"{options}: {e}") from None

@@ -16,6 +16,10 @@ from bpdq_quantizer.model.stream import Streamed, drop_block, load_block, solved
 from bpdq_quantizer.model.weights import weights_in
 from bpdq_quantizer.model.windows import Window, text_windows
 
+FLOATS = 16  # of --embed-bits and --head-bits: no bit-planes
+TABLE_BITS = 4  # by default, of an embedding that is the LM head too
+TABLE_SHARE, SMALLEST_TABLE = 1 / 10, 1 << 23  # of a model's weights, and weights: of those that are worth it
+SERVED_TABLES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")  # whose classes of vLLM were tried so
 LARGEST_SHARE = 1 / 8  # of a block's weights that may be in other parameters than Linears: convolutions, gates by head
 
 
@@ -105,8 +109,15 @@ def _try_blocks(source: Streamed, states: Tensor, calls: list[list[Call]]) -> No
             drop_block(block)
 
 
+def table_bits(architecture: str, table: int, weights: int) -> int | None:
+    """Bit-planes that a tied embedding of so many weights, of all of a model's, has by default: where it is much of a
+    small model, a file's bytes are worth more elsewhere."""
+    is_large = table >= max(SMALLEST_TABLE, TABLE_SHARE * weights)
+    return TABLE_BITS if is_large and architecture in SERVED_TABLES else None
+
+
 def tied_bits(embed_bits: int | None, head_bits: int | None) -> int | None:
-    """Bit-planes of an embedding and LM head that are tied: either option means both, None 16 bits.
+    """Bit-planes of an embedding and LM head that are tied: either option means both, None neither.
 
     Raises InputError where the options contradict each other.
     """

@@ -19,7 +19,7 @@ from bpdq_quantizer.algorithm.hessian import accumulate, symmetrize
 from bpdq_quantizer.algorithm.solver import Solve
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.modules import looks_up_rows, replace
-from bpdq_quantizer.model.support import tied_bits
+from bpdq_quantizer.model.support import FLOATS, tied_bits
 from bpdq_quantizer.passes.layers import LayerReport, check_finite, layer_report, solve_checked, stored
 from bpdq_quantizer.storage.offload import Batches
 
@@ -33,7 +33,7 @@ def embedding_schemes(
     model: PreTrainedModel, embed_bits: int | None, head_bits: int | None, scheme: Scheme
 ) -> dict[str, Scheme]:
     """The schemes of the embedding and the LM head, by name: `scheme` with their bits, plain where there is no such
-    trellis; None leaves one in 16 bits.
+    trellis; None and FLOATS leave one in 16 bits.
 
     Tied, they are one: either option means both. Raises InputError where the options contradict each other, the
     embedding does more than look up rows, or a weight is NaN or infinite.
@@ -42,12 +42,12 @@ def embedding_schemes(
     if is_tied(model):
         embed_bits = head_bits = tied_bits(embed_bits, head_bits)
     module = model.get_input_embeddings()
-    if embed_bits and not looks_up_rows(module):
+    if embed_bits not in (None, FLOATS) and not looks_up_rows(module):
         raise InputError(
             f"--embed-bits: {embedding} is a {type(module).__name__}, which is not supported: leave it out"
         )
-    bits = {embedding: embed_bits, head: head_bits}
-    schemes = {name: scheme.with_bits(k).for_inputs(module.weight.shape[1]) for name, k in bits.items() if k}
+    bits = {name: k for name, k in ((embedding, embed_bits), (head, head_bits)) if k not in (None, FLOATS)}
+    schemes = {name: scheme.with_bits(k).for_inputs(module.weight.shape[1]) for name, k in bits.items()}
     check_finite({f"{name}.weight": model.get_submodule(name).weight for name in schemes})
     return schemes
 

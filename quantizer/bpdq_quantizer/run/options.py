@@ -11,6 +11,7 @@ from bpdq_kernels.format import CODE_OPTIONS, Scheme
 from bpdq_quantizer.algorithm.grid import paper_start
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.calibration import shown_name
+from bpdq_quantizer.model.support import FLOATS, TABLE_BITS
 from bpdq_quantizer.passes.outputs import FEWEST_TOKENS, MOST_TOKENS, default_tokens
 from bpdq_quantizer.run.fields import PathName, checked, flag, option
 
@@ -73,14 +74,15 @@ class Schemes:
     )
     embed_bits: int | None = option(
         None,
-        "bit-planes of the input embedding, else 16 bits; one for both if tied",
-        "bit-planes of the embedding, 1 to 4, in groups of `--group-size`; off leaves it in 16 bits, for models that "
-        "have it so in vLLM (Qwen3.5, Gemma 1 and 2, LFM2, Falcon-H1, which then says so), and to draft with EAGLE or "
-        "MTP. Tied to the LM head, they are one matrix: either option means both, and two different numbers are an "
-        "error",
+        "bit-planes of the input embedding, or 16; one for both if tied",
+        "bit-planes of the embedding, 1 to 4, in groups of `--group-size`, or 16 bits: for models that have it so in "
+        "vLLM (Qwen3.5, Gemma 1 and 2, LFM2, Falcon-H1, which then says so), and to draft with EAGLE or MTP. Tied to "
+        "the LM head, they are one matrix: either option means both, and two different numbers are an error. By "
+        "default such a one has 4 where it is a tenth of the weights or more, in Llama, Qwen2 and Qwen3",
+        unset=f"{FLOATS}; {TABLE_BITS} of small models where tied",
     )
     head_bits: int | None = option(
-        None, "likewise for the LM head", "bit-planes of the LM head, 1 to 4, likewise; off leaves it in 16 bits"
+        None, "likewise for the LM head", "bit-planes of the LM head, 1 to 4, or 16 bits, likewise", unset=f"{FLOATS}"
     )
     target_bpw: float | None = option(
         None,
@@ -396,7 +398,7 @@ def _check_together(o: Options) -> None:
     try:
         scheme = s.scheme()
         for bits in (s.embed_bits, s.head_bits):
-            if bits is not None:
+            if bits not in (None, FLOATS):
                 scheme.with_bits(bits)
     except ValueError as e:
         options = "--bits / --embed-bits / --head-bits / --group-size / --coefficient-bits / --code"

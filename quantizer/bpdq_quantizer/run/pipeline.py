@@ -161,7 +161,7 @@ def report(
         "calibration_tokens": token_count(run.windows.solving),
         "calibration_windows_with_images": sum(bool(window.images) for window in run.windows.solving),
         "special_tokens": run.windows.special_tokens,
-        "bits_per_weight": mean_bits(layers),
+        "bits_per_weight": mean_bits([layer for layer in layers if layer["name"] not in run.embeddings]),
         **cost,
         "left_in_16_bits": left_in_16_bits(run, layers),
         "seconds_by_part": parts | {"evaluation": cost["seconds"] - sum(parts.values())},

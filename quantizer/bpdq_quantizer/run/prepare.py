@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bpdq_kernels.folder import Headers
 from bpdq_kernels.format import Scheme
+from bpdq_kernels.skeleton import is_tied
 from bpdq_quantizer.checkpoint import writer
 from bpdq_quantizer.checkpoint.carried import carry_over
 from bpdq_quantizer.checkpoint.config_names import config_names
@@ -23,7 +24,7 @@ from bpdq_quantizer.model.images import sight_of
 from bpdq_quantizer.model.opening import plain_skeleton
 from bpdq_quantizer.model.sources import check_source, is_gguf
 from bpdq_quantizer.model.stream import Stamps, Streamed, decoder_blocks, leave_alone, open_model, solved, stamps
-from bpdq_quantizer.model.support import check_blocks, check_dense, check_tokens
+from bpdq_quantizer.model.support import FLOATS, check_blocks, check_dense, check_tokens, table_bits
 from bpdq_quantizer.model.tokens import leading_tokens, load_tokenizer
 from bpdq_quantizer.model.windows import Window, all_tokens, text_windows, token_count
 from bpdq_quantizer.passes import kv_scales
@@ -96,6 +97,7 @@ def prepare(o: Options, folder: RunFolder, kept: list[Window] | None = None) -> 
         if heads:
             tqdm.write(f"{model}: its head for multi-token prediction reads what --rotate turns, and is left out")
             heads = {}
+    o = with_table(o, source.model)
     embeddings = embedding_schemes(source.model, o.schemes.embed_bits, o.schemes.head_bits, o.schemes.scheme())
     budget = _budget(source, embeddings, writer.stored_bytes(heads), o.schemes)
     if o.schemes.kv_cache_scales:
@@ -132,6 +134,23 @@ def without_gradients(o: Options, model: str) -> Options:
     if o.method.output_tokens:
         tqdm.write(f"blocks of {model} share keys and values: --output-tokens is 0", file=sys.stderr)
     return replace(o, method=replace(o.method, output_tokens=0))
+
+
+def with_table(o: Options, model: PreTrainedModel) -> Options:
+    """o with the bits that a model's tied embedding has where none are asked for."""
+    s, name = o.schemes, type(model).__name__
+    if (s.embed_bits, s.head_bits) != (None, None) or o.method.solver == "paper" or not is_tied(model):
+        return o
+    table = model.get_input_embeddings().weight
+    bits = table_bits(name, table.numel(), sum(parameter.numel() for parameter in model.parameters()))
+    if bits is None:
+        return o
+    tqdm.write(
+        f"embedding and LM head, one table of {table.numel() * 2 / 1e6:.0f} MB, get {bits} bit-planes: --embed-bits "
+        f"{FLOATS} leaves them in 16 bits",
+        file=sys.stderr,
+    )
+    return replace(o, schemes=replace(s, embed_bits=bits))
 
 
 def _read(
