@@ -9,15 +9,17 @@ from unittest import mock
 from bpdq_kernels import cpu
 from bpdq_kernels.compiled import FLAGS, instruction_set
 
+EMULATED = "emulated AMX"
 ISAS = list(FLAGS)[list(FLAGS).index(instruction_set()) :]
+ISAS += [EMULATED] * ("avx512_vbmi" in ISAS)
 KERNELS = ["lookup", "multiply"]
-ROUNDING = ("avx512_vbmi", "avx2")  # activations of 16 bits
+ROUNDING = ("avx512_amx", "avx512_vbmi", EMULATED, "avx2")  # activations of 16 bits
 _FEW = {"lookup": 1 << 30, "multiply": 0}
 
 
 @functools.cache
 def opened(isa: str) -> CDLL:
-    return cpu.open_library(isa)
+    return cpu.open_library("avx512_vbmi", ("-DBPDQ_EMULATED_TILES",)) if isa == EMULATED else cpu.open_library(isa)
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 import hashlib
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from bpdq_kernels import cpu
 from bpdq_kernels.compiled import compile_library, instruction_set, load_library
@@ -234,6 +237,36 @@ def test_an_op_that_does_not_compile_is_one_line(tmp_path, monkeypatch, caplog):
     (record,) = caplog.records
     assert "take 10 us more to call" in record.getMessage()
     assert "none.h" in record.getMessage()
+
+
+@pytest.mark.parametrize(
+    ("found", "allowed", "isa"),
+    [
+        ({}, True, "avx512_bf16"),
+        ({"avx512_vbmi": True}, True, "avx512_bf16"),
+        ({"avx512_vbmi": True, "avx512_vnni": True}, True, "avx512_vbmi"),
+        ({"avx512_vbmi": True, "avx512_vnni": True, "amx_tile": True}, True, "avx512_vbmi"),
+        ({"avx512_vbmi": True, "avx512_vnni": True, "amx_tile": True, "amx_bf16": True}, False, "avx512_vbmi"),
+        ({"avx512_vbmi": True, "avx512_vnni": True, "amx_tile": True, "amx_bf16": True}, True, "avx512_amx"),
+    ],
+)
+def test_tiles_are_used_where_the_cpu_has_them_and_linux_allows_it(monkeypatch, found, allowed, isa):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
+    monkeypatch.setattr(torch.cpu, "_init_amx", lambda: allowed)
+    assert instruction_set() == isa
+
+
+TDPBF16PS = rb"\xc4\xe2[\x42\x4a\x52\x5a\x62\x6a\x72\x7a]\x5c[\xc0-\xff]"  # VEX.128.F3.0F38.W0 5C of any tiles
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="of other compilers")
+@pytest.mark.parametrize(("isa", "has_tiles"), [("avx512_amx", True), ("avx512_vbmi", False)])
+def test_machines_without_amx_compile_it_too(isa, has_tiles):
+    """Though they can't run it."""
+    with compile_library(cpu.SOURCE, isa, cpu.MACROS) as path:
+        assert bool(re.search(TDPBF16PS, path.read_bytes())) == has_tiles
 
 
 def test_a_changed_header_is_compiled_again(tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from products import random_stored
 
 SILU = Activation("silu")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}  # of a token's length
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 3e-2}  # of a token's length
 
 
 class Experts(NamedTuple):

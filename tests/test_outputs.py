@@ -17,11 +17,11 @@ import bpdq_quantizer
 from bpdq_quantizer.algorithm.in_turn import approximation
 from bpdq_quantizer.algorithm.solver import quantize_linear
 from bpdq_quantizer.errors import InputError
-from bpdq_quantizer.model.activations import weighted
+from bpdq_quantizer.model.activations import kept_states, weighted
 from bpdq_quantizer.model.stream import open_model, solved
 from bpdq_quantizer.model.windows import text_windows
 from bpdq_quantizer.passes import outputs, sensitivity
-from bpdq_quantizer.passes.gradients import all_states, backwards, draw, kept_states, loss_gradients
+from bpdq_quantizer.passes.gradients import all_states, backwards, draw, loss_gradients
 from bpdq_quantizer.passes.outputs import Outputs, load_outputs, measure_outputs, save_outputs, token_weights
 from tests.tiny import TEXT, load_tensors, tiny_model
 

@@ -268,8 +268,7 @@ def test_a_killed_run_leaves_nothing_that_loads_and_goes_on(moment, quantized, t
     model, finished, report = quantized
     code = (
         "import sys, bpdq_quantizer; print('ready', flush=True); "
-        f"bpdq_quantizer.quantize({str(model)!r}, {str(tmp_path / 'out')!r}, bits=2, group_size=64, "
-        f"calibration={text!r}, samples=6, seq_len=32, iterations=3)"
+        f"bpdq_quantizer.quantize({str(model)!r}, {str(tmp_path / 'out')!r}, **{small(text)!r})"
     )
     env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # which sums depend on
     run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=env)

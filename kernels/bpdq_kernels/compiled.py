@@ -24,8 +24,10 @@ import torch
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 _BF16 = (*_AVX512, "-mavx512bf16")
+_VBMI = (*_BF16, "-mavx512vbmi", "-mavx512vnni")
 FLAGS = {
-    "avx512_vbmi": (*_BF16, "-mavx512vbmi", "-mavx512vnni"),
+    "avx512_amx": (*_VBMI, "-mamx-tile", "-mamx-bf16"),
+    "avx512_vbmi": _VBMI,
     "avx512_bf16": _BF16,
     "avx512": _AVX512,
     "avx2": _AVX2,
@@ -43,7 +45,12 @@ def instruction_set() -> str:
         return level
     # torch 2.8 can't tell
     found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return "avx512_vbmi" if found.get("avx512_vbmi") and found.get("avx512_vnni") else "avx512_bf16"
+    if not (found.get("avx512_vbmi") and found.get("avx512_vnni")):
+        return "avx512_bf16"
+    has_tiles = (
+        found.get("amx_tile") and found.get("amx_bf16") and torch.cpu._init_amx()
+    )  # asks Linux, which may refuse
+    return "avx512_amx" if has_tiles else "avx512_vbmi"
 
 
 @contextmanager

@@ -7,6 +7,7 @@ Where there is no compiler, or others can write the cache, layers stay as stored
 import ctypes
 import functools
 import mmap
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -46,9 +47,10 @@ class _Matrix(ctypes.Structure):
     ]
 
 
-def open_library(isa: str) -> ctypes.CDLL:
-    """The library for an instruction set, which is its `isa`. Raises as `compiled.compile_library`."""
-    library = load_library(SOURCE, isa, MACROS)
+def open_library(isa: str, macros: Sequence[str] = ()) -> ctypes.CDLL:
+    """The library for an instruction set, which is its `isa`; macros: more of them. Raises as
+    `compiled.compile_library`."""
+    library = load_library(SOURCE, isa, (*MACROS, *macros))
     pointer, integer, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
     matrix = ctypes.POINTER(_Matrix)
     library.bpdq_linear.restype = library.bpdq_experts.restype = None

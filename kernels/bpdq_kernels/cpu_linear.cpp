@@ -14,7 +14,8 @@
 
    Multiply, for many tokens: the 2^k possible weights of a group and tile are computed once; bit tests and blends
    choose among them, once for up to 128 tokens. With AVX512_BF16 the weights are rounded to bf16, as a 16-bit layer
-   would hold them, and the two halves of a word are the pairs of inputs that vdpbf16ps multiplies.
+   would hold them, and the two halves of a word are the pairs of inputs that vdpbf16ps multiplies, or AMX 16 of them at
+   once (cpu_linear_amx.h).
 
    Trellis-coded planes lie with the bits of a word in the order of its chain, as inputs then do: in that order the two
    planes that the first one stands for are shifts of it.
@@ -33,6 +34,7 @@
 #include <vector>
 
 #include "cpu_linear_activation.h"
+#include "cpu_linear_amx.h"
 #include "cpu_linear_bytes.h"
 #include "cpu_linear_lookup.h"
 #include "cpu_linear_multiply.h"
@@ -190,7 +192,9 @@ struct Kernels {
   using Held = std::unique_ptr<Scratch<Kernel>>;
   Held<Lookup<PLANES>> lookup;
   Held<Multiply<PLANES, OneFloat>> multiply;
-#ifdef __AVX512BF16__
+#ifdef BPDQ_AMX
+  Held<MultiplyTiles<PLANES>> multiply_pairs;
+#elif defined(__AVX512BF16__)
   Held<Multiply<PLANES, TwoBfloats>> multiply_pairs;
 #endif
 #ifdef BPDQ_BYTES
@@ -265,6 +269,9 @@ Layer first_of(const Matrix& matrix) {
 /* Up to how many tokens look-ups beat multiplications, of inputs in `dtype` with `planes` that are multiplied: sums that
    are looked up are made once for all `outputs`. */
 int64_t few_tokens(Dtype dtype, int64_t planes, int64_t group_size, int64_t outputs) {
+#ifdef BPDQ_AMX
+  if (dtype == BFLOAT16) return 16;
+#endif
 #if defined(BPDQ_PAIRS)
   const bool is_wide = group_size >= 64 && outputs >= (group_size > 64 ? 768 : 1536);
   return dtype == FLOAT16 || planes == 1 || (planes == 2 && is_wide) ? INT64_MAX : 16;

@@ -126,9 +126,8 @@ struct Multiply {
     for (int word = 0; word < words; word++) Arithmetic::pick(values + word * WORD, x[token] + word * STEPS);
   }
 
-  /* Makes the weights of a group, whose words are those from `first` on of what was taken; with those of the last one,
-     adds the products of all to y. */
-  void tile(const TileGroup<PLANES>& tile, int tokens, float* y, int first, bool is_last) {
+  /* Makes the weights of a group, whose words are those from `first` on of what was taken. */
+  void make(const TileGroup<PLANES>& tile, int first) {
     for (int i = 0; i < TILE / LANES; i += 2) {
       const Chooser<PLANES, Arithmetic> left(tile.c[i]), right(tile.c[i + 1]);
       for (int word = 0; word < tile.words; word++)
@@ -137,6 +136,11 @@ struct Multiply {
           weights[i / 2][(first + word) * STEPS + step] = {{left.at(start, step), right.at(start + LANES, step)}};
         }
     }
+  }
+
+  /* Makes the weights of a group; with those of the last one, adds the products of all to y. */
+  void tile(const TileGroup<PLANES>& tile, int tokens, float* y, int first, bool is_last) {
+    make(tile, first);
     if (!is_last) return;
     const int steps = (first + tile.words) * STEPS;
     for (int i = 0; i < TILE / LANES; i += 2) {

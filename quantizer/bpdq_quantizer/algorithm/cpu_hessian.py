@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bpdq_kernels.compiled import instruction_set, library_or_none, load_library
 
-ISAS = ("avx512_bf16", "avx512_vbmi")
+ISAS = ("avx512_bf16", "avx512_vbmi", "avx512_amx")
 _SOURCE = Path(__file__).with_name("cpu_hessian.cpp")
 
 

@@ -5,9 +5,8 @@ from math import isqrt, prod
 from bpdq_quantizer.algorithm.in_turn import CHUNK, steps
 from bpdq_quantizer.algorithm.refine import CHUNK_ELEMENTS, matrices_at_once
 from bpdq_quantizer.fit.parts import Mixture, Model
-from bpdq_quantizer.model.activations import ACTIVATION_BYTES, LOSS_ELEMENTS, windows_per_batch
-from bpdq_quantizer.passes.gradients import kept_states
-from bpdq_quantizer.passes.outputs import default_tokens
+from bpdq_quantizer.model.activations import ACTIVATION_BYTES, LOSS_ELEMENTS, kept_states, windows_per_batch
+from bpdq_quantizer.model.windows import gradient_tokens
 
 LOSS_COPIES = 6  # logits, their logarithms, probabilities, sums of these, two gradients
 CALIBRATION = 128, 2048  # windows and their tokens, defaults of `bpdq quantize`
@@ -78,7 +77,7 @@ def quantize_host_bytes(m: Model, calibration: tuple[int, int] = CALIBRATION, pa
 def gradient_bytes(m: Model, windows: int, length: int) -> int:
     """While gradients are followed: these, the hidden states in front of those blocks that are kept and of those
     between two of them, and of the logits LOSS_COPIES in fp32."""
-    tokens, blocks = min(windows * length, default_tokens(windows * length)), sum(kind.count for kind in m.blocks)
+    tokens, blocks = min(windows * length, gradient_tokens(windows * length)), sum(kind.count for kind in m.blocks)
     states = len(kept_states(blocks)) + isqrt(blocks) - 1
     logits = min(LOSS_ELEMENTS, length * (m.head or m.embedding)[0])
     return m.itemsize * tokens * m.embedding[1] * states + LOSS_COPIES * 4 * logits

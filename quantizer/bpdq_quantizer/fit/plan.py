@@ -27,7 +27,7 @@ from bpdq_quantizer.fit.weight_bytes import Settings, card_bytes, checkpoint_byt
 from bpdq_quantizer.model.activations import ACTIVATION_BYTES
 from bpdq_quantizer.model.sources import is_gguf
 from bpdq_quantizer.model.support import FLOATS, table_bits, tied_bits
-from bpdq_quantizer.passes.outputs import MOST_TOKENS
+from bpdq_quantizer.model.windows import MOST_TOKENS
 
 GIB = 2**30
 VISIBLE = 23.69 / 24

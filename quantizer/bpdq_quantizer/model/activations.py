@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import groupby
+from math import isqrt
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,6 +45,12 @@ def to_host(hidden: Tensor) -> Tensor:
     if not hidden.is_cuda:
         return hidden.to("cpu")
     return torch.empty_like(hidden, device="cpu", pin_memory=True).copy_(hidden)
+
+
+def kept_states(blocks: int) -> list[int]:
+    """Those in front of which blocks, of so many, are held for a backward pass (`gradients.backwards`); `blocks` itself
+    stands for those after the last: at most about 2 sqrt(blocks) are held at a time, and most blocks run once more."""
+    return [*range(0, blocks, max(1, isqrt(blocks))), blocks]
 
 
 def run_batches(runs: Sequence[Run], batches: Batches) -> None:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+FEWEST_TOKENS, MOST_TOKENS = 4096, 16384  # whose gradients are taken by default
+
 
 class Window(NamedTuple):
     """tokens: ids [1, L] int64; images: what else the model is called with, by argument, such as `pixel_values`."""
@@ -45,6 +47,12 @@ def from_tensors(named: Mapping[str, Tensor]) -> list[Window]:
 
 def token_count(windows: Iterable[Window]) -> int:
     return sum(window.tokens.numel() for window in windows)
+
+
+def gradient_tokens(calibration: int) -> int:
+    """How many tokens are followed backwards by default, of so many that a model is calibrated on: those of a quarter,
+    or MOST_TOKENS, take little of the time of all."""
+    return min(max(calibration // 4, FEWEST_TOKENS), MOST_TOKENS)
 
 
 def first_tokens(windows: Sequence[Window], count: int) -> Sequence[Window]:

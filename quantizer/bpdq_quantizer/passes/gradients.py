@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from math import isqrt
 
 import torch
 from torch import Tensor
@@ -52,12 +51,6 @@ def all_states(source: Streamed, windows: Sequence[Window], device: torch.device
             )
         drop_block(block)
         yield states
-
-
-def kept_states(blocks: int) -> list[int]:
-    """Those in front of which blocks, of so many, `backwards` needs to go fast in little memory; `blocks` itself stands
-    for those after the last: at most about 2 sqrt(blocks) are held at a time, and most blocks run once more."""
-    return [*range(0, blocks, max(1, isqrt(blocks))), blocks]
 
 
 @torch.no_grad()

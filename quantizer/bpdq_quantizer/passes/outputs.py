@@ -23,19 +23,11 @@ from bpdq_kernels.format import is_finite
 from bpdq_quantizer.algorithm.hessian import add_square, symmetrize
 from bpdq_quantizer.algorithm.in_turn import CHUNK
 from bpdq_quantizer.errors import InputError
-from bpdq_quantizer.model.activations import weighted
+from bpdq_quantizer.model.activations import kept_states, weighted
 from bpdq_quantizer.model.stream import Streamed, solved
 from bpdq_quantizer.model.windows import Window
-from bpdq_quantizer.passes.gradients import all_states, backwards, kept_states, loss_gradients
+from bpdq_quantizer.passes.gradients import all_states, backwards, loss_gradients
 from bpdq_quantizer.storage.files import read_sealed, write_tensors
-
-FEWEST_TOKENS, MOST_TOKENS = 4096, 16384  # by default, whose gradients are taken
-
-
-def default_tokens(calibration: int) -> int:
-    """How many tokens are followed backwards, of so many that a model is calibrated on: of a quarter of them, or
-    MOST_TOKENS, gradients take little of the time of all."""
-    return min(max(calibration // 4, FEWEST_TOKENS), MOST_TOKENS)
 
 
 class Outputs(NamedTuple):

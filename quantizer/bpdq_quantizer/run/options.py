@@ -12,7 +12,7 @@ from bpdq_quantizer.algorithm.grid import paper_start
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.calibration import shown_name
 from bpdq_quantizer.model.support import FLOATS, TABLE_BITS
-from bpdq_quantizer.passes.outputs import FEWEST_TOKENS, MOST_TOKENS, default_tokens
+from bpdq_quantizer.model.windows import FEWEST_TOKENS, MOST_TOKENS, gradient_tokens
 from bpdq_quantizer.run.fields import PathName, checked, flag, option
 
 SOLVERS = {  # options of `quantize_linear`
@@ -171,7 +171,7 @@ class Method:
         None,
         "correct for shifted inputs",
         "each weight is first corrected for this share of what the quantization of earlier layers did to its inputs "
-        "(QEP, GPTAQ); 0 is off",
+        "(QEP, GPTAQ), and to the residual stream that its outputs are added to; 0 is off",
         unset=f"{ASYMMETRIC['refined']}; paper: {ASYMMETRIC['paper']:g}",
         metavar="SHARE",
         within=(0, 1),
@@ -382,7 +382,7 @@ def resolved(**given: Any) -> Options:
 
 def default_output_tokens(solver: str, calibration: int) -> int:
     """`--output-tokens` where it is not given, of so many calibration tokens."""
-    return 0 if solver == "paper" else default_tokens(calibration)
+    return 0 if solver == "paper" else gradient_tokens(calibration)
 
 
 def _words(of: Field, value: Any) -> list[str]:
