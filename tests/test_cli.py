@@ -73,8 +73,9 @@ def test_a_system_that_does_not_tell_peak_memory_loses_no_run(folder, tmp_path, 
         cost.STATUS.write_text(status)
     argv = ["quantize", folder / "model", "--output", tmp_path / "out", "--calibration", folder / "text.txt", *QUICK]
     assert main([str(a) for a in (*argv, "--json")]) == 0
-    summary, report = capsys.readouterr().out.splitlines()[-2:]
+    summary, following, report = capsys.readouterr().out.splitlines()[-3:]
     assert summary.endswith("s CPU)")
+    assert following == f"next: vllm serve {tmp_path}/out; bpdq eval {tmp_path}/out --reference MODEL --text FILE"
     assert json.loads(report)["peak_host_memory_bytes"] is None
 
 

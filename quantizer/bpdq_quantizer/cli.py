@@ -10,6 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from shlex import quote
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -196,6 +197,7 @@ def _made(report: dict[str, Any], output: str, repository: str | None) -> dict[s
             f"{found['windows']} held-out windows: perplexity {found['perplexity']:.2f} (original: "
             f"{found['reference_perplexity']:.2f}), KL {found['kl']:.3f}, same top token {found['top1_agreement']:.1%}"
         )
+    print(f"next: vllm serve {quote(output)}; bpdq eval {quote(output)} --reference MODEL --text FILE")
     return {**{k: v for k, v in report.items() if k != "layers"}, "output": output}
 
 
