@@ -58,6 +58,35 @@ def test_a_stream_is_read_before_its_weight(tmp_path):
     torch.testing.assert_close(output, 0.5 * (reads[0].stream + down.linear(reads[0].x)))
 
 
+class Twice(torch.nn.Module):
+    """A block whose norm reads two streams, one after the other, and which is given other things too."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.scale = torch.nn.LayerNorm(32), torch.nn.Identity()
+        self.first, self.second = torch.nn.Linear(32, 32), torch.nn.Linear(32, 32)
+
+    def forward(self, x):
+        self.scale(torch.tensor(3.0))
+        self.scale(torch.arange(32))
+        y = 2 * x
+        x = x + self.first(self.norm(x))
+        self.norm(y)
+        return x + self.second(x)
+
+
+@torch.no_grad()
+def test_a_module_that_reads_several_times_is_no_reader():
+    block = Twice()
+    weights = weights_in(block)
+    found = find_streams(block, weights.values(), block, torch.randn(1, 70, 32))
+    assert {name: stream.reader for name, stream in found.items()} == {"first": "", "second": "second"}
+    reads: list[Read] = []
+    with hooked(Reader(weights["second"], block, found["second"]).on_read(reads.append)):
+        block(torch.randn(1, 70, 32))
+    torch.testing.assert_close(reads[0].stream, reads[0].x)
+
+
 @settings(deadline=None)
 @given(
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),

@@ -9,6 +9,8 @@
 
 #pragma once
 
+#include <atomic>
+
 #include "cpu_linear_multiply.h"
 
 #if defined(__AMX_BF16__) || defined(BPDQ_EMULATED_TILES)
@@ -18,11 +20,14 @@ namespace {
 
 /* What ldtilecfg reads: eight tiles of 16 rows of 64 bytes. */
 struct alignas(64) TileShapes {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  uint8_t palette, start_row, reserved[14];
+  uint16_t row_bytes[16];
+  uint8_t rows[16];
 };
 static_assert(sizeof(TileShapes) == 64);
+constexpr TileShapes SHAPES = {
+    1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16},
+};
 
 #ifndef __AMX_BF16__
 struct EmulatedTiles {
@@ -65,10 +70,7 @@ struct MultiplyTiles : Multiply<PLANES, TwoBfloats> {
   static constexpr int AT_ONCE = 32, STEPS = Multiplied::STEPS;  // tokens in two tiles
   static_assert(STEPS == 16 && LANES == 16 && Multiplied::TOKENS % AT_ONCE == 0);
 
-  MultiplyTiles() {
-    const TileShapes shapes;
-    _tile_loadconfig(&shapes);
-  }
+  MultiplyTiles() { _tile_loadconfig(&SHAPES); }
   ~MultiplyTiles() { _tile_release(); }
 
   /* As Multiply's. */
@@ -84,6 +86,7 @@ struct MultiplyTiles : Multiply<PLANES, TwoBfloats> {
   void accumulate(const typename Multiplied::Pair* pairs, int words, int token, float* y) const {
     constexpr int64_t OF_SUMS = TILE * sizeof *y, OF_INPUTS = sizeof *this->x, OF_WEIGHTS = sizeof *pairs;
     float* next = y + AT_ONCE / 2 * TILE;
+    std::atomic_signal_fence(std::memory_order_seq_cst);  // g++ does not know that tiles are loaded from memory
     _tile_loadd(0, y, OF_SUMS);
     _tile_loadd(1, y + LANES, OF_SUMS);
     _tile_loadd(2, next, OF_SUMS);

@@ -5,6 +5,7 @@ weight, and that differs by the weight's outputs, times a factor, from one that 
 normed first, or added together with others', there is none.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -75,17 +76,19 @@ def find_streams(block: nn.Module, weights: Iterable[Weight], run: Run, hidden: 
             written[name] = len(read), first(outputs)
 
     def is_stream(x: Tensor) -> bool:
-        return x.shape[-1] == hidden.shape[-1] and x.numel() == hidden.numel()
+        return x.is_floating_point() and x.shape[-1:] == hidden.shape[-1:] and x.numel() == hidden.numel()
 
     hooks = [m.register_forward_pre_hook(partial(reads, name)) for name, m in block.named_modules()]
     hooks += [w.linear.register_forward_hook(partial(writes, w.name)) for w in weights if w.layer is None]
     with hooked(hooks):
         read.append(("", first(run(hidden))))  # by the next block
+    times = Counter(name for name, _ in read)
     found = {}
     for name, (place, outputs) in written.items():
         streams = (
             Stream(reader, factor)
             for reader, before in reversed(read[:place])
+            if times[reader] == 1 or not reader
             for _, after in read[place:]
             if (factor := added(before, after, outputs)) is not None
         )
