@@ -18,7 +18,14 @@ from benchmarks.random_models import STD, generator
 from benchmarks.shapes import Model
 from bpdq_kernels.format import Scheme
 from bpdq_quantizer.algorithm.groups import descend_group, quantize_group
-from bpdq_quantizer.algorithm.hessian import accumulate, accumulate_shift, inverse_factor, symmetrize, upper_factor
+from bpdq_quantizer.algorithm.hessian import (
+    accumulate,
+    accumulate_shift,
+    inverse_factor,
+    shift,
+    symmetrize,
+    upper_factor,
+)
 from bpdq_quantizer.algorithm.in_turn import CHUNK, steps
 from bpdq_quantizer.algorithm.refine import refine, rows_at_once
 from bpdq_quantizer.algorithm.solver import STARTS, quantize_linear
@@ -70,7 +77,7 @@ def random_hessian(k: int, device: str, windows: int, window: int) -> tuple[Tens
     for _ in range(windows):
         x = random_inputs(window, k, random)
         added = timed(partial(accumulate, H, x, tokens))
-        seconds.append(added + timed(partial(accumulate_shift, C, 1.01 * x, x, x, tokens)))
+        seconds.append(added + timed(partial(accumulate_shift, C, shift(1.01 * x, x), x, tokens)))
     return symmetrize(H), min(seconds) / window
 
 

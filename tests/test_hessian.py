@@ -15,6 +15,7 @@ from bpdq_quantizer.algorithm.hessian import (
     corrected,
     factorize,
     inverse_factor,
+    shift,
     symmetrize,
 )
 
@@ -71,7 +72,7 @@ def test_sums_of_bf16_are_those_of_fp32_on_any_cpu():
     for (H, C), library in ((found, cpu_hessian.library()), (expected, None)):
         with mock.patch.object(cpu_hessian, "library", return_value=library):
             accumulate(H, x, 300)
-            accumulate_shift(C, x + original / 64, x, x, 300)
+            accumulate_shift(C, shift(x + original / 64, x), x, 300)
             symmetrize(H)
     for sums, exact, tolerance in zip(found, expected, (1e-6, 1e-3), strict=True):
         assert (sums - exact).norm() < tolerance * exact.norm()
@@ -89,7 +90,7 @@ def test_sums_of_bf16_on_a_gpu_are_those_of_fp32():
     found, expected = ([torch.zeros(300, 300, device=device) for _ in range(2)] for device in ("cuda", "cpu"))
     for H, C in (found, expected):
         accumulate(H, x.to(H.device), 1500)
-        accumulate_shift(C, (x + original / 64).to(H.device), *[x.to(H.device)] * 2, 1500)
+        accumulate_shift(C, shift(x + original / 64, x).to(H.device), x.to(H.device), 1500)
         symmetrize(H)
     for sums, exact, tolerance in zip(found, expected, (1e-5, 1e-3), strict=True):
         assert (sums.cpu() - exact).norm() < tolerance * exact.norm()
@@ -101,7 +102,7 @@ def test_correction_is_the_least_squares_answer_to_shifted_inputs(monkeypatch):
     x = original @ (torch.eye(6) + 0.3 * torch.randn(6, 6))
     H, C = torch.zeros(6, 6), torch.zeros(6, 6)
     accumulate(H, x, 100)
-    accumulate_shift(C, original, x, x, 100)
+    accumulate_shift(C, shift(original, x), x, 100)
     whole, half = (corrected(W, symmetrize(H), C.clone(), share) for share in (1.0, 0.5))
     torch.testing.assert_close(x @ whole.T, original @ W.T, rtol=1e-2, atol=1e-2)
     torch.testing.assert_close(half, (W + whole) / 2)
@@ -113,8 +114,8 @@ def test_correction_makes_good_what_the_residual_stream_lacks(monkeypatch):
     before, now = torch.randn(2, 1, 80, 4)
     H, C, P = torch.zeros(6, 6), torch.zeros(6, 6), torch.zeros(4, 6)
     accumulate(H, x, 80)
-    accumulate_shift(C, original, x, x, 80)
-    accumulate_shift(P, before, now, x, 80)
+    accumulate_shift(C, shift(original, x), x, 80)
+    accumulate_shift(P, shift(before, now), x, 80)
     found = corrected(W, symmetrize(H), C, 1.0, P)
     expected = torch.linalg.lstsq(x[0].double(), (original @ W.T + before - now)[0].double()).solution.T
     torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-3)
@@ -123,7 +124,7 @@ def test_correction_makes_good_what_the_residual_stream_lacks(monkeypatch):
 def test_large_activations_in_fp16_do_not_overflow_the_shift():
     x = torch.full((1, 50, 4), 3e4, dtype=torch.float16)
     C = torch.zeros(4, 4)
-    accumulate_shift(C, -x, x, x, 50)
+    accumulate_shift(C, shift(-x, x), x, 50)
     torch.testing.assert_close(C, torch.full((4, 4), -2 * 6e4 * 3e4), rtol=1e-3, atol=0)
 
 

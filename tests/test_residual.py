@@ -48,14 +48,15 @@ def test_outputs_are_added_to(arch, options, expected, dtype, tmp_path):
 
 
 def test_a_stream_is_read_before_its_weight(tmp_path):
-    """And is over its factor, so that the weight's outputs are added to it as they are."""
+    """The weight's outputs are added to it times the factor."""
     folder = tiny_model(tmp_path / "model", "granite", residual_multiplier=0.5)
     block, streams, (weights, run, hidden) = streams_of(folder, torch.float32)
     (down,) = (weight for weight in weights if weight.name == DOWN)
     reads: list[Read] = []
     with torch.no_grad(), hooked(Reader(down, block, streams[DOWN]).on_read(reads.append)):
         output = run(hidden)
-    torch.testing.assert_close(output, 0.5 * (reads[0].stream + down.linear(reads[0].x)))
+    assert reads[0].factor == pytest.approx(0.5, rel=1e-3)
+    torch.testing.assert_close(output, reads[0].stream + 0.5 * down.linear(reads[0].x))
 
 
 class Twice(torch.nn.Module):

@@ -70,17 +70,22 @@ def symmetrize(H: Tensor) -> Tensor:
     return H
 
 
-def accumulate_shift(C: Tensor, original: Tensor, now: Tensor, x: Tensor, total_tokens: int) -> None:
-    """Add (2 / total_tokens) (original - now)^T x to C [M, K] fp32 in place.
+def shift(original: Tensor, now: Tensor) -> Tensor:
+    """original - now, in fp32, as fp16 overflows; where products are of bf16 (`in_16_bits`) in bf16, which rounds less
+    than when both became it."""
+    return original - now if in_16_bits(now) else original.float() - now.float()
 
-    x: as for `accumulate`, a Linear's inputs in the model that is quantized so far; original, now [.., M]: something of
-    the same tokens, in the 16-bit model and in that one.
-    Sums are fp32: over a window's tokens they overflow fp16 where no activation does. Where products are of bf16
-    (`in_16_bits`), the difference is rounded to it too, by less than the inputs were when they became bf16.
+
+def accumulate_shift(C: Tensor, shifts: Tensor, x: Tensor, total_tokens: int) -> None:
+    """Add (2 / total_tokens) shifts^T x to C [M, K] fp32 in place.
+
+    x: as for `accumulate`, a Linear's inputs in the model that is quantized so far; shifts [.., M]: `shift` of
+    something of the same tokens in the 16-bit model and in that one. Sums are fp32: over a window's tokens they
+    overflow fp16 where no activation does.
     """
-    for before, after, inputs in zip(by_window(original), by_window(now), by_window(x), strict=True):
+    for window, inputs in zip(by_window(shifts), by_window(x), strict=True):
         tokens = _factor(inputs)
-        _add_product(C, before.to(tokens.dtype) - after.to(tokens.dtype), tokens, 2.0 / total_tokens)
+        _add_product(C, window.to(tokens.dtype), tokens, 2.0 / total_tokens)
 
 
 def live_mean(diagonal: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bpdq_quantizer.algorithm.hessian import accumulate, accumulate_shift, in_16_bits, symmetrize
+from bpdq_quantizer.algorithm.hessian import accumulate, accumulate_shift, in_16_bits, shift, symmetrize
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.calls import BlockInputs, Call, Run, block_inputs, block_runs
 from bpdq_quantizer.model.residual import Read, Reader, Stream
@@ -28,8 +28,8 @@ LOSS_ELEMENTS = 1 << 23  # logits at a time of a loss
 
 class Statistics(NamedTuple):
     """Of a weight's inputs x [T, K], and x' in the 16-bit model: H [K, K] = (2 / T) x^T x, C [K, K] = (2 / T)
-    (x' - x)^T x, and where the weight has a residual stream r [T, N], likewise, P [N, K] = (2 / T) (r' - r)^T x; fp32.
-    C and P are None where they are not known."""
+    (x' - x)^T x, and where the weight has a residual stream r [T, N], likewise, P [N, K] = (2 / T) (r' - r)^T x over
+    the factor with which its outputs are added to that; fp32. C and P are None where they are not known."""
 
     H: Tensor
     C: Tensor | None = None
@@ -169,10 +169,10 @@ def input_statistics(
         if C is None:
             continue
         before = original(i)
-        accumulate_shift(C, weighted(before.x, count), x, x, total)
+        accumulate_shift(C, weighted(shift(before.x, read.x), count), x, total)
         if read.stream is not None:
             P = torch.zeros(weight.shape, device=H.device) if P is None else P
-            accumulate_shift(P, weighted(before.stream, count), weighted(read.stream, count), x, total)
+            accumulate_shift(P, weighted(shift(before.stream, read.stream), count), x, read.factor * total)
     return Statistics(symmetrize(H), C, P)
 
 
@@ -190,10 +190,10 @@ def expert_statistics(x: Tensor, original: Tensor | None, weights: Tensor) -> St
     """Of an expert's inputs x [n, K], of which each counts what `weights` [n, 1] says; original: those in the 16-bit
     model."""
     H, total, counts = torch.zeros(2 * x.shape[1:], device=x.device), weights.sum().item(), weights.flatten()
-    C, x = None if original is None else torch.zeros_like(H), weighted(x, counts)
-    accumulate(H, x, total)
+    C, rows = None if original is None else torch.zeros_like(H), weighted(x, counts)
+    accumulate(H, rows, total)
     if C is not None:
-        accumulate_shift(C, weighted(original, counts), x, x, total)
+        accumulate_shift(C, weighted(shift(original, x), counts), rows, total)
     return Statistics(symmetrize(H), C)
 
 

@@ -31,10 +31,12 @@ class Stream(NamedTuple):
 
 
 class Read(NamedTuple):
-    """x: what a weight reads (`Weight.on_input`); stream: [..., D] over `Stream.factor`, where it is known."""
+    """x: what a weight reads (`Weight.on_input`); stream: [..., D], where it is known, to which the weight's outputs
+    are added times `factor`."""
 
     x: Any
     stream: Tensor | None = None
+    factor: float = 1.0
 
 
 class Reader(NamedTuple):
@@ -52,10 +54,10 @@ class Reader(NamedTuple):
         passed: list[Tensor] = []
 
         def passes(_: nn.Module, args: tuple) -> None:
-            passed.append(args[0] / self.stream.factor)
+            passed.append(args[0].clone())  # some models add in place
 
         yield self.block.get_submodule(self.stream.reader).register_forward_pre_hook(passes)
-        yield self.weight.on_input(lambda x: see(Read(x, passed.pop())))
+        yield self.weight.on_input(lambda x: see(Read(x, passed.pop(), self.stream.factor)))
 
 
 @torch.no_grad()
@@ -107,5 +109,6 @@ def added(before: Tensor, after: Tensor, outputs: Tensor) -> float | None:
     if not change.norm() > CLEAR * rounding:
         return None
     factor = ((change * outputs).sum() / outputs.square().sum()).item()
+    factor = 1.0 if abs(factor - 1) < MISFIT else factor
     misfit = (change - factor * outputs).norm()
     return factor if misfit < MISFIT * change.norm() + rounding else None

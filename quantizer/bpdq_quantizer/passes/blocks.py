@@ -95,7 +95,8 @@ def quantize_blocks(
         weights = [weight for weight in weights_in(block, name).values() if weight.name in schemes]
         stages = find_stages(weights, runs[0], batches[0][:1])
         firsts = [stage[0] for stage in stages]
-        streams = find_streams(block, firsts, runs[0], batches[0][:1]) if full else {}
+        alone = [stage[0] for stage in stages if len(stage) == 1]
+        streams = find_streams(block, alone, runs[0], batches[0][:1]) if full else {}
         original = Original(block, name, firsts, streams, original_calls[index], device, full) if full else None
         known = {} if outputs is None else outputs(index)
         solver = StageSolver(schemes, solve, lengths, asymmetric, original, known)
