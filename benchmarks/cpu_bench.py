@@ -56,6 +56,7 @@ LAYERS = (
     *EXPERTS.values(),
 )
 TURN_BYTES = 128 << 20  # of a layer's copies, at least, so that none is in the cache since its last turn
+MOST_COPIES = 2048  # of layers so small that it makes no difference
 ROUTINGS = 16  # of a layer's experts, likewise
 SECONDS_IN_TURN = 0.02  # of calls that are timed together: what ran before them has emptied the caches, too
 SECONDS_PER_ROW = 20  # after which no further round starts, but MIN_ROUNDS are always run
@@ -178,7 +179,7 @@ def measure_layer(layer: Layer | Experts, args: argparse.Namespace) -> list[Row]
     every code a row, whose candidates were all timed in turn."""
     scheme = Scheme(args.bits, args.group_size, args.coefficient_bits)
     measured = (linear_candidates if isinstance(layer, Layer) else expert_candidates)(layer, scheme, args.code)
-    rows = []
+    clock, rows = time.process_time if args.cpu_time else time.perf_counter, []
     for tokens in args.tokens:
         candidates, packed_bytes = measured(tokens)
         times: dict[str, list[float]] = {candidate: [] for candidate in candidates}
@@ -187,7 +188,6 @@ def measure_layer(layer: Layer | Experts, args: argparse.Namespace) -> list[Row]
         end = time.perf_counter() + SECONDS_PER_ROW
         while len(times["bf16"]) < args.rounds and (len(times["bf16"]) < MIN_ROUNDS or time.perf_counter() < end):
             for candidate, run in candidates.items():
-                clock = time.process_time if args.cpu_time else time.perf_counter
                 times[candidate].append(seconds(run, clock, calls[candidate]))
         for code in args.code:
             name = f"{layer.name}, trellis" if code == "trellis" else layer.name
@@ -231,7 +231,7 @@ def linear_candidates(layer: Layer, scheme: Scheme, codes: Sequence[str]) -> Mea
 
 def in_turn(make: Callable[[], Any], nbytes: int) -> Iterator[Any]:
     """Copies of a matrix of so many bytes, one after the other without end."""
-    return itertools.cycle([make() for _ in range(-(-TURN_BYTES // nbytes))])
+    return itertools.cycle([make() for _ in range(min(MOST_COPIES, -(-TURN_BYTES // nbytes)))])
 
 
 def multiply(op: Callable[[Tensor, Any], Tensor], x: Tensor, matrices: Iterator[Any]) -> Tensor:

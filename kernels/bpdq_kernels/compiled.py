@@ -47,10 +47,8 @@ def instruction_set() -> str:
     found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     if not (found.get("avx512_vbmi") and found.get("avx512_vnni")):
         return "avx512_bf16"
-    has_tiles = (
-        found.get("amx_tile") and found.get("amx_bf16") and torch.cpu._init_amx()
-    )  # asks Linux, which may refuse
-    return "avx512_amx" if has_tiles else "avx512_vbmi"
+    has_tiles = found.get("amx_tile") and found.get("amx_bf16")
+    return "avx512_amx" if has_tiles and torch.cpu._init_amx() else "avx512_vbmi"  # which Linux may refuse
 
 
 @contextmanager

@@ -122,12 +122,12 @@ def corrected(W: Tensor, H: Tensor, C: Tensor, share: float, P: Tensor | None = 
     W, diagonal = W.float(), H.diagonal()
     if not diagonal.any():
         return W
-    shift, damping = W @ C if P is None else P.addmm_(W, C), CORRECTION_DAMPING
+    lacking, damping = W @ C if P is None else P.addmm_(W, C), CORRECTION_DAMPING
     while damping <= MAX_DAMPING:
         C.copy_(H).diagonal().add_(damping * live_mean(diagonal))
         L, failed = factorize(C)
         if not failed:
-            half = torch.linalg.solve_triangular(L, shift.T, upper=False)
+            half = torch.linalg.solve_triangular(L, lacking.T, upper=False)
             return W + share * torch.linalg.solve_triangular(L.mT, half, upper=True).T
         damping *= 2
     raise ValueError(UNFACTORIZED)

@@ -41,9 +41,9 @@ def inspect(checkpoint: str | Path) -> dict[str, Any]:
         )
     quantized = {layer["name"] for layer in layers}
     linears = [name for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)]
-    sizes = {layer["name"]: layer["in_features"] * layer["out_features"] for layer in layers}
-    linear = [layer for layer in layers if layer["name"] not in embedding_names(skeleton)]
-    weights = sum(sizes[layer["name"]] for layer in linear)
+    tables = embedding_names(skeleton)
+    linear = [layer for layer in layers if layer["name"] not in tables]
+    every, weights = (sum(x["in_features"] * x["out_features"] for x in found) for found in (layers, linear))
     planes = sum(layer["bytes"] for layer in layers)
     total = stored_bytes(stored)
     known = skeleton.state_dict().keys()
@@ -53,7 +53,7 @@ def inspect(checkpoint: str | Path) -> dict[str, Any]:
         "architecture": type(skeleton).__name__,
         "layers": layers,
         "left_in_16_bits": [name for name in linears if name not in quantized],
-        "quantized_weights": sum(sizes.values()),
+        "quantized_weights": every,
         "bits_per_weight": 8 * sum(layer["bytes"] for layer in linear) / weights if weights else 0.0,
         "quantized_bytes": planes,
         "other_bytes": total - planes,
