@@ -78,11 +78,12 @@ def test_cpu_time_leaves_out_what_a_layer_waits(tmp_path, monkeypatch):
 
 def test_layer_table_gives_speed_over_bf16_and_the_share_of_copy_bandwidth():
     row = {"layer": "o", "shape": "8192 x 8192", "tokens": 1, "bpdq_ms": 2.0, "bf16_ms": 12.0, "fp32_ms": 20.0}
-    last = cpu_bench.layer_table([row | {"packed_gb_s": 10.0}], copy_gb_s=20.0).splitlines()[-1]
-    assert last == "| o | 8192 x 8192 | 1 | 2.00 | 12.00 | 20.00 | 6.00 | 10.0 | 50% |"
+    rates = {"packed_gb_s": 10.0, "copy_gb_s": 20.0}
+    last = cpu_bench.layer_table([row | rates]).splitlines()[-1]
+    assert last == "| o | 8192 x 8192 | 1 | 2.00 | 12.00 | 20.00 | 6.00 | 10.0 | 20.0 | 50% |"
     row.pop("fp32_ms")  # of experts
-    last = cpu_bench.layer_table([row | {"packed_gb_s": 10.0}], copy_gb_s=20.0).splitlines()[-1]
-    assert last == "| o | 8192 x 8192 | 1 | 2.00 | 12.00 |  | 6.00 | 10.0 | 50% |"
+    last = cpu_bench.layer_table([row | rates]).splitlines()[-1]
+    assert last == "| o | 8192 x 8192 | 1 | 2.00 | 12.00 |  | 6.00 | 10.0 | 20.0 | 50% |"
 
 
 def test_model_table_gives_ratios_to_the_first_model():

@@ -33,7 +33,7 @@ static_assert(TILE % (2 * LANES) == 0, "tiles are pairs of registers");
 constexpr int BLOCK = 64, FEW = 4;  // tiles between which a thread's tables and inputs stay in cache, and of few tokens
 constexpr int TABLES = (WORD + TABLE_BITS - 1) / TABLE_BITS;  // per word
 
-constexpr int AHEAD = 1536, LINE = 64;  // words of planes between those in use and those fetched; bytes of a fetch
+constexpr int AHEAD = 2048, LINE = 64;  // words of planes between those in use and those fetched; bytes of a fetch
 
 /* How a kernel wants the planes of a tile: those that are multiplied, in words or with bytes together, or as they lie. */
 enum Form { WORDS, BYTES, STORED };
@@ -45,8 +45,8 @@ inline T load(const void* p) {
   return value;
 }
 
-/* Has memory bring a line to the second cache: to the first one it would take the place of what is read there. */
-inline void fetch(const void* line) { __builtin_prefetch(line, 0, 2); }
+/* Has memory bring a line that a token reads once: to the first cache, past the second where a CPU can. */
+inline void fetch(const void* line) { __builtin_prefetch(line, 0, 0); }
 
 /* LANES numbers of `dtype` from element `i` of `p`, as fp32. */
 inline Floats widen(const void* p, int64_t i, Dtype dtype) {
