@@ -1,6 +1,7 @@
 """The CPU kernel's library is compiled once, is whole and nobody else's code; or there is none, and a line says why."""
 
 import hashlib
+import mmap
 import os
 import platform
 import re
@@ -8,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import weakref
 from pathlib import Path
 
 import pytest
@@ -275,3 +277,26 @@ def test_a_changed_header_is_compiled_again(tmp_path, monkeypatch):
     for value in (2, 3):
         (tmp_path / "sum_two.h").write_text(f"#define TWO {value}\n")
         assert load_library(tmp_path / "sum.cpp", "portable").two() == value
+
+
+def test_planes_share_memory_that_is_freed_with_them(monkeypatch):
+    monkeypatch.setattr(cpu, "SLAB", 4096)
+    pages = cpu.Pages()
+    shapes = [(3,), (2, 5, 7), (0, 4), (1000,), (16,), (9, 9, 9), (1,)]
+    tensors = [pages.tensor(shape).fill_(i) for i, shape in enumerate(shapes)]
+    for i, (shape, tensor) in enumerate(zip(shapes, tensors, strict=True)):
+        assert tensor.shape == shape
+        assert tensor.dtype == torch.int32
+        assert tensor.data_ptr() % cpu.LINE == 0
+        assert (tensor == i).all()
+    slab = weakref.ref(pages._slab)
+    after = pages.tensor((2000,))  # does not fit beside the last ones
+    assert slab() is not None
+    del tensor, tensors
+    assert slab() is None
+    assert after.data_ptr() % cpu.LINE == 0
+
+
+def test_memory_without_large_pages_does(monkeypatch):
+    monkeypatch.delattr(mmap, "MADV_HUGEPAGE")
+    assert cpu.Pages().tensor((2, 3)).fill_(1).tolist() == [[1, 1, 1], [1, 1, 1]]

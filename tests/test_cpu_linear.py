@@ -188,7 +188,9 @@ def test_rows_can_be_read_back_as_stored(k, group, n, in_features, trellis, dtyp
     stored = random_stored(k, group, n, in_features, dtype, trellis=trellis)
     ids = torch.randint(0, n, (3, 3))
     with using(isa) if isa else mock.patch.object(cpu, "library", return_value=None):
-        B, c, s = cpu.stored_rows(*cpu.prepare(stored.B, stored.c, group, stored.s), group, ids.flatten())
+        B, c, s = cpu.stored_rows(
+            *cpu.prepare(stored.B, stored.c, group, stored.s, cpu.pages().tensor), group, ids.flatten()
+        )
         prepared = prepare(stored.B, stored.c, group, in_features, s=stored.s)
         in_python = embedding_anywhere(ids, *prepared[:4], in_features, group, torch.float32)
         found = embedding(ids, prepared, torch.float32) if isa else in_python

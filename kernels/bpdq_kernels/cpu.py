@@ -6,8 +6,11 @@ Where there is no compiler, or others can write the cache, layers stay as stored
 
 import ctypes
 import functools
+import math
 import mmap
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -34,6 +37,7 @@ OP_SOURCE = Path(__file__).with_name("cpu_op.cpp")
 MACROS = (f"-DBPDQ_WORD={WORD}", f"-DBPDQ_TILE={CPU_TILE}", f"-DBPDQ_MAX_GROUP={max(GROUP_SIZES)}")
 MACROS += (f"-DBPDQ_MAX_PLANES={MAX_PLANES}",)
 OP_TORCH = (2, 10)  # whose stable interface for C++ has all that OP_SOURCE calls
+LINE, SLAB = 64, 64 << 20  # bytes: where tensors begin, and of memory that they share
 FEW = -1  # tokens that are looked up: as many as suits
 
 
@@ -98,31 +102,51 @@ def _open_op_library(isa: str) -> ctypes.CDLL:
     return library
 
 
-def prepare(B: Tensor, c: Tensor, group_size: int, s: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+def prepare(
+    B: Tensor, c: Tensor, group_size: int, s: Tensor | None, empty: Callable[[torch.Size], Tensor]
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """B [ceil(K/32), k, N], c [ceil(K/G), k+1, N] and s [k+1, N] (k+2 of a trellis) in the order of
     `bpdq_kernels.layout.to_cpu_tiles`.
 
     Returns planes int32, coefficients in c's dtype and scales fp32 or None, with N padded to tiles; the sizes of the
-    first two are kept, but say nothing of the order inside. Without a library, B, c and s themselves.
+    first two are kept, but say nothing of the order inside. Planes are in memory that `empty` makes. Without a library,
+    B, c and s themselves.
     """
     if library() is None:
         return B.contiguous(), c.contiguous(), None if s is None else s.contiguous()
     padding = -B.shape[2] % CPU_TILE
     B, c = (torch.nn.functional.pad(tensor, (0, padding)) for tensor in (B, c))
     s = None if s is None else torch.nn.functional.pad(s, (0, padding))
-    planes = huge_pages(B.shape)
+    planes = empty(B.shape)
     return planes, *to_cpu_tiles(B, c, group_size, planes, s, bytes_together())
 
 
-def huge_pages(shape: torch.Size) -> Tensor:
-    """An int32 tensor that Linux may hold in pages of 2 MiB: a token reads it once, and small pages stall each time."""
-    tensor = torch.empty(shape, dtype=torch.int32)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-        length = tensor.data_ptr() + tensor.nbytes - start
-        if length > 0:  # advice: where it is refused, nothing is lost
-            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE)
-    return tensor
+class Pages:
+    """Memory that Linux may hold in pages of 2 MiB, which smaller tensors share: a token reads every weight once, and
+    small pages stall each time. Memory is freed with the last tensor of a slab."""
+
+    def __init__(self) -> None:
+        self._slab, self._used, self._lock = mmap.mmap(-1, 1), 1, threading.Lock()
+
+    def tensor(self, shape: Sequence[int]) -> Tensor:
+        """An int32 tensor whose values are undefined."""
+        count = math.prod(shape)
+        if not count or not hasattr(mmap, "MADV_HUGEPAGE"):
+            return torch.empty(shape, dtype=torch.int32)
+        nbytes = -(-4 * count // LINE) * LINE
+        with self._lock:
+            if self._used + nbytes > len(self._slab):
+                self._slab, self._used = mmap.mmap(-1, max(nbytes, SLAB), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), 0
+                with suppress(OSError):  # advice: where it is refused, nothing is lost
+                    self._slab.madvise(mmap.MADV_HUGEPAGE)
+            offset, self._used = self._used, self._used + nbytes
+            return torch.frombuffer(self._slab, dtype=torch.int32, count=count, offset=offset).view(*shape)
+
+
+@functools.cache
+def pages() -> Pages:
+    """Those of this process."""
+    return Pages()
 
 
 def stored_rows(planes: Tensor, coefficients: Tensor, scales: Tensor | None, group_size: int, rows: Tensor) -> Stored:

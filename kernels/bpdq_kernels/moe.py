@@ -3,6 +3,8 @@
 All dispatch on device and sizes happens inside the op, as for those of `bpdq_kernels.ops`.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,7 @@ from bpdq_kernels import activation as activations
 from bpdq_kernels import cpu, reference
 from bpdq_kernels.activation import Activation
 from bpdq_kernels.layout import PreparedExperts, Stored, cdiv
-from bpdq_kernels.ops import ANYWHERE, prepare
+from bpdq_kernels.ops import ANYWHERE, arrange
 
 _lib = torch.library.Library("bpdq", "FRAGMENT")
 _MATRIX = (
@@ -21,6 +23,7 @@ _lib.define(
     f"moe(Tensor x, Tensor topk_weights, Tensor topk_ids, {_MATRIX.format('up')}, {_MATRIX.format('down')}, "
     "Tensor? up_bias, Tensor? down_bias, str activation, float alpha, float limit, bool weights_on_input) -> Tensor"
 )
+_short_lived = functools.partial(torch.empty, dtype=torch.int32)
 _FIELDS = len(PreparedExperts._fields)
 
 
@@ -74,11 +77,11 @@ def prepare_experts(
     groups = cdiv(in_features, group_size)
     for expert in range(len(experts.B)):
         B, c, s = (None if tensor is None else tensor[expert] for tensor in experts)
-        one = prepare(B, c[:groups], group_size, in_features, dtype, device, s)
+        one = arrange(B, c[:groups], group_size, in_features, dtype, device, s, _short_lived)
         if not held:
             held = [None if t is None else t.new_empty(len(experts.B), *t.shape) for t in one[:4]]
             if held[0].device.type == "cpu":
-                held[0] = cpu.huge_pages(held[0].shape)
+                held[0] = cpu.pages().tensor(held[0].shape)
         for all_experts, tensor in zip(held, one[:4], strict=True):
             if tensor is not None:
                 all_experts[expert] = tensor

@@ -5,6 +5,7 @@ a branch outside would be frozen into the graph. On a CPU cpu_op.cpp takes the p
 compiled (`cpu.use`).
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -187,6 +188,20 @@ def prepare(
     K = `in_features`.
     Raises ValueError for a group size or dtype that no kernel takes, and for shapes that don't fit together.
     """
+    return arrange(B, c, group_size, in_features, dtype, device, s, cpu.pages().tensor)
+
+
+def arrange(
+    B: Tensor,
+    c: Tensor,
+    group_size: int,
+    in_features: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    s: Tensor | None,
+    empty: Callable[[torch.Size], Tensor],
+) -> Prepared:
+    """As `prepare`; planes on a CPU are in memory that `empty` makes."""
     if group_size not in GROUP_SIZES:
         raise ValueError(f"group_size {group_size} is not supported: use one of {GROUP_SIZES}")
     if dtype not in ACTIVATION_DTYPES:
@@ -197,7 +212,7 @@ def prepare(
     if B.is_cuda and dtype != torch.float32:
         return Prepared(*to_tiles(B, c, group_size, dtype, s), in_features, out_features, group_size)
     if B.device.type == "cpu":
-        return Prepared(*cpu.prepare(B, c, group_size, s), None, in_features, out_features, group_size)
+        return Prepared(*cpu.prepare(B, c, group_size, s, empty), None, in_features, out_features, group_size)
     s = None if s is None else s.contiguous()
     return Prepared(B.contiguous(), c.contiguous(), s, None, in_features, out_features, group_size)
 
