@@ -1,19 +1,21 @@
-"""vLLM serves what the quantizer writes of each family that it runs in 16 bits: eager, with the greedy tokens of the
-dequantized weights."""
+"""vLLM serves what the quantizer writes of each family that it runs in 16 bits: eager, those with experts compiled too,
+with the greedy tokens of the dequantized weights."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from transformers import AutoTokenizer, PreTrainedModel
 
 import bpdq_quantizer
-from architectures import ARCHITECTURES, dequantized, model_folder
+from architectures import ARCHITECTURES, EXPERTS, dequantized, model_folder
 from families import FAMILIES
 from generate import greedy_tokens, same_up_to_a_tie, vllm_tokens
 
 SERVED = [name for name, family in FAMILIES.items() if not isinstance(family.engine, str)]
 GROUPS = [SERVED[i : i + 6] for i in range(0, len(SERVED), 6)]
+MIXED = [name for name in SERVED if name.endswith(EXPERTS)]
+MIXED_GROUPS = [MIXED[i : i + 3] for i in range(0, len(MIXED), 3)]
 QUICK = {"bits": 2, "group_size": 32, "samples": 3, "seq_len": 32, "iterations": 1, "solver": "paper"}
 
 
@@ -36,12 +38,12 @@ def made(folder: Path, arch: str, text: str) -> Made:
     return Made(out, plain, model.eval())
 
 
-def faults(folder: Path, archs: list[str], text: str) -> dict[str, list]:
+def faults(folder: Path, archs: list[str], text: str, **options: Any) -> dict[str, list]:
     """The tokens, or errors, of the families whose checkpoints do not give the tokens of the dequantized weights: in
-    transformers, or in vLLM where that computes otherwise."""
+    transformers, or in vLLM where that computes otherwise; options: of the engines."""
     models = {arch: made(folder / arch, arch, text) for arch in archs}
     engines = [
-        {"load": {"model": str(path), **FAMILIES[arch].engine}}
+        {"load": {"model": str(path), **FAMILIES[arch].engine, **options}}
         for arch, (*paths, _) in models.items()
         for path in paths[: 1 if FAMILIES[arch].same else 2]
     ]
@@ -68,6 +70,12 @@ def test_one_of_each_kind_is_served(tmp_path, text):
 @pytest.mark.parametrize("archs", GROUPS, ids=lambda archs: f"{archs[0]}..{archs[-1]}")
 def test_every_family_is_served(tmp_path, text, archs):
     assert faults(tmp_path, archs, text) == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("archs", MIXED_GROUPS, ids=lambda archs: f"{archs[0]}..{archs[-1]}")
+def test_every_family_with_experts_is_served_compiled(tmp_path, text, archs):
+    assert faults(tmp_path, archs, text, enforce_eager=False) == {}
 
 
 def test_each_family_is_known_of():
