@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -36,20 +37,32 @@ def folders(tmp_path_factory):
     return {"sound": sound, "incomplete": incomplete}
 
 
-def method(folder, load_format, **part):
-    """What the first layer gets from the config of an engine for `folder`, of which vLLM builds a part first whose
-    config differs in `part`."""
+def first_layer(folder, load_format, compiler=MappingProxyType({}), **part):
+    """An engine for `folder`, of which vLLM builds a part first whose config differs in `part`, and what its config
+    gives the first layer."""
     vllm_bpdq.register()
     model = ModelConfig(model=str(folder), skip_tokenizer_init=True)
     load = LoadConfig(load_format=load_format)
     engine = VllmConfig(model_config=model, load_config=load, device_config=DeviceConfig("cpu"))
     assert isinstance(engine.quant_config, BPDQConfig)
     engine.quant_config.packed_modules_mapping = {}
+    engine.compilation_config.inductor_compile_config |= compiler
     text = copy.deepcopy(model.hf_config)
     text.update(part)
     with set_current_vllm_config(engine.with_hf_config(text)):
         layer = ReplicatedLinear.__new__(ReplicatedLinear)
-        return engine.quant_config.get_quant_method(layer, "model.layers.0.mlp.down_proj")
+        return engine, engine.quant_config.get_quant_method(layer, "model.layers.0.mlp.down_proj")
+
+
+def method(*args, **part):
+    return first_layer(*args, **part)[1]
+
+
+@pytest.mark.parametrize("chosen", [{}, {"reorder_for_peak_memory": True}], ids=str)
+def test_operations_stay_in_order_unless_the_user_asks_otherwise(folders, chosen):
+    engine, _ = first_layer(folders["sound"], "auto", chosen)
+    expected = {"reorder_for_peak_memory": False} | chosen
+    assert engine.compilation_config.inductor_compile_config.items() >= expected.items()
 
 
 @pytest.mark.parametrize("load_format", ["auto", "safetensors"])

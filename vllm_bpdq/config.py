@@ -131,6 +131,7 @@ class BPDQConfig(QuantizationConfig):
         if self.model is not None:
             check(*self.model, self.stored_format)
             self.model = None
+            _keep_order_of_writes()
         if isinstance(layer, Attention) and self.format.kv_cache_scales and layer.kv_cache_dtype != "fp8_e5m2":
             return BPDQKVCacheMethod(self)
         if isinstance(layer, VocabParallelEmbedding):
@@ -237,6 +238,16 @@ def _check_unadapted(name: str) -> None:
         raise ValueError(
             f"{name}: experts in bit-planes take no LoRA adapters: name other layers with --lora-target-modules"
         )
+
+
+def _keep_order_of_writes() -> None:
+    """On CPUs vLLM multiplies 16-bit layers, such as routers, by an op that writes into an empty tensor, and Inductor
+    (torch 2.13), in search of an order that takes less memory, may read that before: have it keep the model's order."""
+    from vllm.config import get_current_vllm_config_or_none
+
+    current = get_current_vllm_config_or_none()
+    if current is not None and current.device_config.device_type == "cpu":
+        current.compilation_config.inductor_compile_config.setdefault("reorder_for_peak_memory", False)
 
 
 def _in_16_bits_only(config: Any) -> Iterator[tuple[str, str]]:
