@@ -161,7 +161,8 @@ class ExpertLayer(NamedTuple):
     def takes(self, config: Gemv | Gemm) -> bool:
         """Whether the dispatch may pick this configuration: not if the coefficients fill the registers."""
         if isinstance(config, Gemm):
-            return config.tokens < 64 or (self.layer.coefficient_bits == 16 and self.layer.group >= 64)
+            smallest = 64 if self.layer.multiplied < 3 else 128
+            return config.tokens < 64 or (self.layer.coefficient_bits == 16 and self.layer.group >= smallest)
         if self.is_fused:
             full = 2 * groups_in_unit(self.layer.group) * (self.layer.multiplied + 1) >= MAX_COEFFICIENTS
             return config.tiles == 2 and (config.warps < 8 or not full)
