@@ -189,9 +189,7 @@ def experts_config(
             one = expert_gemm(8, up, pairs, multiprocessors), expert_gemm(8, down, pairs, multiprocessors)
         return Experts(*one, is_sorted=False, is_fused=fused)
     bucket = next((size for size, mean in EXPERT_TOKENS.items() if pairs <= mean * experts), 64)
-    if any(
-        matrix.coefficient_bits == 8 or matrix.group_size < (64 if matrix.planes < 3 else 128) for matrix in (up, down)
-    ):
+    if any(m.coefficient_bits == 8 or m.group_size < (64 if m.planes < 3 else 128) for m in (up, down)):
         bucket = min(bucket, 32)  # 64 tokens leave such weights too few registers
     hit = min(pairs, experts)
     several = expert_gemm(bucket, up, hit, multiprocessors), expert_gemm(bucket, down, hit, multiprocessors)
