@@ -1,8 +1,9 @@
 """Greedy tokens from vLLM engines, each batch of engines in a process of its own, and from transformers.
 
 Run as a script: reads a JSON list of engines on stdin, `{"load": {LLM arguments}, "reload_from": folder, "lora":
-folder, "drafts": true}`, and prints one JSON line per engine: its tokens (and then those after the reload, and those
-with the adapter, and how many tokens were drafted and how many of them accepted), or the error that stopped it.
+folder, "drafts": true, "likely": true}`, and prints one JSON line per engine: its tokens (and then those after the
+reload, and those with the adapter, and how many tokens were drafted and how many of them accepted, or instead each token
+with its log probability), or the error that stopped it.
 """
 
 import json
@@ -99,7 +100,23 @@ def _decided_by_rounding(
     return bool(abs(a - b) <= near * logits.std())
 
 
-def _run(load: dict, reload_from: str | None = None, lora: str | None = None, drafts: bool = False) -> list[list[int]]:
+def off_by(network: "PreTrainedModel", decoded: list[list[tuple[int, float]]]) -> float:
+    """The median difference between log probabilities of decoded tokens, which stand beside them, and those that
+    `network` gives the same tokens."""
+    import torch
+
+    differences = []
+    for prompt, pairs in zip(PROMPTS, decoded, strict=True):
+        tokens, found = (torch.tensor(column) for column in zip(*pairs, strict=True))
+        with torch.inference_mode():
+            logits = network(torch.tensor([[*prompt, *tokens[:-1]]]), use_cache=False).logits[0, len(prompt) - 1 :]
+        differences.append(logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0] - found)
+    return torch.cat(differences).abs().median().item()
+
+
+def _run(
+    load: dict, reload_from: str | None = None, lora: str | None = None, drafts: bool = False, likely: bool = False
+) -> list[list]:
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
     from vllm.lora.request import LoRARequest
@@ -108,7 +125,10 @@ def _run(load: dict, reload_from: str | None = None, lora: str | None = None, dr
     try:
         llm = LLM(**{**defaults, **load})
         prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
-        sampling = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=False)
+        logprobs = 0 if likely else None
+        sampling = SamplingParams(
+            temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=False, logprobs=logprobs
+        )
         outputs = llm.generate(prompts, sampling, use_tqdm=False)
         if reload_from:
             llm.collective_rpc("reload_weights", kwargs={"weights_path": reload_from})
@@ -120,7 +140,10 @@ def _run(load: dict, reload_from: str | None = None, lora: str | None = None, dr
         names = [f"vllm:spec_decode_num_{what}_tokens" for what in ("draft", "accepted") if drafts]
         metrics = {metric.name: metric for metric in llm.get_metrics()} if drafts else {}
         counts = [[metrics[name].value for name in names]] if drafts else []
-        return [list(output.outputs[0].token_ids) for output in outputs] + counts
+        found = [output.outputs[0] for output in outputs]
+        if likely:
+            return [[(t, at[t].logprob) for t, at in zip(x.token_ids, x.logprobs, strict=True)] for x in found]
+        return [list(x.token_ids) for x in found] + counts
     finally:
         cleanup_dist_env_and_memory()
 
