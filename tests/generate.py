@@ -2,8 +2,8 @@
 
 Run as a script: reads a JSON list of engines on stdin, `{"load": {LLM arguments}, "reload_from": folder, "lora":
 folder, "drafts": true, "likely": true}`, and prints one JSON line per engine: its tokens (and then those after the
-reload, and those with the adapter, and how many tokens were drafted and how many of them accepted, or instead each token
-with its log probability), or the error that stopped it.
+reload, and those with the adapter, and how many tokens were drafted and how many of them accepted, or with "likely"
+each token beside its log probability), or the error that stopped it.
 """
 
 import json

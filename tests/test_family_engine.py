@@ -55,12 +55,13 @@ def faults(folder: Path, archs: list[str], text: str, **options: Any) -> dict[st
     results, found = iter(vllm_tokens(engines)), {}
     for arch, (*_, model) in models.items():
         tokens = next(results)
-        if isinstance(tokens, str) or not in_bf16(arch):
+        if not in_bf16(arch):
             expected = greedy_tokens(model) if FAMILIES[arch].same else next(results)
-            wrong = [tokens, expected] if tokens != expected else None
+            wrong = None if tokens == expected else [tokens, expected]
+        elif isinstance(tokens, str):
+            wrong = tokens
         else:
-            median = off_by(model, tokens)
-            wrong = median if median > NEAR else None
+            wrong = off if (off := off_by(model, tokens)) > NEAR else None
         found |= {arch: wrong} if wrong else {}
     return found
 

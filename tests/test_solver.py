@@ -197,7 +197,8 @@ def test_the_scale_of_the_inputs_changes_nothing_where_some_are_dead(seed, dead,
     if scale in (2.0**-14, 2.0**14):  # no rounding differs
         assert torch.equal(a.codes, b.codes)
         assert torch.equal(a.c, b.c)
-    assert (a.codes != b.codes).float().mean() < 0.1, "rounding may decide between levels equally near"
+    live = H.diagonal() > 0
+    assert (a.codes != b.codes)[:, live].float().mean() < 0.2, "one row's start may be decided by rounding"
     torch.testing.assert_close(b.loss.sum(), scale * a.loss.sum(), rtol=0.02, atol=0)
 
 

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from bpdq_quantizer.algorithm import cpu_hessian
 from bpdq_quantizer.algorithm.order import in_order
+from bpdq_quantizer.algorithm.products import ROWS, factorize_in_blocks, in_blocks, matmul, solve
 
 MAX_DAMPING = 1.0
 CORRECTION_DAMPING = 0.1  # of `live_mean`
@@ -97,15 +98,17 @@ def live_mean(diagonal: Tensor) -> Tensor:
     return torch.where(live > 0, diagonal.mean(-1) * (diagonal.shape[-1] / live), 1)
 
 
-def factorize(A: Tensor, upper: bool = False) -> tuple[Tensor, Tensor]:
-    """Cholesky factors of the symmetric A [..., K, K], in A's memory, and where there is none, bool [...]. The other
-    triangle is zero.
+def factorize(A: Tensor) -> tuple[Tensor, Tensor]:
+    """Cholesky factors, lower, of the symmetric A [..., K, K], in A's memory, and where there is none, bool [...]. The
+    other triangle is zero.
 
     At K = 29568 a matrix has 3.5 GB: no more of them than need be.
     """
+    if A.ndim == 2 and in_blocks(A):
+        return factorize_in_blocks(A)
     A = A if A.stride(-2) == 1 else A.mT  # in the order of LAPACK and cuSOLVER, which else get a copy
     info = torch.empty(A.shape[:-2], dtype=torch.int32, device=A.device)
-    torch.linalg.cholesky_ex(A, upper=upper, out=(A, info))
+    torch.linalg.cholesky_ex(A, out=(A, info))
     return A, info != 0
 
 
@@ -122,13 +125,14 @@ def corrected(W: Tensor, H: Tensor, C: Tensor, share: float, P: Tensor | None = 
     W, diagonal = W.float(), H.diagonal()
     if not diagonal.any():
         return W
-    lacking, damping = W @ C if P is None else P.addmm_(W, C), CORRECTION_DAMPING
+    lacking, damping = torch.zeros_like(W) if P is None else P, CORRECTION_DAMPING
+    for start in range(0, len(W), ROWS):
+        lacking[start : start + ROWS] += matmul(W[start : start + ROWS], C)
     while damping <= MAX_DAMPING:
         C.copy_(H).diagonal().add_(damping * live_mean(diagonal))
         L, failed = factorize(C)
         if not failed:
-            half = torch.linalg.solve_triangular(L, lacking.T, upper=False)
-            return W + share * torch.linalg.solve_triangular(L.mT, half, upper=True).T
+            return W + share * solve(L, lacking)
         damping *= 2
     raise ValueError(UNFACTORIZED)
 

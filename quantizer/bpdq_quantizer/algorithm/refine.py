@@ -20,6 +20,7 @@ from bpdq_quantizer.algorithm import cpu_solver
 from bpdq_quantizer.algorithm.equations import right_sides
 from bpdq_quantizer.algorithm.grid import BATCH, level_table
 from bpdq_quantizer.algorithm.groups import compiled_for, descend_group, solve_jointly
+from bpdq_quantizer.algorithm.products import matmul
 from bpdq_quantizer.algorithm.rounding import round_to, steps_for
 
 SWEEPS = 2  # of descent to a fit: 4 rounds of 2 end lower than 10 rounds of 1, in less time
@@ -117,7 +118,7 @@ def descend(
     if not compiled_for(W.device):
         return descend_in_torch(codes, c, W, H, group_size, sweeps, trellis)
     error = (W - dequantize_columns(codes, c, group_size)).T.contiguous()
-    V = error @ H
+    V = matmul(error, H)
     codes, gain = cpu_solver.descend(codes, V, c, H, group_size, sweeps, trellis)
     return codes, torch.linalg.vecdot(error, V) - gain
 

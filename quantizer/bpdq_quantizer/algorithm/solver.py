@@ -15,6 +15,7 @@ from bpdq_quantizer.algorithm.groups import quantize_group, takes_batches
 from bpdq_quantizer.algorithm.hessian import live_mean, upper_factor
 from bpdq_quantizer.algorithm.in_turn import solve_in_turn
 from bpdq_quantizer.algorithm.order import Order, group_aware_order, in_order
+from bpdq_quantizer.algorithm.products import matmul
 from bpdq_quantizer.algorithm.refine import add_product, dequantize_columns, refine
 from bpdq_quantizer.algorithm.rounding import stored_coefficients
 from bpdq_quantizer.algorithm.solution import Solution, joined, joined_rows
@@ -98,7 +99,7 @@ def row_solver(
     def solve(W: Tensor) -> Solution:
         target = metric.target(W)
         found = one_pass(target, metric.R, metric.order, planes, iterations, alpha, first, starts, trellis)
-        HW = metric.H @ target
+        HW = matmul(metric.H, target)
         energy = metric.undamped((HW * target).sum(-2), target)
         codes, c, loss, s = refine(*found, target, HW, metric.H, group_size, refinements, alpha, last, trellis)
         loss = metric.undamped(loss, target - dequantize_columns(codes, c, group_size)).clamp(min=0)
@@ -171,7 +172,7 @@ def one_pass(
     start = 0
     for size, U in zip(order.sizes, blocks, strict=True):
         block = slice(start, start + size)
-        S = R[..., :start, block].mT @ errors[..., :start, :]
+        S = matmul(R[..., :start, block].mT, errors[..., :start, :])
         weight = add_product(errors[..., block, :], U.mT, S)
         code, c, E = quantize_group(weight, U, bits, iterations, alpha, dtype, starts, trellis)
         codes.append(code)

@@ -13,6 +13,7 @@ from bpdq_quantizer.algorithm.grid import BATCH
 from bpdq_quantizer.algorithm.groups import quantize_group, solve_jointly
 from bpdq_quantizer.algorithm.hessian import accumulate, factorize
 from bpdq_quantizer.algorithm.in_turn import CHUNK, steps
+from bpdq_quantizer.algorithm.products import matmul
 from bpdq_quantizer.algorithm.refine import CHUNK_ELEMENTS, SWEEPS, descend, rows_at_once
 from bpdq_quantizer.algorithm.solver import STARTS
 
@@ -173,7 +174,7 @@ def _probe(planes: int, group_size: int, random: torch.Generator) -> Rates:
     b = torch.randn(2 * k // SMALLEST * width, n, generator=random)
     seconds = {
         "hessian": cpu_time(lambda: accumulate(torch.zeros_like(H), x[None].bfloat16(), len(x))),
-        "product": cpu_time(lambda: x @ H),
+        "product": cpu_time(lambda: matmul(x, H)),
         "factor": cpu_time(lambda: factorize(torch.block_diag(H, H))),
         "forward": cpu_time(lambda: half_product(x)),
         "groups": cpu_time(lambda: quantize_group(W[:group_size], U, planes, ITERATIONS, 1e-6, torch.bfloat16, STARTS)),

@@ -187,7 +187,8 @@ def head_alone(model: PreTrainedModel, blocks: nn.ModuleList, device: torch.devi
         def logits(hidden: Tensor) -> Tensor:
             last.output = hidden.to(device)
             ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=device)
-            return model(input_ids=ids, use_cache=False).logits
+            with quick_products(device):
+                return model(input_ids=ids, use_cache=False).logits
 
         yield logits
 

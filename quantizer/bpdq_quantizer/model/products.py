@@ -1,4 +1,5 @@
-"""16-bit products on a CPU that has none: torch's own take ten times as long as fp32 there."""
+"""Linears as a CPU multiplies them fastest: where it has no 16-bit products torch's own take ten times as long as fp32,
+and where it has, oneDNN's fp32 takes half the time of torch's (`algorithm.products`)."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -10,8 +11,25 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from bpdq_kernels.compiled import instruction_set
+from bpdq_quantizer.algorithm.products import linear, quick
 
 TOKENS = 4096  # at a time in fp32
+
+
+class OneDNNProducts(TorchFunctionMode):
+    """Within it, Linears in fp32 are oneDNN's, but for those of which a gradient is wanted."""
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function is F.linear and not kwargs and _is_for_onednn(*args):
+            return linear(*args)
+        return function(*args, **(kwargs or {}))
+
+
+def _is_for_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    graded = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    return quick(x) and x.numel() > 0 and weight.dtype == x.dtype and weight.is_contiguous() and not graded
 
 
 class FP32Products(TorchFunctionMode):
@@ -33,5 +51,6 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def quick_products(device: torch.device) -> AbstractContextManager:
     """The context in which a model's forward pass on `device` is quickest."""
-    slow = device.type == "cpu" and instruction_set() in ("avx2", "portable")
-    return FP32Products() if slow else nullcontext()
+    if device.type != "cpu":
+        return nullcontext()
+    return FP32Products() if instruction_set() in ("avx2", "portable") else OneDNNProducts()

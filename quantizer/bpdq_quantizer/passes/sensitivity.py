@@ -30,6 +30,7 @@ from bpdq_kernels.format import PLAIN, WIDTHS, Scheme
 from bpdq_kernels.layout import GROUP_SIZES, MAX_PLANES
 from bpdq_quantizer.algorithm.grid import range_start
 from bpdq_quantizer.algorithm.hessian import accumulate, symmetrize
+from bpdq_quantizer.algorithm.products import matmul
 from bpdq_quantizer.algorithm.refine import dequantize_columns, refine
 from bpdq_quantizer.algorithm.solver import metric_of, one_pass
 from bpdq_quantizer.model.activations import embed, find_stages, run_batches
@@ -206,7 +207,7 @@ def try_schemes(
     for (group_size, trellis), alike in groupby(tried, key=attrgetter("group_size", "trellis")):
         metric = metric_of(H, group_size, damping, trellis)
         target = metric.target(W)
-        HW = metric.H @ target
+        HW = matmul(metric.H, target)
         for planes, widths in groupby(alike, key=attrgetter("planes")):
             start = metric.R, metric.order, planes, ITERATIONS, alpha, torch.float32, (range_start,), trellis
             solved = one_pass(target, *start)
