@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 from transformers import PreTrainedModel
 
+from bpdq_kernels.conversions import renaming
 from bpdq_kernels.experts import Experts
 from bpdq_kernels.folder import Headers
 from bpdq_kernels.layout import Stored
-from bpdq_kernels.skeleton import renaming
 
 
 class StoredNames(NamedTuple):
