@@ -21,7 +21,7 @@ from bpdq_kernels.folder import INDEX, check_values, read_folder
 from bpdq_kernels.format import Format
 
 # that read the folder's safetensors files
-LOAD_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor")
+LOAD_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer")
 
 logger = init_logger(__name__)
 
@@ -31,10 +31,13 @@ def check(model: str, revision: str | None, config: Any, fmt: Format) -> None:
 
     config: transformers', of all of the model: what vLLM is building just now may be a part, with a config of its own.
     It is not looked at for a draft, nor are names then. fmt: the checkpoint's, by its own names. Raises InputError;
-    files of other load formats than LOAD_FORMATS are not looked at.
+    files of other load formats than LOAD_FORMATS are not looked at, and a warning says so.
     """
     current = get_current_vllm_config_or_none()
-    if current is None or current.load_config.load_format not in LOAD_FORMATS:
+    if current is None or current.load_config.load_format == "dummy":
+        return
+    if current.load_config.load_format not in LOAD_FORMATS:
+        logger.warning("%s: its tensors are not checked with --load-format %s", model, current.load_config.load_format)
         return
     folder = local_folder(model, revision, current.load_config)
     if folder is None or not any(folder.glob("*.safetensors*")):
