@@ -228,6 +228,10 @@ BAD = {
         changed(AUTHORS, meta={"bpdq": {}}),
         "meta.bpdq.msbits (the number of bit-planes) is missing: add",
     ),
+    "msbits are not bits": (
+        changed(OURS, meta={"bpdq": {"msbits": 3}}),
+        "quantization_config: bits = 2, but meta.bpdq.msbits = 3: download or quantize the model again",
+    ),
     "meta missing": (changed(AUTHORS, meta=...), "meta.bpdq.msbits (the number of bit-planes) is missing: add it"),
     "meta a string": (changed(AUTHORS, meta="bpdq"), "quantization_config: meta = 'bpdq' must be an object"),
     "meta.bpdq a list": (changed(AUTHORS, meta={"bpdq": [2]}), "meta: bpdq = [2] must be an object"),

@@ -201,6 +201,14 @@ def parse(config: Mapping[str, Any]) -> Format:
             f"{', '.join(map(str, WIDTHS))}): upgrade vllm-bpdq or quantize the model again"
         )
     default = _scheme(config, "quantization_config")
+    meta = config.get("meta")
+    authors = meta.get("bpdq") if isinstance(meta, Mapping) else None  # what their loader goes by
+    planes = authors.get("msbits", default.bits) if isinstance(authors, Mapping) else default.bits
+    if planes != default.bits:
+        raise InputError(
+            f"quantization_config: bits = {default.bits}, but meta.bpdq.msbits = {planes!r}: download or quantize the "
+            "model again"
+        )
     ignore = config.get("ignore") or []
     if not isinstance(ignore, list | tuple) or not all(isinstance(name, str) for name in ignore):
         raise InputError(f"quantization_config: ignore = {ignore!r} must be a list of layer names or 're:' patterns")
