@@ -73,6 +73,16 @@ def test_the_files_are_checked_before_the_first_layer(folders, load_format):
         method(folders["incomplete"], load_format)
 
 
+@pytest.mark.parametrize("layer", ["shared_expert_gate", "router"])
+def test_bit_planes_that_vllm_would_not_find_a_place_for_are_refused(folders, tmp_path, layer):
+    folder = shutil.copytree(folders["sound"], tmp_path / "out")
+    planes = {f"model.layers.0.mlp.{layer}.B": torch.zeros(2, 2, 1, dtype=torch.int32)}
+    save_file(load_file(folder / "model.safetensors") | planes, folder / "model.safetensors")
+    message = rf"mlp\.{layer}: vLLM takes this layer in 16 bits only: .* --ignore 're:\.\*\[\.]{layer}'"
+    with pytest.raises(InputError, match=message):
+        method(folder, "auto")
+
+
 def test_they_are_checked_for_all_of_the_model_where_a_part_of_it_is_built_first(folders):
     """InternVL's language model is, before its vision tower."""
     assert isinstance(method(folders["sound"], "auto", num_hidden_layers=2), BPDQLinearMethod)

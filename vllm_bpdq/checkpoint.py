@@ -3,6 +3,7 @@ computes with uninitialised memory where a tensor is missing."""
 
 import copy
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from vllm.model_executor.model_loader.weight_utils import (
 )
 
 from bpdq_kernels import skeleton
-from bpdq_kernels.folder import INDEX, check_values, read_folder
+from bpdq_kernels.errors import InputError
+from bpdq_kernels.folder import INDEX, Headers, check_values, read_folder
 from bpdq_kernels.format import Format
 
 # that read the folder's safetensors files
@@ -54,6 +56,7 @@ def check_folder(folder: Path, config: Any, fmt: Format) -> None:
     """
     with torch.device("cpu"):  # vLLM builds towers that serve no image on the meta device
         stored = read_folder(folder)
+        _check_routers(stored)
         model = None
         if config is not None:
             try:
@@ -64,6 +67,16 @@ def check_folder(folder: Path, config: Any, fmt: Format) -> None:
             model = None  # vLLM builds another
         skeleton.check_stored(stored, model, fmt)
         check_values(stored)
+
+
+def _check_routers(stored: Headers) -> None:
+    """Raise InputError for bit-planes of a layer that vLLM's models build without a QuantizationConfig."""
+    for name, entry in stored.items():
+        if match := re.search(r"[.](shared_expert_gate|router)[.]B$", name):
+            raise InputError(
+                f"{entry.file}: {name.removesuffix('.B')}: vLLM takes this layer in 16 bits only: quantize the model "
+                f"again with --ignore 're:.*[.]{match[1]}'"
+            )
 
 
 def local_folder(model: str, revision: str | None, load: LoadConfig) -> Path | None:
