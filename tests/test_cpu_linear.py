@@ -192,7 +192,7 @@ def test_rows_can_be_read_back_as_stored(k, group, n, in_features, trellis, dtyp
             *cpu.prepare(stored.B, stored.c, group, stored.s, cpu.pages().tensor), group, ids.flatten()
         )
         prepared = prepare(stored.B, stored.c, group, in_features, s=stored.s)
-        in_python = embedding_anywhere(ids, *prepared[:4], in_features, group, torch.float32)
+        in_python = embedding_anywhere(ids, *prepared, torch.float32)
         found = embedding(ids, prepared, torch.float32) if isa else in_python
     rows = stored.outputs(ids.flatten())
     assert torch.equal(B, rows.B)
@@ -223,12 +223,31 @@ def test_rows_of_an_embedding_in_any_shape_and_dtype(ids, dtype):
 
 
 @pytest.mark.skipif(cpu.op_library() is None, reason="torch's stable interface for C++ is too old")
-@pytest.mark.parametrize("token", [-1, 64])
+@pytest.mark.parametrize("token", [-1, 40, 64])
 def test_a_token_that_is_none_is_refused(token):
     """40 rows are padded to 64."""
     B, c, s = random_stored(2, 64, 40, 224, torch.int8)
-    with pytest.raises(RuntimeError, match=f"token id {token} of"):
-        embedding(torch.tensor([1, token]), prepare(B, c, 64, 224, s=s), torch.float32)
+    prepared = prepare(B, c, 64, 224, s=s)
+    with pytest.raises(RuntimeError, match=f"token id {token} of 40"):
+        embedding(torch.tensor([1, token]), prepared, torch.float32)
+    with pytest.raises(RuntimeError, match=r"token ids from .* of 40"):
+        embedding_anywhere(torch.tensor([1, token]), *prepared, torch.float32)
+
+
+@pytest.mark.skipif(cpu.op_library() is None, reason="torch's stable interface for C++ is too old")
+@pytest.mark.parametrize(
+    ("x", "group", "bias", "words"),
+    [
+        (torch.ones(1, 96, dtype=torch.int8), 32, None, "fp32, fp16 or bf16 was expected"),
+        (torch.ones(1, 96), 32, torch.ones(8), "a bias of 8 numbers for 40 outputs"),
+        (torch.ones(1, 64), 32, None, "3 words and 3 groups of 64 outputs are no matrix of 64 inputs"),
+        (torch.ones(1, 96), 64, None, "3 words and 3 groups of 64 outputs are no matrix of 96 inputs"),
+    ],
+)
+def test_an_op_reads_and_writes_nothing_past_its_tensors(x, group, bias, words):
+    B, c, s = random_stored(2, 32, 40, 96, torch.int8)
+    with pytest.raises(RuntimeError, match=words):
+        torch.ops.bpdq.linear(x, *prepare(B, c, 32, 96, s=s)[:4], 40, group, bias)
 
 
 @pytest.mark.parametrize("shape", [(0, 96), (96,), (2, 0, 96), (2, 3, 96)])

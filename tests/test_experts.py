@@ -16,7 +16,7 @@ from bpdq_kernels import dequantize
 from bpdq_kernels.experts import Experts, Routed, routes, take_apart
 from bpdq_quantizer.algorithm.solver import Solution, quantize_linear
 from bpdq_quantizer.errors import InputError
-from bpdq_quantizer.model.stream import decoder_blocks
+from bpdq_quantizer.model.stream import decoder_blocks, open_model
 from bpdq_quantizer.model.weights import kept, weights_in
 from bpdq_quantizer.passes import experts
 from bpdq_quantizer.passes.experts import FILL_WEIGHT, layer_tokens
@@ -250,3 +250,10 @@ def test_an_expert_that_no_token_chose_is_fitted_to_others():
     assert weights[0] == 4 * weights[1]
     torch.testing.assert_close(weights[:17].mean(), torch.tensor(1.0))
     assert (weights[17:] == FILL_WEIGHT).all()
+
+
+def test_what_transformers_makes_of_several_tensors_is_not_called_like_one_of_them(tmp_path):
+    """Kimi Linear's convolutions."""
+    names = open_model(str(model_folder(tmp_path / "model", f"kimi_linear{EXPERTS}"))).names
+    assert names.tensor("model.layers.0.self_attn.conv1d.weight") == "model.layers.0.self_attn.conv1d.weight"
+    assert names.tensor("model.layers.1.mlp.experts.0.w1.weight") != "model.layers.1.mlp.experts.0.w1.weight"

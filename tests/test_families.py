@@ -189,6 +189,7 @@ def test_blocks_that_share_keys_are_quantized_without_gradients(tmp_path, text, 
         ("gemma4_text", {"target_bpw": 3.0}, "--target-bpw / --target-size: blocks of Gemma4ForCausalLM share keys"),
         ("gemma4_text", {"output_tokens": 64}, "--output-tokens: blocks of Gemma4ForCausalLM share keys"),
         ("gemma4_text", {"kv_cache_scales": True}, r"--kv-cache-scales: model\.layers\.2 has no attention layer"),
+        ("deepseek_v3", {"kv_cache_scales": True}, "--kv-cache-scales: DeepseekV3ForCausalLM has latent attention"),
         ("falcon_h1", {"kv_cache_scales": True}, r"--kv-cache-scales: what model\.layers\.0 caches can't be seen"),
     ],
 )

@@ -2,7 +2,9 @@
 
 import json
 import logging
+import re
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,12 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
+from transformers.core_model_loading import revert_weight_conversion
 
+from architectures import auto_class, config_of
 from bpdq_kernels import format as bpdq_format
 from bpdq_kernels import patterns
 from bpdq_kernels.errors import InputError
-from bpdq_kernels.folder import SCALE_RANGE, check_values, read_folder, read_headers
-from bpdq_kernels.format import is_finite
+from bpdq_kernels.folder import SCALE_RANGE, Entry, check_values, read_folder, read_headers
+from bpdq_kernels.format import Format, Scheme, is_finite
+from bpdq_kernels.skeleton import build, check_stored
 from mutant_configs import PATTERNS
 from tiny import bpdq_checkpoint, tiny_model
 from vllm_bpdq.checkpoint import check_folder
@@ -155,3 +160,68 @@ def test_another_class_than_transformers_builds_is_an_architecture_that_is_not_k
 
 def test_the_largest_scale_serves_all_numbers_of_float16():
     assert SCALE_RANGE[1] * torch.finfo(torch.float8_e4m3fn).max == torch.finfo(torch.float16).max
+
+
+IN_16_BITS = Format(Scheme(2, 32), ignore=("re:.*",))
+
+
+def headers_of(arch):
+    """A family's config, and what transformers would save of its model."""
+    config = config_of(arch)
+    with torch.device("meta"):
+        model = auto_class(arch).from_config(config)
+    tensors = {n: tensor for n, tensor in model.state_dict().items() if n not in model.all_tied_weights_keys}
+    saved = revert_weight_conversion(model, tensors)
+    return config, {name: Entry(Path("file"), "BF16", tuple(tensor.shape)) for name, tensor in saved.items()}
+
+
+@pytest.mark.parametrize(
+    ("arch", "name"),
+    [
+        ("qwen3_moe (experts)", "model.layers.1.mlp.experts.3.gate_proj.weight"),
+        ("qwen3_moe (experts)", "model.layers.1.mlp.experts.7.down_proj.weight"),
+        ("lfm2_moe (experts)", "model.layers.1.feed_forward.experts.0.w3.weight"),
+        ("nemotron_h (experts)", "backbone.layers.1.mixer.experts.7.up_proj.weight"),
+        ("olmo_hybrid", "model.layers.0.linear_attn.k_conv1d.weight"),
+        ("qwen3_vl_moe", "model.language_model.layers.1.mlp.experts.down_proj"),
+    ],
+)
+def test_what_transformers_makes_tensors_of_is_checked(arch, name):
+    config, stored = headers_of(arch)
+    entry, model = stored[name], build(config, stored)
+    check_stored(stored, model, IN_16_BITS)
+    check_stored({key.removeprefix(f"{model.base_model_prefix}."): e for key, e in stored.items()}, model, IN_16_BITS)
+    end = re.escape(name.partition(".layers.")[2])  # the model's name may begin otherwise
+    with pytest.raises(InputError, match=rf"{end} is not in the checkpoint: download or quantize it again"):
+        check_stored({key: e for key, e in stored.items() if key != name}, model, IN_16_BITS)
+    short = (entry.shape[0] - 1, *entry.shape[1:])
+    for wrong in (entry._replace(shape=short), entry._replace(dtype="I32")):
+        with pytest.raises(InputError, match=rf"{end} is .*, expected F16 or BF16 or F32 \({entry.shape[0]}, "):
+            check_stored(stored | {name: wrong}, model, IN_16_BITS)
+
+
+def test_an_expert_that_the_config_lacks_has_no_place():
+    config, stored = headers_of("qwen3_moe (experts)")
+    for number, place in (("1.mlp.experts.8", "in .*gate_up_proj"), ("2.mlp.experts.0", "in the model")):
+        name = f"model.layers.{number}.gate_proj.weight"
+        entry = stored["model.layers.1.mlp.experts.0.gate_proj.weight"]
+        with pytest.raises(InputError, match=f"{re.escape(name)} has no place {place}"):
+            check_stored(stored | {name: entry}, build(config, stored), IN_16_BITS)
+
+
+EXPERT = "model.layers.0.mlp.experts.0.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("twin", "name"),
+    [
+        ("norm.weight", "model.norm.weight"),
+        (EXPERT.removeprefix("model."), EXPERT),
+        ("model.layers.0.mlp.experts.gate_up_proj", EXPERT.replace("up_proj", "gate_proj")),
+    ],
+)
+def test_a_tensor_that_is_there_twice_is_refused(twin, name):
+    """With and without the prefix of the base model, or fused and not."""
+    config, stored = headers_of("qwen3_moe (experts)")
+    with pytest.raises(InputError, match=rf"file: {re.escape(twin)} and {re.escape(name)} are the same tensor"):
+        check_stored(stored | {twin: stored[name]}, build(config, stored), IN_16_BITS)

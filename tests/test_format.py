@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bpdq_kernels import format, layout, patterns
+from bpdq_kernels.errors import InputError
 from bpdq_kernels.format import TRELLIS, Scheme
 from bpdq_kernels.layout import coefficient_shape
 
@@ -87,11 +88,21 @@ def test_bits_per_weight_count_the_coefficients():
 
 
 def test_a_layer_gets_its_own_bits_and_group_size():
-    layers = {DOWN_PROJ: {"bits": 4}, r"re:.*mlp\..*": {"group_size": 32}, "re:.*mlp": {"bits": 1}}
+    layers = {r"re:.*mlp\..*": {"group_size": 32}, DOWN_PROJ: {"bits": 4}, "re:.*up_": {"group_size": 32}}
     parsed = format.parse(changed(OURS, layers=layers))
-    assert parsed.scheme_for(DOWN_PROJ) == Scheme(4, 64), "the first entry that matches counts"
+    assert parsed.scheme_for(DOWN_PROJ) == Scheme(4, 64), "its name counts"
     assert parsed.scheme_for("model.layers.0.mlp.up_proj") == Scheme(2, 32)
     assert parsed.scheme_for(Q_PROJ) == Scheme(2, 64)
+
+
+@pytest.mark.parametrize("turn", [1, -1])
+def test_patterns_that_contradict_each_other_are_refused_in_any_order(turn):
+    """transformers sorts them when it saves a model."""
+    pairs = [(r"re:.*mlp\.down.*", {"bits": 4}), ("re:.*mlp.*", {"bits": 1})]
+    parsed = format.parse(changed(OURS, layers=dict(pairs[::turn])))
+    assert parsed.scheme_for("model.layers.0.mlp.up_proj") == Scheme(1, 64)
+    with pytest.raises(InputError, match=rf"{DOWN_PROJ}: .* makes it .* by 're:.*' and .* by 're:.*': name the layer"):
+        parsed.scheme_for(DOWN_PROJ)
 
 
 def test_ignored_layers_stay_in_16_bits_even_where_layers_names_them():
@@ -216,6 +227,10 @@ BAD = {
     "msbits missing": (
         changed(AUTHORS, meta={"bpdq": {}}),
         "meta.bpdq.msbits (the number of bit-planes) is missing: add",
+    ),
+    "msbits are not bits": (
+        changed(OURS, meta={"bpdq": {"msbits": 3}}),
+        "quantization_config: bits = 2, but meta.bpdq.msbits = 3: download or quantize the model again",
     ),
     "meta missing": (changed(AUTHORS, meta=...), "meta.bpdq.msbits (the number of bit-planes) is missing: add it"),
     "meta a string": (changed(AUTHORS, meta="bpdq"), "quantization_config: meta = 'bpdq' must be an object"),

@@ -243,7 +243,7 @@ def test_prepared_experts_are_the_size_of_stored_ones(c_dtype):
 def test_padding_past_the_inputs_changes_nothing():
     case = random_case(5, 3, 64, 48)
     B, c, s = case.up.stored
-    padded = Stored(torch.nn.functional.pad(B, (0, 0, 0, 0, 0, 3), value=-1), torch.cat([c, c], 1), s)
+    padded = Stored(torch.nn.functional.pad(B, (0, 0, 0, 0, 0, 3), value=-1), c, s)
     assert torch.equal(case._replace(up=case.up._replace(stored=padded)).run(), case.run())
 
 
@@ -292,6 +292,10 @@ def test_inputs_that_want_a_gradient_get_none():
         ({"x": torch.zeros(3, 65)}, "64"),
         ({"x": torch.zeros(2, 64)}, "2 tokens"),
         ({"weights": torch.zeros(3, 1)}, "3 tokens"),
+        ({"x": torch.zeros(3, 64, dtype=torch.int8)}, r"x in torch\.int8 is not supported: use float32"),
+        ({"up_bias": torch.zeros(5, 8)}, r"bias \(5, 8\) is not \(5, 96\)"),
+        ({"down_bias": torch.zeros(64)}, r"bias \(64,\) is not \(5, 64\)"),
+        ({"down": random_experts(4, 2, 64, 64, 48, torch.int8, 0)}, "5 experts don't fit second matrices of 4"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(change, words):

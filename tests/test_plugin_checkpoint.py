@@ -17,6 +17,7 @@ from bpdq_kernels.errors import InputError
 from bpdq_kernels.folder import read_folder
 from mutant_files import split
 from tiny import bpdq_checkpoint, tiny_model
+from vllm_bpdq import checkpoint
 from vllm_bpdq.checkpoint import check_folder, local_folder
 from vllm_bpdq.config import BPDQConfig
 from vllm_bpdq.linear import BPDQLinearMethod
@@ -65,11 +66,21 @@ def test_operations_stay_in_order_unless_the_user_asks_otherwise(folders, chosen
     assert engine.compilation_config.inductor_compile_config.items() >= expected.items()
 
 
-@pytest.mark.parametrize("load_format", ["auto", "safetensors"])
+@pytest.mark.parametrize("load_format", ["auto", "safetensors", "runai_streamer"])
 def test_the_files_are_checked_before_the_first_layer(folders, load_format):
     assert isinstance(method(folders["sound"], load_format), BPDQLinearMethod)
     with pytest.raises(InputError, match=rf"{NORM} is not in the checkpoint: download or quantize it again"):
         method(folders["incomplete"], load_format)
+
+
+@pytest.mark.parametrize("layer", ["shared_expert_gate", "router"])
+def test_bit_planes_that_vllm_would_not_find_a_place_for_are_refused(folders, tmp_path, layer):
+    folder = shutil.copytree(folders["sound"], tmp_path / "out")
+    planes = {f"model.layers.0.mlp.{layer}.B": torch.zeros(2, 2, 1, dtype=torch.int32)}
+    save_file(load_file(folder / "model.safetensors") | planes, folder / "model.safetensors")
+    message = rf"mlp\.{layer}: vLLM takes this layer in 16 bits only: .* --ignore 're:\.\*\[\.]{layer}'"
+    with pytest.raises(InputError, match=message):
+        method(folder, "auto")
 
 
 def test_they_are_checked_for_all_of_the_model_where_a_part_of_it_is_built_first(folders):
@@ -77,9 +88,14 @@ def test_they_are_checked_for_all_of_the_model_where_a_part_of_it_is_built_first
     assert isinstance(method(folders["sound"], "auto", num_hidden_layers=2), BPDQLinearMethod)
 
 
-@pytest.mark.parametrize("load_format", ["dummy", "sharded_state"])
-def test_files_that_will_not_be_loaded_are_not_looked_at(folders, load_format):
+@pytest.mark.parametrize(("load_format", "warnings"), [("dummy", 0), ("sharded_state", 1), ("modelexpress", 1)])
+def test_files_that_will_not_be_loaded_are_not_looked_at(folders, load_format, warnings, monkeypatch):
+    said = []
+    monkeypatch.setattr(checkpoint.logger, "warning", lambda line, *values: said.append(line % values))
     assert isinstance(method(folders["incomplete"], load_format), BPDQLinearMethod)
+    assert [line.partition(": ")[2] for line in said] == warnings * [
+        f"its tensors are not checked with --load-format {load_format}"
+    ]
 
 
 def test_a_folder_without_safetensors_is_left_to_vllm(folders, tmp_path):

@@ -8,7 +8,7 @@ from importlib.metadata import entry_points
 import pytest
 import torch
 from transformers import AutoConfig
-from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention import Attention, MLAAttention
 from vllm.model_executor.layers.linear import ColumnParallelLinear, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, get_quantization_config
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
@@ -176,6 +176,14 @@ def test_attention_gets_a_method_where_the_checkpoint_has_scales(dtype):
     assert isinstance(config(kv_cache_scheme=KV_CACHE_SCHEME).get_quant_method(layer, "x.attn"), BPDQKVCacheMethod)
     layer.__dict__["kv_cache_dtype"] = "fp8_e5m2"
     assert config(kv_cache_scheme=KV_CACHE_SCHEME).get_quant_method(layer, "x.attn") is None
+
+
+def test_scales_that_latent_attention_would_not_read_are_refused():
+    assert config().get_quant_method(a(MLAAttention), "x.attn") is None
+    with pytest.raises(
+        ValueError, match=r"x\.attn: of latent attention vLLM caches latent states, .* remove kv_cache_scheme"
+    ):
+        config(kv_cache_scheme=KV_CACHE_SCHEME).get_quant_method(a(MLAAttention), "x.attn")
 
 
 @pytest.mark.parametrize("scale", [[0.0], [-2.0], [torch.nan], [torch.inf], [1.0, 2.0], [], [3e38], [1e-20]])

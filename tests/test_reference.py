@@ -58,8 +58,8 @@ def test_words_that_the_authors_pad_change_nothing():
 
 @pytest.mark.parametrize(
     ("words", "planes", "n", "groups", "rows"),
-    [(2, 2, 8, 2, 3), (3, 2, 8, 1, 3), (3, 2, 8, 2, 2), (3, 2, 7, 2, 3), (3, 3, 8, 2, 3)],
-    ids=["few words", "few groups", "no bias row", "outputs differ", "planes differ"],
+    [(2, 2, 8, 2, 3), (3, 2, 8, 1, 3), (3, 2, 8, 2, 2), (3, 2, 7, 2, 3), (3, 3, 8, 2, 3), (3, 2, 8, 3, 3)],
+    ids=["few words", "few groups", "no bias row", "outputs differ", "planes differ", "many groups"],
 )
 def test_shapes_that_do_not_fit_together_are_refused(words: int, planes: int, n: int, groups: int, rows: int):
     B, c = torch.zeros(words, planes, n, dtype=torch.int32), torch.zeros(groups, rows, 8)
@@ -128,6 +128,32 @@ def test_activations_of_another_width_are_refused(width: int):
         bpdq_kernels.linear(torch.randn(2, width), prepared)
 
 
+@pytest.mark.parametrize("width", [64, 97, 300])
+def test_activations_of_another_width_than_stored_tensors_have_are_refused(width: int):
+    B, c = random_layer(2, 64, 8, 96)
+    with pytest.raises(ValueError, match=f"don't describe {width} inputs at group size 64"):
+        bpdq_kernels.stored_linear(torch.randn(2, width), B, c, 64)
+
+
+@pytest.mark.parametrize("size", [(1,), (7,), (40,), (8, 1), ()], ids=str)
+def test_a_bias_of_another_size_is_refused(size: tuple[int, ...]):
+    B, c = random_layer(2, 64, 8, 96)
+    x, bias = torch.randn(2, 96), torch.zeros(size)
+    for multiply in (
+        lambda: bpdq_kernels.linear(x, bpdq_kernels.prepare(B, c, 64, 96), bias),
+        lambda: bpdq_kernels.stored_linear(x, B, c, 64, bias),
+    ):
+        with pytest.raises(ValueError, match=r"bias \(.*\) is not \(8,\), which the layer's outputs are"):
+            multiply()
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.float64], ids=str)
+def test_activations_that_no_kernel_multiplies_are_refused(dtype: torch.dtype):
+    prepared = bpdq_kernels.prepare(*random_layer(2, 64, 8, 96), 64, 96)
+    with pytest.raises(ValueError, match=f"x in {dtype} is not supported: use float32, float16 or bfloat16"):
+        bpdq_kernels.linear(torch.ones(2, 96, dtype=dtype), prepared)
+
+
 def test_inference_outside_no_grad_keeps_no_graph():
     prepared = bpdq_kernels.prepare(*random_layer(2, 64, 8, 96), 64, 96)
     x = torch.randn(2, 96, requires_grad=True)
@@ -158,7 +184,7 @@ def test_embedding_gives_contiguous_rows_of_the_weight(shape: tuple[int, ...], s
     rows = bpdq_kernels.embedding(ids, prepared, torch.bfloat16)
     assert torch.equal(rows, bpdq_kernels.dequantize(B, c, 64, 96, s).bfloat16()[ids])
     assert rows.is_contiguous(), "vLLM's all-reduce takes no other"
-    arguments = (ids, *prepared[:4], 96, 64, torch.bfloat16)
+    arguments = (ids, *prepared, torch.bfloat16)
     assert set(torch.library.opcheck(torch.ops.bpdq.embedding.default, arguments).values()) == {"SUCCESS"}
 
 

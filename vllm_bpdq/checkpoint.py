@@ -3,6 +3,7 @@ computes with uninitialised memory where a tensor is missing."""
 
 import copy
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ from vllm.model_executor.model_loader.weight_utils import (
 )
 
 from bpdq_kernels import skeleton
-from bpdq_kernels.folder import INDEX, check_values, read_folder
+from bpdq_kernels.errors import InputError
+from bpdq_kernels.folder import INDEX, Headers, check_values, read_folder
 from bpdq_kernels.format import Format
 
 # that read the folder's safetensors files
-LOAD_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor")
+LOAD_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer")
 
 logger = init_logger(__name__)
 
@@ -31,10 +33,13 @@ def check(model: str, revision: str | None, config: Any, fmt: Format) -> None:
 
     config: transformers', of all of the model: what vLLM is building just now may be a part, with a config of its own.
     It is not looked at for a draft, nor are names then. fmt: the checkpoint's, by its own names. Raises InputError;
-    files of other load formats than LOAD_FORMATS are not looked at.
+    files of other load formats than LOAD_FORMATS are not looked at, and a warning says so.
     """
     current = get_current_vllm_config_or_none()
-    if current is None or current.load_config.load_format not in LOAD_FORMATS:
+    if current is None or current.load_config.load_format == "dummy":
+        return
+    if current.load_config.load_format not in LOAD_FORMATS:
+        logger.warning("%s: its tensors are not checked with --load-format %s", model, current.load_config.load_format)
         return
     folder = local_folder(model, revision, current.load_config)
     if folder is None or not any(folder.glob("*.safetensors*")):
@@ -51,6 +56,7 @@ def check_folder(folder: Path, config: Any, fmt: Format) -> None:
     """
     with torch.device("cpu"):  # vLLM builds towers that serve no image on the meta device
         stored = read_folder(folder)
+        _check_routers(stored)
         model = None
         if config is not None:
             try:
@@ -61,6 +67,16 @@ def check_folder(folder: Path, config: Any, fmt: Format) -> None:
             model = None  # vLLM builds another
         skeleton.check_stored(stored, model, fmt)
         check_values(stored)
+
+
+def _check_routers(stored: Headers) -> None:
+    """Raise InputError for bit-planes of a layer that vLLM's models build without a QuantizationConfig."""
+    for name, entry in stored.items():
+        if match := re.search(r"[.](shared_expert_gate|router)[.]B$", name):
+            raise InputError(
+                f"{entry.file}: {name.removesuffix('.B')}: vLLM takes this layer in 16 bits only: quantize the model "
+                f"again with --ignore 're:.*[.]{match[1]}'"
+            )
 
 
 def local_folder(model: str, revision: str | None, load: LoadConfig) -> Path | None:

@@ -114,10 +114,10 @@ class BPDQConfig(QuantizationConfig):
 
         Before the first layer the checkpoint's files are checked: this is where vLLM's load format is known. Raises
         ValueError for what they lack, for fused layers whose parts differ in scheme and experts that do, for experts
-        with an activation that the kernels lack or with LoRA adapters, and for an embedding in bit-planes where a draft
-        model of EAGLE's kind or MTP is to share it.
+        with an activation that the kernels lack or with LoRA adapters, for an embedding in bit-planes where a draft
+        model of EAGLE's kind or MTP is to share it, and for scales of the KV cache of latent attention.
         """
-        from vllm.model_executor.layers.attention import Attention
+        from vllm.model_executor.layers.attention import Attention, MLAAttention
         from vllm.model_executor.layers.fused_moe import GateLinear, RoutedExperts
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
@@ -132,6 +132,12 @@ class BPDQConfig(QuantizationConfig):
             check(*self.model, self.stored_format)
             self.model = None
             _keep_order_of_writes()
+        if isinstance(layer, MLAAttention) and self.format.kv_cache_scales:
+            raise ValueError(
+                f"{prefix}: of latent attention vLLM caches latent states, not the keys and values that the checkpoint "
+                "has scales for: remove kv_cache_scheme from quantization_config, or quantize the model again without "
+                "--kv-cache-scales"
+            )
         if isinstance(layer, Attention) and self.format.kv_cache_scales and layer.kv_cache_dtype != "fp8_e5m2":
             return BPDQKVCacheMethod(self)
         if isinstance(layer, VocabParallelEmbedding):

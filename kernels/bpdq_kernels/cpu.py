@@ -38,6 +38,7 @@ MACROS = (f"-DBPDQ_WORD={WORD}", f"-DBPDQ_TILE={CPU_TILE}", f"-DBPDQ_MAX_GROUP={
 MACROS += (f"-DBPDQ_MAX_PLANES={MAX_PLANES}",)
 OP_TORCH = (2, 10)  # whose stable interface for C++ has all that OP_SOURCE calls
 LINE, SLAB = 64, 64 << 20  # bytes: where tensors begin, and of memory that they share
+ACTIVATION_CODES = {dtype: code for dtype, code in DTYPE_CODES.items() if dtype.is_floating_point}
 FEW = -1  # tokens that are looked up: as many as suits
 
 
@@ -186,7 +187,7 @@ def linear(
     compiled.bpdq_linear(
         _matrix(stored, rows.shape[1], out_features, group_size, bias),
         rows.data_ptr(),
-        DTYPE_CODES[x.dtype],
+        ACTIVATION_CODES[x.dtype],
         rows.stride(0),
         len(rows),
         FEW,
@@ -221,7 +222,7 @@ def moe(
         *held,
         len(up.planes),
         rows.data_ptr(),
-        DTYPE_CODES[x.dtype],
+        ACTIVATION_CODES[x.dtype],
         rows.stride(0),
         ids.data_ptr(),
         weights.data_ptr(),

@@ -46,6 +46,15 @@ class Entry(NamedTuple):
 Headers = dict[str, Entry]
 
 
+def check_plain(name: str, entry: Entry, *shapes: tuple[int, ...]) -> None:
+    """Raise InputError unless a tensor that is no part of bit-planes has one of the `shapes` and a dtype for it."""
+    if entry.dtype not in FLOATS or entry.shape not in shapes:
+        raise InputError(
+            f"{entry.file}: {name} is {entry.dtype} {entry.shape}, expected {' or '.join(FLOATS)} "
+            f"{' or '.join(map(str, shapes))}: {REMEDY}"
+        )
+
+
 def read_headers(files: Iterable[str | Path]) -> Headers:
     """What safetensors files hold, by the names of the tensors, from their headers alone.
 

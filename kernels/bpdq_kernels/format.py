@@ -119,17 +119,17 @@ class Scheme:
 
 
 class _Targets:
-    """Names and `re:` patterns in the order of a checkpoint: names, of which experts have thousands, are looked up."""
+    """Names and `re:` patterns of a checkpoint: names, of which experts have thousands, are looked up."""
 
     def __init__(self, targets: Iterable[str]) -> None:
-        self.places = {target: i for i, target in enumerate(targets)}
-        self.patterns = [target for target in self.places if target.startswith(patterns.PREFIX)]
+        self.names = frozenset(targets)
+        self.patterns = [target for target in targets if target.startswith(patterns.PREFIX)]
 
-    def first(self, name: str, aliases: list[str]) -> str | None:
-        """The first that is `name`, or a pattern that matches one of `aliases`."""
-        pattern = next((p for p in self.patterns if any(patterns.matches(alias, p) for alias in aliases)), None)
-        found = [target for target in (name, pattern) if target in self.places]
-        return min(found, key=self.places.__getitem__, default=None)
+    def found(self, name: str, aliases: list[str]) -> list[str]:
+        """Only `name` if it is among them, else all patterns that match one of `aliases`."""
+        if name in self.names:
+            return [name]
+        return [p for p in self.patterns if any(patterns.matches(alias, p) for alias in aliases)]
 
 
 @dataclass(frozen=True)
@@ -144,17 +144,25 @@ class Format:
     def scheme_for(self, name: str, aliases: Iterable[str] = ()) -> Scheme | None:
         """Scheme of the Linear called `name` in the checkpoint, or None if it is left in 16 bits.
 
-        aliases: what patterns are matched with instead, where `name` is that of another program's model.
+        aliases: what patterns are matched with instead, where `name` is that of another program's model. Raises
+        InputError where patterns of `layers` contradict each other: of which comes first a saved copy tells nothing.
         """
         names = [*aliases] or [name]
-        if self._ignored.first(name, names) is not None:
+        if self._ignored.found(name, names):
             return None
-        target = self._named.first(name, names)
-        return self.default if target is None else self.layers[target]
+        schemes = {target: self.layers[target] for target in self._named.found(name, names)}
+        for target, scheme in schemes.items():
+            first, other = next(iter(schemes.items()))
+            if scheme != other:
+                raise InputError(
+                    f"{name}: quantization_config: layers makes it {other} by {patterns.shown(first)} and {scheme} by "
+                    f"{patterns.shown(target)}: name the layer itself, or let one pattern match it"
+                )
+        return next(iter(schemes.values()), self.default)
 
     def mentions(self, name: str) -> bool:
         """Whether `ignore` or `layers` gives exactly this name."""
-        return name in self._ignored.places or name in self._named.places
+        return name in self._ignored.names or name in self._named.names
 
     @cached_property
     def _ignored(self) -> "_Targets":
@@ -193,6 +201,14 @@ def parse(config: Mapping[str, Any]) -> Format:
             f"{', '.join(map(str, WIDTHS))}): upgrade vllm-bpdq or quantize the model again"
         )
     default = _scheme(config, "quantization_config")
+    meta = config.get("meta")
+    authors = meta.get("bpdq") if isinstance(meta, Mapping) else None  # what their loader goes by
+    planes = authors.get("msbits", default.bits) if isinstance(authors, Mapping) else default.bits
+    if planes != default.bits:
+        raise InputError(
+            f"quantization_config: bits = {default.bits}, but meta.bpdq.msbits = {planes!r}: download or quantize the "
+            "model again"
+        )
     ignore = config.get("ignore") or []
     if not isinstance(ignore, list | tuple) or not all(isinstance(name, str) for name in ignore):
         raise InputError(f"quantization_config: ignore = {ignore!r} must be a list of layer names or 're:' patterns")

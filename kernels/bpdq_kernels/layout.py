@@ -105,8 +105,8 @@ def coefficients(c: Tensor, s: Tensor | None) -> Tensor:
 
 
 def check_layer(B: Tensor, c: Tensor, group_size: int, in_features: int, s: Tensor | None = None) -> None:
-    """Raise ValueError unless B, c and s hold a layer of `in_features` inputs and 1 to 4 planes; padding past the
-    inputs is accepted."""
+    """Raise ValueError unless B, c and s hold a layer of `in_features` inputs and 1 to 4 planes; words of B past
+    the inputs are accepted."""
     words, planes, n = plane_shape(in_features, B.shape[2], B.shape[1])
     trellis = has_trellis(B, c)
     if not 1 <= planes <= MAX_PLANES - trellis:
@@ -115,7 +115,7 @@ def check_layer(B: Tensor, c: Tensor, group_size: int, in_features: int, s: Tens
     if trellis and in_features % WORD:
         raise ValueError(f"trellis-coded planes need a multiple of {WORD} inputs, not {in_features}")
     shape = coefficient_shape(in_features, n, planes, group_size, trellis)
-    if B.dtype != torch.int32 or B.shape[0] < words or c.shape[0] < shape[0] or c.shape[1:] != shape[1:]:
+    if B.dtype != torch.int32 or B.shape[0] < words or c.shape != shape:
         raise ValueError(
             f"B {B.dtype} {tuple(B.shape)} and c {tuple(c.shape)} don't describe {in_features} inputs "
             f"at group size {group_size}: expected int32 {(words, planes, n)} and {shape}"
@@ -164,7 +164,8 @@ def trim(B: Tensor, in_features: int) -> Tensor:
 def split_groups(c: Tensor, group_size: int, finer: int) -> Tensor:
     """Coefficients for groups of `finer` inputs instead of `group_size`, by repetition: the same weights.
 
-    `finer` must divide `group_size`. Used where a tensor-parallel shard starts inside a group.
+    `finer` must divide `group_size`; of a group that ends early, some are past the inputs. Used where a
+    tensor-parallel shard starts inside a group.
     """
     if group_size % finer:
         raise ValueError(f"group size {group_size} can't be split into {finer}s: it does not divide")

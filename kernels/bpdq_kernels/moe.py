@@ -11,8 +11,8 @@ from torch import Tensor
 from bpdq_kernels import activation as activations
 from bpdq_kernels import cpu, reference
 from bpdq_kernels.activation import Activation
-from bpdq_kernels.layout import PreparedExperts, Stored, cdiv
-from bpdq_kernels.ops import ANYWHERE, arrange
+from bpdq_kernels.layout import PreparedExperts, Stored
+from bpdq_kernels.ops import ANYWHERE, arrange, check_activations, check_bias
 
 _lib = torch.library.Library("bpdq", "FRAGMENT")
 _MATRIX = (
@@ -74,10 +74,9 @@ def prepare_experts(
     Raises ValueError as `ops.prepare` does.
     """
     held: list[Tensor | None] = []
-    groups = cdiv(in_features, group_size)
     for expert in range(len(experts.B)):
         B, c, s = (None if tensor is None else tensor[expert] for tensor in experts)
-        one = arrange(B, c[:groups], group_size, in_features, dtype, device, s, _short_lived)
+        one = arrange(B, c, group_size, in_features, dtype, device, s, _short_lived)
         if not held:
             held = [None if t is None else t.new_empty(len(experts.B), *t.shape) for t in one[:4]]
             if held[0].device.type == "cpu":
@@ -108,9 +107,10 @@ def moe(
     w multiplies x, and the output no more.
     Sums are fp32, the activation's output is rounded to x.dtype. Inference only: no gradient flows. On CUDA neither
     host nor device waits for the other, but in fp32.
-    Raises ValueError for an unknown activation and for sizes that don't fit together.
+    Raises ValueError for an unknown activation, x in another dtype and sizes that don't fit together.
     """
     activations.check(activation)
+    check_activations(x)
     if x.ndim != 2 or x.shape[1] != up.in_features:
         raise ValueError(f"x {tuple(x.shape)} is not [tokens, {up.in_features}], what the experts were quantized with")
     if (activation.inner(up.out_features), x.shape[1]) != (down.in_features, down.out_features):
@@ -118,6 +118,11 @@ def moe(
             f"experts of {up.in_features} inputs and {up.out_features} outputs with {activation.name} don't fit "
             f"second matrices of {down.in_features} inputs and {down.out_features} outputs"
         )
+    experts = up.planes.shape[0]
+    if down.planes.shape[0] != experts:
+        raise ValueError(f"{experts} experts don't fit second matrices of {down.planes.shape[0]}")
+    check_bias(up_bias, experts, up.out_features)
+    check_bias(down_bias, experts, down.out_features)
     if topk_ids.shape != topk_weights.shape or topk_ids.ndim != 2 or len(topk_ids) != len(x):
         raise ValueError(
             f"topk_ids {tuple(topk_ids.shape)} and topk_weights {tuple(topk_weights.shape)} must both be "

@@ -37,7 +37,9 @@ ANYWHERE = "CompositeExplicitAutograd"  # the dispatch key of what any device ha
 _lib = torch.library.Library("bpdq", "DEF")
 _LAYER = "Tensor planes, Tensor coefficients, Tensor? scales, Tensor? ratios"
 _lib.define(f"linear(Tensor x, {_LAYER}, int out_features, int group_size, Tensor? bias) -> Tensor")
-_lib.define(f"embedding(Tensor ids, {_LAYER}, int in_features, int group_size, ScalarType dtype) -> Tensor")
+_lib.define(
+    f"embedding(Tensor ids, {_LAYER}, int in_features, int out_features, int group_size, ScalarType dtype) -> Tensor"
+)
 _lib.define("stored_linear(Tensor x, Tensor B, Tensor c, int group_size, Tensor? bias, Tensor? s) -> Tensor")
 
 
@@ -113,12 +115,15 @@ def embedding_anywhere(
     scales: Tensor | None,
     ratios: Tensor | None,
     in_features: int,
+    out_features: int,
     group_size: int,
     dtype: torch.dtype,
 ) -> Tensor:
     """`bpdq::embedding` likewise."""
     rows = ids.flatten()
     if ids.device.type == "cpu":
+        if len(rows) and not 0 <= rows.min() <= rows.max() < out_features:
+            raise RuntimeError(f"bpdq: token ids from {rows.min()} to {rows.max()} of {out_features}")
         B, c, s = cpu.stored_rows(planes, coefficients, scales, group_size, rows)
     else:
         B, c, s = Stored(planes, coefficients, scales).outputs(rows)
@@ -132,13 +137,15 @@ def _embedding_cuda(
     scales: Tensor | None,
     ratios: Tensor | None,
     in_features: int,
+    out_features: int,
     group_size: int,
     dtype: torch.dtype,
 ) -> Tensor:
     from bpdq_kernels import triton_embedding
 
     if is_stored(planes):
-        return embedding_anywhere(ids, planes, coefficients, scales, ratios, in_features, group_size, dtype)
+        arguments = planes, coefficients, scales, ratios, in_features, out_features, group_size, dtype
+        return embedding_anywhere(ids, *arguments)
     y = scales.new_empty((*ids.shape, in_features), dtype=dtype)
     with torch.cuda.device_of(y):
         tiles = Tiles(planes, coefficients, scales, ratios)
@@ -153,6 +160,7 @@ def _embedding_fake(
     scales: Tensor | None,
     ratios: Tensor | None,
     in_features: int,
+    out_features: int,
     group_size: int,
     dtype: torch.dtype,
 ) -> Tensor:
@@ -217,25 +225,44 @@ def arrange(
     return Prepared(B.contiguous(), c.contiguous(), s, None, in_features, out_features, group_size)
 
 
+def check_activations(x: Tensor) -> None:
+    """Raise ValueError unless x is in a dtype that kernels multiply."""
+    if x.dtype not in ACTIVATION_DTYPES:
+        raise ValueError(f"x in {x.dtype} is not supported: use float32, float16 or bfloat16")
+
+
+def check_bias(bias: Tensor | None, *shape: int) -> None:
+    """Raise ValueError for a bias of another shape."""
+    if bias is not None and bias.shape != shape:
+        raise ValueError(f"bias {tuple(bias.shape)} is not {shape}, which the layer's outputs are")
+
+
 def linear(x: Tensor, prepared: Prepared, bias: Tensor | None = None) -> Tensor:
     """y [..., N] = x [..., K] @ W.T + bias [N], in x.dtype. Inference only: no gradient flows.
 
-    Raises ValueError where x is not as wide as the layer.
+    Raises ValueError where x is not as wide as the layer or in another dtype, and for a bias of another size.
     """
     planes, coefficients, scales, ratios, in_features, out_features, group_size = prepared
     if x.shape[-1] != in_features:
         raise ValueError(f"x has {x.shape[-1]} inputs, but the layer was quantized with {in_features}")
+    check_activations(x)
+    check_bias(bias, out_features)
     return torch.ops.bpdq.linear(x, planes, coefficients, scales, ratios, out_features, group_size, bias)
 
 
 def stored_linear(
     x: Tensor, B: Tensor, c: Tensor, group_size: int, bias: Tensor | None = None, s: Tensor | None = None
 ) -> Tensor:
-    """As `linear`, for tensors as a checkpoint stores them: no preparation and no second copy, but slower."""
+    """As `linear`, for tensors as a checkpoint stores them: no preparation and no second copy, but slower.
+
+    Raises ValueError where they don't describe a layer as wide as x, and for a bias of another size.
+    """
+    check_layer(B, c, group_size, x.shape[-1], s)
+    check_bias(bias, B.shape[2])
     return torch.ops.bpdq.stored_linear(x, trim(B, x.shape[-1]), c, group_size, bias, s)
 
 
 def embedding(ids: Tensor, prepared: Prepared, dtype: torch.dtype) -> Tensor:
-    """Rows `ids` (any shape, int32 or int64) of the weight [N, K]: [*ids.shape, K] in `dtype`."""
-    planes, coefficients, scales, ratios, in_features, _, group_size = prepared
-    return torch.ops.bpdq.embedding(ids, planes, coefficients, scales, ratios, in_features, group_size, dtype)
+    """Rows `ids` (any shape, int32 or int64) of the weight [N, K]: [*ids.shape, K] in `dtype`. On a CPU raises
+    RuntimeError for an id that is none."""
+    return torch.ops.bpdq.embedding(ids, *prepared, dtype)

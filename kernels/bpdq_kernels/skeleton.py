@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from bpdq_kernels import format as bpdq_format
+from bpdq_kernels.conversions import check_made, renaming, twice
 from bpdq_kernels.errors import InputError
-from bpdq_kernels.experts import are_apart, fused_shapes, take_apart, without_fusing
-from bpdq_kernels.folder import FLOATS, REMEDY, Entry, Headers
+from bpdq_kernels.experts import are_apart, take_apart
+from bpdq_kernels.folder import REMEDY, Headers, check_plain
 from bpdq_kernels.format import KV_SCALES, Format, Scheme
 from bpdq_kernels.layout import WORD, Stored
 from bpdq_kernels.mtp import head_pattern
@@ -158,48 +159,34 @@ def _stored_tensors(name: str, stored: Headers, in_features: int, out_features: 
 
 
 class Arranged(NamedTuple):
-    """A checkpoint's tensors by the names that transformers gives them in a model. made: names of those that it makes
-    out of several (OLMo hybrid's convolutions), which are not among `tensors`; layers: what the checkpoint calls the
-    layers of `tensors`."""
+    """A checkpoint's tensors by the names that transformers gives them in a model. made: of those that it makes out of
+    others (`bpdq_kernels.conversions`), which are not among `tensors`, what of the checkpoint; layers: what the
+    checkpoint calls the layers of `tensors`."""
 
     tensors: Headers
-    made: set[str]
+    made: dict[str, list[str]]
     layers: dict[str, str]
 
 
-def renaming(model: "PreTrainedModel") -> Callable[[str], tuple[str, bool]]:
-    """From a tensor's name in files to its name in `model`, or to that of fused experts that are one by one there, and
-    whether transformers does more than rename it."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, rename_source_key
-
-    transforms, fused = get_model_conversion_mapping(model), fused_shapes(model)
-    if fused:
-        transforms = without_fusing(transforms)
-    converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
-    wanted = {**model.state_dict(), **fused}
-
-    def renamed(name: str) -> tuple[str, bool]:
-        new, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, wanted)
-        return (name, False) if new not in wanted and name in wanted else (new, pattern is not None)
-
-    return renamed
-
-
 def arranged(stored: Headers, model: "PreTrainedModel") -> Arranged:
-    """The tensors of a checkpoint as `model`, a skeleton, has them."""
-    found, model_name = Arranged({}, set(), {}), renaming(model)
+    """The tensors of a checkpoint as `model`, a skeleton, has them; raises InputError for one that is there twice."""
+    found, model_name, names = Arranged({}, {}, {}), renaming(model), {}
     for name, entry in stored.items():
         layer, _, kind = name.rpartition(".")
         tensor = f"{layer}.weight" if kind in Stored._fields else name  # as which transformers knows the layer
-        new, is_made = model_name(tensor)
-        if is_made:
-            found.made.add(new)
+        new, pattern = model_name(tensor)
+        if pattern is not None:
+            found.made.setdefault(new, []).append(name)
             continue
         new_layer = new.rpartition(".")[0]
-        found.tensors[new if tensor == name else f"{new_layer}.{kind}"] = entry
+        new = new if tensor == name else f"{new_layer}.{kind}"
+        if new in names:
+            raise twice(name, names[new], stored)
+        names[new] = name
+        found.tensors[new] = entry
         found.layers[new_layer] = layer
+    for new in found.made.keys() & names.keys():
+        raise twice(names[new], found.made[new][0], stored)
     return found
 
 
@@ -213,16 +200,17 @@ def check_stored(stored: Headers, model: "PreTrainedModel | None", fmt: Format) 
         logger.warning("whether all tensors of this architecture are in the checkpoint can't be checked")
         _check_unnamed(stored, fmt)
         return
-    stored, made, names = arranged(stored, model)
+    stored_tensors, (stored, made, names) = stored, arranged(stored, model)
+    check_made(stored_tensors, made, model)
     layers = quantized_layers(model, fmt, names)
     for name, (module, scheme) in layers.items():
         stored_layer(name, stored, module, scheme)
     plain = model.state_dict()
-    expected = plain.keys() - {f"{name}.weight" for name in layers} - model.all_tied_weights_keys.keys() - made
+    expected = plain.keys() - {f"{name}.weight" for name in layers} - model.all_tied_weights_keys.keys() - made.keys()
     optional = _ignored(model._keys_to_ignore_on_load_missing)
     for name in sorted(expected):
         if name in stored:
-            _check_plain(name, stored[name], tuple(plain[name].shape))
+            check_plain(name, stored[name], tuple(plain[name].shape))
         elif not optional(name):
             raise InputError(f"{name} is not in the checkpoint: {REMEDY}")
     expected |= {f"{name}.{tensor}" for name, (_, scheme) in layers.items() for tensor in scheme.tensors}
@@ -235,7 +223,7 @@ def check_stored(stored: Headers, model: "PreTrainedModel | None", fmt: Format) 
                 "tie_word_embeddings to false"
             )
         if head_pattern(name, model.config):
-            _check_plain(name, stored[name], stored[name].shape)
+            check_plain(name, stored[name], stored[name].shape)
         elif not ignored(name):
             raise InputError(
                 f"{stored[name].file}: {name} has no place in the model of config.json, a {type(model).__name__} with "
@@ -251,20 +239,13 @@ def _ignored(patterns: Iterable[str] | None) -> Callable[[str], object]:
     return re.compile("|".join(f"({pattern})" for pattern in patterns or ()) or r"(?!)").search
 
 
-def _check_plain(name: str, entry: Entry, shape: tuple[int, ...]) -> None:
-    if entry.dtype not in FLOATS or entry.shape != shape:
-        raise InputError(
-            f"{entry.file}: {name} is {entry.dtype} {entry.shape}, expected {' or '.join(FLOATS)} {shape}: {REMEDY}"
-        )
-
-
 def _check_scales(stored: Headers, model: "PreTrainedModel", fmt: Format) -> set[str]:
     """Names of the scales of the KV cache that are stored; raises InputError for shapes, and if there are to be any,
     unless every attention layer has both."""
     found = {name for name in stored if name.rpartition(".")[2] in KV_SCALES}
     for name in found:
         if stored[name].shape != ():
-            _check_plain(name, stored[name], (1,))
+            check_plain(name, stored[name], (1,))
     indexed = {name for name, module in model.named_modules() if hasattr(module, "layer_idx")}
     attention = {name for name in indexed if not any(other.startswith(f"{name}.") for other in indexed)}
     due = {f"{layer}.{scale}" for layer in attention for scale in KV_SCALES} if fmt.kv_cache_scales else set()
@@ -282,7 +263,7 @@ def _check_unnamed(stored: Headers, fmt: Format) -> None:
     for name, entry in stored.items():
         layer, _, kind = name.rpartition(".")
         if kind not in Stored._fields:
-            _check_plain(name, entry, entry.shape)
+            check_plain(name, entry, entry.shape)
             continue
         B, scheme = stored.get(f"{layer}.B"), fmt.layers.get(layer) or fmt.scheme_for(layer)
         if B is None:

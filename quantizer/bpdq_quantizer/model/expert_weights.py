@@ -14,9 +14,9 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from bpdq_kernels.conversions import renaming
 from bpdq_kernels.experts import FUSED, Experts, fused_experts, matrix_of, take_apart, without_fusing
 from bpdq_kernels.folder import FLOATS, Entry, Headers
-from bpdq_kernels.skeleton import renaming
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.opening import misfit
 from bpdq_quantizer.model.stored_weights import Readable, StoredWeight

@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 from transformers import PreTrainedModel
 
+from bpdq_kernels.conversions import renaming
 from bpdq_kernels.experts import Experts
 from bpdq_kernels.folder import Headers
 from bpdq_kernels.layout import Stored
-from bpdq_kernels.skeleton import renaming
 
 
 class StoredNames(NamedTuple):
@@ -42,10 +42,10 @@ def _renamed(name: str, names: Mapping[str, str]) -> str:
 
 def stored_names(skeleton: PreTrainedModel, stored: Headers) -> StoredNames:
     """The names of a model's files, for one with experts: by these vLLM's models know them. The files of others call
-    few tensors otherwise, and vLLM takes either name."""
+    few tensors otherwise, and vLLM takes either name. What transformers makes of several has the model's name."""
     if not any(isinstance(module, Experts) for module in skeleton.modules()):
         return StoredNames()
     model_name, known = renaming(skeleton), skeleton.state_dict()
-    pairs = [(model_name(name)[0], name) for name in stored]
-    names = {new: name for new, name in pairs if new != name and new in known}
+    found = [(name, *model_name(name)) for name in stored]
+    names = {new: name for name, new, pattern in found if new != name and new in known and pattern is None}
     return StoredNames(names, {name: new for new, name in names.items()})

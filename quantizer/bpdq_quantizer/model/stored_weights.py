@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from bpdq_kernels.conversions import renaming
 from bpdq_kernels.experts import fused_shapes
 from bpdq_kernels.folder import FLOATS, REMEDY, Entry, Headers
 from bpdq_kernels.mtp import head_pattern
-from bpdq_kernels.skeleton import renaming
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.formats import FORMATS
 from bpdq_quantizer.model.formats.layout import ORIGINAL, Format, Layout, decoded

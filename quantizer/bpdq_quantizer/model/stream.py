@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bpdq_kernels import patterns
+from bpdq_kernels.conversions import renaming
 from bpdq_kernels.experts import fused_shapes, take_apart
 from bpdq_kernels.folder import Headers, read_headers
 from bpdq_kernels.format import Scheme
 from bpdq_kernels.layout import Stored
-from bpdq_kernels.skeleton import renaming
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.expert_weights import ExpertsApart, OfFused, expert_weights
 from bpdq_quantizer.model.modules import replace_linear

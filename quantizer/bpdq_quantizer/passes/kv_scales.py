@@ -78,7 +78,13 @@ def calibrate(
 @torch.no_grad()
 def check(source: Streamed, windows: Sequence[Window], device: torch.device) -> None:
     """Raise InputError for a model whose keys and values `calibrate` can't see, by what the first block of each kind
-    caches of the first window."""
+    caches of the first window, or of which vLLM caches something else."""
+    text = source.model.config.get_text_config(decoder=True)
+    if getattr(text, "kv_lora_rank", None) and text.model_type != "minicpm3":  # models/minicpm3.py caches keys
+        raise InputError(
+            f"--kv-cache-scales: {type(source.model).__name__} has latent attention, of which vLLM caches the latent "
+            "states and not keys and values: leave the option out"
+        )
     hidden, calls = block_inputs(source.model, source.blocks, windows[:1])
     caches: dict[str, _CountingCache] = {}
     for index, (block, (call, *_)) in enumerate(zip(source.blocks, calls, strict=True)):
