@@ -10,6 +10,9 @@ from safetensors.torch import load_file, save_file
 from bpdq_quantizer.cli import main
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.sources import gguf_arguments
+from bpdq_quantizer.model.stream import load_block, open_model
+from bpdq_quantizer.run import pipeline
+from bpdq_quantizer.run.block_files import BlockFiles
 from tiny import tiny_model
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
@@ -117,6 +120,59 @@ def test_what_is_wrong_with_a_source_is_said_in_one_line(model, tmp_path, text, 
     assert str(folder) in errors[0]
     assert "trust_remote_code" not in errors[0]
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def nan(folder, name):
+    tensor(name, lambda t: t.index_fill(0, torch.tensor([3]), torch.nan))(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("model.embed_tokens.weight", []),
+        ("lm_head.weight", []),
+        ("lm_head.weight", ["--output-tokens", "0", "--evaluate", "1"]),
+        ("model.norm.weight", ["--target-bpw", "3"]),
+        ("model.norm.weight", ["--calibration", "self"]),
+        ("model.layers.1.input_layernorm.weight", []),
+        ("model.layers.1.self_attn.q_proj.weight", ["--ignore", "re:.*q_proj"]),
+    ],
+)
+def test_what_stays_in_16_bits_holds_numbers_before_any_work(model, tmp_path, text, capsys, monkeypatch, name, options):
+    monkeypatch.setattr(pipeline, "follow", lambda *_: pytest.fail("work has begun"))
+    shutil.copytree(model, tmp_path / "model")
+    nan(tmp_path / "model", name)
+    argv = ["quantize", tmp_path / "model", "--output", tmp_path / "out", "--calibration", text, "--seq-len", "16"]
+    assert main([str(a) for a in [*argv, *options]]) == 2
+    assert f"{name} holds NaN or infinity: the model is damaged" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_number_that_is_none_in_float16_is_named_with_its_remedy(model, tmp_path, text, capsys):
+    shutil.copytree(model, tmp_path / "model")
+    tensor("lm_head.weight", lambda t: t.index_fill(0, torch.tensor([3]), 1e5))(tmp_path / "model")
+    config(dtype="float16")(tmp_path / "model")
+    argv = ["quantize", tmp_path / "model", "--output", tmp_path / "out", "--calibration", text, "--seq-len", "16"]
+    assert main([str(a) for a in argv]) == 2
+    assert "lm_head.weight holds NaN or infinity in float16: convert the model to bfl" in capsys.readouterr().err
+
+
+def test_nan_is_not_written_wherever_it_comes_from(model, tmp_path):
+    source = open_model(str(model))
+    block = load_block(source, 1, torch.device("cpu"))
+    block.input_layernorm.weight[3] = torch.nan
+    with pytest.raises(InputError, match=r"model\.layers\.1\.input_layernorm\.weight holds NaN"):
+        BlockFiles(source, {}, tmp_path).write(1, block)
+    assert not list(tmp_path.iterdir())
+
+
+def test_held_out_text_without_a_perplexity_makes_no_checkpoint(model, tmp_path, text, capsys):
+    shutil.copytree(model, tmp_path / "model")
+    tensor("model.norm.weight", lambda t: t.fill_(3e38))(tmp_path / "model")
+    argv = ["quantize", tmp_path / "model", "--output", tmp_path / "out", "--calibration", text, "--seq-len", "16"]
+    assert main([str(a) for a in [*argv, "--samples", "2", "--output-tokens", "0", "--evaluate", "1"]]) == 2
+    assert "--evaluate: perplexity of the held-out text is nan in torch.float32" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_integers_are_no_16_bit_model(model, tmp_path, text, capsys):

@@ -227,12 +227,7 @@ def load_block(source: Streamed, index: int, device: torch.device) -> nn.Module:
     block = source.blocks[index]
     for name in block.state_dict():
         full_name = f"{source.prefix}.{index}.{name}"
-        try:
-            value = source.weights[full_name].to(device, copy=True)  # a mapped file that is cut short later is no harm
-        except KeyError:
-            raise InputError(f"{full_name} is not in the model's files: download the model again") from None
-        except (OSError, SafetensorError) as e:
-            raise InputError(f"{full_name} can't be read ({e}): download the model again") from e
+        value = read_weight(source, full_name, device)
         try:
             set_module_tensor_to_device(block, name, device, value=value)
         except ValueError as e:
@@ -240,6 +235,16 @@ def load_block(source: Streamed, index: int, device: torch.device) -> nn.Module:
     for name, buffer in unsaved_buffers(block).items():
         set_module_tensor_to_device(block, name, device, value=buffer)
     return block
+
+
+def read_weight(source: Streamed, name: str, device: torch.device) -> Tensor:
+    """A copy on `device` of one of the blocks' tensors, by its name in the model; raises InputError."""
+    try:
+        return source.weights[name].to(device, copy=True)  # a mapped file that is cut short later is no harm
+    except KeyError:
+        raise InputError(f"{name} is not in the model's files: download the model again") from None
+    except (OSError, SafetensorError) as e:
+        raise InputError(f"{name} can't be read ({e}): download the model again") from e
 
 
 def drop_block(block: nn.Module) -> None:

@@ -12,8 +12,8 @@ from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.activations import find_stages
 from bpdq_quantizer.model.calls import Call, block_inputs, carries, run_block
 from bpdq_quantizer.model.modules import BPDQEmbedding
-from bpdq_quantizer.model.stream import Streamed, drop_block, load_block, solved
-from bpdq_quantizer.model.weights import weights_in
+from bpdq_quantizer.model.stream import Streamed, drop_block, load_block, read_weight, solved
+from bpdq_quantizer.model.weights import check_numbers, weights_in
 from bpdq_quantizer.model.windows import Window, text_windows
 
 FLOATS = 16  # of --embed-bits and --head-bits: no bit-planes
@@ -87,6 +87,15 @@ def check_blocks(source: Streamed, windows: Sequence[Window]) -> Streamed:
                 raise InputError(f"{architecture} can't take an image of its processor ({e}): not supported") from e
             raise InputError(f"--seq-len {window.tokens.shape[1]}: {architecture} can't take it ({e}): lower it") from e
     return source._replace(by_window=source.by_window or bool(seeing))
+
+
+def check_kept(source: Streamed) -> None:
+    """Raise InputError for NaN or infinity in what stays in 16 bits, in blocks and around them, and in embeddings."""
+    check_numbers({name: tensor for name, tensor in source.model.state_dict().items() if not tensor.is_meta})
+    planes = {f"{name}.weight" for name in solved(source)}
+    for name in source.blocks.state_dict(prefix=f"{source.prefix}."):
+        if name not in planes:
+            check_numbers({name: read_weight(source, name, torch.device("cpu"))})
 
 
 def _try_blocks(source: Streamed, states: Tensor, calls: list[list[Call]]) -> None:

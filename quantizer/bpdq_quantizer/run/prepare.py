@@ -24,7 +24,7 @@ from bpdq_quantizer.model.images import sight_of
 from bpdq_quantizer.model.opening import plain_skeleton
 from bpdq_quantizer.model.sources import check_source, is_gguf
 from bpdq_quantizer.model.stream import Stamps, Streamed, decoder_blocks, leave_alone, open_model, solved, stamps
-from bpdq_quantizer.model.support import FLOATS, check_blocks, check_dense, check_tokens, table_bits
+from bpdq_quantizer.model.support import FLOATS, check_blocks, check_dense, check_kept, check_tokens, table_bits
 from bpdq_quantizer.model.tokens import leading_tokens, load_tokenizer
 from bpdq_quantizer.model.windows import Window, all_tokens, text_windows, token_count
 from bpdq_quantizer.passes import kv_scales
@@ -89,6 +89,7 @@ def prepare(o: Options, folder: RunFolder, kept: list[Window] | None = None) -> 
     source = leave_alone(open_model(model), o.schemes.ignore or [])
     check_tokens(source.model, [*found, *spare], o.text.calibration)
     source = check_blocks(source, found)
+    check_kept(source)
     if source.carries:
         o = without_gradients(o, type(source.model).__name__)
     heads = find_heads(model, source.model, source.quantized)
