@@ -21,7 +21,7 @@ from bpdq_kernels.experts import fused_shapes, take_apart
 from bpdq_kernels.folder import Headers, read_headers
 from bpdq_kernels.format import Scheme
 from bpdq_kernels.layout import Stored
-from bpdq_kernels.skeleton import renaming
+from bpdq_kernels.skeleton import embedding_names, is_tied, renaming
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.expert_weights import ExpertsApart, OfFused, expert_weights
 from bpdq_quantizer.model.modules import replace_linear
@@ -150,7 +150,7 @@ def open_model(model: str, dtype: torch.dtype | str = "auto") -> Streamed:
     """
     before = stamps(model)
     if is_gguf(model):  # does not say which 16-bit float was the model's own
-        return from_memory(load_pretrained(model, torch.bfloat16))
+        return from_memory(truly_tied(load_pretrained(model, torch.bfloat16)))
     config, quantization = open_config(model)
     skeleton = plain_skeleton(model)
     stored = read_headers(weight_files(Path(model) if quantization is None else local_folder(model)))
@@ -176,7 +176,7 @@ def open_model(model: str, dtype: torch.dtype | str = "auto") -> Streamed:
     remove_hook_from_module(lm, recurse=True)
     for module in lm.modules():  # what the hooks leave behind is a reference cycle, which would keep replaced Linears
         vars(module).pop("forward", None)
-    lm.requires_grad_(False)
+    truly_tied(lm).requires_grad_(False)
     weights = ReadWeights(weights, {**apart, **quantized}, lm.dtype)
     for name, parameter in lm.named_parameters():
         if name in quantized and not parameter.is_meta:
@@ -193,6 +193,14 @@ def open_model(model: str, dtype: torch.dtype | str = "auto") -> Streamed:
         names=stored_names(skeleton, stored),
         is_fused=any(isinstance(weight, OfFused) for weight in apart.values()),
     )
+
+
+def truly_tied(lm: PreTrainedModel) -> PreTrainedModel:
+    """lm, whose config no longer ties the LM head where its files hold one that differs."""
+    if embedding_names(lm)[1] and not is_tied(lm):
+        for config in (lm.config, lm.config.get_text_config(decoder=True)):
+            config.tie_word_embeddings = False
+    return lm
 
 
 def check_tensors(model: str, skeleton: PreTrainedModel, stored: Headers, quantized: Collection[str]) -> None:
