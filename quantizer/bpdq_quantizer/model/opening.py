@@ -54,13 +54,13 @@ def load_pretrained(
     return lm.eval()
 
 
-def plain_skeleton(model: str) -> PreTrainedModel:
+def plain_skeleton(model: str, buffers: bool = False) -> PreTrainedModel:
     """A 16-bit model on the meta device, its experts one by one, from its config.json alone: in a folder or by its own
-    path, of a hub id or a `.gguf` file. Raises InputError, also for models that are quantized in a way that can't be
-    undone."""
+    path, of a hub id or a `.gguf` file. buffers: they have their values, for which much of the model is in memory for a
+    moment. Raises InputError, also for models that are quantized in a way that can't be undone."""
     config, _ = open_config(model)
     try:
-        with init_empty_weights():
+        with init_empty_weights() if buffers else torch.device("meta"):
             skeleton = auto_class(config).from_config(config, trust_remote_code=False)
     except Exception as e:  # sizes that contradict each other
         raise InputError(f"{model}: can't be built from its config.json: {e}") from e
