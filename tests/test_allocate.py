@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import re
 import shutil
 
@@ -88,6 +89,13 @@ def test_a_budget_below_the_smallest_schemes_is_refused():
     assert allocate(stages, smallest) == [Scheme(1, 128)]
     with pytest.raises(bpdq_quantizer.InputError, match=f"take {smallest} bytes, the target leaves {smallest - 1}"):
         allocate(stages, smallest - 1)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_costs_that_are_no_numbers_are_named(value):
+    stages = [Stage(["a"], [(128, 128)], dict.fromkeys(SOME, value))]
+    with pytest.raises(bpdq_quantizer.InputError, match="a: what its errors cost is NaN or infinite: check the model"):
+        allocate(stages, 1 << 20)
 
 
 def test_sizes_are_read_with_their_units():

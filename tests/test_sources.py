@@ -7,13 +7,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from architectures import model_folder
 from bpdq_quantizer.cli import main
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.sources import gguf_arguments
 from bpdq_quantizer.model.stream import load_block, open_model
 from bpdq_quantizer.run import pipeline
 from bpdq_quantizer.run.block_files import BlockFiles
-from tiny import tiny_model
+from tiny import TEXT, tiny_model
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 LAYER = "model.layers.1.mlp.up_proj.weight"
@@ -72,6 +73,9 @@ FILES = {
     "pointer to weights": (pointer(WEIGHTS), "/model.safetensors is a git-lfs pointer, not the file itself: run `git"),
     "pointer to a tokenizer": (pointer("tokenizer.json"), "/tokenizer.json is a git-lfs pointer"),
     "a missing part": (index('{"weight_map": {"a": "b.safetensors"}}'), "/b.safetensors is missing, though model.safe"),
+    "an empty index": (index('{"weight_map": {}}'), "/model.safetensors.index.json: not an index of safetensors files"),
+    "an index of numbers": (index('{"weight_map": {"a": 3}}'), "/model.safetensors.index.json: not an index of safete"),
+    "an index of lists": (index('{"weight_map": {"a": []}}'), "/model.safetensors.index.json: not an index of safete"),
     "no index": (index("[]"), "/model.safetensors.index.json: not an index of safetensors files"),
     "shape in a block": (tensor(LAYER, lambda t: t[1:]), f"{LAYER} is (351, 128) in its files, but (352, 128) by its"),
     "shape elsewhere": (tensor("model.norm.weight", lambda t: t[:7]), "model.norm.weight is (7,) in its files, but (1"),
@@ -155,6 +159,25 @@ def test_a_number_that_is_none_in_float16_is_named_with_its_remedy(model, tmp_pa
     argv = ["quantize", tmp_path / "model", "--output", tmp_path / "out", "--calibration", text, "--seq-len", "16"]
     assert main([str(a) for a in argv]) == 2
     assert "lm_head.weight holds NaN or infinity in float16: convert the model to bfl" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["quantize", "plan"])
+def test_float64_is_refused_before_any_work(model, tmp_path, text, capsys, command):
+    shutil.copytree(model, tmp_path / "model")
+    config(dtype="float64")(tmp_path / "model")
+    options = ["--output", tmp_path / "out", "--calibration", text, "--output-tokens", "0"]
+    assert main([str(a) for a in [command, tmp_path / "model", *(options if command == "quantize" else [])]]) == 2
+    assert "is a model in float64, and checkpoints hold float16, bfloat16, float32: set d" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["quantize", "eval"])
+def test_mpts_biases_reach_as_far_as_its_config_says(tmp_path, capsys, command):
+    folder = model_folder(tmp_path / "model", "mpt", max_seq_len=32)
+    (tmp_path / "text.txt").write_text(TEXT * 4)
+    text = ["--calibration", "--text"][command == "eval"], tmp_path / "text.txt"
+    output = ["--output", tmp_path / "out"] if command == "quantize" else []
+    assert main([str(a) for a in (command, folder, *output, *text, "--seq-len", "33")]) == 2
+    assert "--seq-len 33: MptForCausalLM knows 32 positions: lower --seq-len" in capsys.readouterr().err
 
 
 def test_nan_is_not_written_wherever_it_comes_from(model, tmp_path):

@@ -8,6 +8,7 @@ from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTrainedModel
 
 from bpdq_kernels.experts import take_apart
+from bpdq_kernels.folder import FLOATS
 from bpdq_kernels.skeleton import auto_class
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.quantized import open_config
@@ -54,6 +55,16 @@ def load_pretrained(
     return lm.eval()
 
 
+def check_dtype(model: str, dtype: torch.dtype) -> None:
+    """Raise InputError for a dtype that no checkpoint holds."""
+    if dtype not in FLOATS.values():
+        names = ", ".join(str(known).removeprefix("torch.") for known in FLOATS.values())
+        raise InputError(
+            f"{model}: is a model in {str(dtype).removeprefix('torch.')}, and checkpoints hold {names}: set dtype in "
+            "its config.json to one of them"
+        )
+
+
 def plain_skeleton(model: str, buffers: bool = False) -> PreTrainedModel:
     """A 16-bit model on the meta device, its experts one by one, from its config.json alone: in a folder or by its own
     path, of a hub id or a `.gguf` file. buffers: they have their values, for which much of the model is in memory for a
@@ -64,5 +75,6 @@ def plain_skeleton(model: str, buffers: bool = False) -> PreTrainedModel:
             skeleton = auto_class(config).from_config(config, trust_remote_code=False)
     except Exception as e:  # sizes that contradict each other
         raise InputError(f"{model}: can't be built from its config.json: {e}") from e
+    check_dtype(model, skeleton.dtype)
     take_apart(skeleton)
     return skeleton

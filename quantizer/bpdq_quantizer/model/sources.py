@@ -140,7 +140,9 @@ def weight_files(folder: Path) -> list[Path]:
     try:
         names = set(json.loads(index.read_text())["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(f"{index}: not an index of safetensors files: download it again") from None
+        names = set()
+    if not names or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{index}: not an index of safetensors files: download it again")
     for name in sorted(names):
         if not (folder / name).is_file():
             raise InputError(f"{folder / name} is missing, though {index.name} names it: download it again")

@@ -151,10 +151,19 @@ def check_tokens(model: PreTrainedModel, windows: Sequence[Window], source: str)
             f"{source}: holds token {largest}, but the model's embedding has {rows} rows: the tokenizer is "
             "another model's, or has tokens that were never added to the model"
         )
-    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    positions = most_positions(model)
     length = max(window.tokens.shape[1] for window in windows)
-    if positions is not None and length > positions and has_position_table(model):
+    if positions is not None and length > positions:
         raise InputError(f"--seq-len {length}: {type(model).__name__} knows {positions} positions: lower --seq-len")
+
+
+def most_positions(model: PreTrainedModel) -> int | None:
+    """How many positions a model can take, MPT's biases among them; None where it computes them as it goes."""
+    config = model.config.get_text_config(decoder=True)
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None:
+        return getattr(config, "max_seq_len", None)
+    return positions if has_position_table(model) else None
 
 
 def has_position_table(model: PreTrainedModel) -> bool:

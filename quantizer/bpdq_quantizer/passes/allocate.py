@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from math import isfinite
 
 from bpdq_kernels.format import Scheme
 from bpdq_quantizer.errors import InputError
@@ -61,6 +62,12 @@ def stage_bytes(stage: Stage) -> dict[Scheme, int]:
 
 def allocate(stages: Sequence[Stage], budget: int) -> list[Scheme]:
     """The scheme of every stage, of at most `budget` bytes together; raises InputError if that is too little."""
+    for stage in stages:
+        if not all(map(isfinite, stage.costs.values())):
+            raise InputError(
+                f"{stage.names[0]}: what its errors cost is NaN or infinite: check the model and its dtype, or leave "
+                "out --target-bpw / --target-size"
+            )
     sizes = [stage_bytes(stage) for stage in stages]
     ladders = [hull(stage.costs, size) for stage, size in zip(stages, sizes, strict=True)]
     chosen = [ladder[0] for ladder in ladders]
