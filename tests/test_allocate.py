@@ -244,9 +244,11 @@ def test_inspect_draws_every_layer(mixed, tmp_path, with_report):
     assert (tmp_path / "bits.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_picture_that_cannot_be_written_is_named(mixed, tmp_path, capsys):
-    assert main(["inspect", str(mixed[0]), "--plot", str(tmp_path / "bits.docx")]) == 2
-    assert "--plot" in capsys.readouterr().err
+@pytest.mark.parametrize("name", ["bits.docx", "none/bits.png", "."])
+def test_a_picture_that_cannot_be_written_is_named_before_the_work(mixed, tmp_path, capsys, monkeypatch, name):
+    monkeypatch.setattr("bpdq_quantizer.cli.manifest.verify", lambda _: pytest.fail("work has begun"))
+    assert main(["inspect", str(mixed[0]), "--verify", "--plot", str(tmp_path / name)]) == 2
+    assert f"--plot {tmp_path / name}: " in capsys.readouterr().err
 
 
 def test_a_checkpoint_lands_under_its_target_size(folder, tmp_path):
