@@ -278,11 +278,24 @@ def test_a_run_stopped_after_the_allocation_does_not_decide_again(folder, mixed,
     [
         ({"target_bpw": 2.5, "target_size": "1MB"}, "--target-bpw and --target-size: give one of them"),
         ({"target_bpw": 0.0}, "--target-bpw 0.0: expected bits per weight"),
-        ({"target_bpw": 1.0}, "the smallest schemes take"),
-        ({"target_size": "50KB"}, "the smallest schemes take"),
+        ({"target_bpw": 1.0}, r"--target-bpw 1\.0: the smallest schemes take 1\.\d{1,4}: give that or more"),
+        ({"target_size": "50KB"}, r"--target-size 50KB: the smallest schemes take \d+ bytes: give that or more"),
     ],
 )
 def test_targets_that_cannot_be_met_are_refused(folder, tmp_path, options, message):
     with pytest.raises(bpdq_quantizer.InputError, match=message):
         quantize(folder, tmp_path / "out", **options)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("option", "least", "less"), [("target_bpw", 1.0, 1e-4), ("target_size", "50KB", 1)])
+def test_the_smallest_target_that_is_named_can_be_met(folder, tmp_path, option, least, less):
+    with pytest.raises(bpdq_quantizer.InputError) as refusal:
+        quantize(folder, tmp_path / "out", **{option: least})
+    named = re.search(r"take ([\d.]+)", str(refusal.value))[1]
+    below = float(named) - less if option == "target_bpw" else str(int(named) - less)
+    with pytest.raises(bpdq_quantizer.InputError, match="the smallest schemes take"):
+        quantize(folder, tmp_path / "out", **{option: below})
+    quantize(folder, tmp_path / "out", **{option: float(named) if option == "target_bpw" else named})
+    bits = {layer["bits"] for layer in inspect(tmp_path / "out")["layers"]}
+    assert bits == {1}

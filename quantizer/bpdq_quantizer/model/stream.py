@@ -107,6 +107,12 @@ def solved(source: Streamed, index: int | None = None) -> dict[str, Weight]:
 def leave_alone(source: Streamed, targets: Iterable[str]) -> Streamed:
     """The same with `left_alone`; raises InputError for a target of which nothing is left alone, or if all is."""
     weights = solved(source)
+    if not weights:
+        name, reason = next(iter(kept(weights_in(source.blocks, source.prefix)).items()))
+        raise InputError(
+            f"{type(source.model).__name__}: nothing can be quantized, all Linears of its blocks stay in 16 bits, like "
+            f"{name} ({reason}): choose a wider model"
+        )
     for target in targets:
         try:
             found = [name for name in weights if patterns.matches(name, target)]

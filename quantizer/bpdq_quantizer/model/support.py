@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.activations import find_stages
-from bpdq_quantizer.model.calls import Call, block_inputs, carries, run_block
+from bpdq_quantizer.model.calls import Call, Run, block_inputs, carries, run_block
 from bpdq_quantizer.model.modules import BPDQEmbedding
 from bpdq_quantizer.model.stream import Streamed, drop_block, load_block, read_weight, solved
 from bpdq_quantizer.model.weights import check_numbers, weights_in
@@ -20,6 +20,7 @@ FLOATS = 16  # of --embed-bits and --head-bits: no bit-planes
 TABLE_BITS = 4  # by default, of an embedding that is the LM head too
 TABLE_SHARE, SMALLEST_TABLE = 1 / 10, 1 << 23  # of a model's weights, and weights: of those that are worth it
 SERVED_TABLES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")  # whose classes of vLLM were tried so
+CAUSAL = 1e-2  # of an output's norm: what a later token may change, by rounding alone
 LARGEST_SHARE = 1 / 8  # of a block's weights that may be in other parameters than Linears: convolutions, gates by head
 
 
@@ -108,14 +109,25 @@ def _try_blocks(source: Streamed, states: Tensor, calls: list[list[Call]]) -> No
         tried.add(kind)
         device = torch.device("cpu")
         load_block(source, index, device)
+        run = partial(run_block, block, call, device)
         try:
-            find_stages(solved(source, index).values(), partial(run_block, block, call, device), states)
+            _check_causal(run, states)
+            find_stages(solved(source, index).values(), run, states)
         except Exception as e:
             raise InputError(
                 f"{type(source.model).__name__}: {source.prefix}.{index} can't be quantized ({e}): not supported"
             ) from e
         finally:
             drop_block(block)
+
+
+def _check_causal(run: Run, states: Tensor) -> None:
+    """Raise InputError for a block whose outputs at a token depend on the next one: an encoder's."""
+    other = states.clone()
+    other[:, 1] *= -1
+    before, after = (run(x)[:, 0].double() for x in (states, other))
+    if (after - before).norm() > CAUSAL * before.norm():
+        raise InputError("its attention sees later tokens, it is no decoder")
 
 
 def table_bits(architecture: str, table: int, weights: int) -> int | None:
