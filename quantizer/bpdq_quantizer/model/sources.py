@@ -66,9 +66,8 @@ def read_config(model: str) -> PreTrainedConfig:
         raise InputError(
             f"{model}: {architecture} is not a causal language model of transformers: choose a dense decoder-only model"
         )
-    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not (
-        config.is_encoder_decoder or getattr(config, "is_decoder", True)
-    ):
+    is_decoder = config.is_encoder_decoder or getattr(config, "is_decoder", True)
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not is_decoder:
         raise InputError(
             f"{model}: is an encoder, whose attention sees later tokens, as its config.json does not set is_decoder: "
             "choose a dense decoder-only model"
