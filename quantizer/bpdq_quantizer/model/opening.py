@@ -12,7 +12,7 @@ from bpdq_kernels.folder import FLOATS
 from bpdq_kernels.skeleton import auto_class
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.quantized import open_config
-from bpdq_quantizer.model.sources import gguf_arguments
+from bpdq_quantizer.model.sources import check_stored, gguf_arguments
 
 
 def misfit(model: str, name: str, stored: tuple[int, ...], wanted: tuple[int, ...]) -> str:
@@ -30,6 +30,7 @@ def load_pretrained(
     Raises InputError.
     """
     source = gguf_arguments(model)
+    check_stored(model)
     quantization = {"quantization_config": GgufConfig(dequantize=True)} if "gguf_file" in source else {}
     try:
         config = AutoConfig.from_pretrained(trust_remote_code=False, **source)

@@ -155,8 +155,6 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model's folder that transformers reads; raises InputError for one that is missing."""
     index, single = folder / INDEX, folder / SINGLE
     if not index.is_file():
-        if folder.is_dir() and not single.is_file():
-            raise InputError(f"{folder}: {_instead(folder)}")
         return [single] if single.is_file() else []
     check_content(index)
     try:
@@ -171,6 +169,13 @@ def weight_files(folder: Path) -> list[Path]:
         if not (folder / name).is_file():
             raise InputError(f"{folder / name} is missing, though {index.name} names it: download it again")
     return [folder / name for name in sorted(names)]
+
+
+def check_stored(model: str) -> None:
+    """Raise InputError for a model's folder that holds no weights which can be read, with what it holds instead."""
+    folder = Path(model)
+    if folder.is_dir() and not weight_files(folder):
+        raise InputError(f"{folder}: {_instead(folder)}")
 
 
 def _instead(folder: Path) -> str:

@@ -22,7 +22,7 @@ from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.calibration import calibration_windows
 from bpdq_quantizer.model.images import sight_of
 from bpdq_quantizer.model.opening import plain_skeleton
-from bpdq_quantizer.model.sources import check_source, is_gguf
+from bpdq_quantizer.model.sources import check_source, check_stored, is_gguf
 from bpdq_quantizer.model.stream import Stamps, Streamed, decoder_blocks, leave_alone, open_model, solved, stamps
 from bpdq_quantizer.model.support import FLOATS, check_blocks, check_dense, check_kept, check_tokens, table_bits
 from bpdq_quantizer.model.tokens import leading_tokens, load_tokenizer
@@ -81,6 +81,7 @@ def prepare(o: Options, folder: RunFolder, kept: list[Window] | None = None) -> 
     model = o.files.model
     check_source(model)
     check_dense(*decoder_blocks(plain_skeleton(model)))
+    check_stored(model)
     tokenizer = load_tokenizer(model)
     lead = leading_tokens(tokenizer, o.text.special_tokens)
     read, cost = (kept, {}) if kept is not None else _read(o, tokenizer, lead, folder, device)
