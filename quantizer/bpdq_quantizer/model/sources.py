@@ -13,18 +13,11 @@ from bpdq_kernels.folder import INDEX, SINGLE
 from bpdq_kernels.skeleton import auto_class
 from bpdq_quantizer.errors import InputError
 
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")  # or of other frameworks
 INSTEAD = {  # suffixes of what holds weights, and what to do
     (".safetensors",): "download the index, too",
     (".gguf",): "name the .gguf file itself",
-    (
-        ".bin",
-        ".pt",
-        ".pth",
-        ".ckpt",
-        ".pkl",
-        ".h5",
-        ".msgpack",
-    ): "convert it to safetensors, as nothing is unpickled here",
+    PICKLED: "convert it to safetensors, as nothing is unpickled here",
 }
 LFS_POINTER = b"version https://git-lfs"
 

@@ -144,7 +144,7 @@ def _put_right(output: str | Path, offload_dir: str | None) -> None:
         return
     if not _is_ours(aside):
         raise InputError(f"{aside} is in the way, and not from `{PROGRAM}`: move it away, or name another --output")
-    with open(aside / "lock", "a+") as lock:
+    with suppress(FileNotFoundError), open(aside / "lock", "a+") as lock:  # of a run that has just ended
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -173,7 +173,7 @@ def _remove_aside(output: Path, offload: Path | None) -> None:
     aside = _aside(output)
     if offload is not None and offload.is_dir():
         _remove_offload(offload)
-    if aside.is_dir():
+    with suppress(OSError):  # the next run says so
         _empty(aside)
         (aside / "lock").unlink(missing_ok=True)
         aside.rmdir()
