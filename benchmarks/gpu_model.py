@@ -111,7 +111,7 @@ def planned(config: Path) -> Plan:
 
 def build(config: Path, way: str, device: str) -> PreTrainedModel:
     """The model of a config.json with random planes in its blocks' Linears: the same ones, whichever `way`."""
-    model = plain_skeleton(str(config)).eval()
+    model = plain_skeleton(str(config), buffers=True).eval()
     prefix, blocks = decoder_blocks(model)
     random = generator(device, 1)
     for name, weight in weights_in(blocks, prefix).items():

@@ -83,7 +83,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def write_model(folder: Path, name: str, device: str, **changes: Any) -> Path:
     """A folder with a random model of CONFIGS[name] with changes, made on `device`, and `tokenizer`."""
-    skeleton = plain_skeleton(str(write_config(folder, name, **changes)))
+    skeleton = plain_skeleton(str(write_config(folder, name, **changes)), buffers=True)
     materialize(skeleton, generator(device, 0)).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder

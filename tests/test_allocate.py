@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import re
 import shutil
 
@@ -88,6 +89,13 @@ def test_a_budget_below_the_smallest_schemes_is_refused():
     assert allocate(stages, smallest) == [Scheme(1, 128)]
     with pytest.raises(bpdq_quantizer.InputError, match=f"take {smallest} bytes, the target leaves {smallest - 1}"):
         allocate(stages, smallest - 1)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_costs_that_are_no_numbers_are_named(value):
+    stages = [Stage(["a"], [(128, 128)], dict.fromkeys(SOME, value))]
+    with pytest.raises(bpdq_quantizer.InputError, match="a: what its errors cost is NaN or infinite: check the model"):
+        allocate(stages, 1 << 20)
 
 
 def test_sizes_are_read_with_their_units():
@@ -236,9 +244,11 @@ def test_inspect_draws_every_layer(mixed, tmp_path, with_report):
     assert (tmp_path / "bits.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_picture_that_cannot_be_written_is_named(mixed, tmp_path, capsys):
-    assert main(["inspect", str(mixed[0]), "--plot", str(tmp_path / "bits.docx")]) == 2
-    assert "--plot" in capsys.readouterr().err
+@pytest.mark.parametrize("name", ["bits.docx", "none/bits.png", "."])
+def test_a_picture_that_cannot_be_written_is_named_before_the_work(mixed, tmp_path, capsys, monkeypatch, name):
+    monkeypatch.setattr("bpdq_quantizer.cli.manifest.verify", lambda _: pytest.fail("work has begun"))
+    assert main(["inspect", str(mixed[0]), "--verify", "--plot", str(tmp_path / name)]) == 2
+    assert f"--plot {tmp_path / name}: " in capsys.readouterr().err
 
 
 def test_a_checkpoint_lands_under_its_target_size(folder, tmp_path):
@@ -268,11 +278,24 @@ def test_a_run_stopped_after_the_allocation_does_not_decide_again(folder, mixed,
     [
         ({"target_bpw": 2.5, "target_size": "1MB"}, "--target-bpw and --target-size: give one of them"),
         ({"target_bpw": 0.0}, "--target-bpw 0.0: expected bits per weight"),
-        ({"target_bpw": 1.0}, "the smallest schemes take"),
-        ({"target_size": "50KB"}, "the smallest schemes take"),
+        ({"target_bpw": 1.0}, r"--target-bpw 1\.0: the smallest schemes take 1\.\d{1,4}: give that or more"),
+        ({"target_size": "50KB"}, r"--target-size 50KB: the smallest schemes take \d+ bytes: give that or more"),
     ],
 )
 def test_targets_that_cannot_be_met_are_refused(folder, tmp_path, options, message):
     with pytest.raises(bpdq_quantizer.InputError, match=message):
         quantize(folder, tmp_path / "out", **options)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("option", "least", "less"), [("target_bpw", 1.0, 1e-4), ("target_size", "50KB", 1)])
+def test_the_smallest_target_that_is_named_can_be_met(folder, tmp_path, option, least, less):
+    with pytest.raises(bpdq_quantizer.InputError) as refusal:
+        quantize(folder, tmp_path / "out", **{option: least})
+    named = re.search(r"take ([\d.]+)", str(refusal.value))[1]
+    below = float(named) - less if option == "target_bpw" else str(int(named) - less)
+    with pytest.raises(bpdq_quantizer.InputError, match="the smallest schemes take"):
+        quantize(folder, tmp_path / "out", **{option: below})
+    quantize(folder, tmp_path / "out", **{option: float(named) if option == "target_bpw" else named})
+    bits = {layer["bits"] for layer in inspect(tmp_path / "out")["layers"]}
+    assert bits == {1}

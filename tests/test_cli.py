@@ -302,8 +302,8 @@ def test_pickled_weights_are_not_opened(folder, tmp_path, capsys):
     torch.save(load_file(model / "model.safetensors"), model / "pytorch_model.bin")
     (model / "model.safetensors").unlink()
     line = fails_with(capsys, "eval", model, "--text", folder / "text.txt", "--seq-len", "32")
-    assert "can't be loaded" in line
-    assert "safetensors" in line
+    assert "holds pytorch_model.bin, but no model.safetensors" in line
+    assert "convert it to safetensors, as nothing is unpickled here" in line
 
 
 def test_code_in_a_model_folder_is_not_run(folder, tmp_path, capsys):

@@ -176,6 +176,16 @@ def test_a_plot_has_a_point_for_each(folder, tmp_path, capsys, other, axis):
     assert all(f"<!-- {label} -->" in text for label in ("two", other, axis))
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("none/kl.png", "can't be written: name a file in a fol"), ("kl.docx", "expected a name that")],
+)
+def test_a_plot_that_cannot_be_written_is_named_before_the_work(folder, tmp_path, capsys, monkeypatch, name, message):
+    monkeypatch.setattr("bpdq_quantizer.cli.compare_models", lambda *_: pytest.fail("work has begun"))
+    argv = [folder / "two", "--reference", folder / "model", "--text", folder / "text.txt", "--seq-len", "32"]
+    assert f"--plot {tmp_path / name}: {message}" in refused(capsys, *argv, "--plot", tmp_path / name)
+
+
 def test_another_vocabulary_is_refused(folder, tmp_path, capsys):
     text = ["--text", folder / "text.txt", "--seq-len", "32"]
     other = tiny_model(tmp_path / "other")

@@ -63,6 +63,8 @@ def test_what_is_pushed_is_the_checkpoint(hub, checkpoint, tmp_path, capsys, rep
     folder = shutil.copytree(checkpoint, tmp_path / "copy")
     (folder / ".cache" / "huggingface").mkdir(parents=True)
     (folder / ".cache" / "huggingface" / "x.metadata").write_text("1")
+    (folder / "resume").mkdir()
+    (folder / "resume" / "lock").write_text("{}")
     before = content(folder)
     assert main(["push", str(folder), repo]) == 0
     assert capsys.readouterr().out.startswith(f"{hub.url}/{repo}: {len(content(checkpoint))} files, ")

@@ -23,6 +23,7 @@ from bpdq_quantizer.fit.kv_bytes import Attention, State
 from bpdq_quantizer.fit.memory import quantize_host_bytes
 from bpdq_quantizer.fit.parts import Block, read_model
 from bpdq_quantizer.fit.plan import budget, card_bytes, plan
+from bpdq_quantizer.model.opening import plain_skeleton
 from test_plan import refusal
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -305,3 +306,13 @@ def docs_row(row, found):
     tokens = [str(found["tokens_that_fit"][name]) for name in ("auto", "int8_per_token_head")]
     cells = [row, f"{found['card_weight_bytes'] / 2**30:.1f} GiB", kept, *tokens]
     return f"| {' | '.join(cells)} |"
+
+
+def test_a_model_of_any_size_is_planned_without_its_memory(tmp_path):
+    config = tiny(tmp_path, "llama", num_hidden_layers=1, intermediate_size=1 << 44)
+    assert {tensor.device.type for tensor in plain_skeleton(config).state_dict().values()} == {"meta"}
+
+
+def test_buffers_have_values_where_they_are_asked_for(tmp_path):
+    (built,) = {b.device.type for b in plain_skeleton(tiny(tmp_path, "llama"), buffers=True).buffers()}
+    assert built == "cpu"

@@ -24,6 +24,7 @@ from bpdq_kernels.format import Scheme
 from bpdq_quantizer.algorithm.hessian import corrected
 from bpdq_quantizer.algorithm.solver import quantize_linear
 from bpdq_quantizer.checkpoint import manifest, writer
+from bpdq_quantizer.checkpoint.loader import load_model
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model import activations
 from bpdq_quantizer.model.activations import Original, capture, find_stages, input_statistics
@@ -122,6 +123,19 @@ def test_report_has_loss_error_bits_and_time_of_every_layer(quantized):
         assert layer["bits_per_weight"] == pytest.approx(2 + 3 * (8 * groups + 16) / layer["in_features"])
     assert sum(report["seconds_by_part"].values()) == pytest.approx(report["seconds"])
     assert min(report["seconds_by_part"].values()) >= 0
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_a_stored_head_is_tied_only_if_it_is_the_embedding(quantized, tmp_path, text, equal):
+    shutil.copytree(quantized[0], tmp_path / "model")
+    tensors = load_tensors(tmp_path / "model")
+    embedding = tensors["model.embed_tokens.weight"]
+    tensors["lm_head.weight"] = embedding.clone() if equal else embedding.flip(0)
+    save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    bpdq_quantizer.quantize(str(tmp_path / "model"), tmp_path / "out", **small(text, bits=4))
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] == equal
+    model = load_model(str(tmp_path / "out"))
+    assert torch.equal(model.lm_head.weight, tensors["lm_head.weight"])
 
 
 def test_same_seed_gives_identical_tensors(quantized, tmp_path, text):

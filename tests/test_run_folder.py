@@ -188,3 +188,63 @@ def test_an_empty_lock_of_a_full_disk_makes_no_folder_foreign(tmp_path):
     stopped(tmp_path / "out")
     (tmp_path / "out.partial" / "resume" / "lock").write_text("")
     go_on(tmp_path / "out")
+
+
+def killed_at(output, renames, offload):
+    """A finished run that is killed after so many of the renames that give its folder its name."""
+    child = os.fork()
+    if not child:
+        done, rename = [], os.rename
+
+        def rename_or_die(*args):
+            rename(*args)
+            done.append(args)
+            if len(done) == renames:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        with run_folder(output, offload, False) as folder:
+            begin(folder, {"bits": 2, "offload_dir": offload}, [])
+            keep(folder)
+            (folder.offload / "000000000001.safetensors").write_text("states")
+            os.rename = rename_or_die
+        os._exit(1)
+    assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_run_killed_after_its_folder_has_its_name_is_tidied_up(tmp_path, named):
+    states = tmp_path / "states"
+    killed_at(tmp_path / "out", 2, str(states))
+    assert not (tmp_path / "out" / "resume").exists()
+    with (
+        pytest.raises(InputError, match="exists already: a run that was stopped at its very end had finished it"),
+        run_folder(tmp_path / "out", str(states) if named else None, True),
+    ):
+        pytest.fail("a run has started")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "states"]
+    assert not list(states.iterdir())
+
+
+def test_a_run_killed_just_before_that_loses_nothing(tmp_path):
+    killed_at(tmp_path / "out", 1, str(tmp_path / "states"))
+    refused(tmp_path / "out", "add --resume")
+    with run_folder(tmp_path / "out", str(tmp_path / "states"), True) as folder:
+        begin(folder, {"bits": 2, "offload_dir": str(tmp_path / "states")}, [])
+        assert (folder.resume / "schemes.json").is_file()
+        assert (folder.offload / "000000000001.safetensors").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "states"]
+    assert not list((tmp_path / "out").iterdir())
+    assert not list((tmp_path / "states").iterdir())
+
+
+def test_a_run_stopped_while_it_tidies_up_says_so_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr("bpdq_quantizer.run.run_folder.sync", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt), run_folder(tmp_path / "out", None, False):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_the_user_has_where_a_finished_run_puts_its_state_stays(tmp_path):
+    foreign_folder(tmp_path / "out.resume")
+    refused(tmp_path / "out", r"out\.resume is in the way, and not from `bpdq quantize`: move it away")
+    assert [path.name for path in tmp_path.iterdir()] == ["out.resume"]

@@ -2,17 +2,26 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from architectures import model_folder
 from bpdq_quantizer.cli import main
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.sources import gguf_arguments
-from tiny import tiny_model
+from bpdq_quantizer.model.stream import from_memory, load_block, open_model
+from bpdq_quantizer.model.support import check_blocks
+from bpdq_quantizer.model.windows import text_windows
+from bpdq_quantizer.run import pipeline
+from bpdq_quantizer.run.block_files import BlockFiles
+from tiny import TEXT, tiny_model
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+BERT = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
 LAYER = "model.layers.1.mlp.up_proj.weight"
 WEIGHTS = "model.safetensors"
 
@@ -59,6 +68,19 @@ def index(content):
     return do
 
 
+def pickled(folder):
+    torch.save(load_file(folder / WEIGHTS), folder / "pytorch_model.bin")
+    (folder / WEIGHTS).unlink()
+
+
+def shards(folder):
+    (folder / WEIGHTS).rename(folder / "model-00001-of-00001.safetensors")
+
+
+def two_kinds(folder):
+    (folder / f"{WEIGHTS}.index.json").write_text('{"weight_map": {"a": "model-00001-of-00001.safetensors"}}')
+
+
 def gguf(content):
     return lambda folder: (folder / "m.gguf").write_bytes(content)
 
@@ -69,6 +91,16 @@ FILES = {
     "pointer to weights": (pointer(WEIGHTS), "/model.safetensors is a git-lfs pointer, not the file itself: run `git"),
     "pointer to a tokenizer": (pointer("tokenizer.json"), "/tokenizer.json is a git-lfs pointer"),
     "a missing part": (index('{"weight_map": {"a": "b.safetensors"}}'), "/b.safetensors is missing, though model.safe"),
+    "an empty index": (index('{"weight_map": {}}'), "/model.safetensors.index.json: not an index of safetensors files"),
+    "an index of numbers": (index('{"weight_map": {"a": 3}}'), "/model.safetensors.index.json: not an index of safete"),
+    "an index of lists": (index('{"weight_map": {"a": []}}'), "/model.safetensors.index.json: not an index of safete"),
+    "pickled weights": (
+        pickled,
+        ": holds pytorch_model.bin, but no model.safetensors and no model.safetensors.inde",
+    ),
+    "shards alone": (shards, ": holds model-00001-of-00001.safetensors, but no model.safetensors and no model.safeten"),
+    "no weights": (lambda folder: (folder / WEIGHTS).unlink(), ": holds no weights, neither model.safetensors nor mod"),
+    "weights twice": (two_kinds, "/model.safetensors: model.safetensors.index.json beside it names other files: remov"),
     "no index": (index("[]"), "/model.safetensors.index.json: not an index of safetensors files"),
     "shape in a block": (tensor(LAYER, lambda t: t[1:]), f"{LAYER} is (351, 128) in its files, but (352, 128) by its"),
     "shape elsewhere": (tensor("model.norm.weight", lambda t: t[:7]), "model.norm.weight is (7,) in its files, but (1"),
@@ -89,6 +121,10 @@ CONFIGS = {
     "no language model": (
         other_config({"model_type": "clip", "architectures": ["CLIPModel"]}),
         "CLIPModel is not a causal language model of transformers: choose a dense decoder-only",
+    ),
+    "an encoder": (
+        other_config({"model_type": "bert", **BERT}),
+        "is an encoder, whose attention sees later tokens, as its config.json does not set is_decoder: choose a dense",
     ),
     "no heads": (config(num_attention_heads=0), "integer modulo by zero"),
     "a size that is no number": (config(hidden_size="big"), "'hidden_size' expected int, got str"),
@@ -117,6 +153,96 @@ def test_what_is_wrong_with_a_source_is_said_in_one_line(model, tmp_path, text, 
     assert str(folder) in errors[0]
     assert "trust_remote_code" not in errors[0]
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def nan(folder, name):
+    tensor(name, lambda t: t.index_fill(0, torch.tensor([3]), torch.nan))(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("model.embed_tokens.weight", []),
+        ("lm_head.weight", []),
+        ("lm_head.weight", ["--output-tokens", "0", "--evaluate", "1"]),
+        ("model.norm.weight", ["--target-bpw", "3"]),
+        ("model.norm.weight", ["--calibration", "self"]),
+        ("model.layers.1.input_layernorm.weight", []),
+        ("model.layers.1.self_attn.q_proj.weight", ["--ignore", "re:.*q_proj"]),
+    ],
+)
+def test_what_stays_in_16_bits_holds_numbers_before_any_work(model, tmp_path, text, capsys, monkeypatch, name, options):
+    monkeypatch.setattr(pipeline, "follow", lambda *_: pytest.fail("work has begun"))
+    shutil.copytree(model, tmp_path / "model")
+    nan(tmp_path / "model", name)
+    argv = ["quantize", tmp_path / "model", "--output", tmp_path / "out", "--calibration", text, "--seq-len", "16"]
+    assert main([str(a) for a in [*argv, *options]]) == 2
+    assert f"{name} holds NaN or infinity: the model is damaged" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_number_that_is_none_in_float16_is_named_with_its_remedy(model, tmp_path, text, capsys):
+    shutil.copytree(model, tmp_path / "model")
+    tensor("lm_head.weight", lambda t: t.index_fill(0, torch.tensor([3]), 1e5))(tmp_path / "model")
+    config(dtype="float16")(tmp_path / "model")
+    argv = ["quantize", tmp_path / "model", "--output", tmp_path / "out", "--calibration", text, "--seq-len", "16"]
+    assert main([str(a) for a in argv]) == 2
+    assert "lm_head.weight holds NaN or infinity in float16: convert the model to bfl" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["quantize", "plan"])
+def test_float64_is_refused_before_any_work(model, tmp_path, text, capsys, command):
+    shutil.copytree(model, tmp_path / "model")
+    config(dtype="float64")(tmp_path / "model")
+    options = ["--output", tmp_path / "out", "--calibration", text, "--output-tokens", "0"]
+    assert main([str(a) for a in [command, tmp_path / "model", *(options if command == "quantize" else [])]]) == 2
+    assert "is a model in float64, and checkpoints hold float16, bfloat16, float32: set d" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["quantize", "eval"])
+def test_mpts_biases_reach_as_far_as_its_config_says(tmp_path, capsys, command):
+    folder = model_folder(tmp_path / "model", "mpt", max_seq_len=32)
+    (tmp_path / "text.txt").write_text(TEXT * 4)
+    text = ["--calibration", "--text"][command == "eval"], tmp_path / "text.txt"
+    output = ["--output", tmp_path / "out"] if command == "quantize" else []
+    assert main([str(a) for a in (command, folder, *output, *text, "--seq-len", "33")]) == 2
+    assert "--seq-len 33: MptForCausalLM knows 32 positions: lower --seq-len" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ignore", [[], ["--ignore", "re:.*q_proj"]])
+@pytest.mark.parametrize("command", ["quantize", "plan"])
+def test_a_model_that_is_too_narrow_is_named(tmp_path, text, capsys, command, ignore):
+    folder = tiny_model(tmp_path / "model", hidden=16, ffn=24, heads=2, kv_heads=1)
+    options = ["--output", tmp_path / "out", "--calibration", text, "--seq-len", "16"] if command == "quantize" else []
+    assert main([str(a) for a in (command, folder, *options, *ignore)]) == 2
+    assert "LlamaForCausalLM: nothing can be quantized, all Linears of its blocks stay in 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("is_decoder", [True, False])
+def test_a_block_that_sees_later_tokens_is_no_decoders(tmp_path, is_decoder):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("bert-generation", **BERT, is_decoder=is_decoder)
+    source = from_memory(AutoModelForCausalLM.from_config(config).eval())
+    with nullcontext() if is_decoder else pytest.raises(InputError, match="its attention sees later tokens, it is no"):
+        check_blocks(source, text_windows(torch.tensor([[1, 2, 3]])))
+
+
+def test_nan_is_not_written_wherever_it_comes_from(model, tmp_path):
+    source = open_model(str(model))
+    block = load_block(source, 1, torch.device("cpu"))
+    block.input_layernorm.weight[3] = torch.nan
+    with pytest.raises(InputError, match=r"model\.layers\.1\.input_layernorm\.weight holds NaN"):
+        BlockFiles(source, {}, tmp_path).write(1, block)
+    assert not list(tmp_path.iterdir())
+
+
+def test_held_out_text_without_a_perplexity_makes_no_checkpoint(model, tmp_path, text, capsys):
+    shutil.copytree(model, tmp_path / "model")
+    tensor("model.norm.weight", lambda t: t.fill_(3e38))(tmp_path / "model")
+    argv = ["quantize", tmp_path / "model", "--output", tmp_path / "out", "--calibration", text, "--seq-len", "16"]
+    assert main([str(a) for a in [*argv, "--samples", "2", "--output-tokens", "0", "--evaluate", "1"]]) == 2
+    assert "--evaluate: perplexity of the held-out text is nan in torch.float32" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_integers_are_no_16_bit_model(model, tmp_path, text, capsys):

@@ -19,7 +19,7 @@ import torch
 from bpdq_quantizer.checkpoint import hub, manifest
 from bpdq_quantizer.checkpoint.inspection import alike, inspect
 from bpdq_quantizer.checkpoint.loader import load_model
-from bpdq_quantizer.checkpoint.picture import blank, draw
+from bpdq_quantizer.checkpoint.picture import check_plot, draw
 from bpdq_quantizer.errors import InputError, WorkerError
 from bpdq_quantizer.evaluation.logits import run_dtype
 from bpdq_quantizer.evaluation.perplexity import finite, perplexity, runnable
@@ -204,6 +204,8 @@ def _made(report: dict[str, Any], output: str, repository: str | None) -> dict[s
 def _eval(args: argparse.Namespace) -> dict[str, Any]:
     if args.seq_len < 2 or (args.windows is not None and args.windows < 1):
         raise InputError("--seq-len must be at least 2 and --windows at least 1")
+    if args.plot and args.reference is not None:
+        check_plot(args.plot)
     tasks = args.tasks.split(",") if args.tasks else []
     if tasks:
         check_tasks(tasks, args.task_folder)
@@ -245,8 +247,6 @@ def _protocol(windows: int, seq_len: int, special: list[str]) -> str:
 
 
 def _compare(args: argparse.Namespace, tasks: list[str], device: torch.device) -> dict[str, Any]:
-    if args.plot:
-        blank(1, 1)  # or an error, before the work
     options = args.text, args.seq_len, args.windows, args.special_tokens, args.seed, device
     found = {"text": args.text, "seq_len": args.seq_len, **compare_models(args.model, args.reference, *options)}
     for row in found["models"] if tasks else ():
@@ -281,6 +281,8 @@ def _save(figure: "Figure", file: str) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> dict[str, Any]:
+    if args.plot:
+        check_plot(args.plot)
     verified = manifest.verify(args.checkpoint) if args.verify else None
     found = inspect(args.checkpoint)
     if args.plot:

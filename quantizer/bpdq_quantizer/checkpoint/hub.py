@@ -22,7 +22,7 @@ from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.storage.files import file_digest
 
 OWN = ".gitattributes"  # of the Hub, in every new repository
-LEFT_OUT = (".*", "*/.*")  # of a folder: `.cache` of `hf download`, `.git`
+LEFT_OUT = (".*", "*/.*", "resume/*")  # of a folder: `.cache` of `hf download`, `.git`, what a run went on from
 NAMED = 3  # files in a message
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN, with a token that may write"
 
@@ -54,7 +54,8 @@ def check(repo: str, private: bool, force: bool, folder: Path | None = None) -> 
 
 
 def push(folder: str | Path, repo: str, private: bool = False, force: bool = False) -> dict[str, Any]:
-    """Upload a checkpoint folder, but for hidden files, to a model repository of the Hub, which is created if need be.
+    """Upload a checkpoint folder, but for hidden files and resume/, to a model repository of the Hub, which is created
+    if need be.
 
     Repeated, it goes on: what the Hub has is not sent again. `force` replaces what the repository holds. Raises
     InputError for a folder that is not what `bpdq quantize` wrote, and for whatever keeps it from the Hub; the folder
@@ -81,7 +82,7 @@ def push(folder: str | Path, repo: str, private: bool = False, force: bool = Fal
     except BaseException as e:
         e.add_note(f"{folder} is whole, and `{again}` goes on from here")
         raise
-    files = [path for path in folder.rglob("*") if path.is_file() and not _hidden(path.relative_to(folder))]
+    files = [path for path in folder.rglob("*") if path.is_file() and not _left_out(path.relative_to(folder))]
     return {
         "repository": f"{api.endpoint}/{repo}",
         "commit": commit.oid,
@@ -90,8 +91,8 @@ def push(folder: str | Path, repo: str, private: bool = False, force: bool = Fal
     }
 
 
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+def _left_out(path: Path) -> bool:
+    return path.parts[0] == "resume" or any(part.startswith(".") for part in path.parts)
 
 
 def _check_name(repo: str) -> None:

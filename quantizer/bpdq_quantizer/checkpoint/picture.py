@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,17 @@ def blank(width: float, height: float) -> "Figure":
     except ImportError:
         raise InputError("--plot needs matplotlib: pip install matplotlib") from None
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def check_plot(plot: str) -> None:
+    """Raise InputError, before the work, unless a figure can be written to the file `plot`."""
+    kinds, file = blank(1, 1).canvas.get_supported_filetypes(), Path(plot)
+    if file.suffix and file.suffix[1:].lower() not in kinds:
+        raise InputError(f"--plot {plot}: expected a name that ends in .png, .svg or .pdf")
+    if not file.parent.is_dir() or not os.access(file.parent, os.W_OK) or file.is_dir():
+        raise InputError(
+            f"--plot {plot}: can't be written: name a file in a folder that is there and yours to write in"
+        )
 
 
 def draw(found: dict[str, Any]) -> "Figure":

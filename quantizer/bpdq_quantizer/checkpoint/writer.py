@@ -19,6 +19,7 @@ from bpdq_quantizer.checkpoint.carried import carried
 from bpdq_quantizer.checkpoint.heads import copy_heads, head_files
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.stream import Streamed
+from bpdq_quantizer.model.weights import check_numbers
 from bpdq_quantizer.storage.files import check_intact, save, write_tensors
 
 INDEX, REPORT = "model.safetensors.index.json", "quantization_report.json"
@@ -115,7 +116,7 @@ def finish(
 
     blocks: the combined digests of the blocks' files, by name; scales: those of the KV cache, by name; heads: for
     multi-token prediction, in the source's files; made: for the model card. Raises InputError for a file that has
-    changed, is missing or of something else.
+    changed, is missing or of something else, and for NaN or infinity.
     """
     model, prefix, decoder = source.model, source.prefix, source.blocks
     rest = {
@@ -125,6 +126,7 @@ def finish(
     }
     first = shard(folder, 1, len(decoder) + 1)
     copied = copy_heads(folder, heads, source.quantized)
+    check_numbers(rest)
     written = {first.name: write_tensors(first, {**rest, **scales}), **blocks, **copied}
     tensors = {name: check_intact(folder / name, {digest}) for name, digest in written.items()}
     size = sum(stored_bytes(read_headers([folder / name])) for name in tensors)

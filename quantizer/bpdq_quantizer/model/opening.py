@@ -8,10 +8,11 @@ from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTrainedModel
 
 from bpdq_kernels.experts import take_apart
+from bpdq_kernels.folder import FLOATS
 from bpdq_kernels.skeleton import auto_class
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.quantized import open_config
-from bpdq_quantizer.model.sources import gguf_arguments
+from bpdq_quantizer.model.sources import check_stored, gguf_arguments
 
 
 def misfit(model: str, name: str, stored: tuple[int, ...], wanted: tuple[int, ...]) -> str:
@@ -29,6 +30,7 @@ def load_pretrained(
     Raises InputError.
     """
     source = gguf_arguments(model)
+    check_stored(model)
     quantization = {"quantization_config": GgufConfig(dequantize=True)} if "gguf_file" in source else {}
     try:
         config = AutoConfig.from_pretrained(trust_remote_code=False, **source)
@@ -54,15 +56,26 @@ def load_pretrained(
     return lm.eval()
 
 
-def plain_skeleton(model: str) -> PreTrainedModel:
+def check_dtype(model: str, dtype: torch.dtype) -> None:
+    """Raise InputError for a dtype that no checkpoint holds."""
+    if dtype not in FLOATS.values():
+        names = ", ".join(str(known).removeprefix("torch.") for known in FLOATS.values())
+        raise InputError(
+            f"{model}: is a model in {str(dtype).removeprefix('torch.')}, and checkpoints hold {names}: set dtype in "
+            "its config.json to one of them"
+        )
+
+
+def plain_skeleton(model: str, buffers: bool = False) -> PreTrainedModel:
     """A 16-bit model on the meta device, its experts one by one, from its config.json alone: in a folder or by its own
-    path, of a hub id or a `.gguf` file. Raises InputError, also for models that are quantized in a way that can't be
-    undone."""
+    path, of a hub id or a `.gguf` file. buffers: they have their values, for which much of the model is in memory for a
+    moment. Raises InputError, also for models that are quantized in a way that can't be undone."""
     config, _ = open_config(model)
     try:
-        with init_empty_weights():
+        with init_empty_weights() if buffers else torch.device("meta"):
             skeleton = auto_class(config).from_config(config, trust_remote_code=False)
     except Exception as e:  # sizes that contradict each other
         raise InputError(f"{model}: can't be built from its config.json: {e}") from e
+    check_dtype(model, skeleton.dtype)
     take_apart(skeleton)
     return skeleton

@@ -7,11 +7,18 @@ from typing import Any
 import transformers
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, AutoConfig, PreTrainedConfig
 
+from bpdq_kernels.folder import INDEX, SINGLE
 from bpdq_kernels.skeleton import auto_class
 from bpdq_quantizer.errors import InputError
 
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")  # or of other frameworks
+INSTEAD = {  # suffixes of what holds weights, and what to do
+    (".safetensors",): "download the index, too",
+    (".gguf",): "name the .gguf file itself",
+    PICKLED: "convert it to safetensors, as nothing is unpickled here",
+}
 LFS_POINTER = b"version https://git-lfs"
 
 
@@ -51,6 +58,12 @@ def read_config(model: str) -> PreTrainedConfig:
         architecture = (config.architectures or [type(config).__name__])[0]
         raise InputError(
             f"{model}: {architecture} is not a causal language model of transformers: choose a dense decoder-only model"
+        )
+    is_decoder = config.is_encoder_decoder or getattr(config, "is_decoder", True)
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not is_decoder:
+        raise InputError(
+            f"{model}: is an encoder, whose attention sees later tokens, as its config.json does not set is_decoder: "
+            "choose a dense decoder-only model"
         )
     text = config.get_text_config(decoder=True)
     padding, rows = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
@@ -133,15 +146,36 @@ def local_folder(model: str) -> Path:
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model's folder that transformers reads; raises InputError for one that is missing."""
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file() or not index.is_file():
-        return [file for file in [folder / "model.safetensors"] if file.is_file()]
+    index, single = folder / INDEX, folder / SINGLE
+    if not index.is_file():
+        return [single] if single.is_file() else []
     check_content(index)
     try:
         names = set(json.loads(index.read_text())["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(f"{index}: not an index of safetensors files: download it again") from None
+        names = set()
+    if not names or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{index}: not an index of safetensors files: download it again")
+    if single.is_file() and names != {SINGLE}:
+        raise InputError(f"{single}: {INDEX} beside it names other files: remove the one that is not the model's")
     for name in sorted(names):
         if not (folder / name).is_file():
             raise InputError(f"{folder / name} is missing, though {index.name} names it: download it again")
     return [folder / name for name in sorted(names)]
+
+
+def check_stored(model: str) -> None:
+    """Raise InputError for a model's folder that holds no weights which can be read, with what it holds instead."""
+    folder = Path(model)
+    if folder.is_dir() and not weight_files(folder):
+        raise InputError(f"{folder}: {_instead(folder)}")
+
+
+def _instead(folder: Path) -> str:
+    """What a folder without weights that can be read holds in their place, and what to do."""
+    names = sorted(path.name for path in folder.iterdir())
+    for suffixes, remedy in INSTEAD.items():
+        if found := [name for name in names if name.lower().endswith(suffixes)]:
+            more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+            return f"holds {found[0]}{more}, but no {SINGLE} and no {INDEX}: {remedy}"
+    return f"holds no weights, neither {SINGLE} nor {INDEX}: download the model again"

@@ -22,6 +22,7 @@ from bpdq_kernels.experts import fused_shapes, take_apart
 from bpdq_kernels.folder import Headers, read_headers
 from bpdq_kernels.format import Scheme
 from bpdq_kernels.layout import Stored
+from bpdq_kernels.skeleton import embedding_names, is_tied
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.expert_weights import ExpertsApart, OfFused, expert_weights
 from bpdq_quantizer.model.modules import replace_linear
@@ -107,6 +108,12 @@ def solved(source: Streamed, index: int | None = None) -> dict[str, Weight]:
 def leave_alone(source: Streamed, targets: Iterable[str]) -> Streamed:
     """The same with `left_alone`; raises InputError for a target of which nothing is left alone, or if all is."""
     weights = solved(source)
+    if not weights:
+        name, reason = next(iter(kept(weights_in(source.blocks, source.prefix)).items()))
+        raise InputError(
+            f"{type(source.model).__name__}: nothing can be quantized, all Linears of its blocks stay in 16 bits, like "
+            f"{name} ({reason}): choose a wider model"
+        )
     for target in targets:
         try:
             found = [name for name in weights if patterns.matches(name, target)]
@@ -150,7 +157,7 @@ def open_model(model: str, dtype: torch.dtype | str = "auto") -> Streamed:
     """
     before = stamps(model)
     if is_gguf(model):  # does not say which 16-bit float was the model's own
-        return from_memory(load_pretrained(model, torch.bfloat16))
+        return from_memory(truly_tied(load_pretrained(model, torch.bfloat16)))
     config, quantization = open_config(model)
     skeleton = plain_skeleton(model)
     stored = read_headers(weight_files(Path(model) if quantization is None else local_folder(model)))
@@ -176,7 +183,7 @@ def open_model(model: str, dtype: torch.dtype | str = "auto") -> Streamed:
     remove_hook_from_module(lm, recurse=True)
     for module in lm.modules():  # what the hooks leave behind is a reference cycle, which would keep replaced Linears
         vars(module).pop("forward", None)
-    lm.requires_grad_(False)
+    truly_tied(lm).requires_grad_(False)
     weights = ReadWeights(weights, {**apart, **quantized}, lm.dtype)
     for name, parameter in lm.named_parameters():
         if name in quantized and not parameter.is_meta:
@@ -193,6 +200,14 @@ def open_model(model: str, dtype: torch.dtype | str = "auto") -> Streamed:
         names=stored_names(skeleton, stored),
         is_fused=any(isinstance(weight, OfFused) for weight in apart.values()),
     )
+
+
+def truly_tied(lm: PreTrainedModel) -> PreTrainedModel:
+    """lm, whose config no longer ties the LM head where its files hold one that differs."""
+    if embedding_names(lm)[1] and not is_tied(lm):
+        for config in (lm.config, lm.config.get_text_config(decoder=True)):
+            config.tie_word_embeddings = False
+    return lm
 
 
 def check_tensors(model: str, skeleton: PreTrainedModel, stored: Headers, quantized: Collection[str]) -> None:
@@ -227,12 +242,7 @@ def load_block(source: Streamed, index: int, device: torch.device) -> nn.Module:
     block = source.blocks[index]
     for name in block.state_dict():
         full_name = f"{source.prefix}.{index}.{name}"
-        try:
-            value = source.weights[full_name].to(device, copy=True)  # a mapped file that is cut short later is no harm
-        except KeyError:
-            raise InputError(f"{full_name} is not in the model's files: download the model again") from None
-        except (OSError, SafetensorError) as e:
-            raise InputError(f"{full_name} can't be read ({e}): download the model again") from e
+        value = read_weight(source, full_name, device)
         try:
             set_module_tensor_to_device(block, name, device, value=value)
         except ValueError as e:
@@ -240,6 +250,16 @@ def load_block(source: Streamed, index: int, device: torch.device) -> nn.Module:
     for name, buffer in unsaved_buffers(block).items():
         set_module_tensor_to_device(block, name, device, value=buffer)
     return block
+
+
+def read_weight(source: Streamed, name: str, device: torch.device) -> Tensor:
+    """A copy on `device` of one of the blocks' tensors, by its name in the model; raises InputError."""
+    try:
+        return source.weights[name].to(device, copy=True)  # a mapped file that is cut short later is no harm
+    except KeyError:
+        raise InputError(f"{name} is not in the model's files: download the model again") from None
+    except (OSError, SafetensorError) as e:
+        raise InputError(f"{name} can't be read ({e}): download the model again") from e
 
 
 def drop_block(block: nn.Module) -> None:

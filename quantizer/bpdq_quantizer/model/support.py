@@ -10,16 +10,17 @@ from transformers import PreTrainedModel
 
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.activations import find_stages
-from bpdq_quantizer.model.calls import Call, block_inputs, carries, run_block
+from bpdq_quantizer.model.calls import Call, Run, block_inputs, carries, run_block
 from bpdq_quantizer.model.modules import BPDQEmbedding
-from bpdq_quantizer.model.stream import Streamed, drop_block, load_block, solved
-from bpdq_quantizer.model.weights import weights_in
+from bpdq_quantizer.model.stream import Streamed, drop_block, load_block, read_weight, solved
+from bpdq_quantizer.model.weights import check_numbers, weights_in
 from bpdq_quantizer.model.windows import Window, text_windows
 
 FLOATS = 16  # of --embed-bits and --head-bits: no bit-planes
 TABLE_BITS = 4  # by default, of an embedding that is the LM head too
 TABLE_SHARE, SMALLEST_TABLE = 1 / 10, 1 << 23  # of a model's weights, and weights: of those that are worth it
 SERVED_TABLES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")  # whose classes of vLLM were tried so
+CAUSAL = 1e-2  # of an output's norm: what a later token may change, by rounding alone
 LARGEST_SHARE = 1 / 8  # of a block's weights that may be in other parameters than Linears: convolutions, gates by head
 
 
@@ -89,6 +90,15 @@ def check_blocks(source: Streamed, windows: Sequence[Window]) -> Streamed:
     return source._replace(by_window=source.by_window or bool(seeing))
 
 
+def check_kept(source: Streamed) -> None:
+    """Raise InputError for NaN or infinity in what stays in 16 bits, in blocks and around them, and in embeddings."""
+    check_numbers({name: tensor for name, tensor in source.model.state_dict().items() if not tensor.is_meta})
+    planes = {f"{name}.weight" for name in solved(source)}
+    for name in source.blocks.state_dict(prefix=f"{source.prefix}."):
+        if name not in planes:
+            check_numbers({name: read_weight(source, name, torch.device("cpu"))})
+
+
 def _try_blocks(source: Streamed, states: Tensor, calls: list[list[Call]]) -> None:
     """Run one block of each kind on states [n, L, D]; all, where some read what others leave."""
     tried = set()
@@ -99,14 +109,25 @@ def _try_blocks(source: Streamed, states: Tensor, calls: list[list[Call]]) -> No
         tried.add(kind)
         device = torch.device("cpu")
         load_block(source, index, device)
+        run = partial(run_block, block, call, device)
         try:
-            find_stages(solved(source, index).values(), partial(run_block, block, call, device), states)
+            _check_causal(run, states)
+            find_stages(solved(source, index).values(), run, states)
         except Exception as e:
             raise InputError(
                 f"{type(source.model).__name__}: {source.prefix}.{index} can't be quantized ({e}): not supported"
             ) from e
         finally:
             drop_block(block)
+
+
+def _check_causal(run: Run, states: Tensor) -> None:
+    """Raise InputError for a block whose outputs at a token depend on the next one: an encoder's."""
+    other = states.clone()
+    other[:, 1] *= -1
+    before, after = (run(x)[:, 0].double() for x in (states, other))
+    if (after - before).norm() > CAUSAL * before.norm():
+        raise InputError("its attention sees later tokens, it is no decoder")
 
 
 def table_bits(architecture: str, table: int, weights: int) -> int | None:
@@ -142,10 +163,19 @@ def check_tokens(model: PreTrainedModel, windows: Sequence[Window], source: str)
             f"{source}: holds token {largest}, but the model's embedding has {rows} rows: the tokenizer is "
             "another model's, or has tokens that were never added to the model"
         )
-    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    positions = most_positions(model)
     length = max(window.tokens.shape[1] for window in windows)
-    if positions is not None and length > positions and has_position_table(model):
+    if positions is not None and length > positions:
         raise InputError(f"--seq-len {length}: {type(model).__name__} knows {positions} positions: lower --seq-len")
+
+
+def most_positions(model: PreTrainedModel) -> int | None:
+    """How many positions a model can take, MPT's biases among them; None where it computes them as it goes."""
+    config = model.config.get_text_config(decoder=True)
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None:
+        return getattr(config, "max_seq_len", None)
+    return positions if has_position_table(model) else None
 
 
 def has_position_table(model: PreTrainedModel) -> bool:

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from bpdq_kernels.experts import Experts
+from bpdq_kernels.format import is_finite
 from bpdq_kernels.layout import Stored
+from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.modules import replace_linear
 
 
@@ -130,6 +132,18 @@ def kept(weights: Mapping[str, Weight]) -> dict[str, str]:
             if re.search(rf"\.{pattern}$", name):
                 found[name] = reason
     return found
+
+
+def check_numbers(tensors: Mapping[str, Tensor]) -> None:
+    """Raise InputError for NaN or infinity in floats, by name."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not is_finite(tensor):
+            if tensor.dtype == torch.float16:
+                raise InputError(
+                    f"{name} holds NaN or infinity in float16: convert the model to bfloat16 first, or download it "
+                    "again"
+                )
+            raise InputError(f"{name} holds NaN or infinity: the model is damaged, download it again")
 
 
 @contextmanager

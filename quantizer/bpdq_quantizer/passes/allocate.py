@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from math import isfinite
 
 from bpdq_kernels.format import Scheme
 from bpdq_quantizer.errors import InputError
@@ -42,16 +43,10 @@ def uniform(source: Streamed, scheme: Scheme) -> dict[str, Scheme]:
     return {name: scheme.for_inputs(weight.shape[1]) for name, weight in solved(source).items()}
 
 
-def check_budget(source: Streamed, budget: int, schemes: Sequence[Scheme]) -> None:
-    """Raise InputError if the blocks' solved weights don't fit `budget` bytes in any of `schemes`."""
+def least_bytes(source: Streamed, schemes: Sequence[Scheme]) -> int:
+    """Bytes of the blocks' solved weights, each in the smallest of `schemes`."""
     shapes = [weight.shape for weight in solved(source).values()]
-    least = sum(min(s.stored_bytes(*shape) for s in schemes_for(shape[1], schemes)) for shape in shapes)
-    _check_room(least, budget)
-
-
-def _check_room(smallest: int, budget: int) -> None:
-    if smallest > budget:
-        raise InputError(f"the smallest schemes take {smallest} bytes, the target leaves {budget}: raise it")
+    return sum(min(s.stored_bytes(*shape) for s in schemes_for(shape[1], schemes)) for shape in shapes)
 
 
 def stage_bytes(stage: Stage) -> dict[Scheme, int]:
@@ -61,11 +56,18 @@ def stage_bytes(stage: Stage) -> dict[Scheme, int]:
 
 def allocate(stages: Sequence[Stage], budget: int) -> list[Scheme]:
     """The scheme of every stage, of at most `budget` bytes together; raises InputError if that is too little."""
+    for stage in stages:
+        if not all(map(isfinite, stage.costs.values())):
+            raise InputError(
+                f"{stage.names[0]}: what its errors cost is NaN or infinite: check the model and its dtype, or leave "
+                "out --target-bpw / --target-size"
+            )
     sizes = [stage_bytes(stage) for stage in stages]
     ladders = [hull(stage.costs, size) for stage, size in zip(stages, sizes, strict=True)]
     chosen = [ladder[0] for ladder in ladders]
     left = budget - sum(size[scheme] for size, scheme in zip(sizes, chosen, strict=True))
-    _check_room(budget - left, budget)
+    if left < 0:
+        raise InputError(f"the smallest schemes take {budget - left} bytes, the target leaves {budget}: raise it")
 
     def gain(i: int, scheme: Scheme, before: Scheme) -> float:
         return (stages[i].costs[before] - stages[i].costs[scheme]) / (sizes[i][scheme] - sizes[i][before])

@@ -10,6 +10,7 @@ from bpdq_kernels.format import Scheme, is_finite
 from bpdq_kernels.layout import Stored
 from bpdq_quantizer.algorithm.solver import Solution, Solve
 from bpdq_quantizer.errors import InputError
+from bpdq_quantizer.model.weights import check_numbers
 
 
 @dataclass
@@ -38,9 +39,7 @@ def check_finite(weights: dict[str, Tensor], *statistics: Tensor) -> None:
     if not all(is_finite(statistic) for statistic in statistics):
         first = next(iter(weights)).removesuffix(".weight")
         raise InputError(f"{first}: its calibration inputs hold NaN or infinity: check the model and its dtype")
-    for name, weight in weights.items():
-        if not is_finite(weight):
-            raise InputError(f"{name} holds NaN or infinity: the model is damaged, download it again")
+    check_numbers(weights)
 
 
 def solve_checked(names: Sequence[str], W: Tensor, H: Tensor, scheme: Scheme, solve: Solve) -> list[Solution]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from bpdq_kernels.format import Scheme
 from bpdq_quantizer.checkpoint.writer import shard
 from bpdq_quantizer.model.stream import Streamed, fill_block
+from bpdq_quantizer.model.weights import check_numbers
 from bpdq_quantizer.storage.files import check_intact, write_tensors
 
 
@@ -30,8 +31,10 @@ class BlockFiles:
         return {names.tensor(f"{start}.{name}"): tensor for name, tensor in block.state_dict().items()}
 
     def write(self, index: int, block: nn.Module) -> str:
-        """Write block `index`; returns the combined digest of its tensors."""
-        return write_tensors(self.path(index), self.tensors(index, block))
+        """Write block `index`; returns the combined digest of its tensors. Raises InputError for NaN and infinity."""
+        tensors = self.tensors(index, block)
+        check_numbers(tensors)
+        return write_tensors(self.path(index), tensors)
 
     def read(self, digests: Mapping[str, Collection[str]], index: int) -> nn.Module:
         """Block `index` with what was written, on the CPU. digests: those that each file may have, by its name, else

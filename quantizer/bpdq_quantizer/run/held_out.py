@@ -4,12 +4,14 @@ import copy
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from math import isfinite
 from typing import Any
 
 import torch
 from torch import nn
 
 from bpdq_quantizer.cost import Clock
+from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.evaluation.compare import summary, token_scores
 from bpdq_quantizer.evaluation.logits import opened, run_dtype, streamed
 from bpdq_quantizer.evaluation.perplexity import of_mean
@@ -20,7 +22,7 @@ from bpdq_quantizer.run.prepare import Run
 
 def evaluate(run: Run, files: BlockFiles, digests: Mapping[str, str]) -> dict[str, Any] | None:
     """`compare.summary` of the held-out windows, for which the original is opened again, with its perplexity and the
-    seconds that this took; None if there are none.
+    seconds that this took; None if there are none. Raises InputError for figures that are no numbers.
 
     files, digests: of the blocks as they will be served; the rest of the model is in `run.source`, and stays as it is.
     """
@@ -37,13 +39,17 @@ def evaluate(run: Run, files: BlockFiles, digests: Mapping[str, str]) -> dict[st
         streamed(twin, windows, run.device, load, "running the quantized model") as quantized,
     ):
         scores = token_scores(original, quantized, windows, lead)
-    return {
-        "windows": len(windows),
-        "seq_len": windows.shape[1],
+    found = {
         **summary(scores, o.method.seed),
         "reference_perplexity": of_mean(scores.reference_nll.double().mean().item()),
-        **clock.read(),
     }
+    for name, value in found.items():
+        if name != "kl_interval" and not isfinite(value):
+            raise InputError(
+                f"--evaluate: {name} of the held-out text is {value} in {dtype}: check the model and its dtype, or "
+                "leave it out"
+            )
+    return {"windows": len(windows), "seq_len": windows.shape[1], **found, **clock.read()}
 
 
 def _twin(source: Streamed, dtype: torch.dtype) -> Streamed:

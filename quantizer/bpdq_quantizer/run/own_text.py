@@ -23,6 +23,7 @@ from bpdq_quantizer.model.sources import check_source
 from bpdq_quantizer.model.stream import trim_heap
 from bpdq_quantizer.model.support import check_tokens
 from bpdq_quantizer.model.tokens import load_tokenizer
+from bpdq_quantizer.model.weights import check_numbers
 from bpdq_quantizer.model.windows import text_windows
 from bpdq_quantizer.model.writing import random_starts, write_on
 from bpdq_quantizer.run.run_folder import RunFolder
@@ -53,7 +54,7 @@ def own_windows(
     """Windows [W, L] of `shape` that the model `writer` writes, or wrote for the run of `folder`, and what that cost.
 
     tokenizer, lead: of the model that is quantized, and what its windows begin with. Raises InputError for a writer of
-    other tokens, one that has no room, and one that can't write.
+    other tokens, one that has no room, holds NaN, or can't write.
     """
     file, (count, length) = folder.resume / WRITTEN, shape
     try:
@@ -68,6 +69,7 @@ def own_windows(
         raise InputError(f"--calibration self:{writer}: its tokenizer is not the model's: name one of the same family")
     place, at_once = room(writer, device, length)
     lm = load_model(writer).to(place)
+    check_numbers(lm.state_dict())
     check_tokens(lm, text_windows(torch.zeros(1, length, dtype=torch.int64)), "--calibration self")
     tokens = _written(lm, writer, random_starts(tokenizer, count, lead, seed), length, at_once, seed)
     del lm

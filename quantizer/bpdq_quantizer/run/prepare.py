@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from math import prod
+from math import ceil, prod
 from typing import Any, NamedTuple
 
 import torch
@@ -22,13 +22,13 @@ from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.calibration import calibration_windows
 from bpdq_quantizer.model.images import sight_of
 from bpdq_quantizer.model.opening import plain_skeleton
-from bpdq_quantizer.model.sources import check_source, is_gguf
+from bpdq_quantizer.model.sources import check_source, check_stored, is_gguf
 from bpdq_quantizer.model.stream import Stamps, Streamed, decoder_blocks, leave_alone, open_model, solved, stamps
-from bpdq_quantizer.model.support import FLOATS, check_blocks, check_dense, check_tokens, table_bits
+from bpdq_quantizer.model.support import FLOATS, check_blocks, check_dense, check_kept, check_tokens, table_bits
 from bpdq_quantizer.model.tokens import leading_tokens, load_tokenizer
 from bpdq_quantizer.model.windows import Window, all_tokens, text_windows, token_count
 from bpdq_quantizer.passes import kv_scales
-from bpdq_quantizer.passes.allocate import check_budget, most_common, other_bytes, parse_size, uniform
+from bpdq_quantizer.passes.allocate import least_bytes, most_common, other_bytes, parse_size, uniform
 from bpdq_quantizer.passes.embeddings import embedding_schemes
 from bpdq_quantizer.passes.rotate import rotated
 from bpdq_quantizer.passes.sensitivity import choices
@@ -81,6 +81,7 @@ def prepare(o: Options, folder: RunFolder, kept: list[Window] | None = None) -> 
     model = o.files.model
     check_source(model)
     check_dense(*decoder_blocks(plain_skeleton(model)))
+    check_stored(model)
     tokenizer = load_tokenizer(model)
     lead = leading_tokens(tokenizer, o.text.special_tokens)
     read, cost = (kept, {}) if kept is not None else _read(o, tokenizer, lead, folder, device)
@@ -89,6 +90,7 @@ def prepare(o: Options, folder: RunFolder, kept: list[Window] | None = None) -> 
     source = leave_alone(open_model(model), o.schemes.ignore or [])
     check_tokens(source.model, [*found, *spare], o.text.calibration)
     source = check_blocks(source, found)
+    check_kept(source)
     if source.carries:
         o = without_gradients(o, type(source.model).__name__)
     heads = find_heads(model, source.model, source.quantized)
@@ -199,14 +201,20 @@ def _parted(o: Options, read: list[Window]) -> tuple[list[Window], list[Window]]
 def _budget(source: Streamed, embeddings: Mapping[str, Scheme], copied: int, o: Schemes) -> int | None:
     """Bytes for the blocks' Linears, if a target says so, beside `copied` ones; raises InputError if no scheme is as
     small."""
+    scheme = o.scheme()
+    least = least_bytes(source, choices(scheme.coefficient_bits, scheme.code))
     if o.target_bpw is not None:
-        budget = int(o.target_bpw * sum(prod(weight.shape) for weight in solved(source).values()) / 8)
+        weights = sum(prod(weight.shape) for weight in solved(source).values())
+        budget = int(o.target_bpw * weights / 8)
+        asked, smallest = f"--target-bpw {o.target_bpw}", ceil(8e4 * (least + 1) / weights) / 1e4
     elif o.target_size is not None:
-        budget = parse_size(o.target_size) - other_bytes(source, embeddings) - copied
+        beside = other_bytes(source, embeddings) + copied
+        budget = parse_size(o.target_size) - beside
+        asked, smallest = f"--target-size {o.target_size}", f"{beside + least} bytes"
     else:
         return None
-    scheme = o.scheme()
-    check_budget(source, budget, choices(scheme.coefficient_bits, scheme.code))
+    if least > budget:
+        raise InputError(f"{asked}: the smallest schemes take {smallest}: give that or more")
     return budget
 
 

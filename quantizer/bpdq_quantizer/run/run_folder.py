@@ -12,8 +12,9 @@
     DIR/OUTPUT-1a2b3c4d/000000000007.safetensors      with `--offload-dir DIR`: a batch of what the next block reads
 
 Every file appears under its name when it is whole, and what resume/ knows of it is checked before a run goes on.
-`config.json` comes last, as neither transformers nor vLLM loads a folder without it; then the folder gets the name
-OUTPUT. Only files of these names are ever removed.
+`config.json` comes last, as neither transformers nor vLLM loads a folder without it; then resume/ becomes
+OUTPUT.resume, the folder gets the name OUTPUT, and OUTPUT.resume goes. What a run leaves that is killed in between is
+put right by the next one. Only files of these names are ever removed.
 """
 
 import hashlib
@@ -70,6 +71,7 @@ def run_folder(output: str | Path, offload_dir: str | None, resume: bool) -> Ite
     Locked against other runs until then. Raises InputError for an `output` that exists or can't be written, and for a
     folder that holds another run, or something else.
     """
+    _put_right(output, offload_dir)
     output = _free(output)
     folder = output.with_name(f"{output.name}.partial")
     with _locked(folder, output):
@@ -85,7 +87,10 @@ def run_folder(output: str | Path, offload_dir: str | None, resume: bool) -> Ite
             yield run
             _publish(folder, output)
         except BaseException as e:
-            if not _worth_keeping(folder):
+            _put_back(output)
+            if not folder.exists():  # it has its name
+                _remove_aside(output, run.offload)
+            elif not _worth_keeping(folder):
                 _clear(folder)
                 _remove_offload(run.offload)
                 (folder / "resume" / "lock").unlink()
@@ -95,8 +100,8 @@ def run_folder(output: str | Path, offload_dir: str | None, resume: bool) -> Ite
             elif run.begun:
                 e.add_note(f"{folder} keeps what is finished: repeat the command with --resume to go on from there")
             raise
-        shutil.rmtree(output / "resume", ignore_errors=True)
-        _remove_offload(run.offload)
+        shutil.rmtree(output / "resume", ignore_errors=True)  # of another run that came meanwhile
+        _remove_aside(output, run.offload)
 
 
 def begin(folder: RunFolder, run: Mapping[str, Any], files: Collection[str]) -> None:
@@ -123,11 +128,62 @@ def _free(output: str | Path) -> Path:
     return path
 
 
+def _aside(output: Path) -> Path:
+    """Where resume/ is while a finished folder gets its name."""
+    return output.parent / f"{output.name}.resume"
+
+
+def _put_right(output: str | Path, offload_dir: str | None) -> None:
+    """What a run left that was killed while it gave `output` its name: put resume/ back into a folder that lacks it, or
+    remove it. Raises InputError where `output` is finished, and for something else of that name."""
+    import fcntl
+
+    path = Path(os.path.abspath(output))
+    aside = _aside(path)
+    if not str(output) or not os.path.lexists(aside):
+        return
+    if not _is_ours(aside):
+        raise InputError(f"{aside} is in the way, and not from `{PROGRAM}`: move it away, or name another --output")
+    with suppress(FileNotFoundError), open(aside / "lock", "a+") as lock:  # of a run that has just ended
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{path} is being finished by another run") from None
+        _put_back(path)
+        if not aside.exists():
+            return
+        with suppress(DamagedError):
+            offload_dir = offload_dir or read_json(aside / "run.json").get("offload_dir")
+        states = None if offload_dir is None else Path(offload_dir) / offload_name(path)
+        _remove_aside(path, states)
+    if path.exists():
+        raise InputError(f"--output {output} exists already: a run that was stopped at its very end had finished it")
+
+
+def _put_back(output: Path) -> None:
+    """Let a folder that has not got its name yet have its resume/ again."""
+    folder = output.with_name(f"{output.name}.partial")
+    if folder.is_dir() and not (folder / "resume").exists():
+        with suppress(FileNotFoundError):
+            os.rename(_aside(output), folder / "resume")
+
+
+def _remove_aside(output: Path, offload: Path | None) -> None:
+    """Remove what a finished run went on from, its lock last."""
+    aside = _aside(output)
+    if offload is not None and offload.is_dir():
+        _remove_offload(offload)
+    with suppress(OSError):  # the next run says so
+        _empty(aside)
+        (aside / "lock").unlink(missing_ok=True)
+        aside.rmdir()
+
+
 @contextmanager
 def _locked(folder: Path, output: Path) -> Iterator[None]:
     """Create `folder`, unless it is there and ours, and hold its lock, which ends with this process at the latest."""
     try:
-        descriptor = _lock(folder)
+        descriptor = _lock(folder, output)
     except InputError:
         raise
     except (OSError, ValueError) as e:
@@ -138,8 +194,9 @@ def _locked(folder: Path, output: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _lock(folder: Path) -> int:
-    """The open lock file of `folder`; raises InputError if another run holds it, or the folder is not ours."""
+def _lock(folder: Path, output: Path) -> int:
+    """The open lock file of `folder`, which is to be `output`; raises InputError if another run holds it, or the folder
+    is not ours."""
     import fcntl  # not on Windows, where checkpoints can still be loaded
 
     file = folder / "resume" / "lock"
@@ -154,6 +211,11 @@ def _lock(folder: Path) -> int:
             continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _aside(output).exists():  # of a run that ends now: this resume/ has just been made
+                with suppress(OSError):
+                    file.unlink()
+                    file.parent.rmdir()
+                raise BlockingIOError
             if file.exists() and os.path.samestat(os.fstat(descriptor), file.stat()):
                 holder = json.dumps(_this_process()).encode()
                 os.pwrite(descriptor, holder, 0)
@@ -187,18 +249,24 @@ def _check_ours(folder: Path) -> None:
     """Raise InputError if `folder` is there, and not of this program."""
     if not os.path.lexists(folder):
         return
-    resume = folder / "resume"
-    if folder.is_dir() and not folder.is_symlink() and not resume.is_symlink():
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            if json.loads((resume / "lock").read_bytes())["program"] == PROGRAM:
-                return
-        with suppress(DamagedError):
-            read_json(resume / "run.json")
-            return
+    if folder.is_dir() and not folder.is_symlink():
         inside = os.listdir(folder)
-        if not inside or (inside == ["resume"] and set(os.listdir(resume)) <= {"lock"}):  # of a run that just starts
+        if not inside or _is_ours(folder / "resume", just_starts=inside == ["resume"]):
             return
     raise InputError(f"{folder} is in the way, and not from `{PROGRAM}`: move it away, or name another --output")
+
+
+def _is_ours(resume: Path, just_starts: bool = True) -> bool:
+    """Whether a folder is what this program goes on from; just_starts: it may hold nothing yet."""
+    if resume.is_symlink() or not resume.is_dir():
+        return False
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        if json.loads((resume / "lock").read_bytes())["program"] == PROGRAM:
+            return True
+    with suppress(DamagedError):
+        read_json(resume / "run.json")
+        return True
+    return just_starts and set(os.listdir(resume)) <= {"lock"}
 
 
 def _worth_keeping(folder: Path) -> bool:
@@ -209,7 +277,11 @@ def _clear(folder: Path) -> None:
     """Remove what a run has written into a folder, but for the lock."""
     for file in folder.glob("model-*-of-*.safetensors*"):
         file.unlink()
-    for path in (folder / "resume").iterdir():
+    _empty(folder / "resume")
+
+
+def _empty(resume: Path) -> None:
+    for path in resume.iterdir():
         if path.name != "lock":
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -265,6 +337,7 @@ def _publish(folder: Path, output: Path) -> None:
     if os.path.lexists(output):
         raise InputError(f"--output {output} has appeared since the run began: move it away")
     try:
+        os.rename(folder / "resume", _aside(output))
         os.rename(folder, output)
         sync(output.parent)
     except OSError as e:
