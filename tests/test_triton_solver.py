@@ -19,6 +19,7 @@ from bpdq_quantizer.algorithm import (
     cpu_solver,
     grid,
     groups,
+    products,
     rounding,
     triton_rounding,
     triton_solver,
@@ -229,7 +230,8 @@ def on_gpu():
     solver = mock.patch.object(groups, "solver_for", return_value=triton_solver)
     nearest = mock.patch.object(groups, "nearest_plane_for", return_value=triton_rounding.nearest_plane)
     no_cpu = mock.patch.object(cpu_solver, "library", return_value=None)
-    with solver, nearest, no_cpu:
+    no_onednn = mock.patch.object(products, "quick", return_value=False)
+    with solver, nearest, no_cpu, no_onednn:
         yield
 
 
