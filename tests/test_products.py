@@ -17,6 +17,7 @@ def onednn(monkeypatch):
     if not torch.backends.mkldnn.is_available():
         pytest.skip("torch is built without oneDNN")
     monkeypatch.setattr(algorithm, "instruction_set", lambda: "avx512")
+    monkeypatch.setattr(algorithm, "SMALLEST", 1)
 
 
 def layouts(a):
@@ -106,4 +107,6 @@ def test_other_dtypes_and_functions_are_left_alone():
 def test_only_a_cpu_without_16_bit_products_takes_it(monkeypatch, isa, wide):
     monkeypatch.setattr(products, "instruction_set", lambda: isa)
     assert isinstance(quick_products(torch.device("cpu")), FP32Products) == wide
+    assert isinstance(quick_products(torch.device("cpu"), torch.float32), OneDNNProducts) != wide
+    assert not isinstance(quick_products(torch.device("cpu"), torch.bfloat16), OneDNNProducts)
     assert not isinstance(quick_products(torch.device("cuda")), FP32Products)

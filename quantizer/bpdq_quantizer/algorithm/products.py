@@ -11,12 +11,13 @@ from torch import Tensor
 from bpdq_kernels.compiled import instruction_set
 
 BLOCK = 256  # columns of a Cholesky factor that are found at a time
+SMALLEST = 1 << 21  # multiplications, for which a call of either takes as long
 ROWS = 4096  # of a matrix that are multiplied at a time: what is copied of it
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """a b of fp32 matrices [M, K] and [K, N], or of batches of them."""
-    if not (quick(a) and a.ndim == b.ndim == 2 and a.numel() and b.numel()):
+    if a.ndim != 2 or b.ndim != 2 or a.numel() * b.shape[1] < SMALLEST or not quick(a):
         return a @ b
     dense = b.is_contiguous() or b.mT.is_contiguous()
     return linear(a.contiguous(), b.mT if dense else b.mT.contiguous())  # with gaps it would take a thousand times

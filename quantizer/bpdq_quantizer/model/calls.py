@@ -187,7 +187,7 @@ def head_alone(model: PreTrainedModel, blocks: nn.ModuleList, device: torch.devi
         def logits(hidden: Tensor) -> Tensor:
             last.output = hidden.to(device)
             ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=device)
-            with quick_products(device):
+            with quick_products(device, hidden.dtype):
                 return model(input_ids=ids, use_cache=False).logits
 
         yield logits
@@ -234,7 +234,7 @@ def _sharing(value: Any, other: Any) -> Any:
 def run_block(block: nn.Module, call: Call, device: torch.device, hidden: Tensor) -> Tensor:
     args, kwargs, added = on_device(call, device)
     hidden = hidden.to(device, non_blocking=True)
-    with quick_products(device):
+    with quick_products(device, hidden.dtype):
         out = block(hidden if added is None else hidden + added, *args, **kwargs)
     return out[0] if isinstance(out, tuple) else out
 
