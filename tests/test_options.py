@@ -50,6 +50,8 @@ def test_defaults_follow_the_options_they_depend_on():
     assert resolved(**GIVEN, output_tokens=0).method.output_tokens == 0
     assert resolved(**GIVEN).method.asymmetric == 0.5
     assert resolved(**GIVEN).schemes.coefficient_bits == 8
+    for windows, given in ((8, {}), (0, {"samples": 127}), (0, {"offload_dir": "s"}), (3, {"evaluate": 3})):
+        assert resolved(**GIVEN, **given).text.evaluate == windows
 
 
 @pytest.mark.parametrize("bits", [2, 3])

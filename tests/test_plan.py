@@ -126,7 +126,7 @@ def test_totals_of_qwen(tmp_path, size, linear, tables):
 
 
 def test_page_locked_states_take_powers_of_two(tmp_path, monkeypatch):
-    for part in ("gradient_bytes", "fp32_head_bytes"):  # more than states of few windows
+    for part in ("gradient_bytes", "fp32_head_bytes", "evaluation_bytes"):  # more than states of few windows
         monkeypatch.setattr(memory, part, lambda *_: 0)
     m = read_model(str(qwen(tmp_path / "32B", "32B")))
     # batches of 2 windows of 2048 x 5120 in 16 bits, 40 MiB: 64 for 128 windows, and the last one of 1 for 3

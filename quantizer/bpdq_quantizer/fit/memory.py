@@ -57,11 +57,10 @@ def refinement_bytes(rows: int, k: int, gpu: bool) -> int:
 
 def quantize_host_bytes(m: Model, calibration: tuple[int, int] = CALIBRATION, page_locked: bool = True) -> int:
     """What `bpdq quantize` needs of the host beside it: embedding and head, one block, and hidden states of both
-    models and what experts are given, or what gradients take before that.
+    models and what experts are given, or what gradients take before that, or `--evaluate` after it.
 
     calibration: windows and their tokens; page_locked: as with a GPU, where each batch takes a power of two bytes.
     """
-    embeddings = prod(m.embedding) + (0 if m.head is None else prod(m.head))
     (windows, length), hidden_size = calibration, m.embedding[1]
     rows = max(sum(n for n, _ in kind.linears + sum((x.linears for x in kind.experts), ())) for kind in m.blocks)
     batch = windows_per_batch(length, hidden_size, rows, m.itemsize)
@@ -69,9 +68,20 @@ def quantize_host_bytes(m: Model, calibration: tuple[int, int] = CALIBRATION, pa
     states = [m.itemsize * count * length * hidden_size for count in batches]
     if page_locked:
         states = [1 << (size - 1).bit_length() for size in states]
-    held = m.itemsize * (embeddings + sum(n * k for n, k in m.heaviest))
     solving = 2 * sum(states) + expert_input_bytes(m, windows * length)
-    return held + max(solving, gradient_bytes(m, *calibration) + fp32_head_bytes(m))
+    gradients = gradient_bytes(m, *calibration) + fp32_head_bytes(m)
+    return host_weights(m) + max(solving, gradients, evaluation_bytes(m))
+
+
+def host_weights(m: Model) -> int:
+    """Embedding, LM head and one block."""
+    return m.itemsize * (prod(m.embedding) + prod(m.head or (0,)) + sum(n * k for n, k in m.heaviest))
+
+
+def evaluation_bytes(m: Model) -> int:
+    """While a run measures its checkpoint: the weights of the original and of the quantized model, as they are on a
+    GPU."""
+    return 2 * host_weights(m)
 
 
 def gradient_bytes(m: Model, windows: int, length: int) -> int:

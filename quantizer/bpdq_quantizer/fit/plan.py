@@ -64,7 +64,8 @@ ASSUMPTIONS = (
     f"{ACTIVATION_BYTES / GIB:.0f} GiB of activations; on the host the embedding, the head, a block and, without "
     f"--offload-dir, the hidden states of {CALIBRATION[0]} x {CALIBRATION[1]} calibration tokens twice, in page-locked "
     f"batches, which torch rounds up to powers of two, or before that the head in fp32 and {MOST_TOKENS} tokens' "
-    "states in front of 2 sqrt(blocks) blocks; without a GPU the sum of device and host",
+    "states in front of 2 sqrt(blocks) blocks, or after it embedding, head and a block twice more (--evaluate); "
+    "without a GPU the sum of device and host",
 )
 
 

@@ -23,6 +23,7 @@ ASYMMETRIC = {"refined": 0.5, "paper": 0.0}  # share of the shift of its inputs 
 COEFFICIENT_BITS = {"refined": 8, "paper": 16}
 GROUP_SIZE = {8: 64, 16: 128}  # by coefficient_bits: as many bytes
 TUNE_STEPS = {"none": 0, "model": 200}
+EVALUATED, SHARE_EVALUATED = 8, 16  # windows, and of how many for each it costs little
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,13 +147,13 @@ class Text:
         choices=("auto", "none"),
     )
 
-    evaluate: int = option(
-        0,
+    evaluate: int | None = option(
+        None,
         "windows of that text, behind those used, to measure the checkpoint on",
         "windows of that text, behind those used, on which perplexity and KL to the original are measured for the "
-        "model card: 8 or more for figures that mean something (with 8, SmolLM2 and 32 x 512 tokens that takes a sixth "
-        "of the run's time). Fewer where the text ends, and none with images",
+        "model card: 8 or more for figures that mean something. Fewer where the text ends, and none with images",
         metavar="WINDOWS",
+        unset=f"{EVALUATED}, of {SHARE_EVALUATED * EVALUATED} `--samples` or more; else, and with `--offload-dir`, 0",
     )
 
 
@@ -368,6 +369,9 @@ def resolved(**given: Any) -> Options:
         found["asymmetric"] = ASYMMETRIC[found["solver"]]
     if found["output_tokens"] is None:
         found["output_tokens"] = default_output_tokens(found["solver"], found["samples"] * found["seq_len"])
+    if found["evaluate"] is None:
+        little = found["samples"] >= SHARE_EVALUATED * EVALUATED and found["offload_dir"] is None
+        found["evaluate"] = EVALUATED if little else 0
     if found["coefficient_bits"] is None:
         found["coefficient_bits"] = COEFFICIENT_BITS[found["solver"]]
     if found["group_size"] is None:
