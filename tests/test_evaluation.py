@@ -235,3 +235,9 @@ def test_lm_eval_is_asked_for_where_it_is_missing(folder, capsys, monkeypatch):
     tasks._task_manager.cache_clear()
     argv = [folder / "two", "--text", folder / "text.txt", "--tasks", "hellaswag"]
     assert refused(capsys, *argv).endswith("--tasks needs lm-eval: pip install 'vllm-bpdq[eval]'")
+
+
+@pytest.mark.parametrize("option", [("--tasks-limit", 5), ("--task-folder", "tasks")])
+def test_what_is_said_of_tasks_needs_tasks(capsys, folder, option):
+    message = refused(capsys, folder / "two", "--text", folder / "text.txt", *option)
+    assert message.endswith("are of --tasks: name the tasks, or leave them out")

@@ -207,6 +207,8 @@ def _eval(args: argparse.Namespace) -> dict[str, Any]:
     if args.plot and args.reference is not None:
         check_plot(args.plot)
     tasks = args.tasks.split(",") if args.tasks else []
+    if not tasks and (args.task_folder, args.tasks_limit) != (None, None):
+        raise InputError("--task-folder and --tasks-limit are of --tasks: name the tasks, or leave them out")
     if tasks:
         check_tasks(tasks, args.task_folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
