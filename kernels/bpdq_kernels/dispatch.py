@@ -101,7 +101,8 @@ def linear_config(
     """The kernel for `tokens` (at least 1) and a layer; arch: compute capability, 86 for 8.6.
 
     Two tiles of four planes with coefficients of 8 bits need more registers: with one token fewer warps have them, with
-    64 tokens no thread.
+    64 tokens no thread, nor in groups of 32 with up to 16 tokens (on sm_80 and 90), nor one plane in such groups with 64
+    (on sm_100).
     Binary tensor cores end with sm_90: from sm_100 on, ptxas emulates each of their MMAs in some fifty instructions.
     """
     if tokens == 1 and arch < 100:
@@ -110,8 +111,11 @@ def linear_config(
     if tokens >= DENSE_TOKENS.get(arch, DENSE_TOKENS_ELSEWHERE):
         return dense_config(in_features)
     config = gemm_config(tokens, planes, out_features, multiprocessors)
-    too_large = config.tokens == 64 and coefficient_bits == 8 and planes == 4
-    return config._replace(tiles=1) if too_large else config
+    if coefficient_bits == 16 or config.tiles == 1:
+        return config
+    if config.tokens == 64 and (planes == 4 or (planes, group_size) == (1, 32)):
+        return config._replace(tiles=1)
+    return Gemm(config.tokens, 1, 8, 8) if config.tokens <= 16 and (planes, group_size) == (4, 32) else config
 
 
 def gemv_config(
