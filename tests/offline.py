@@ -85,15 +85,17 @@ def name(value: object) -> str:
     return "embedding" if value is None else str(value)
 
 
-def fits(config: Gemv | Gemm, planes: int, group: int, coefficient_bits: int = 16, trellis: bool = False) -> bool:
+def fits(
+    config: Gemv | Gemm, planes: int, group: int, coefficient_bits: int = 16, trellis: bool = False, arch: int = 86
+) -> bool:
     """Whether the dispatch may pick this configuration for a layer of so many planes to multiply: not if its
     coefficients fill the registers."""
     eight = coefficient_bits == 8
     if isinstance(config, Gemm) and config.tokens == 64:
         return config.tiles == (1 if eight and (planes == 4 or (planes, group) == (1, 32)) else 2)
     if isinstance(config, Gemm):
-        one_tile = config.warps == 16 and planes > 2 or config.tokens <= 16 and eight and (planes, group) == (4, 32)
-        return config.tiles == 1 or not one_tile
+        few = (config.tokens <= 16 and group == 32) or (config.tokens == 8 and arch == 100)
+        return config.tiles == 1 or not ((few and eight and planes == 4) or (config.warps == 16 and planes > 2))
     coefficients = config.tiles * groups_in_unit(group) * (planes + 1)
     if config == Gemv(2, 8) and planes == 4 and eight:
         return False

@@ -56,7 +56,7 @@ def test_kernels_of_a_common_layer_spill_and_emulate_nothing(arch: int, compiler
     assert not [*itertools.chain.from_iterable(found)]
 
 
-def layers(kernel: Config | Tile | None, coefficient_bits: int, trellis: bool) -> list[Layer]:
+def layers(arch: int, kernel: Config | Tile | None, coefficient_bits: int, trellis: bool) -> list[Layer]:
     """One for each scheme that this kernel is for. 16-bit dtypes take turns, but for one token, where registers are
     scarcest, each scheme comes with both."""
     found = [
@@ -65,7 +65,7 @@ def layers(kernel: Config | Tile | None, coefficient_bits: int, trellis: bool) -
     if kernel in TILES_FP32:
         return [layer._replace(dtype=FP32) for layer in found]
     if isinstance(kernel, Gemv | Gemm):
-        found = [layer for layer in found if fits(kernel, layer.multiplied, layer.group, coefficient_bits, trellis)]
+        found = [x for x in found if fits(kernel, x.multiplied, x.group, coefficient_bits, trellis, arch)]
     if isinstance(kernel, Gemv):
         return [layer._replace(dtype=dtype) for layer in found for dtype in (BF16, FP16)]
     return [layer._replace(dtype=(BF16, FP16)[(i + i // 4) % 2]) for i, layer in enumerate(found)]
@@ -83,7 +83,7 @@ def test_nothing_that_the_dispatch_picks_spills_or_is_emulated(
 ):
     if isinstance(kernel, Gemv) and arch >= 100:
         pytest.skip("one token gets a Gemm")
-    jobs = layers(kernel, coefficient_bits, trellis)
+    jobs = layers(arch, kernel, coefficient_bits, trellis)
     found = compilers.map(flaws, itertools.repeat(arch), itertools.repeat(kernel), jobs)
     assert not [*itertools.chain.from_iterable(found)]
 

@@ -101,8 +101,8 @@ def linear_config(
     """The kernel for `tokens` (at least 1) and a layer; arch: compute capability, 86 for 8.6.
 
     Two tiles of four planes with coefficients of 8 bits need more registers: with one token fewer warps have them, with
-    64 tokens no thread, nor in groups of 32 with up to 16 tokens (on sm_80 and 90), nor one plane in such groups with 64
-    (on sm_100).
+    64 tokens no thread, nor in groups of 32 with up to 16 tokens (on sm_80 and 90), nor on sm_100 with up to 8, nor
+    there one plane in groups of 32 with 64.
     Binary tensor cores end with sm_90: from sm_100 on, ptxas emulates each of their MMAs in some fifty instructions.
     """
     if tokens == 1 and arch < 100:
@@ -115,7 +115,8 @@ def linear_config(
         return config
     if config.tokens == 64 and (planes == 4 or (planes, group_size) == (1, 32)):
         return config._replace(tiles=1)
-    return Gemm(config.tokens, 1, 8, 8) if config.tokens <= 16 and (planes, group_size) == (4, 32) else config
+    few = (config.tokens == 8 and arch // 10 == 10) or (config.tokens <= 16 and group_size == 32)
+    return Gemm(config.tokens, 1, 8, 8) if planes == 4 and few else config
 
 
 def gemv_config(
