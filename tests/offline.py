@@ -92,7 +92,7 @@ def fits(
     coefficients fill the registers."""
     eight = coefficient_bits == 8
     if isinstance(config, Gemm) and config.tokens == 64:
-        return config.tiles == (1 if eight and (planes == 4 or (planes, group) == (1, 32)) else 2)
+        return config.tiles == (1 if eight and (planes == 4 or (planes, group, arch) == (1, 32, 100)) else 2)
     if isinstance(config, Gemm):
         few = (config.tokens <= 16 and group == 32) or (config.tokens == 8 and arch == 100)
         return config.tiles == 1 or not ((few and eight and planes == 4) or (config.warps == 16 and planes > 2))

@@ -113,9 +113,10 @@ def linear_config(
     config = gemm_config(tokens, planes, out_features, multiprocessors)
     if coefficient_bits == 16 or config.tiles == 1:
         return config
-    if config.tokens == 64 and (planes == 4 or (planes, group_size) == (1, 32)):
+    sm_100 = arch // 10 == 10
+    if config.tokens == 64 and (planes == 4 or (sm_100 and (planes, group_size) == (1, 32))):
         return config._replace(tiles=1)
-    few = (config.tokens == 8 and arch // 10 == 10) or (config.tokens <= 16 and group_size == 32)
+    few = (config.tokens == 8 and sm_100) or (config.tokens <= 16 and group_size == 32)
     return Gemm(config.tokens, 1, 8, 8) if planes == 4 and few else config
 
 

@@ -47,7 +47,7 @@ def evaluate(run: Run, files: BlockFiles, digests: Mapping[str, str]) -> dict[st
         if name != "kl_interval" and not isfinite(value):
             raise InputError(
                 f"--evaluate: {name} of the held-out text is {value} in {dtype}: check the model and its dtype, or "
-                "leave it out"
+                "finish without (--resume --evaluate 0)"
             )
     return {"windows": len(windows), "seq_len": windows.shape[1], **found, **clock.read()}
 
