@@ -100,9 +100,7 @@ def linear_config(
 ) -> Config:
     """The kernel for `tokens` (at least 1) and a layer; arch: compute capability, 86 for 8.6.
 
-    Two tiles of four planes with coefficients of 8 bits need more registers: with one token fewer warps have them, with
-    64 tokens no thread, nor in groups of 32 with up to 16 tokens (on sm_80 and 90), nor on sm_100 with up to 8, nor
-    there one plane in groups of 32 with 64.
+    With one token, two tiles of four planes with coefficients of 8 bits need more registers, which fewer warps have.
     Binary tensor cores end with sm_90: from sm_100 on, ptxas emulates each of their MMAs in some fifty instructions.
     """
     if tokens == 1 and arch < 100:
@@ -111,13 +109,18 @@ def linear_config(
     if tokens >= DENSE_TOKENS.get(arch, DENSE_TOKENS_ELSEWHERE):
         return dense_config(in_features)
     config = gemm_config(tokens, planes, out_features, multiprocessors)
-    if coefficient_bits == 16 or config.tiles == 1:
+    if config.tiles == 1 or coefficient_bits == 16 or two_tiles_fit(config.tokens, planes, group_size, arch):
         return config
+    return config._replace(tiles=1) if config.tokens > 16 else Gemm(config.tokens, 1, 8, 8)
+
+
+def two_tiles_fit(tokens: int, planes: int, group_size: int, arch: int) -> bool:
+    """Whether a thread has registers for two tiles with coefficients of 8 bits and blocks of so many tokens, by any
+    version of ptxas: four planes take the most, and groups of 32 the most coefficients."""
     sm_100 = arch // 10 == 10
-    if config.tokens == 64 and (planes == 4 or (sm_100 and (planes, group_size) == (1, 32))):
-        return config._replace(tiles=1)
-    few = (config.tokens == 8 and sm_100) or (config.tokens <= 16 and group_size == 32)
-    return Gemm(config.tokens, 1, 8, 8) if planes == 4 and few else config
+    if planes == 4:
+        return not (tokens == 64 or (tokens <= 16 and group_size == 32) or (tokens == 8 and sm_100))
+    return not (sm_100 and (tokens, planes, group_size) == (64, 1, 32))
 
 
 def gemv_config(

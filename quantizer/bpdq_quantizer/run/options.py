@@ -23,7 +23,7 @@ ASYMMETRIC = {"refined": 0.5, "paper": 0.0}  # share of the shift of its inputs 
 COEFFICIENT_BITS = {"refined": 8, "paper": 16}
 GROUP_SIZE = {8: 64, 16: 128}  # by coefficient_bits: as many bytes
 TUNE_STEPS = {"none": 0, "model": 200}
-EVALUATED, SHARE_EVALUATED = 8, 16  # windows, and of how many for each it costs little
+HELD_OUT, HELD_OUT_FROM = 8, 128  # windows to evaluate, and how many are calibrated on where that costs little
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +154,7 @@ class Text:
         "model card: 8 or more for figures that mean something (8 of 512 tokens take a twentieth of SmolLM2's time "
         "with `--samples 128`). Fewer where the text ends, and none with images",
         metavar="WINDOWS",
-        unset=f"{EVALUATED}, of {SHARE_EVALUATED * EVALUATED} `--samples` or more; else, and with `--offload-dir`, 0",
+        unset=f"{HELD_OUT}, of {HELD_OUT_FROM} `--samples` or more; else, and with `--offload-dir`, 0",
     )
 
 
@@ -371,8 +371,8 @@ def resolved(**given: Any) -> Options:
     if found["output_tokens"] is None:
         found["output_tokens"] = default_output_tokens(found["solver"], found["samples"] * found["seq_len"])
     if found["evaluate"] is None:
-        little = found["samples"] >= SHARE_EVALUATED * EVALUATED and found["offload_dir"] is None
-        found["evaluate"] = EVALUATED if little else 0
+        costs_little = found["samples"] >= HELD_OUT_FROM and found["offload_dir"] is None
+        found["evaluate"] = HELD_OUT if costs_little else 0
     if found["coefficient_bits"] is None:
         found["coefficient_bits"] = COEFFICIENT_BITS[found["solver"]]
     if found["group_size"] is None:
