@@ -4,6 +4,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import ceil, prod
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from bpdq_quantizer.checkpoint import writer
 from bpdq_quantizer.checkpoint.carried import carry_over
 from bpdq_quantizer.checkpoint.config_names import config_names
 from bpdq_quantizer.checkpoint.heads import find_heads
+from bpdq_quantizer.checkpoint.sentences import check_modules
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.calibration import calibration_windows
 from bpdq_quantizer.model.images import sight_of
@@ -80,6 +82,7 @@ def prepare(o: Options, folder: RunFolder, kept: list[Window] | None = None) -> 
     torch.manual_seed(o.method.seed)
     model = o.files.model
     check_source(model)
+    check_modules(Path(model))
     check_dense(*decoder_blocks(plain_skeleton(model)))
     check_stored(model)
     tokenizer = load_tokenizer(model)
