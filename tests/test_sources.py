@@ -48,6 +48,14 @@ def tensor(name, change):
     return do
 
 
+def without(name):
+    def do(folder):
+        tensors = {other: value for other, value in load_file(folder / WEIGHTS).items() if other != name}
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+    return do
+
+
 def config(**changes):
     def do(folder):
         found = json.loads((folder / "config.json").read_text())
@@ -104,6 +112,11 @@ FILES = {
     "no index": (index("[]"), "/model.safetensors.index.json: not an index of safetensors files"),
     "shape in a block": (tensor(LAYER, lambda t: t[1:]), f"{LAYER} is (351, 128) in its files, but (352, 128) by its"),
     "shape elsewhere": (tensor("model.norm.weight", lambda t: t[:7]), "model.norm.weight is (7,) in its files, but (1"),
+    "no LM head": (
+        without("lm_head.weight"),
+        "lm_head.weight is not in its files: download the model again, or where it is an embedding model, which has",
+    ),
+    "no norm": (without("model.norm.weight"), "model.norm.weight is not in its files: download the model again"),
     "vocabulary": (config(vocab_size=400), ".weight is (384, 128) in its files, but (400, 128) by its config.json"),
     "damaged GGUF": (gguf(b"GGUF\x03\0\0\0" + b"\xff" * 300), "/m.gguf: not a complete GGUF file"),
     "empty GGUF": (gguf(b""), "/m.gguf is empty"),
@@ -125,6 +138,10 @@ CONFIGS = {
     "an encoder": (
         other_config({"model_type": "bert", **BERT}),
         "is an encoder, whose attention sees later tokens, as its config.json does not set is_decoder: choose a dense",
+    ),
+    "a classifier": (
+        config(architectures=["LlamaForSequenceClassification"]),
+        ": LlamaForSequenceClassification ends in the head of a task, which would be lost, not in an LM head: start",
     ),
     "no heads": (config(num_attention_heads=0), "integer modulo by zero"),
     "a size that is no number": (config(hidden_size="big"), "'hidden_size' expected int, got str"),
