@@ -142,9 +142,10 @@ class BPDQQuantizer(HfQuantizer):
 
 
 def causal_skeleton(model: PreTrainedModel, stored: Headers) -> PreTrainedModel | None:
-    """The causal LM whose checkpoint AutoModel or a model for a task is loaded from; None if transformers has none."""
+    """The causal LM whose checkpoint AutoModel or a model for a task is loaded from, without its head where AutoModel
+    has saved that; None if transformers has none."""
     try:
-        return skeleton.build(model.config, stored)
+        return skeleton.as_stored(skeleton.build(model.config, stored), stored)
     except ImportError:
         return None
 
@@ -163,7 +164,7 @@ class Checkpoint(NamedTuple):
     config: PreTrainedConfig
     format: Format
     stored: Headers
-    skeleton: PreTrainedModel  # in 16 bits, on the meta device
+    skeleton: PreTrainedModel  # in 16 bits, on the meta device; without an LM head where AutoModel has saved it
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -176,7 +177,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         raise InputError(f"{file}: transformers can't use it ({' '.join(str(e).split())})") from e
     stored = read_folder(folder)
     try:
-        model = skeleton.build(config, stored)
+        model = skeleton.as_stored(skeleton.build(config, stored), stored)
     except ImportError as e:
         raise InputError(f"{file}: {e}") from e
     skeleton.check_stored(stored, model, fmt)
