@@ -25,7 +25,16 @@ from bpdq_quantizer.model.calibration import calibration_windows
 from bpdq_quantizer.model.images import sight_of
 from bpdq_quantizer.model.opening import plain_skeleton
 from bpdq_quantizer.model.sources import check_source, check_stored, is_gguf
-from bpdq_quantizer.model.stream import Stamps, Streamed, decoder_blocks, leave_alone, open_model, solved, stamps
+from bpdq_quantizer.model.stream import (
+    Stamps,
+    Streamed,
+    decoder_blocks,
+    leave_alone,
+    open_model,
+    parted,
+    solved,
+    stamps,
+)
 from bpdq_quantizer.model.support import FLOATS, check_blocks, check_dense, check_kept, check_tokens, table_bits
 from bpdq_quantizer.model.tokens import leading_tokens, load_tokenizer
 from bpdq_quantizer.model.windows import Window, all_tokens, text_windows, token_count
@@ -83,7 +92,7 @@ def prepare(o: Options, folder: RunFolder, kept: list[Window] | None = None) -> 
     model = o.files.model
     check_source(model)
     check_modules(Path(model))
-    check_dense(*decoder_blocks(plain_skeleton(model)))
+    _check_skeleton(model, o.schemes.ignore or [])
     check_stored(model)
     tokenizer = load_tokenizer(model)
     lead = leading_tokens(tokenizer, o.text.special_tokens)
@@ -121,6 +130,16 @@ def prepare(o: Options, folder: RunFolder, kept: list[Window] | None = None) -> 
     held_out = all_tokens(spare) if spare else None
     windows = Windows(found[: o.text.samples], tuning, held_out, names, cost)
     return Run(o, source, before, windows, embeddings, budget, device, folder, heads)
+
+
+def _check_skeleton(model: str, ignore: Sequence[str]) -> None:
+    """What a model's config.json alone tells of `--ignore` and its blocks. Raises InputError."""
+    skeleton = plain_skeleton(model)
+    prefix, blocks = decoder_blocks(skeleton)
+    check_dense(prefix, blocks)
+    said = parted(leave_alone(Streamed(skeleton, prefix, blocks, {}), ignore)) if ignore else None
+    if said is not None:
+        tqdm.write(said, file=sys.stderr)
 
 
 def without_gradients(o: Options, model: str) -> Options:
