@@ -193,6 +193,20 @@ def test_a_new_head_goes_on_packed_weights(tmp_path, tables):
     assert sum(isinstance(m, BPDQLinear) for m in model.modules()) == 14
 
 
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("names", [(), (EMBEDDING, HEAD)])
+def test_a_model_with_a_new_head_saves_to_one_that_loads(tmp_path, tie, names):
+    out = with_tables(tmp_path, "qwen3", tie, names)
+    model = AutoModelForSequenceClassification.from_pretrained(out).eval()
+    model.save_pretrained(tmp_path / "again")
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "again").eval()
+    with torch.inference_mode():
+        assert torch.equal(again(IDS).logits, model(IDS).logits)
+    damage(tmp_path / "again", lambda tensors: tensors.pop(f"{LAYER}.B"))
+    with pytest.raises(InputError, match=r"layers\.1\.mlp\.down_proj\.B is not in the checkpoint"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / "again")
+
+
 @pytest.mark.parametrize("kind", [AutoModel, AutoModelForSequenceClassification])
 def test_without_its_head_too_a_model_misses_no_layer(tmp_path, kind):
     out = with_tables(tmp_path)

@@ -64,10 +64,9 @@ def check_folder(folder: Path, config: Any, fmt: Format) -> None:
             except ImportError as e:
                 logger.warning("%s", e)
         if model is not None:
-            model = skeleton.as_stored(model, stored)
             names = {type(model).__name__, type(model.base_model).__name__}  # of the latter vLLM builds the former
-            if names.isdisjoint(config.architectures or names):
-                model = None  # vLLM builds another
+            is_another = names.isdisjoint(config.architectures or names)
+            model = None if is_another else skeleton.as_stored(model, stored)
         skeleton.check_stored(stored, model, fmt)
         check_values(stored)
 

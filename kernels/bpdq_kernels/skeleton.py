@@ -111,12 +111,12 @@ def is_tied(model: "PreTrainedModel") -> bool:
 
 
 def as_stored(model: "PreTrainedModel", stored: Headers) -> "PreTrainedModel":
-    """`model`, or what is in front of its LM head where its config names that (`LlamaModel`) and the files hold no
-    head, as of a model that AutoModel has opened and saved."""
-    base, (_, head) = model.base_model, embedding_names(model)
-    if type(base).__name__ not in (model.config.architectures or ()) or not head or is_tied(model):
+    """`model`, or what is in front of its LM head where its config names another class (`LlamaModel`) and the files
+    hold no head, as of a model that AutoModel has opened and saved."""
+    _, head = embedding_names(model)
+    if type(model).__name__ in (model.config.architectures or [type(model).__name__]) or not head or is_tied(model):
         return model
-    return model if any(name.startswith(f"{head}.") for name in stored) else base
+    return model if any(name.startswith(f"{head}.") for name in stored) else model.base_model
 
 
 def _scheme(model: "PreTrainedModel", fmt: Format, name: str, stored: str, is_table: bool) -> Scheme | None:

@@ -100,7 +100,8 @@ class BPDQQuantizer(HfQuantizer):
         arranged = skeleton.arranged(stored, model)
         checked = model if embedding_names(model)[1] else causal_skeleton(model, stored)
         fmt = self.quantization_config.format
-        skeleton.check_stored(stored, checked, fmt)
+        own = {name for name in model.state_dict() if is_new_head(model, name)}  # in files of such a model
+        skeleton.check_stored({name: entry for name, entry in stored.items() if name not in own}, checked, fmt)
         heads = {f"^{re.escape(name)}$" for name in stored if head_pattern(name, model.config)}
         model._keys_to_ignore_on_load_unexpected |= heads  # of which transformers knows by name those of some sizes
         self.schemes = {}
@@ -151,8 +152,8 @@ def causal_skeleton(model: PreTrainedModel, stored: Headers) -> PreTrainedModel 
 
 
 def is_new_head(model: PreTrainedModel, name: str) -> bool:
-    """Whether the Linear `name` is of a head that a task adds to the model, such as AutoModelForSequenceClassification,
-    so that no causal model's checkpoint has it."""
+    """Whether the Linear or tensor `name` is of a head that a task adds to the model, such as
+    AutoModelForSequenceClassification, so that no causal model's checkpoint has it."""
     return (
         model.base_model is not model and not name.startswith(model.base_model_prefix) and not embedding_names(model)[1]
     )
