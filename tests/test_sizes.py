@@ -10,6 +10,7 @@ import torch
 import bpdq_quantizer
 from bpdq_quantizer import InputError, requantize
 from bpdq_quantizer.cli import main
+from bpdq_quantizer.model import support
 from bpdq_quantizer.model.windows import Window, as_tensors, from_tensors
 from bpdq_quantizer.passes import sensitivity
 from bpdq_quantizer.run import prepare, statistics, steps
@@ -121,6 +122,31 @@ def test_what_the_model_wrote_is_kept(first, tmp_path, requantize_alone):
     expected = quantize(first, tmp_path / "start", calibration="self", bits=3)
     assert same(tmp_path / "other", tmp_path / "start")
     assert report["options"] == expected["options"]
+
+
+def test_what_a_run_decides_itself_is_not_given_for_the_next(tmp_path, text, monkeypatch):
+    monkeypatch.setattr(support, "SMALLEST_TABLE", 0)
+    tiny_model(tmp_path / "model", hidden=64, ffn=96, dtype=torch.bfloat16, tie_word_embeddings=True)
+    shutil.copy(text, tmp_path / "text.txt")
+    assert quantize(tmp_path, tmp_path / "first", keep_statistics=tmp_path / "kept")["options"]["embed_bits"] == 4
+    report = requantize(tmp_path / "kept", tmp_path / "other", head_bits=3)
+    assert {layer["bits"] for layer in report["layers"] if "embed" in layer["name"]} == {3}
+    quantize(tmp_path, tmp_path / "start", head_bits=3)
+    assert same(tmp_path / "other", tmp_path / "start")
+
+
+def test_tokens_for_gradients_are_a_share_of_the_text_that_there_is(first, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("bpdq_quantizer.model.windows.FEWEST_TOKENS", 32)
+    (words := tmp_path / "text.txt").write_text((first / "text.txt").read_text()[:2000])
+    given = {"calibration": str(words), "samples": 999, "iterations": 1}
+    report = quantize(first, tmp_path / "out", keep_statistics=tmp_path / "kept", **given)
+    assert "holds" in capsys.readouterr().out
+    assert report["options"]["output_tokens"] == report["calibration_tokens"] // 4 > 32
+    again = requantize(tmp_path / "kept", tmp_path / "again")
+    assert again["options"] == report["options"]
+    assert same(tmp_path / "out", tmp_path / "again")
+    quantize(first, tmp_path / "fewer", **given | {"samples": report["calibration_tokens"] // 32})
+    assert same(tmp_path / "out", tmp_path / "fewer")
 
 
 def test_a_stopped_size_goes_on(kept, tmp_path, requantize_alone, stops_after_a_block):
