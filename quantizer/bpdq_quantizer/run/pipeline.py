@@ -187,7 +187,7 @@ def head_states(run: Run, read: Callable[[int], nn.Module]) -> Batches:
     """What the LM head reads in the model with quantized blocks, tuned ones if they are. `read(i)` gives block i."""
     source, solving, offload = run.source, run.windows.solving, run.folder.offload
     if run.options.tuning.tune == "model":
-        states = last_batches(source, solving, run.device, offload, read, "running the tuned model")
+        states = last_batches(source, solving, run.device, offload, read, "the tuned model", check=True)
     else:
         states = load_progress(run.folder.path, offload).states.quantized
     return head_inputs(source.model, source.blocks, states)
