@@ -55,13 +55,19 @@ def stage_bytes(stage: Stage) -> dict[Scheme, int]:
 
 
 def allocate(stages: Sequence[Stage], budget: int) -> list[Scheme]:
-    """The scheme of every stage, of at most `budget` bytes together; raises InputError if that is too little."""
+    """The scheme of every stage, of at most `budget` bytes together; raises InputError if that is too little, and
+    for costs that say nothing."""
     for stage in stages:
         if not all(map(isfinite, stage.costs.values())):
             raise InputError(
                 f"{stage.names[0]}: what its errors cost is NaN or infinite: check the model and its dtype, or leave "
                 "out --target-bpw / --target-size"
             )
+    if not any(any(stage.costs.values()) for stage in stages):
+        raise InputError(
+            f"{stages[0].names[0]}: what its errors cost is 0, as of all others: bring other text (--calibration), or "
+            "leave out --target-bpw / --target-size"
+        )
     sizes = [stage_bytes(stage) for stage in stages]
     ladders = [hull(stage.costs, size) for stage, size in zip(stages, sizes, strict=True)]
     chosen = [ladder[0] for ladder in ladders]

@@ -134,7 +134,9 @@ class Text:
         metavar="TEXT",
     )
     samples: int = option(128, "calibration windows")
-    seq_len: int = option(2048, "tokens per window")
+    seq_len: int = option(
+        2048, "tokens per window", within=(2, 2**31 - 1), expected="2 or more, of which the first is not predicted"
+    )
     special_tokens: str = option(
         "auto",
         "windows begin with what the tokenizer puts before a text, or with the text",

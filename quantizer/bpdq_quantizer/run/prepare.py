@@ -103,7 +103,9 @@ def prepare(o: Options, folder: RunFolder, kept: list[Window] | None = None) -> 
             heads = {}
     o = with_table(o, source.model)
     embeddings = embedding_schemes(source.model, o.schemes.embed_bits, o.schemes.head_bits, o.schemes.scheme())
-    budget = _budget(source, embeddings, writer.stored_bytes(heads), o.schemes)
+    copied = writer.stored_bytes(heads)
+    scales = kv_scales.BLOCK_BYTES * len(source.blocks) if o.schemes.kv_cache_scales else 0
+    budget = _budget(source, embeddings, copied + scales, o.schemes)
     if o.schemes.kv_cache_scales:
         kv_scales.check(source, found, device)
     carry_over(model, source.model, tokenizer, folder.path / writer.CARRIED)
@@ -204,9 +206,9 @@ def _parted(o: Options, read: list[Window]) -> tuple[list[Window], list[Window]]
     return found, spare
 
 
-def _budget(source: Streamed, embeddings: Mapping[str, Scheme], copied: int, o: Schemes) -> int | None:
-    """Bytes for the blocks' Linears, if a target says so, beside `copied` ones; raises InputError if no scheme is as
-    small."""
+def _budget(source: Streamed, embeddings: Mapping[str, Scheme], added: int, o: Schemes) -> int | None:
+    """Bytes for the blocks' Linears, if a target says so; added: those of a checkpoint that are not of the model's
+    tensors. Raises InputError if no scheme is as small."""
     scheme = o.scheme()
     least = least_bytes(source, choices(scheme.coefficient_bits, scheme.code))
     if o.target_bpw is not None:
@@ -214,7 +216,7 @@ def _budget(source: Streamed, embeddings: Mapping[str, Scheme], copied: int, o: 
         budget = int(o.target_bpw * weights / 8)
         asked, smallest = f"--target-bpw {o.target_bpw}", ceil(8e4 * (least + 1) / weights) / 1e4
     elif o.target_size is not None:
-        beside = other_bytes(source, embeddings) + copied
+        beside = other_bytes(source, embeddings) + added
         budget = parse_size(o.target_size) - beside
         asked, smallest = f"--target-size {o.target_size}", f"{beside + least} bytes"
     else:

@@ -93,8 +93,8 @@ def _check_together(o: Options) -> None:
     except ValueError as e:
         options = "--bits / --embed-bits / --head-bits / --group-size / --coefficient-bits / --code"
         raise InputError(f"{options}: {e}") from None
-    if min(o.text.samples, o.text.seq_len, o.method.iterations) < 1 or tuning.tune_steps == 0:
-        raise InputError("--samples, --seq-len, --iterations and --tune-steps must be at least 1")
+    if min(o.text.samples, o.method.iterations) < 1 or tuning.tune_steps == 0:
+        raise InputError("--samples, --iterations and --tune-steps must be at least 1")
     if s.target_bpw is not None and s.target_size is not None:
         raise InputError("--target-bpw and --target-size: give one of them")
     if o.publishing.push_to_hub is None and (o.publishing.private or o.publishing.force):
