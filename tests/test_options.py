@@ -11,7 +11,7 @@ import pytest
 from hypothesis import strategies as st
 
 import bpdq_quantizer
-from bpdq_kernels.format import Scheme
+from bpdq_kernels.format import TRELLIS, Scheme
 from bpdq_quantizer import cli
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.fit import plan
@@ -259,3 +259,8 @@ def test_bits_that_have_no_trellis_are_refused_whatever_the_tables_have(tables):
     with pytest.raises(InputError, match=r"--bits .* / --code: bits = 4 with a trellis is not supported: use 1 to 3"):
         resolved(**GIVEN, bits=4, code="trellis", **tables)
     assert resolved(**GIVEN, bits=3, code="trellis", embed_bits=4).schemes.scheme().planes == 4
+
+
+@pytest.mark.parametrize("target", [{"target_bpw": 4.4}, {"target_size": "1MB"}])
+def test_bits_that_a_target_does_not_use_do_not_matter(target):
+    assert resolved(**GIVEN, bits=4, code="trellis", **target).schemes.scheme() == Scheme(1, 64, 8, TRELLIS)

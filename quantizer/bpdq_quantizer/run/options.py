@@ -114,8 +114,9 @@ class Schemes:
     )
 
     def scheme(self) -> Scheme:
-        """The one that they say for Linears."""
-        return Scheme(self.bits, self.group_size, self.coefficient_bits, CODE_OPTIONS[self.code])
+        """The one that they say for Linears; with a target, which does not use `bits`, of any number of them."""
+        bits = self.bits if (self.target_bpw, self.target_size) == (None, None) else 1
+        return Scheme(bits, self.group_size, self.coefficient_bits, CODE_OPTIONS[self.code])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,8 +203,9 @@ class Method:
     )
     seed: int = option(
         0,
-        "of self, data sets, tuning and rotation",
-        "of text that a model writes, of the order of data sets, tuning and rotation",
+        "of self, data sets, gradients, tuning and rotation",
+        "of text that a model writes, of the order of data sets, of what the model predicts where gradients are taken "
+        "(`--output-tokens`), of tuning and rotation",
         within=(0, 2**63 - 1),
     )
 
