@@ -5,7 +5,7 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from bpdq_kernels.format import CODE_OPTIONS, Scheme
+from bpdq_kernels.format import CODE_OPTIONS, MAX_PLANES, Scheme
 from bpdq_quantizer.algorithm.grid import paper_start
 from bpdq_quantizer.model.calibration import shown_name
 from bpdq_quantizer.model.support import FLOATS, TABLE_BITS
@@ -48,7 +48,7 @@ class Files:
 class Schemes:
     """what is stored in how many bits"""
 
-    bits: int = option(2, "bit-planes per weight, 1 to 4")
+    bits: int = option(2, "bit-planes per weight, 1 to 4", within=(1, MAX_PLANES))
     group_size: int | None = option(
         None,
         "32, 64, 128 or 256",
