@@ -3,11 +3,13 @@
 import os
 import shutil
 import threading
+from math import nan
 
 import pytest
 import torch
 
 import bpdq_quantizer
+from bpdq_kernels.format import Scheme
 from bpdq_quantizer import InputError, requantize
 from bpdq_quantizer.cli import main
 from bpdq_quantizer.model import support
@@ -221,6 +223,13 @@ def test_a_folder_of_something_else_is_refused(first, tmp_path, make):
     with pytest.raises(InputError, match=r"kept.*: name a(nother)? folder"):
         quantize(first, tmp_path / "out", keep_statistics=tmp_path / "kept")
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+def test_sensitivities_that_say_nothing_are_not_kept(first, tmp_path, monkeypatch):
+    monkeypatch.setattr(sensitivity, "with_costs", lambda *_: sensitivity.Stage(["a"], [(8, 8)], {Scheme(2, 32): nan}))
+    with pytest.raises(InputError, match="a: what its errors cost is NaN or infinite: check the model and its dtype"):
+        quantize(first, tmp_path / "out", target_bpw=2.6, output_tokens=64, keep_statistics=tmp_path / "kept")
+    assert not (tmp_path / "kept" / "sensitivities.json").exists()
 
 
 def test_a_folder_that_is_not_there_holds_no_statistics(tmp_path, capsys):
