@@ -126,6 +126,7 @@ CONFIGS = {
         other_config({"model_type": "bert", **BERT}),
         "is an encoder, whose attention sees later tokens, as its config.json does not set is_decoder: choose a dense",
     ),
+    "architectures": (config(architectures=2), "its config.json says architectures = 2, which is no list of names: d"),
     "no heads": (config(num_attention_heads=0), "integer modulo by zero"),
     "a size that is no number": (config(hidden_size="big"), "'hidden_size' expected int, got str"),
 }
