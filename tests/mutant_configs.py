@@ -79,7 +79,7 @@ CONFIG = {
     "model_type": ["", "nonsense", "llama", "gpt2", "t5", "mixtral", "qwen3", None, 5, ["qwen2"]],
     "tie_word_embeddings": [True],
     "hidden_act": ["nonsense", None, 5],
-    "architectures": [["LlamaForCausalLM"], ["BertForMaskedLM"], [5], "x"],
+    "architectures": [["LlamaForCausalLM"], ["BertForMaskedLM"], [5], "x", 2],
     "rms_norm_eps": ["x", [1], -1, 1e30, float("nan")],
     "rope_parameters": ["x", {"rope_type": "nonsense"}, 5, {"rope_theta": 0}, {"rope_theta": -1.0}],
     "layer_types": [["nonsense"], ["full_attention"] * 2, 7],

@@ -21,8 +21,8 @@ from bpdq_quantizer.checkpoint.picture import draw
 from bpdq_quantizer.cli import main
 from bpdq_quantizer.model.stream import open_model
 from bpdq_quantizer.model.windows import text_windows
-from bpdq_quantizer.passes import sensitivity
-from bpdq_quantizer.passes.allocate import allocate, hull, parse_size, stage_bytes
+from bpdq_quantizer.passes import kv_scales, sensitivity
+from bpdq_quantizer.passes.allocate import allocate, check_costs, hull, parse_size, stage_bytes
 from bpdq_quantizer.passes.sensitivity import Stage, choices, gradient_energies, sensitivities
 from bpdq_quantizer.run import steps
 from tiny import TEXT, load_tensors, tiny_model
@@ -95,7 +95,15 @@ def test_a_budget_below_the_smallest_schemes_is_refused():
 def test_costs_that_are_no_numbers_are_named(value):
     stages = [Stage(["a"], [(128, 128)], dict.fromkeys(SOME, value))]
     with pytest.raises(bpdq_quantizer.InputError, match="a: what its errors cost is NaN or infinite: check the model"):
-        allocate(stages, 1 << 20)
+        check_costs(stages)
+
+
+def test_costs_that_are_zero_everywhere_are_named():
+    stages = [Stage([name], [(128, 128)], dict.fromkeys(SOME, 0.0)) for name in "ab"]
+    with pytest.raises(bpdq_quantizer.InputError, match="a: what its errors cost is 0, as of all others: bring other"):
+        check_costs(stages)
+    stages[1] = Stage(["b"], [(128, 128)], dict(zip(SOME, (5, 4, 3, 2, 1), strict=True)))
+    check_costs(stages)
 
 
 def test_sizes_are_read_with_their_units():
@@ -257,6 +265,17 @@ def test_a_checkpoint_lands_under_its_target_size(folder, tmp_path):
     size = found["quantized_bytes"] + found["other_bytes"]
     assert size == sum(t.nbytes for t in load_tensors(tmp_path / "out").values())
     assert 0.97 * 300_000 < size <= 300_000
+
+
+def test_scales_of_the_kv_cache_are_within_the_target_size(folder, tmp_path):
+    with pytest.raises(bpdq_quantizer.InputError) as refusal:
+        quantize(folder, tmp_path / "out", target_size="50KB", kv_cache_scales=True)
+    least = int(re.search(r"take (\d+) bytes", str(refusal.value))[1])
+    quantize(folder, tmp_path / "out", target_size=str(least), kv_cache_scales=True)
+    tensors = load_tensors(tmp_path / "out")
+    scales = [tensor for name, tensor in tensors.items() if name.endswith("_scale")]
+    assert sum(tensor.nbytes for tensor in scales) == kv_scales.BLOCK_BYTES * 3
+    assert sum(tensor.nbytes for tensor in tensors.values()) == least
 
 
 def test_a_run_stopped_after_the_allocation_does_not_decide_again(folder, mixed, tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ from bpdq_quantizer.evaluation.compare import summary, token_scores
 from bpdq_quantizer.evaluation.logits import opened
 from bpdq_quantizer.model.calibration import file_windows, text_name
 from bpdq_quantizer.model.tokens import load_tokenizer
-from bpdq_quantizer.run.options import resolved
+from bpdq_quantizer.run.resolved import command, resolved
 from gguf_files import gguf_file
 from mixtures import EXPERTS
 from tiny import TEXT, load_tensors, tiny_model
@@ -282,11 +282,11 @@ def test_texts_have_names_without_paths():
 
 def test_a_command_has_what_differs_from_the_defaults():
     o = resolved(model="a/b", output="/x/out", solver="paper", tune="model", samples=9, calibration="hf:a/b", seed=3)
-    words = "bpdq quantize a/b --calibration hf:a/b --seed 3 --solver paper --samples 9 --tune model --output out"
-    assert o.command("a/b") == words
+    words = "bpdq quantize a/b --calibration hf:a/b --samples 9 --solver paper --seed 3 --tune model --output out"
+    assert command(o, "a/b") == words
     o = resolved(model="/x/a", output="out", kv_cache_scales=True, ignore=["x", "y"])
     words = "bpdq quantize a/b --calibration self --ignore x --ignore y --kv-cache-scales --output out"
-    assert o.command("a/b") == words
+    assert command(o, "a/b") == words
     for text, shown in (("self:/x/small", "self:small"), ("self:a/b", "self:a/b"), ("/x/t.txt", "t.txt")):
         o = resolved(model="/x/a", output="out", calibration=text)
-        assert o.command("a/b") == f"bpdq quantize a/b --calibration {shown} --output out"
+        assert command(o, "a/b") == f"bpdq quantize a/b --calibration {shown} --output out"

@@ -163,7 +163,7 @@ def test_fewer_windows_than_asked_are_used_and_said(folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--bits", "5"], "bits = 5 bit-planes are not supported: use 1 to 4"),
+        (["--bits", "5", "--target-bpw", "3"], "--bits 5: expected 1 to 4"),
         (["--group-size", "48"], "group_size = 48 is not supported"),
         (["--embed-bits", "5"], "bits = 5 bit-planes are not supported: use 1 to 4"),
         (["--head-bits", "0"], "bits = 0 bit-planes are not supported: use 1 to 4"),

@@ -20,7 +20,7 @@ from bpdq_kernels import patterns
 from bpdq_kernels.errors import InputError
 from bpdq_kernels.folder import SCALE_RANGE, Entry, check_values, read_folder, read_headers
 from bpdq_kernels.format import Format, Scheme, is_finite
-from bpdq_kernels.skeleton import build, check_stored
+from bpdq_kernels.skeleton import build, check_config, check_stored
 from mutant_configs import PATTERNS
 from tiny import bpdq_checkpoint, tiny_model
 from vllm_bpdq.checkpoint import check_folder
@@ -149,6 +149,14 @@ def test_layers_in_8_bits_too_are_checked_of_architectures_that_transformers_lac
     ):
         with pytest.raises(InputError, match=message):
             unknown(narrow, tmp_path / str(i), change)
+
+
+@pytest.mark.parametrize("value", [2, "LlamaForCausalLM", {"a": 1}])
+def test_architectures_that_are_no_list_are_named(sound, value):
+    config = AutoConfig.from_pretrained(sound)
+    config.architectures = value
+    with pytest.raises(InputError, match=r"config\.json: architectures = .* is no list of names: download or quantize"):
+        check_config(config, read_headers(sorted(sound.glob("*.safetensors"))))
 
 
 def test_another_class_than_transformers_builds_is_an_architecture_that_is_not_known(sound, tmp_path, caplog):

@@ -2,18 +2,22 @@
 
 import inspect
 import os
+import shlex
 from dataclasses import MISSING, fields
 from pathlib import Path
 
+import hypothesis
 import pytest
+from hypothesis import strategies as st
 
 import bpdq_quantizer
-from bpdq_kernels.format import Scheme
+from bpdq_kernels.format import TRELLIS, Scheme
 from bpdq_quantizer import cli
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.fit import plan
 from bpdq_quantizer.run.fields import flag
-from bpdq_quantizer.run.options import FIELDS, PARTS, Text, resolved
+from bpdq_quantizer.run.options import FIELDS, PARTS, Text
+from bpdq_quantizer.run.resolved import SILENT, command, default_output_tokens, resolved
 from scripts.option_table import PAGE, updated
 
 GIVEN = {"model": "m", "output": "o"}
@@ -37,17 +41,43 @@ OTHERS = {  # than the defaults
     **{"push_to_hub": "me/m", "private": True, "force": True},
     "target_bpw": 2.5,
 }
+TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1)
+DRAWN = {  # some values of options that don't need another one, None among them: it is not given
+    **{"bits": st.integers(1, 4) | st.none(), "group_size": st.sampled_from([None, 32, 64, 128, 256])},
+    **{"coefficient_bits": st.sampled_from([None, 8, 16]), "code": st.sampled_from([None, "plain", "trellis"])},
+    **{"embed_bits": st.sampled_from([None, 1, 4, 16]), "head_bits": st.sampled_from([None, 2, 3, 16])},
+    "target_bpw": st.none() | st.floats(1, 16),
+    "ignore": st.none() | st.lists(TEXTS, max_size=2),
+    "kv_cache_scales": st.booleans(),
+    "samples": st.sampled_from([None, 2, 64, 128, 130]),
+    "seq_len": st.sampled_from([None, 2, 512, 2048]),
+    "special_tokens": st.sampled_from([None, "none"]),
+    "evaluate": st.sampled_from([None, 0, 8]),
+    "iterations": st.sampled_from([None, 1]),
+    "solver": st.sampled_from([None, "refined", "paper"]),
+    "asymmetric": st.none() | st.floats(0, 1),
+    "output_tokens": st.sampled_from([None, 0, 4096, 8192, 16384]),
+    "rotate": st.sampled_from([None, "hadamard"]),
+    "seed": st.none() | st.integers(0, 2**63 - 1),
+    "offload_dir": st.sampled_from([None, "/x/states"]),
+}
+OF_TUNING = {
+    "tune_steps": st.sampled_from([None, 1, 200]),
+    "tune_samples": st.sampled_from([None, 2, 64, 128]),
+    "tune_loss": st.sampled_from(["kl", "mix"]),
+}
 UNSEEN = ("output", "resume", "keep_statistics", "push_to_hub", "private", "force")  # by what is written
 
 
 def test_defaults_follow_the_options_they_depend_on():
     found = resolved(**GIVEN, solver="paper", tune="model", samples=9)
     assert (found.method.asymmetric, found.tuning.tune_steps, found.tuning.tune_samples) == (0.0, 200, 9)
-    assert (found.schemes.coefficient_bits, found.method.output_tokens) == (16, 0)
-    assert resolved(**GIVEN).method.output_tokens == 16384
-    for samples, tokens in ((2, 4096), (32, 4096), (48, 6144), (64, 8192), (999, 16384)):
-        assert resolved(**GIVEN, samples=samples, seq_len=512).method.output_tokens == tokens
+    assert found.schemes.coefficient_bits == 16
+    for windows, tokens in ((2, 4096), (32, 4096), (48, 6144), (64, 8192), (999, 16384)):
+        assert default_output_tokens("refined", windows * 512) == tokens
+    assert default_output_tokens("paper", 999 * 512) == 0
     assert resolved(**GIVEN, output_tokens=0).method.output_tokens == 0
+    assert resolved(**GIVEN, ignore=[]).schemes.ignore is None
     assert resolved(**GIVEN).method.asymmetric == 0.5
     assert resolved(**GIVEN).schemes.coefficient_bits == 8
     for windows, given in ((8, {}), (0, {"samples": 127}), (0, {"offload_dir": "s"}), (3, {"evaluate": 3})):
@@ -59,6 +89,14 @@ def test_the_default_of_either_width_takes_as_many_bytes(bits):
     schemes = [resolved(**GIVEN, bits=bits, coefficient_bits=width).schemes for width in (8, 16)]
     eight, sixteen = (Scheme(s.bits, s.group_size, s.coefficient_bits) for s in schemes)
     assert eight.bits_per_weight == sixteen.bits_per_weight
+
+
+@pytest.mark.parametrize("option", ["tune_steps", "tune_samples", "tune_loss"])
+def test_options_of_tuning_need_it(option):
+    value = OTHERS[option]
+    with pytest.raises(InputError, match=f"{flag(FIELDS[option])} {value} needs --tune model"):
+        resolved(**GIVEN, **{option: value})
+    assert resolved(**GIVEN, tune="model", **{option: value}).by_name()[option] == value
 
 
 def test_paths_become_strings():
@@ -87,8 +125,10 @@ def test_a_path_of_bytes_becomes_a_string(tmp_path):
         ("samples", 1.5, "--samples 1.5: expected a whole number"),
         ("samples", True, "--samples True: expected a whole number"),
         ("seed", 10**20, "--seed 100000000000000000000: expected 0 to 9223372036854775807"),
-        ("seq_len", -1, "--seq-len -1: expected 0 to"),
-        ("seq_len", 0, "must be at least 1"),
+        ("seq_len", -1, "--seq-len -1: expected 2 or more"),
+        ("seq_len", 1, "--seq-len 1: expected 2 or more, of which the first is not predicted"),
+        ("samples", -1, "--samples -1: expected 0 to"),
+        ("samples", 0, "must be at least 1"),
         ("asymmetric", "much", "--asymmetric much: expected a number"),
         ("asymmetric", float("nan"), "--asymmetric nan: expected 0 .off. to 1"),
         ("target_bpw", float("inf"), "--target-bpw inf: expected bits per weight"),
@@ -158,6 +198,39 @@ def test_what_the_command_line_says_is_what_python_means(from_command_line, left
     assert found.by_name() == {name: value for name, value in given.items() if name not in UNSEEN} | {left_out: None}
 
 
+@hypothesis.settings(deadline=None)  # on a busy machine
+@hypothesis.given(st.data())
+def test_the_cards_command_means_the_same_options(data):
+    given = GIVEN | {name: value for name, values in DRAWN.items() if (value := data.draw(values, name)) is not None}
+    if data.draw(st.booleans(), "tuned"):
+        given |= {"tune": "model"} | {name: data.draw(values, name) for name, values in OF_TUNING.items()}
+    try:
+        o = resolved(**given)
+    except InputError:  # a trellis of four planes
+        hypothesis.assume(False)
+    words = shlex.split(command(o, "m"))[1:]
+    parsed = {name: value for name, value in vars(cli._parser().parse_args(words)).items() if name in FIELDS}
+    for found, asked in zip(resolved(**parsed).by_name().items(), o.by_name().items(), strict=True):
+        assert found == asked or asked[0] in SILENT
+
+
+@pytest.mark.parametrize(
+    ("options", "shown"),
+    [
+        ({"coefficient_bits": 16, "group_size": 64}, "--group-size 64 --coefficient-bits 16"),
+        ({"coefficient_bits": 16, "group_size": 128}, "--coefficient-bits 16"),
+        ({"solver": "paper", "coefficient_bits": 8, "group_size": 128}, "--group-size 128 --coefficient-bits 8"),
+        ({"output_tokens": 16384}, "--output-tokens 16384"),
+        ({"tune": "model", "tune_steps": 200, "samples": 128, "tune_samples": 128}, "--tune model"),
+        ({"ignore": ["-x"]}, "--ignore=-x"),
+    ],
+)
+def test_a_command_is_short(options, shown):
+    solver = " --solver paper" if "solver" in options else ""
+    o = resolved(**GIVEN, calibration="t.txt", **options)
+    assert command(o, "m") == f"bpdq quantize m --calibration t.txt {shown}{solver} --output o"
+
+
 def test_python_shows_the_options():
     parameters = inspect.signature(bpdq_quantizer.quantize).parameters
     assert list(parameters) == list(FIELDS)
@@ -186,3 +259,8 @@ def test_bits_that_have_no_trellis_are_refused_whatever_the_tables_have(tables):
     with pytest.raises(InputError, match=r"--bits .* / --code: bits = 4 with a trellis is not supported: use 1 to 3"):
         resolved(**GIVEN, bits=4, code="trellis", **tables)
     assert resolved(**GIVEN, bits=3, code="trellis", embed_bits=4).schemes.scheme().planes == 4
+
+
+@pytest.mark.parametrize("target", [{"target_bpw": 4.4}, {"target_size": "1MB"}])
+def test_bits_that_a_target_does_not_use_do_not_matter(target):
+    assert resolved(**GIVEN, bits=4, code="trellis", **target).schemes.scheme() == Scheme(1, 64, 8, TRELLIS)

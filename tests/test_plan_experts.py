@@ -9,18 +9,23 @@ import json
 from math import inf
 
 import pytest
+import torch
 from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import bpdq_quantizer
+from architectures import auto_class, model_folder
 from bpdq_kernels.format import Scheme
 from bpdq_quantizer.cli import main
 from bpdq_quantizer.fit import hours
 from bpdq_quantizer.fit.memory import expert_input_bytes, experts_at_once, quantize_device_bytes, quantize_host_bytes
 from bpdq_quantizer.fit.parts import Model, read_model
 from bpdq_quantizer.fit.plan import plan
+from mixtures import EXPERTS as EACH
 from mixtures import MIXTURES
 from test_plan import refusal
 from test_plan_models import CONFIGS, docs_row
+from tiny import load_tensors, tiny_tokenizer
 
 QWEN3_30B, QWEN3_NEXT = (str(CONFIGS / f"{name}.json") for name in ("qwen3-30b-a3b", "qwen3-next-80b-a3b"))
 HIDDEN, INNER, EXPERTS, CHOSEN, LAYERS, VOCABULARY = 2048, 768, 128, 8, 48, 151936
@@ -102,6 +107,18 @@ def test_experts_of_every_family_are_counted_one_by_one(tmp_path, kind):
     sizes = [t.numel() for name, t in model.state_dict().items() if name not in model.all_tied_weights_keys]
     assert weights([*m.linears, m.embedding, m.head or (0, 0)]) + m.others == sum(sizes)
     assert {(mixture.count, mixture.chosen, len(mixture.linears)) for mixture in m.mixtures} == {(8, 2, 3)}
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v3", "hunyuan_v1_moe", "qwen3_moe"])
+def test_bytes_are_those_that_quantize_writes(tmp_path, text, kind):
+    """Also where a model of 16 bits has something in fp32."""
+    model = auto_class(kind).from_pretrained(model_folder(tmp_path / "fp32", f"{kind}{EACH}"), dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    small = {"calibration": text, "samples": 2, "seq_len": 32, "iterations": 1, "solver": "paper"}
+    bpdq_quantizer.quantize(tmp_path / "model", tmp_path / "out", coefficient_bits=8, group_size=64, **small)
+    written = sum(tensor.nbytes for tensor in load_tensors(tmp_path / "out").values())
+    assert plan(str(tmp_path / "model"), group_size=64, context=64)["checkpoint_bytes"] == written
 
 
 def test_experts_that_stay_in_16_bits_are_read_by_the_tokens_that_choose_them(tmp_path):

@@ -3,13 +3,16 @@
 import os
 import shutil
 import threading
+from math import nan
 
 import pytest
 import torch
 
 import bpdq_quantizer
+from bpdq_kernels.format import Scheme
 from bpdq_quantizer import InputError, requantize
 from bpdq_quantizer.cli import main
+from bpdq_quantizer.model import support
 from bpdq_quantizer.model.windows import Window, as_tensors, from_tensors
 from bpdq_quantizer.passes import sensitivity
 from bpdq_quantizer.run import prepare, statistics, steps
@@ -123,6 +126,31 @@ def test_what_the_model_wrote_is_kept(first, tmp_path, requantize_alone):
     assert report["options"] == expected["options"]
 
 
+def test_what_a_run_decides_itself_is_not_given_for_the_next(tmp_path, text, monkeypatch):
+    monkeypatch.setattr(support, "SMALLEST_TABLE", 0)
+    tiny_model(tmp_path / "model", hidden=64, ffn=96, dtype=torch.bfloat16, tie_word_embeddings=True)
+    shutil.copy(text, tmp_path / "text.txt")
+    assert quantize(tmp_path, tmp_path / "first", keep_statistics=tmp_path / "kept")["options"]["embed_bits"] == 4
+    report = requantize(tmp_path / "kept", tmp_path / "other", head_bits=3)
+    assert {layer["bits"] for layer in report["layers"] if "embed" in layer["name"]} == {3}
+    quantize(tmp_path, tmp_path / "start", head_bits=3)
+    assert same(tmp_path / "other", tmp_path / "start")
+
+
+def test_tokens_for_gradients_are_a_share_of_the_text_that_there_is(first, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("bpdq_quantizer.model.windows.FEWEST_TOKENS", 32)
+    (words := tmp_path / "text.txt").write_text((first / "text.txt").read_text()[:2000])
+    given = {"calibration": str(words), "samples": 999, "iterations": 1}
+    report = quantize(first, tmp_path / "out", keep_statistics=tmp_path / "kept", **given)
+    assert "holds" in capsys.readouterr().out
+    assert report["options"]["output_tokens"] == report["calibration_tokens"] // 4 > 32
+    again = requantize(tmp_path / "kept", tmp_path / "again")
+    assert again["options"] == report["options"]
+    assert same(tmp_path / "out", tmp_path / "again")
+    quantize(first, tmp_path / "fewer", **given | {"samples": report["calibration_tokens"] // 32})
+    assert same(tmp_path / "out", tmp_path / "fewer")
+
+
 def test_a_stopped_size_goes_on(kept, tmp_path, requantize_alone, stops_after_a_block):
     requantize_alone(kept, tmp_path / "whole", target_bpw=3.3)
     with stops_after_a_block():
@@ -195,6 +223,13 @@ def test_a_folder_of_something_else_is_refused(first, tmp_path, make):
     with pytest.raises(InputError, match=r"kept.*: name a(nother)? folder"):
         quantize(first, tmp_path / "out", keep_statistics=tmp_path / "kept")
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+def test_sensitivities_that_say_nothing_are_not_kept(first, tmp_path, monkeypatch):
+    monkeypatch.setattr(sensitivity, "with_costs", lambda *_: sensitivity.Stage(["a"], [(8, 8)], {Scheme(2, 32): nan}))
+    with pytest.raises(InputError, match="a: what its errors cost is NaN or infinite: check the model and its dtype"):
+        quantize(first, tmp_path / "out", target_bpw=2.6, output_tokens=64, keep_statistics=tmp_path / "kept")
+    assert not (tmp_path / "kept" / "sensitivities.json").exists()
 
 
 def test_a_folder_that_is_not_there_holds_no_statistics(tmp_path, capsys):

@@ -143,6 +143,7 @@ CONFIGS = {
         config(architectures=["LlamaForSequenceClassification"]),
         ": LlamaForSequenceClassification ends in the head of a task, which would be lost, not in an LM head: start",
     ),
+    "architectures": (config(architectures=2), "its config.json says architectures = 2, which is no list of names: d"),
     "no heads": (config(num_attention_heads=0), "integer modulo by zero"),
     "a size that is no number": (config(hidden_size="big"), "'hidden_size' expected int, got str"),
 }

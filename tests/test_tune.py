@@ -1,6 +1,7 @@
 """Tuning the coefficients: its gradient, its loss, and that a stopped run goes on as if never stopped."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -221,6 +222,27 @@ def test_a_stopped_run_goes_on_as_if_never_stopped(folder, tmp_path, monkeypatch
     assert tensors[0] == tensors[1]
     assert not (tmp_path / "out.partial").exists()
     assert json.loads((tmp_path / "out" / "quantization_report.json").read_text())["tuning"] == resumed["tuning"]
+
+
+def test_tuning_that_diverges_keeps_the_best_before(folder, tmp_path, monkeypatch, capsys):
+    found, measure = [], tune.mean_kl
+
+    def diverges(*given):
+        found.append(measure(*given) if len(found) < 3 else math.nan)
+        return found[-1]
+
+    monkeypatch.setattr(tune, "mean_kl", diverges)
+    report = bpdq_quantizer.quantize(str(folder / "model"), tmp_path / "out", **quick(folder))
+    assert report["tuning"]["held_out_kl"] == found[:3]
+    assert report["tuning"]["best_evaluation"] == found[:3].index(min(found[:3]))
+    assert "tuning: the held-out KL is nan after 6 steps: the best before is kept" in capsys.readouterr().out
+
+
+def test_a_kl_that_is_no_number_is_not_tuned(folder, tokens, teacher, tmp_path):
+    given = {"steps": 4, "seed": 0, "state": tmp_path / "state.safetensors"}
+    message = "--tune model: the KL to the 16-bit model is nan in torch.float32: check the model"
+    with pytest.raises(bpdq_quantizer.InputError, match=message):
+        tune_model(student(folder), tokens, teacher * math.nan, **given)
 
 
 @pytest.mark.parametrize(

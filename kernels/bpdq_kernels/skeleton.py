@@ -55,6 +55,8 @@ def check_config(config: "PreTrainedConfig", stored: Headers) -> None:
 def _check_architecture(config: "PreTrainedConfig") -> None:
     import transformers
 
+    if not isinstance(config.architectures, list | None):
+        raise InputError(f"config.json: architectures = {config.architectures!r} is no list of names: {REMEDY}")
     auto = auto_class(config)
     built = None if auto is None else auto._model_mapping[type(config)].__name__
     for name in config.architectures or ():

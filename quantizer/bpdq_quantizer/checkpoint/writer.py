@@ -135,7 +135,7 @@ def finish(
         "weight_map": {name: file for file, names in tensors.items() for name in names},
     }
     for name, value in ((INDEX, index), (REPORT, report)):
-        _write(folder / name, json.dumps(value, indent=2) + "\n")
+        _write(folder / name, _json(name, value))
     names = [path.as_posix() for path in carried(folder / CARRIED)]
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -148,6 +148,14 @@ def finish(
     manifest.write_manifest(folder, tensors, {**others, "config.json": settings})
     check_only(folder, contents(folder, len(decoder), heads))
     save(folder / "config.json", partial(shutil.copyfile, settings))
+
+
+def _json(name: str, value: dict[str, Any]) -> str:
+    """The text of a JSON file; raises InputError for NaN and infinity, which JSON does not have."""
+    try:
+        return json.dumps(value, indent=2, allow_nan=False) + "\n"
+    except ValueError as e:
+        raise InputError(f"{name}: a figure is NaN or infinite ({e}): check the model and its dtype") from e
 
 
 def _write(file: Path, text: str) -> None:

@@ -44,7 +44,7 @@ def opened(model: str, windows: Tensor, device: torch.device, text: str) -> Iter
     if dtype != "auto":
         source.model.to(dtype)
     load = partial(_load, source, device, source.model.dtype)
-    with streamed(source, windows, device, load, f"running {model}") as logits:
+    with streamed(source, windows, device, load, model) as logits:
         yield logits
 
 
@@ -54,10 +54,10 @@ def _load(source: Streamed, device: torch.device, dtype: torch.dtype, index: int
 
 @contextmanager
 def streamed(
-    source: Streamed, windows: Tensor, device: torch.device, load: Callable[[int], nn.Module], label: str
+    source: Streamed, windows: Tensor, device: torch.device, load: Callable[[int], nn.Module], name: str
 ) -> Iterator[Logits]:
-    """The same of an open model whose block i `load(i)` gives (`last_batches`)."""
-    batches = last_batches(source, text_windows(windows), device, None, load, label)
+    """The same of an open model whose block i `load(i)` gives (`last_batches`); name: what it is called."""
+    batches = last_batches(source, text_windows(windows), device, None, load, name)
     states = [window for batch in batches for window in batch]
     with head_alone(source.model, source.blocks, device) as head:
         yield lambda i: (head(part[None])[0] for part in states[i].split(CHUNK))

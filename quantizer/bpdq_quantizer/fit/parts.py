@@ -1,11 +1,12 @@
 """The parts of a 16-bit model that the arithmetic of `plan` needs, from its config.json alone."""
 
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from bpdq_kernels.experts import Experts
@@ -65,15 +66,17 @@ class Tower(NamedTuple):
 
 class Model(NamedTuple):
     """What the arithmetic needs of a model. embedding and head: (vocabulary, hidden size), head None where it is tied;
-    others: elements of all other tensors of the text model; doubled: Linears that vLLM holds twice, as keys and as
-    values; mtp: elements of a head that predicts further tokens, which vLLM loads for speculative decoding only, and
-    whether there is one of unknown size; rotations: elements of vLLM's tables of rotations."""
+    others: elements of all other tensors of the text model; wide: of all tensors, those in fp32 where the model is in
+    16 bits; doubled: Linears that vLLM holds twice, as keys and as values; mtp: elements of a head that predicts
+    further tokens, which vLLM loads for speculative decoding only, and whether there is one of unknown size; rotations:
+    elements of vLLM's tables of rotations."""
 
     architecture: str
     blocks: list[Block]
     embedding: Shape
     head: Shape | None
     others: int
+    wide: int
     itemsize: int
     layers: Layers
     max_positions: int
@@ -136,6 +139,7 @@ def read_model(model: str, ignore: Sequence[str] = ()) -> Model:
         embedding=tuple(embedding.shape),
         head=None if head_is_tied else tuple(head.shape),
         others=sum(sizes.values()) - sum(beside.values()) - embeddings - linears,
+        wide=wide_elements(skeleton, prefix),
         itemsize=(config.dtype or text.dtype or torch.bfloat16).itemsize,  # GGUF files and some old configs don't say
         layers=layers,
         max_positions=text.max_position_embeddings,
@@ -145,6 +149,21 @@ def read_model(model: str, ignore: Sequence[str] = ()) -> Model:
         unknown_mtp=bool(value(text, "num_nextn_predict_layers")),
         rotations=rotations(text, layers),
     )
+
+
+def wide_elements(skeleton: PreTrainedModel, prefix: str) -> int:
+    """Of tensors in fp32 in a model of 16 bits, as its class says, or as transformers keeps them; what that keeps so in
+    fp16 alone is so around the blocks."""
+    if skeleton.dtype.itemsize != 2:
+        return 0
+    strict = skeleton._keep_in_fp32_modules_strict or ()
+    around = [*strict, *(skeleton._keep_in_fp32_modules or () if skeleton.dtype == torch.float16 else ())]
+
+    def is_wide(name: str, tensor: Tensor) -> bool:
+        patterns = strict if name.startswith(f"{prefix}.") else around
+        return tensor.dtype == torch.float32 or any(re.search(p.replace("*", ".*"), name) for p in patterns)
+
+    return sum(tensor.numel() for name, tensor in skeleton.state_dict().items() if is_wide(name, tensor))
 
 
 def quantized_parts(

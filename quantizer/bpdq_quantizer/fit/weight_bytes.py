@@ -34,8 +34,9 @@ class Weights(NamedTuple):
 
 
 def checkpoint_bytes(m: Model, settings: Settings) -> Weights:
-    """What `bpdq quantize` writes: planes and coefficients, everything else in the model's dtype."""
-    return _weights(m, settings, Scheme.stored_bytes, m.itemsize, lambda n: n, m.linears)
+    """What `bpdq quantize` writes: planes and coefficients, everything else as the model has it."""
+    weights = _weights(m, settings, Scheme.stored_bytes, m.itemsize, lambda n: n, m.linears)
+    return weights._replace(other=weights.other + (4 - m.itemsize) * m.wide)
 
 
 def card_bytes(m: Model, settings: Settings, active: bool = False) -> Weights:

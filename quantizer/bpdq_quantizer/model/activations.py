@@ -53,10 +53,13 @@ def kept_states(blocks: int) -> list[int]:
     return [*range(0, blocks, max(1, isqrt(blocks))), blocks]
 
 
-def run_batches(runs: Sequence[Run], batches: Batches) -> None:
-    """Turn each of `batches` into what its run makes of it, in host memory."""
+def run_batches(runs: Sequence[Run], batches: Batches, see: Callable[[Tensor], None] | None = None) -> None:
+    """Turn each of `batches` into what its run makes of it, in host memory; see: is shown that first."""
     for i, run in enumerate(runs):
-        batches[i] = to_host(run(batches[i]))
+        output = run(batches[i])
+        if see is not None:
+            see(output)
+        batches[i] = to_host(output)
 
 
 def find_stages(weights: Iterable[Weight], run: Run, hidden: Tensor) -> list[list[Weight]]:

@@ -58,6 +58,11 @@ def read_config(model: str) -> PreTrainedConfig:
         raise
     except Exception as e:  # a config's own checks raise all kinds
         raise InputError(f"{model}: can't be loaded as a causal language model, for its config.json: {e}") from e
+    if not isinstance(config.architectures, list | None):
+        raise InputError(
+            f"{model}: its config.json says architectures = {config.architectures!r}, which is no list of names: "
+            "download the model again"
+        )
     if auto_class(config) is None:
         architecture = (config.architectures or [type(config).__name__])[0]
         raise InputError(

@@ -54,14 +54,23 @@ def stage_bytes(stage: Stage) -> dict[Scheme, int]:
     return {scheme: sum(scheme.stored_bytes(*shape) for shape in stage.shapes) for scheme in stage.costs}
 
 
-def allocate(stages: Sequence[Stage], budget: int) -> list[Scheme]:
-    """The scheme of every stage, of at most `budget` bytes together; raises InputError if that is too little."""
+def check_costs(stages: Sequence[Stage]) -> None:
+    """Raise InputError for costs that say nothing: NaN or infinity, or zeros alone."""
     for stage in stages:
         if not all(map(isfinite, stage.costs.values())):
             raise InputError(
                 f"{stage.names[0]}: what its errors cost is NaN or infinite: check the model and its dtype, or leave "
                 "out --target-bpw / --target-size"
             )
+    if not any(any(stage.costs.values()) for stage in stages):
+        raise InputError(
+            f"{stages[0].names[0]}: what its errors cost is 0, as of all others: bring other text (--calibration), or "
+            "leave out --target-bpw / --target-size"
+        )
+
+
+def allocate(stages: Sequence[Stage], budget: int) -> list[Scheme]:
+    """The scheme of every stage, of at most `budget` bytes together; raises InputError if that is too little."""
     sizes = [stage_bytes(stage) for stage in stages]
     ladders = [hull(stage.costs, size) for stage, size in zip(stages, sizes, strict=True)]
     chosen = [ladder[0] for ladder in ladders]

@@ -41,7 +41,7 @@ from bpdq_quantizer.model.stream import Streamed, drop_block, load_block, trim_h
 from bpdq_quantizer.model.weights import Weight, hooked, weights_in
 from bpdq_quantizer.model.windows import Window, text_windows
 from bpdq_quantizer.passes.experts import in_two, layer_tokens, slices
-from bpdq_quantizer.passes.layers import LayerReport, check_finite, layer_report, solve_checked, stored
+from bpdq_quantizer.passes.layers import LayerReport, check_finite, check_output, layer_report, solve_checked, stored
 from bpdq_quantizer.passes.outputs import Outputs, token_weights
 from bpdq_quantizer.storage.offload import Batches
 
@@ -101,7 +101,8 @@ def quantize_blocks(
         known = {} if outputs is None else outputs(index)
         solver = StageSolver(schemes, solve, lengths, asymmetric, original, known)
         readers = [Reader(first, block, streams.get(first.name)) for first in firsts]
-        quantize_block(stages, readers, runs, batches, solver)
+        see = partial(check_output, source, index, "the quantized model")
+        quantize_block(stages, readers, runs, batches, solver, see)
         if original is not None:
             full = original.outputs()
             solver.original = original = None
@@ -236,10 +237,15 @@ class StageSolver:
 
 
 def quantize_block(
-    stages: list[list[Weight]], readers: list[Reader], runs: list[Run], batches: Batches, solver: StageSolver
+    stages: list[list[Weight]],
+    readers: list[Reader],
+    runs: list[Run],
+    batches: Batches,
+    solver: StageSolver,
+    see: Callable[[Tensor], None],
 ) -> None:
-    """Quantize one block in place, and turn its inputs `batches` into its outputs; readers: the first weight of each
-    stage.
+    """Quantize one block in place, and turn its inputs `batches` into its outputs, which `see` is shown; readers: the
+    first weight of each stage.
 
     Of a single batch each stage is solved while the pass waits in front of it.
     """
@@ -247,12 +253,12 @@ def quantize_block(
         solve = [partial(lambda stage, read: solver.quantize(stage, [read]), stage) for stage in stages]
         pairs = zip(readers, solve, strict=True)
         with hooked(hook for reader, see in pairs for hook in reader.on_read(see)):
-            run_batches(runs, batches)
+            run_batches(runs, batches, see)
     else:
         for stage, reader in zip(stages, readers, strict=True):
             inputs = (capture_one(reader, run, batches[i]) for i, run in enumerate(runs))
             solver.quantize(stage, inputs)
-        run_batches(runs, batches)
+        run_batches(runs, batches, see)
     solver.finish()
 
 
@@ -263,24 +269,27 @@ def last_batches(
     device: torch.device,
     offload: Path | None,
     load: Callable[[int], nn.Module],
-    label: str,
+    model: str,
+    *,
+    check: bool = False,
 ) -> Batches:
     """What the last block makes of windows, in batches [n, L, D] on the CPU, block by block.
 
-    `load(i)` gives block i with its tensors, which are dropped afterwards; offload: as for `quantize_blocks`; label: of
-    the progress bar.
+    `load(i)` gives block i with its tensors, which are dropped afterwards; offload: as for `quantize_blocks`; model:
+    what it is called; check: raise InputError for NaN and infinity.
     """
     hidden, calls = embed(source, windows, device, offload)
-    for index, here in enumerate(tqdm(calls, desc=label, unit="block")):
+    for index, here in enumerate(tqdm(calls, desc=f"running {model}", unit="block")):
         block = load(index).to(device)
-        run_batches(block_runs(block, here, device, len(hidden)), hidden)
+        see = partial(check_output, source, index, model) if check else None
+        run_batches(block_runs(block, here, device, len(hidden)), hidden, see)
         drop_block(block)
     return hidden
 
 
 def original_states(source: Streamed, tokens: Tensor, device: torch.device, offload: Path | None) -> Tensor:
-    """What the LM head of the 16-bit model reads for windows [W, L]: [W, L, D] on the CPU."""
+    """What the LM head of the 16-bit model reads for windows [W, L]: [W, L, D] on the CPU. Raises InputError for NaN
+    and infinity."""
     load = partial(load_block, source, device=device)
-    windows, label = text_windows(tokens), "running the 16-bit model"
-    hidden = last_batches(source, windows, device, offload, load, label)
+    hidden = last_batches(source, text_windows(tokens), device, offload, load, "the 16-bit model", check=True)
     return torch.cat(list(head_inputs(source.model, source.blocks, hidden)))

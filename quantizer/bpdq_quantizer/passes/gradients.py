@@ -7,15 +7,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import nll_loss, pad
 
-from bpdq_kernels.format import is_finite
-from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.activations import LOSS_ELEMENTS, embed, run_batches
 from bpdq_quantizer.model.calls import Call, block_inputs, block_runs, head_inputs
 from bpdq_quantizer.model.products import quick_products
 from bpdq_quantizer.model.stream import Streamed, drop_block, load_block, solved
 from bpdq_quantizer.model.weights import hooked
 from bpdq_quantizer.model.windows import Window, image_token
-from bpdq_quantizer.passes.layers import check_finite
+from bpdq_quantizer.passes.layers import check_output
 from bpdq_quantizer.passes.tune import log_probabilities, softcap
 from bpdq_quantizer.storage.offload import Batches
 
@@ -40,17 +38,10 @@ def all_states(source: Streamed, windows: Sequence[Window], device: torch.device
     yield first_windows(batches, len(windows))
     for index, here in enumerate(calls):
         block = load_block(source, index, device)
-        run_batches(block_runs(block, here, device, len(batches)), batches)
-        states = first_windows(batches, len(windows))
-        if not all(map(is_finite, states)):
-            weights = {f"{name}.weight": weight.matrix for name, weight in solved(source, index).items()}
-            check_finite(weights)
-            raise InputError(
-                f"{next(iter(weights), index)}: the 16-bit model computes NaN or infinity in its block: check the "
-                "model and its dtype"
-            )
+        runs = block_runs(block, here, device, len(batches))
+        run_batches(runs, batches, partial(check_output, source, index, "the 16-bit model"))
         drop_block(block)
-        yield states
+        yield first_windows(batches, len(windows))
 
 
 @torch.no_grad()

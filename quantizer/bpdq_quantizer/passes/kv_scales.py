@@ -25,6 +25,7 @@ LARGEST = torch.finfo(torch.float8_e4m3fn).max  # 448
 # with a scale of 1, and 114.8 with a 16-bit cache: clipping much hurts, and from 0.999 on nothing but chance differs.
 PERCENTILE = 0.9999
 MAGNITUDES = 1 << 15  # of bfloat16, in the order of their bits
+BLOCK_BYTES = 8  # of the scales that `calibrate` gives for a block
 
 
 class _CountingCache(DynamicCache):

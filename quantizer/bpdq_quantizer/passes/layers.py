@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from bpdq_kernels import layout, trellis
@@ -10,6 +11,7 @@ from bpdq_kernels.format import Scheme, is_finite
 from bpdq_kernels.layout import Stored
 from bpdq_quantizer.algorithm.solver import Solution, Solve
 from bpdq_quantizer.errors import InputError
+from bpdq_quantizer.model.stream import Streamed, solved
 from bpdq_quantizer.model.weights import check_numbers
 
 
@@ -40,6 +42,18 @@ def check_finite(weights: dict[str, Tensor], *statistics: Tensor) -> None:
         first = next(iter(weights)).removesuffix(".weight")
         raise InputError(f"{first}: its calibration inputs hold NaN or infinity: check the model and its dtype")
     check_numbers(weights)
+
+
+def check_output(source: Streamed, index: int, model: str, output: Tensor) -> None:
+    """Raise InputError for NaN or infinity in what block `index`, which is loaded, gives in `model`, as it is called;
+    with the weight that holds it."""
+    if is_finite(output):
+        return
+    weights = {f"{name}.weight": weight.matrix for name, weight in solved(source, index).items()}
+    check_finite(weights)
+    remedy = "convert the model to bfloat16 first" if output.dtype == torch.float16 else "check the model and its dtype"
+    block = f"{source.prefix}.{index}"
+    raise InputError(f"{next(iter(weights), block)}: {model} computes NaN or infinity in its block: {remedy}")
 
 
 def solve_checked(names: Sequence[str], W: Tensor, H: Tensor, scheme: Scheme, solve: Solve) -> list[Solution]:

@@ -164,9 +164,10 @@ def tune_model(
 
     tokens: [W, L]; teacher: `final_states` of the 16-bit model for them; mix: its `confidence` is the share of reverse
     KL in the loss. The last windows are held out: the state with the lowest KL on them is kept, and PATIENCE
-    evaluations without a new one end the run. At every evaluation all that is needed to go on is written to the
-    file `state`; a run that finds one there continues as if never stopped, unless it is damaged.
-    Raises InputError for less than two windows.
+    evaluations without a new one end the run, as does one that is NaN or infinite. At every other one all that is
+    needed to go on is written to the file `state`; a run that finds one there continues as if never stopped, unless it
+    is damaged.
+    Raises InputError for less than two windows, and where the KL is NaN or infinite from the start.
     """
     if len(tokens) < 2:
         raise InputError("--tune model needs two calibration windows or more: raise --samples or bring more text")
@@ -179,7 +180,7 @@ def tune_model(
     reverse = confidence(model, tokens[:train], teacher[:train]) if mix else 0.0
     saved = load_state(state)
     if saved is None:
-        step, best, history, cost = 0, snapshot(layers), [mean_kl(model, tokens[train:], teacher[train:])], {}
+        step, best, history, cost = 0, snapshot(layers), [first_kl(model, tokens[train:], teacher[train:])], {}
     else:
         step, best, history, cost = (saved[key] for key in ("step", "best", "history", "cost"))
         restore(layers, saved["current"])
@@ -192,7 +193,11 @@ def tune_model(
             step += 1
             bar.update()
             if step % interval == 0 or step == steps:
-                history.append(mean_kl(model, tokens[train:], teacher[train:]))
+                kl = mean_kl(model, tokens[train:], teacher[train:])
+                if not math.isfinite(kl):
+                    tqdm.write(f"tuning: the held-out KL is {kl} after {step} steps: the best before is kept")
+                    break
+                history.append(kl)
                 if history[-1] == min(history):
                     best = snapshot(layers)
                 notes = {"step": step, "history": history, "cost": clock.read()}
@@ -298,6 +303,17 @@ def mean_kl(model: PreTrainedModel, tokens: Tensor, teacher: Tensor) -> float:
     """KL(teacher || model) per token in nats, over windows [W, L]."""
     total = sum(distillation_loss(model, w[None], t[None]).item() for w, t in zip(tokens, teacher, strict=True))
     return total / tokens.numel()
+
+
+def first_kl(model: PreTrainedModel, tokens: Tensor, teacher: Tensor) -> float:
+    """`mean_kl` before anything is tuned; raises InputError unless it is a number."""
+    found = mean_kl(model, tokens, teacher)
+    if not math.isfinite(found):
+        raise InputError(
+            f"--tune model: the KL to the 16-bit model is {found} in {model.dtype}: check the model and its dtype, or "
+            "leave the option out"
+        )
+    return found
 
 
 @contextmanager

@@ -81,7 +81,8 @@ def checked(of: Field, value: Any) -> Any:
         value, words = os.fsdecode(value), about.expected or words
         met = value != "" and _is_path(value)
     elif met and kind == list[str]:
-        value, met = list(value), all(isinstance(part, str) and part for part in value)
+        met = all(isinstance(part, str) and part for part in value)
+        value = list(value) or None
     elif met and kind in (int, float):
         words, met = about.expected or "{} to {}".format(*about.within), about.within[0] <= value <= about.within[1]
         value = kind(value) if met else value

@@ -36,7 +36,7 @@ def evaluate(run: Run, files: BlockFiles, digests: Mapping[str, str]) -> dict[st
     o, lead = run.options, len(run.windows.special_tokens)
     with (
         opened(o.files.model, windows, run.device, o.text.calibration) as original,
-        streamed(twin, windows, run.device, load, "running the quantized model") as quantized,
+        streamed(twin, windows, run.device, load, "the quantized model") as quantized,
     ):
         scores = token_scores(original, quantized, windows, lead)
     found = {

@@ -1,19 +1,16 @@
-"""The options of `bpdq quantize`, each declared once, and what is refused before any work starts."""
+"""The options of `bpdq quantize`, each declared once; `run.resolved` decides those that are not given."""
 
-import difflib
-import shlex
 import sys
-from dataclasses import MISSING, Field, dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from bpdq_kernels.format import CODE_OPTIONS, Scheme
+from bpdq_kernels.format import CODE_OPTIONS, MAX_PLANES, Scheme
 from bpdq_quantizer.algorithm.grid import paper_start
-from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.calibration import shown_name
 from bpdq_quantizer.model.support import FLOATS, TABLE_BITS
-from bpdq_quantizer.model.windows import FEWEST_TOKENS, MOST_TOKENS, gradient_tokens
-from bpdq_quantizer.run.fields import PathName, checked, flag, option
+from bpdq_quantizer.model.windows import FEWEST_TOKENS, MOST_TOKENS
+from bpdq_quantizer.run.fields import PathName, option
 
 SOLVERS = {  # options of `quantize_linear`
     "refined": {"refinements": 2, "alpha": 1e-6, "damping": 0.01},
@@ -22,7 +19,7 @@ SOLVERS = {  # options of `quantize_linear`
 ASYMMETRIC = {"refined": 0.5, "paper": 0.0}  # share of the shift of its inputs that a weight is corrected for
 COEFFICIENT_BITS = {"refined": 8, "paper": 16}
 GROUP_SIZE = {8: 64, 16: 128}  # by coefficient_bits: as many bytes
-TUNE_STEPS = {"none": 0, "model": 200}
+TUNE_STEPS = {"none": None, "model": 200}
 HELD_OUT, HELD_OUT_FROM = 8, 128  # windows to evaluate, and how many are calibrated on where that costs little
 
 
@@ -51,7 +48,7 @@ class Files:
 class Schemes:
     """what is stored in how many bits"""
 
-    bits: int = option(2, "bit-planes per weight, 1 to 4")
+    bits: int = option(2, "bit-planes per weight, 1 to 4", within=(1, MAX_PLANES))
     group_size: int | None = option(
         None,
         "32, 64, 128 or 256",
@@ -117,8 +114,9 @@ class Schemes:
     )
 
     def scheme(self) -> Scheme:
-        """The one that they say for Linears."""
-        return Scheme(self.bits, self.group_size, self.coefficient_bits, CODE_OPTIONS[self.code])
+        """The one that they say for Linears; with a target, which does not use `bits`, of any number of them."""
+        bits = self.bits if (self.target_bpw, self.target_size) == (None, None) else 1
+        return Scheme(bits, self.group_size, self.coefficient_bits, CODE_OPTIONS[self.code])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +135,9 @@ class Text:
         metavar="TEXT",
     )
     samples: int = option(128, "calibration windows")
-    seq_len: int = option(2048, "tokens per window")
+    seq_len: int = option(
+        2048, "tokens per window", within=(2, 2**31 - 1), expected="2 or more, of which the first is not predicted"
+    )
     special_tokens: str = option(
         "auto",
         "windows begin with what the tokenizer puts before a text, or with the text",
@@ -203,8 +203,9 @@ class Method:
     )
     seed: int = option(
         0,
-        "of self, data sets, tuning and rotation",
-        "of text that a model writes, of the order of data sets, tuning and rotation",
+        "of self, data sets, gradients, tuning and rotation",
+        "of text that a model writes, of the order of data sets, of what the model predicts where gradients are taken "
+        "(`--output-tokens`), of tuning and rotation",
         within=(0, 2**63 - 1),
     )
 
@@ -309,7 +310,8 @@ class Publishing:
 
 @dataclass(frozen=True)
 class Options:
-    """A run of `bpdq quantize`, its options decided: what `resolved` returns."""
+    """A run of `bpdq quantize`: what `resolved` returns. None is off, or what the model and the text are yet to
+    decide."""
 
     files: Files
     schemes: Schemes
@@ -318,18 +320,6 @@ class Options:
     tuning: Tuning
     execution: Execution
     publishing: Publishing
-
-    def command(self, model: str) -> str:
-        """The command line that makes the same checkpoint of what is called `model`: other paths by their last parts,
-        and without what is as by default, or changes none of its tensors."""
-        given = {"solver": self.method.solver, "samples": self.text.samples, "tune": self.tuning.tune}
-        plain = resolved(model=model, output=self.files.output, **given).by_name()
-        public = self.public()
-        shown = {name: value for name, value in public.items() if value != plain[name] and name not in SILENT}
-        shown |= {name: value for name, value in given.items() if value != FIELDS[name].default}
-        shown = {"calibration": public["calibration"], **shown, "output": Path(self.files.output).name}
-        words = [word for name, value in shown.items() for word in _words(FIELDS[name], value)]
-        return shlex.join(["bpdq", "quantize", model, *words])
 
     def public(self) -> dict[str, Any]:
         """`by_name` without the model, for whoever reads the checkpoint: folders and files by their last parts."""
@@ -351,70 +341,5 @@ class Options:
 
 
 UNSEEN = ("output", "resume", "keep_statistics")  # by what is written
-SILENT = ("calibration", "evaluate", "offload_dir", "device", "devices")  # in `Options.command`
 PARTS = {part.name: part.type for part in fields(Options)}
 FIELDS = {of.name: of for part in PARTS.values() for of in fields(part)}
-
-
-def resolved(**given: Any) -> Options:
-    """The options of a run, by name, paths as strings, with the defaults that depend on others; None stays where an
-    option is off. Raises InputError for what can't be used, and TypeError for a name that is no option's."""
-    for name in given:
-        if name not in FIELDS:
-            nearest = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0)
-            raise TypeError(f"quantize has no option {name!r}, the nearest is {nearest[0]!r}")
-    found = {name: checked(of, given.get(name, of.default)) for name, of in FIELDS.items()}
-    if found["tune_steps"] is None:
-        found["tune_steps"] = TUNE_STEPS[found["tune"]]
-    if found["asymmetric"] is None:
-        found["asymmetric"] = ASYMMETRIC[found["solver"]]
-    if found["output_tokens"] is None:
-        found["output_tokens"] = default_output_tokens(found["solver"], found["samples"] * found["seq_len"])
-    if found["evaluate"] is None:
-        costs_little = found["samples"] >= HELD_OUT_FROM and found["offload_dir"] is None
-        found["evaluate"] = HELD_OUT if costs_little else 0
-    if found["coefficient_bits"] is None:
-        found["coefficient_bits"] = COEFFICIENT_BITS[found["solver"]]
-    if found["group_size"] is None:
-        found["group_size"] = GROUP_SIZE.get(found["coefficient_bits"], GROUP_SIZE[16])
-    if found["tune_samples"] is None:
-        found["tune_samples"] = found["samples"]
-    parts = {name: part(**{of.name: found[of.name] for of in fields(part)}) for name, part in PARTS.items()}
-    o = Options(**parts)
-    _check_together(o)
-    return o
-
-
-def default_output_tokens(solver: str, calibration: int) -> int:
-    """`--output-tokens` where it is not given, of so many calibration tokens."""
-    return 0 if solver == "paper" else gradient_tokens(calibration)
-
-
-def _words(of: Field, value: Any) -> list[str]:
-    """An option on a command line."""
-    if isinstance(value, bool):
-        return [flag(of)]
-    values = value if isinstance(value, list) else [value]
-    return [word for part in values for word in (flag(of), str(part))]
-
-
-def _check_together(o: Options) -> None:
-    s, tune = o.schemes, o.tuning.tune
-    try:
-        scheme = s.scheme()
-        for bits in (s.embed_bits, s.head_bits):
-            if bits not in (None, FLOATS):
-                scheme.with_bits(bits)
-    except ValueError as e:
-        options = "--bits / --embed-bits / --head-bits / --group-size / --coefficient-bits / --code"
-        raise InputError(f"{options}: {e}") from None
-    if min(o.text.samples, o.text.seq_len, o.method.iterations) < 1 or o.tuning.tune_steps < (tune != "none"):
-        raise InputError("--samples, --seq-len, --iterations and --tune-steps must be at least 1")
-    if o.tuning.tune_loss != "kl" and tune != "model":
-        raise InputError(f"--tune-loss {o.tuning.tune_loss} needs --tune model")
-    if s.target_bpw is not None and s.target_size is not None:
-        raise InputError("--target-bpw and --target-size: give one of them")
-    if o.publishing.push_to_hub is None and (o.publishing.private or o.publishing.force):
-        raise InputError("--private and --force are of --push-to-hub: name its repository, or leave them out")
-    if tune != "none" and min(o.text.samples, o.tuning.tune_samples) < 2:
-        raise InputError(f"--tune {tune} needs two calibration windows or more: raise --samples and --tune-samples")

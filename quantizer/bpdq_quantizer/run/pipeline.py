@@ -28,9 +28,10 @@ from bpdq_quantizer.run.block_files import BlockFiles
 from bpdq_quantizer.run.fields import described, signature
 from bpdq_quantizer.run.held_out import evaluate
 from bpdq_quantizer.run.identity import release
-from bpdq_quantizer.run.options import FIELDS, SOLVERS, Options, resolved
+from bpdq_quantizer.run.options import FIELDS, SOLVERS, Options
 from bpdq_quantizer.run.prepare import Run, checkpoint_config, prepare
 from bpdq_quantizer.run.progress import load_progress
+from bpdq_quantizer.run.resolved import command, resolved
 from bpdq_quantizer.run.run_folder import run_folder
 from bpdq_quantizer.run.statistics import OFFERED, other_size
 from bpdq_quantizer.run.steps import choose_schemes, solve_blocks, teacher_states, tune_blocks
@@ -108,7 +109,7 @@ def follow(run: Run, solve: Solve) -> dict[str, Any]:
     before = clock.read()["seconds"]
     evaluation = evaluate(run, files, digests)
     parts |= {"embedding, LM head, KV scales": before - sum(parts.values())}
-    shown = made(o, evaluation)
+    shown = made(run.asked, evaluation)
     found = report(run, layers, tuning, shown, parts, clock.read())
     kept = [name for name in weights_in(source.model) if name not in {layer["name"] for layer in layers}]
     ignore = [*config_names(source, dict.fromkeys(kept, True)), *head_patterns(run.heads, source.model)]
@@ -119,9 +120,9 @@ def follow(run: Run, solve: Solve) -> dict[str, Any]:
 
 
 def made(o: Options, evaluation: dict[str, Any] | None) -> Made:
-    """What the model card says that the report does not."""
+    """What the model card says that the report does not; o: as they were given."""
     source, text = origin(o.files.model), text_name(o.text.calibration)
-    return Made(Path(o.files.output).name, source, o.command(source.name), release(), text, evaluation)
+    return Made(Path(o.files.output).name, source, command(o, source.name), release(), text, evaluation)
 
 
 def seconds_by_part(
@@ -186,7 +187,7 @@ def head_states(run: Run, read: Callable[[int], nn.Module]) -> Batches:
     """What the LM head reads in the model with quantized blocks, tuned ones if they are. `read(i)` gives block i."""
     source, solving, offload = run.source, run.windows.solving, run.folder.offload
     if run.options.tuning.tune == "model":
-        states = last_batches(source, solving, run.device, offload, read, "running the tuned model")
+        states = last_batches(source, solving, run.device, offload, read, "the tuned model", check=True)
     else:
         states = load_progress(run.folder.path, offload).states.quantized
     return head_inputs(source.model, source.blocks, states)

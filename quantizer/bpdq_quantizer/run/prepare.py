@@ -44,9 +44,10 @@ from bpdq_quantizer.passes.embeddings import embedding_schemes
 from bpdq_quantizer.passes.rotate import rotated
 from bpdq_quantizer.passes.sensitivity import choices
 from bpdq_quantizer.run.identity import identity
-from bpdq_quantizer.run.options import SOLVERS, Options, Schemes, default_output_tokens
+from bpdq_quantizer.run.options import SOLVERS, Options, Schemes
 from bpdq_quantizer.run.own_text import own_windows, writer_of
 from bpdq_quantizer.run.recover import recover
+from bpdq_quantizer.run.resolved import default_output_tokens
 from bpdq_quantizer.run.run_folder import RunFolder, begin
 from bpdq_quantizer.run.statistics import check_place, keep
 from bpdq_quantizer.run.workers import own_device
@@ -67,10 +68,12 @@ class Windows(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What a run works on and with. stamps: of the source's files, before it was opened; embeddings: schemes of the
-    embedding and LM head, if they are quantized; budget: bytes for the blocks' Linears, None for one scheme for all;
-    heads: for multi-token prediction, in the source's files."""
+    """What a run works on and with. asked: its options as they were given; options: with what model and text decide;
+    stamps: of the source's files, before it was opened; embeddings: schemes of the embedding and LM head, if they are
+    quantized; budget: bytes for the blocks' Linears, None for one scheme for all; heads: for multi-token prediction, in
+    the source's files."""
 
+    asked: Options
     options: Options
     source: Streamed
     stamps: Stamps
@@ -89,7 +92,7 @@ def prepare(o: Options, folder: RunFolder, kept: list[Window] | None = None) -> 
         check_place(o.execution.keep_statistics, o.files.output)
     device = own_device(o.execution.devices, o.execution.device)
     torch.manual_seed(o.method.seed)
-    model = o.files.model
+    asked, model = o, o.files.model
     check_source(model)
     check_modules(Path(model))
     _check_skeleton(model, o.schemes.ignore or [])
@@ -103,8 +106,7 @@ def prepare(o: Options, folder: RunFolder, kept: list[Window] | None = None) -> 
     check_tokens(source.model, [*found, *spare], o.text.calibration)
     source = check_blocks(source, found)
     check_kept(source)
-    if source.carries:
-        o = without_gradients(o, type(source.model).__name__)
+    o = with_gradients(o, source, token_count(found[: o.text.samples]))
     heads = find_heads(model, source.model, source.quantized)
     if o.method.rotate == "hadamard":
         source = rotated(source, o.method.seed)
@@ -113,7 +115,9 @@ def prepare(o: Options, folder: RunFolder, kept: list[Window] | None = None) -> 
             heads = {}
     o = with_table(o, source.model)
     embeddings = embedding_schemes(source.model, o.schemes.embed_bits, o.schemes.head_bits, o.schemes.scheme())
-    budget = _budget(source, embeddings, writer.stored_bytes(heads), o.schemes)
+    copied = writer.stored_bytes(heads)
+    scales = kv_scales.BLOCK_BYTES * len(source.blocks) if o.schemes.kv_cache_scales else 0
+    budget = _budget(source, embeddings, copied + scales, o.schemes)
     if o.schemes.kv_cache_scales:
         kv_scales.check(source, found, device)
     carry_over(model, source.model, tokenizer, folder.path / writer.CARRIED)
@@ -124,12 +128,12 @@ def prepare(o: Options, folder: RunFolder, kept: list[Window] | None = None) -> 
     recover(folder)
     if o.execution.keep_statistics is not None:
         solving = identity(o, found[: o.text.samples], source.model.dtype, device, before)
-        keep(o, [*found, *spare], solving)
+        keep(asked, [*found, *spare], solving)
     names = tokenizer.convert_ids_to_tokens(lead)
     tuning = all_tokens(found[: o.tuning.tune_samples]) if o.tuning.tune == "model" else None
     held_out = all_tokens(spare) if spare else None
     windows = Windows(found[: o.text.samples], tuning, held_out, names, cost)
-    return Run(o, source, before, windows, embeddings, budget, device, folder, heads)
+    return Run(asked, o, source, before, windows, embeddings, budget, device, folder, heads)
 
 
 def _check_skeleton(model: str, ignore: Sequence[str]) -> None:
@@ -142,21 +146,25 @@ def _check_skeleton(model: str, ignore: Sequence[str]) -> None:
         tqdm.write(said, file=sys.stderr)
 
 
-def without_gradients(o: Options, model: str) -> Options:
-    """o for a model whose blocks share keys and values; raises InputError if it asks for gradients."""
-    unset = default_output_tokens(o.method.solver, o.text.samples * o.text.seq_len)
-    asked = {
+def with_gradients(o: Options, source: Streamed, calibration: int) -> Options:
+    """o with the number of tokens, of so many that are solved on, whose gradients are followed: none of a model whose
+    blocks share keys and values. Raises InputError if such a one is asked for gradients."""
+    asked, tokens = o.method.output_tokens, default_output_tokens(o.method.solver, calibration)
+    if not source.carries:
+        return replace(o, method=replace(o.method, output_tokens=tokens if asked is None else asked))
+    name = type(source.model).__name__
+    needs = {
         "--target-bpw / --target-size": o.schemes.target_bpw or o.schemes.target_size,
-        "--output-tokens": o.method.output_tokens not in (0, unset),
+        "--output-tokens": asked,
     }
-    for option, given in asked.items():
+    for option, given in needs.items():
         if given:
             raise InputError(
-                f"{option}: blocks of {model} share keys and values, through which gradients are not followed: leave "
-                "it out"
+                f"{option}: blocks of {name} share keys and values, through which gradients are not followed: leave it "
+                "out"
             )
-    if o.method.output_tokens:
-        tqdm.write(f"blocks of {model} share keys and values: --output-tokens is 0", file=sys.stderr)
+    if asked is None and tokens:
+        tqdm.write(f"blocks of {name} share keys and values: --output-tokens is 0", file=sys.stderr)
     return replace(o, method=replace(o.method, output_tokens=0))
 
 
@@ -220,9 +228,9 @@ def _parted(o: Options, read: list[Window]) -> tuple[list[Window], list[Window]]
     return found, spare
 
 
-def _budget(source: Streamed, embeddings: Mapping[str, Scheme], copied: int, o: Schemes) -> int | None:
-    """Bytes for the blocks' Linears, if a target says so, beside `copied` ones; raises InputError if no scheme is as
-    small."""
+def _budget(source: Streamed, embeddings: Mapping[str, Scheme], added: int, o: Schemes) -> int | None:
+    """Bytes for the blocks' Linears, if a target says so; added: those of a checkpoint that are not of the model's
+    tensors. Raises InputError if no scheme is as small."""
     scheme = o.scheme()
     least = least_bytes(source, choices(scheme.coefficient_bits, scheme.code))
     if o.target_bpw is not None:
@@ -230,7 +238,7 @@ def _budget(source: Streamed, embeddings: Mapping[str, Scheme], copied: int, o: 
         budget = int(o.target_bpw * weights / 8)
         asked, smallest = f"--target-bpw {o.target_bpw}", ceil(8e4 * (least + 1) / weights) / 1e4
     elif o.target_size is not None:
-        beside = other_bytes(source, embeddings) + copied
+        beside = other_bytes(source, embeddings) + added
         budget = parse_size(o.target_size) - beside
         asked, smallest = f"--target-size {o.target_size}", f"{beside + least} bytes"
     else:

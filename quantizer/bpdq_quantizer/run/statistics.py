@@ -24,7 +24,8 @@ from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.windows import Window, as_tensors, from_tensors
 from bpdq_quantizer.passes.sensitivity import Stage
 from bpdq_quantizer.run.identity import release
-from bpdq_quantizer.run.options import Options, resolved
+from bpdq_quantizer.run.options import Options
+from bpdq_quantizer.run.resolved import resolved
 from bpdq_quantizer.run.run_folder import check_same
 from bpdq_quantizer.storage.files import DamagedError, read_json, read_sealed, write_json, write_tensors
 
@@ -89,8 +90,9 @@ def check_place(directory: str, output: str) -> None:
 
 
 def keep(o: Options, windows: Sequence[Window], run: Mapping[str, Any]) -> None:
-    """Begin the folder of `--keep-statistics`, or check that it is of this model, text and method. windows: all that
-    were read; run: `identity`, of the windows to solve on. Raises InputError with what differs."""
+    """Begin the folder of `--keep-statistics`, or check that it is of this model, text and method. o: as they were
+    given; windows: all that were read; run: `identity`, of the windows to solve on. Raises InputError with what
+    differs."""
     folder = Path(o.execution.keep_statistics)
     model = os.path.abspath(o.files.model) if Path(o.files.model).exists() else o.files.model
     options = o.by_name() | {"model": model, "offload_dir": run["offload_dir"]}

@@ -14,7 +14,7 @@ from bpdq_quantizer.algorithm.solver import Solve
 from bpdq_quantizer.cost import Clock
 from bpdq_quantizer.model.stream import solved
 from bpdq_quantizer.model.windows import first_tokens
-from bpdq_quantizer.passes.allocate import allocate, by_layer
+from bpdq_quantizer.passes.allocate import allocate, by_layer, check_costs
 from bpdq_quantizer.passes.blocks import original_states, quantize_blocks
 from bpdq_quantizer.passes.experts import FILL
 from bpdq_quantizer.passes.outputs import Outputs, energies, load_outputs, measure_outputs, save_outputs
@@ -85,9 +85,9 @@ def known_stages(run: Run) -> list[Stage]:
 
 
 def measured_stages(run: Run) -> list[Stage]:
-    """What every scheme costs each stage, of all windows to solve on."""
+    """What every scheme costs each stage, of all windows to solve on. Raises InputError for NaN, and zeros alone."""
     solver, scheme = SOLVERS[run.options.method.solver], run.options.schemes.scheme()
-    return sensitivities(
+    stages = sensitivities(
         run.source,
         run.windows.solving,
         run.device,
@@ -97,6 +97,8 @@ def measured_stages(run: Run) -> list[Stage]:
         offload=run.folder.offload,
         energies=known_energies(run),
     )
+    check_costs(stages)
+    return stages
 
 
 def known_outputs(run: Run) -> Callable[[int], Mapping[str, Outputs]] | None:
