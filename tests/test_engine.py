@@ -319,8 +319,22 @@ def test_other_architectures_give_the_tokens_of_transformers(tmp_path, arch, eag
 
 
 @pytest.mark.slow
-def test_transformers_modelling_code_gives_the_same_tokens(tmp_path):
-    """`--model-impl transformers` builds layers that are not fused."""
-    model = bpdq_checkpoint(tiny_model(tmp_path / "model"), tmp_path / "bpdq", group_size=128)
-    (tokens,) = vllm_tokens([{"load": {"model": str(model), "model_impl": "transformers"}}])
-    assert tokens == transformers_tokens(dequantized(model))
+def test_transformers_modelling_code_gives_the_same_tokens(checkpoints):
+    """`--model-impl transformers` builds layers that are not fused, and asks a tied LM head for its bias."""
+    names = ("llama authors", "tied tables")
+    loads = [{"model": str(checkpoints[name]), "model_impl": "transformers"} for name in names]
+    found = vllm_tokens([{"load": load} for load in loads])
+    assert found == [transformers_tokens(dequantized(checkpoints[name])) for name in names]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama tables", "llama"])
+def test_a_checkpoint_drafts_for_itself(checkpoints, name):
+    """Every token that it proposes is accepted: layers that `layers` and `ignore` name are what they are there."""
+    model = str(checkpoints[name])
+    drafting = {"method": "draft_model", "model": model, "num_speculative_tokens": 2}
+    load = {"model": model, "speculative_config": drafting, "disable_log_stats": False}
+    (found,) = vllm_tokens([{"load": load, "drafts": True}])
+    *tokens, (drafted, accepted) = found
+    assert tokens == transformers_tokens(dequantized(checkpoints[name]))
+    assert drafted == accepted > 0

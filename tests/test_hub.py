@@ -26,6 +26,11 @@ SMALL = {"samples": 2, "seq_len": 32, "iterations": 1, "solver": "paper"}
 def checkpoint(tmp_path_factory):
     root = tmp_path_factory.mktemp("hub")
     tiny_model(root / "tiny")
+    (root / "tiny" / "modules.json").write_text(
+        '[{"path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}]'
+    )
+    (root / "tiny" / "1_Pooling").mkdir()
+    (root / "tiny" / "1_Pooling" / "config.json").write_text("{}")
     (root / "text.txt").write_text(TEXT)
     bpdq_quantizer.quantize(root / "tiny", root / "tiny-bpdq", calibration=root / "text.txt", **SMALL)
     return root / "tiny-bpdq"
@@ -69,6 +74,7 @@ def test_what_is_pushed_is_the_checkpoint(hub, checkpoint, tmp_path, capsys, rep
     assert main(["push", str(folder), repo]) == 0
     assert capsys.readouterr().out.startswith(f"{hub.url}/{repo}: {len(content(checkpoint))} files, ")
     assert held(hub, repo) == content(checkpoint)
+    assert "1_Pooling/config.json" in held(hub, repo)
     assert not hub.repositories[repo].private
     assert content(folder) == before, "nothing is written into the folder"
     assert verify(folder)

@@ -157,12 +157,54 @@ def test_the_model_without_its_head_gives_the_hidden_states_of_the_dequantized_w
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+OWN = {LAYER: {"bits": 3, "group_size": 32}, EMBEDDING: TABLE, HEAD: TABLE}
+ALONE = "model.layers.0.mlp.up_proj"
+
+
+@pytest.mark.parametrize("names", [tuple(OWN), (LAYER,)])
+@pytest.mark.parametrize("tie", [False, True])
+def test_what_automodel_saves_is_opened_with_names_that_it_has_shortened(tmp_path, tie, names):
+    """Its tensors lack the prefix that names in quantization_config have."""
+    tiny_model(tmp_path / "model", tie_word_embeddings=tie)
+    layers = {name: OWN[name] for name in names}
+    out = bpdq_checkpoint(tmp_path / "model", tmp_path / "out", layers=layers, ignore=(ALONE,))
+    model = AutoModel.from_pretrained(out)
+    model.save_pretrained(tmp_path / "again")
+    assert not [name for name in load_file(tmp_path / "again" / "model.safetensors") if name.startswith("model.")]
+    with torch.inference_mode():
+        assert torch.equal(AutoModel.from_pretrained(tmp_path / "again").eval()(IDS)[0], model.eval()(IDS)[0])
+    found, before = (
+        {layer["name"].removeprefix("model."): layer["bits"] for layer in inspect(tmp_path / folder)["layers"]}
+        for folder in ("again", "out")
+    )
+    assert found == {name: bits for name, bits in before.items() if name != HEAD}
+    if tie:
+        assert torch.equal(logits(tmp_path / "again"), logits(out))
+    else:
+        with pytest.raises(InputError, match=r"lm_head\.(B|weight) is not in the checkpoint"):
+            logits(tmp_path / "again")
+
+
 @pytest.mark.parametrize("tables", [(), (EMBEDDING, HEAD)])
 def test_a_new_head_goes_on_packed_weights(tmp_path, tables):
     out = with_tables(tmp_path, names=tables)
     model, info = AutoModelForSequenceClassification.from_pretrained(out, output_loading_info=True)
     assert {"score.weight"} == set(info["missing_keys"])
     assert sum(isinstance(m, BPDQLinear) for m in model.modules()) == 14
+
+
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("names", [(), (EMBEDDING, HEAD)])
+def test_a_model_with_a_new_head_saves_to_one_that_loads(tmp_path, tie, names):
+    out = with_tables(tmp_path, "qwen3", tie, names)
+    model = AutoModelForSequenceClassification.from_pretrained(out).eval()
+    model.save_pretrained(tmp_path / "again")
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "again").eval()
+    with torch.inference_mode():
+        assert torch.equal(again(IDS).logits, model(IDS).logits)
+    damage(tmp_path / "again", lambda tensors: tensors.pop(f"{LAYER}.B"))
+    with pytest.raises(InputError, match=r"layers\.1\.mlp\.down_proj\.B is not in the checkpoint"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / "again")
 
 
 @pytest.mark.parametrize("kind", [AutoModel, AutoModelForSequenceClassification])

@@ -9,14 +9,30 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from safetensors.torch import save as serialized
 
 import bpdq_quantizer
+from bpdq_quantizer.checkpoint import writer
 from bpdq_quantizer.checkpoint.manifest import verify, write_manifest
+from bpdq_quantizer.checkpoint.sentences import check_modules
 from bpdq_quantizer.cli import main
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.storage.files import stored_digests
 from tiny import bpdq_checkpoint, tiny_model
 
+MODULES = {
+    "modules.json": json.dumps(
+        [
+            {"path": "", "type": "sentence_transformers.models.Transformer"},
+            {"path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+            {"path": "2_Dense", "type": "sentence_transformers.models.Dense"},
+            {"path": "3_Normalize", "type": "sentence_transformers.models.Normalize"},
+        ]
+    ).encode(),
+    "1_Pooling/config.json": b'{"pooling_mode_mean_tokens": true}',
+    "2_Dense/config.json": b'{"in_features": 128, "out_features": 2}',
+    "2_Dense/model.safetensors": serialized({"linear.weight": torch.ones(2, 128, dtype=torch.bfloat16)}),
+}
 TAKEN = {
     "generation_config.json": b'{"temperature": 0.6,\n "top_p": 0.9}',  # without do_sample: transformers won't save it
     "LICENSE.txt": b"Do what you like.\r\n",
@@ -25,8 +41,11 @@ TAKEN = {
     "tokenizer.json": None,
     "vocab.txt": b"",
     "additional_chat_templates/tools.jinja": b"{{ messages }}  ",
+    "config_sentence_transformers.json": b'{"prompts": {}}',
+    "sentence_bert_config.json": b'{"max_seq_length": 128}',
+    **MODULES,
 }
-LEFT = ("modeling.py", "pytorch_model.bin", "consolidated.pth", "tokenizer.py")
+LEFT = ("modeling.py", "pytorch_model.bin", "consolidated.pth", "tokenizer.py", "2_Dense/pytorch_model.bin")
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +59,10 @@ def source(tmp_path_factory):
     file = folder / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()), indent=7))  # as no program would write it again
     return folder
+
+
+def content(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def small(text):
@@ -67,9 +90,54 @@ def test_a_hub_id_is_quantized_to_what_its_folder_gives(source, out, text, tmp_p
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     bpdq_quantizer.quantize("someone/model", tmp_path / "out", **small(text))
     differ = {"quantization_report.json", "digests.json", "README.md"}  # the model's name
-    found, expected = ({p.name: p.read_bytes() for p in f.iterdir() if p.is_file()} for f in (tmp_path / "out", out))
+    found, expected = (content(folder) for folder in (tmp_path / "out", out))
     assert {n: x for n, x in found.items() if n not in differ} == {n: expected[n] for n in found if n not in differ}
     assert found.keys() == expected.keys()
+
+
+def test_a_run_that_stops_once_they_are_there_goes_on(source, out, text, tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "write_card", stop)
+        with pytest.raises(KeyboardInterrupt):
+            bpdq_quantizer.quantize(source, tmp_path / "out", **small(text))
+    assert (tmp_path / "out.partial" / "2_Dense" / "model.safetensors").is_file()
+    bpdq_quantizer.quantize(source, tmp_path / "out", **small(text), resume=True)
+    assert verify(tmp_path / "out") == verify(out)
+
+
+def folder_of(files, at):
+    for name, data in files.items():
+        (at / name).parent.mkdir(parents=True, exist_ok=True)
+        (at / name).write_bytes(data)
+    return at
+
+
+POOLING, DENSE = "1_Pooling/config.json", "2_Dense/model.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        ({POOLING: None}, r"1_Pooling/config\.json is missing, though modules\.json names its folder: download it"),
+        ({DENSE: None}, r"2_Dense/model\.safetensors is missing, where modules\.json has a projection: .* unpickled"),
+        ({DENSE: MODULES[DENSE][:-1]}, r"2_Dense/model\.safetensors: not a complete safetensors file"),
+        ({DENSE: b"version https://git-lfs"}, r"2_Dense/model\.safetensors is a git-lfs pointer"),
+        ({DENSE: serialized({"x": torch.ones(2, dtype=torch.int32)})}, r"x is I32, and is copied only from F16, BF16"),
+        ({DENSE: serialized({"x": torch.ones(2) / 0})}, r"2_Dense/model\.safetensors: x holds NaN or infinity"),
+        ({"modules.json": b"{}}"}, r"modules\.json: not a list of modules"),
+        ({"modules.json": b'{"modules": []}'}, r"modules\.json: not a list of modules"),
+        ({"modules.json": b'[{"path": "../x", "type": "a.Pooling"}]'}, r"'\.\./x' is no folder beside it"),
+        ({"modules.json": b'[{"path": "0_T", "type": "a.Transformer"}]'}, r"modules\.json: the model is in 0_T: put"),
+    ],
+)
+def test_modules_that_can_not_be_copied_whole_are_refused(tmp_path, harm, message):
+    check_modules(folder_of(MODULES, tmp_path / "intact"))
+    files = {name: data for name, data in (MODULES | harm).items() if data is not None}
+    with pytest.raises(InputError, match=message):
+        check_modules(folder_of(files, tmp_path / "harmed"))
 
 
 def test_an_unchanged_checkpoint_is_verified(out, capsys):
@@ -124,6 +192,8 @@ NORM = "model.layers.0.input_layernorm.weight"
         (lambda folder: (folder / "adapter_config.json").write_text("{}"), "adapter_config.json was added"),
         (lambda folder: (folder / "config.json").write_text("{}"), "config.json has changed"),
         (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json is missing"),
+        (lambda folder: (folder / DENSE).write_bytes(b""), f"{DENSE} has changed"),
+        (lambda folder: (folder / "1_Pooling" / "a.json").write_text("{}"), "1_Pooling/a.json was added"),
         (lambda folder: (folder / "digests.json").unlink(), "digests.json is missing"),
         (lambda folder: (folder / "digests.json").write_text("[1]"), "digests.json can't be read"),
     ],

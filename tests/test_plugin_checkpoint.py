@@ -1,16 +1,19 @@
 """When the plugin looks at a checkpoint's files, and where it finds those of the hub."""
 
 import copy
+import json
 import shutil
 from types import MappingProxyType
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel
 from vllm.config import DeviceConfig, ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.config.load import LoadConfig
 from vllm.model_executor.layers.linear import ReplicatedLinear
 
+import bpdq_quantizer  # noqa: F401, registers the loader
 import vllm_bpdq
 from benchmarks import vllm_models
 from bpdq_kernels.errors import InputError
@@ -36,6 +39,10 @@ def folders(tmp_path_factory):
     del tensors[NORM]
     save_file(tensors, incomplete / "model.safetensors")
     return {"sound": sound, "incomplete": incomplete}
+
+
+def read_quantization(folder):
+    return json.loads((folder / "config.json").read_text())["quantization_config"]
 
 
 def first_layer(folder, load_format, compiler=MappingProxyType({}), **part):
@@ -71,6 +78,23 @@ def test_the_files_are_checked_before_the_first_layer(folders, load_format):
     assert isinstance(method(folders["sound"], load_format), BPDQLinearMethod)
     with pytest.raises(InputError, match=rf"{NORM} is not in the checkpoint: download or quantize it again"):
         method(folders["incomplete"], load_format)
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_what_automodel_has_saved_is_whole(tmp_path, tie):
+    """Its tensors lack the prefix that names in quantization_config have."""
+    tiny_model(tmp_path / "model", hidden=64, ffn=96, layers=1, heads=2, kv_heads=1, tie_word_embeddings=tie)
+    layers = {name: {"bits": 4} for name in ("model.layers.0.mlp.up_proj", "model.embed_tokens", "lm_head")}
+    out = bpdq_checkpoint(tmp_path / "model", tmp_path / "out", layers=layers, group_size=32)
+    again = tmp_path / "again"
+    AutoModel.from_pretrained(out).save_pretrained(again)
+    config, fmt = AutoConfig.from_pretrained(again), BPDQConfig.from_config(read_quantization(again)).format
+    check_folder(again, config, fmt)
+    tensors = load_file(again / "model.safetensors")
+    del tensors["norm.weight"]
+    save_file(tensors, again / "model.safetensors")
+    with pytest.raises(InputError, match=r"norm\.weight is not in the checkpoint"):
+        check_folder(again, config, fmt)
 
 
 @pytest.mark.parametrize("layer", ["shared_expert_gate", "router"])

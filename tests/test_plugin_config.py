@@ -131,6 +131,24 @@ def test_ignored_layers_stay_in_16_bits():
     assert scheme_of(quant, "model.layers.1.mlp.down_proj") == Scheme(2, 128)
 
 
+def test_layers_of_a_draft_model_have_the_names_of_its_checkpoint():
+    """vLLM builds it with a prefix."""
+    layer, part = "model.layers.0.mlp.down_proj", "re:model.layers.1[.]"
+    quant = config(ignore=[layer], layers={"model.layers.0.self_attn.o_proj": {"bits": 4}, part: {"bits": 3}})
+    assert scheme_of(quant, f"draft_model.{layer}") is None
+    assert scheme_of(quant, "draft_model.model.layers.0.self_attn.o_proj") == Scheme(4, 128)
+    assert scheme_of(quant, "draft_model.model.layers.1.self_attn.qkv_proj") == Scheme(3, 128)
+    assert scheme_of(quant, "draft_model.model.layers.0.self_attn.qkv_proj") == Scheme(2, 128)
+
+
+@pytest.mark.parametrize(
+    ("name", "is_classifier"),
+    [("score", True), ("language_model.score", True), ("model.layers.0.score", False), ("model.layers.0.mlp", False)],
+)
+def test_a_classifier_on_a_language_model_is_in_16_bits(name, is_classifier):
+    assert (scheme_of(config(), name) is None) == is_classifier
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import PreTrainedConfig
 from vllm import distributed
 from vllm.config import SpeculativeConfig, VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers import vocab_parallel_embedding
@@ -136,6 +137,47 @@ def test_a_table_of_another_vocabulary_is_refused(rank):
     layer = ParallelLMHead(VOCABULARY, HIDDEN, quant_config=tables("lm_head"), prefix="lm_head")
     with pytest.raises(ValueError, match=r"lm_head\.B is torch\.int32 \(3, 4, 299\), expected int32 \(3, 4, 300\)"):
         load(layer, tensors)
+
+
+def test_a_tied_head_has_what_vllm_reads_of_a_head(rank):
+    """Its model of transformers' modelling code reads the bias."""
+    quant = tables(*TABLES)
+    embedding = VocabParallelEmbedding(VOCABULARY, HIDDEN, quant_config=quant, prefix="model.embed_tokens")
+    head = ParallelLMHead(VOCABULARY, HIDDEN, quant_config=quant, prefix="lm_head").tie_weights(embedding)
+    assert head is embedding
+    assert head.bias is None
+    assert {name for name, _ in head.named_parameters()} == {"B", "c"}
+
+
+def test_tables_of_a_draft_model_are_found(rank, monkeypatch):
+    monkeypatch.setattr(distributed, "get_pp_group", lambda: SimpleNamespace(is_first_rank=True))
+    quant = tables(*TABLES)
+    VocabParallelEmbedding(VOCABULARY, HIDDEN, quant_config=quant, prefix="draft_model.model.embed_tokens")
+    head = ParallelLMHead(VOCABULARY, HIDDEN, quant_config=quant, prefix="draft_model.lm_head")
+    assert head.quant_method.name == "lm_head"
+    assert quant.get_checkpoint_weight_mapper() is not None
+
+
+CLASSIFIER = {"convert_type": "classify"}
+RERANKER = {"classifier_from_token": ["no", "yes"], "method": "from_2_way_softmax"}
+
+
+@pytest.mark.parametrize(
+    ("names", "kind", "config", "is_refused"),
+    [
+        (TABLES, CLASSIFIER, RERANKER, True),
+        (TABLES[1:], CLASSIFIER, {"method": "no_post_processing"}, True),
+        (TABLES[:1], CLASSIFIER, RERANKER, False),
+        (TABLES, CLASSIFIER, {}, False),  # with a head of its own
+        (TABLES, {"convert_type": "none"}, RERANKER, False),
+    ],
+)
+def test_a_head_that_becomes_a_classifier_is_refused(names, kind, config, is_refused):
+    current = VllmConfig()
+    current.model_config = SimpleNamespace(**kind, hf_config=PreTrainedConfig(**config))
+    expected = pytest.raises(ValueError, match=r"lm_head: vLLM makes this classifier .* again with --head-bits 16")
+    with set_current_vllm_config(current), expected if is_refused else nullcontext():
+        tables(*names).get_quant_method(VocabParallelEmbedding.__new__(VocabParallelEmbedding), "model.embed_tokens")
 
 
 def test_tying_to_an_embedding_in_16_bits_is_refused(rank):

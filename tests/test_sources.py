@@ -16,7 +16,7 @@ from bpdq_quantizer.model.sources import gguf_arguments
 from bpdq_quantizer.model.stream import from_memory, load_block, open_model
 from bpdq_quantizer.model.support import check_blocks
 from bpdq_quantizer.model.windows import text_windows
-from bpdq_quantizer.run import pipeline
+from bpdq_quantizer.run import pipeline, prepare
 from bpdq_quantizer.run.block_files import BlockFiles
 from tiny import TEXT, tiny_model
 
@@ -43,6 +43,14 @@ def tensor(name, change):
     def do(folder):
         tensors = load_file(folder / WEIGHTS)
         tensors[name] = change(tensors[name]).clone()
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+    return do
+
+
+def without(name):
+    def do(folder):
+        tensors = {other: value for other, value in load_file(folder / WEIGHTS).items() if other != name}
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
     return do
@@ -104,6 +112,11 @@ FILES = {
     "no index": (index("[]"), "/model.safetensors.index.json: not an index of safetensors files"),
     "shape in a block": (tensor(LAYER, lambda t: t[1:]), f"{LAYER} is (351, 128) in its files, but (352, 128) by its"),
     "shape elsewhere": (tensor("model.norm.weight", lambda t: t[:7]), "model.norm.weight is (7,) in its files, but (1"),
+    "no LM head": (
+        without("lm_head.weight"),
+        "lm_head.weight is not in its files: download the model again, or where it is an embedding model, which has",
+    ),
+    "no norm": (without("model.norm.weight"), "model.norm.weight is not in its files: download the model again"),
     "vocabulary": (config(vocab_size=400), ".weight is (384, 128) in its files, but (400, 128) by its config.json"),
     "damaged GGUF": (gguf(b"GGUF\x03\0\0\0" + b"\xff" * 300), "/m.gguf: not a complete GGUF file"),
     "empty GGUF": (gguf(b""), "/m.gguf is empty"),
@@ -125,6 +138,10 @@ CONFIGS = {
     "an encoder": (
         other_config({"model_type": "bert", **BERT}),
         "is an encoder, whose attention sees later tokens, as its config.json does not set is_decoder: choose a dense",
+    ),
+    "a classifier": (
+        config(architectures=["LlamaForSequenceClassification"]),
+        ": LlamaForSequenceClassification ends in the head of a task, which would be lost, not in an LM head: start",
     ),
     "architectures": (config(architectures=2), "its config.json says architectures = 2, which is no list of names: d"),
     "no heads": (config(num_attention_heads=0), "integer modulo by zero"),
@@ -217,6 +234,34 @@ def test_a_model_that_is_too_narrow_is_named(tmp_path, text, capsys, command, ig
     options = ["--output", tmp_path / "out", "--calibration", text, "--seq-len", "16"] if command == "quantize" else []
     assert main([str(a) for a in (command, folder, *options, *ignore)]) == 2
     assert "LlamaForCausalLM: nothing can be quantized, all Linears of its blocks stay in 1" in capsys.readouterr().err
+
+
+SPLIT = {
+    "re:.*q_proj": (
+        "model.layers.0.self_attn.q_proj in 16 bits, but not model.layers.0.self_attn.k_proj",
+        "q_proj, k_",
+    ),
+    "model.layers.1.mlp.up_proj": (
+        "model.layers.1.mlp.up_proj in 16 bits, but not model.layers.1.mlp.gate_proj",
+        "gat",
+    ),
+}
+
+
+@pytest.mark.parametrize("ignore", [*SPLIT, "re:.*[qkv]_proj", "re:.*(gate|up)_proj", "re:.*o_proj", "nothing"])
+def test_what_vllm_fuses_is_said_to_be_parted_before_any_work(model, tmp_path, capsys, monkeypatch, ignore):
+    def stop(*_):
+        raise InputError("the text is read")
+
+    monkeypatch.setattr(prepare, "calibration_windows", stop)
+    options = ["--output", tmp_path / "out", "--calibration", "python", "--ignore", ignore]
+    assert main([str(a) for a in ("quantize", model, *options)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    said = [line for line in lines if line.startswith("--ignore leaves ")]
+    names, parts = SPLIT.get(ignore, ("", ""))
+    assert [line.startswith(f"--ignore leaves {names}: vLLM fuses {parts}") for line in said] == [True] * bool(names)
+    expected = "--ignore nothing: no Linear of the blocks" if ignore == "nothing" else "the text is read"
+    assert f"bpdq: error: {expected}" in lines[-1]
 
 
 @pytest.mark.parametrize("is_decoder", [True, False])

@@ -117,6 +117,13 @@ STATEMENTS = {  # fragments of the code of a function or class, as ast.unparse w
         "weight_loader=self.weight_loader",
     ],
     (EMBEDDING, "VocabParallelEmbedding.forward"): ["self.quant_method.embedding("],
+    ("v1/spec_decode/draft_model.py", "DraftModelProposer._get_model"): ["prefix='draft_model'"],
+    ("v1/worker/gpu/spec_decode/standalone_ar/speculator.py", ""): ["prefix='draft_model'"],
+    ("model_executor/models/adapters.py", "as_seq_cls_model"): ["prefix=maybe_prefix(prefix, 'score')"],
+    ("model_executor/models/adapters.py", "load_weights_using_from_2_way_softmax"): [
+        "language_model.lm_head = ParallelLMHead(text_config.vocab_size, text_config.hidden_size)"
+    ],
+    ("model_executor/models/transformers/causal.py", "CausalMixin.compute_logits"): ["self.lm_head.bias"],
     (EMBEDDING, "ParallelLMHead.tie_weights"): ["self.quant_method.tie_weights(self, embed_tokens)"],
     (EMBEDDING, "VocabParallelEmbeddingShardIndices"): ["org_vocab_start_index", "org_vocab_end_index"],
     (ATTENTION, "Attention.__init__"): ["self.kv_cache_dtype =", "self.layer_name ="],

@@ -63,8 +63,10 @@ def check_folder(folder: Path, config: Any, fmt: Format) -> None:
                 model = skeleton.build(copy.deepcopy(config), stored)
             except ImportError as e:
                 logger.warning("%s", e)
-        if model is not None and type(model).__name__ not in (config.architectures or [type(model).__name__]):
-            model = None  # vLLM builds another
+        if model is not None:
+            names = {type(model).__name__, type(model.base_model).__name__}  # of the latter vLLM builds the former
+            is_another = names.isdisjoint(config.architectures or names)
+            model = None if is_another else skeleton.as_stored(model, stored)
         skeleton.check_stored(stored, model, fmt)
         check_values(stored)
 

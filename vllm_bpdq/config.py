@@ -14,7 +14,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from bpdq_kernels import format
 from bpdq_kernels.ops import ACTIVATION_DTYPES
 from bpdq_kernels.patterns import PREFIX
-from vllm_bpdq.names import numbered_experts, origins, renamed, rotated_pairs
+from vllm_bpdq.names import DRAFT, is_classifier, numbered_experts, origins, renamed, rotated_pairs
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe import RoutedExperts
@@ -109,13 +109,15 @@ class BPDQConfig(QuantizationConfig):
         self.mappers.append(hf_to_vllm_mapper)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """The method of layer `prefix`; None for an embedding, LM head or experts in 16 bits, and for attention unless
-        the checkpoint has scales for its KV cache (which fp8_e5m2 has no use for, and vLLM refuses beside them).
+        """The method of layer `prefix`, of a draft model too; None for an embedding, LM head or experts in 16 bits, and
+        for attention unless the checkpoint has scales for its KV cache (which fp8_e5m2 has no use for, and vLLM refuses
+        beside them).
 
         Before the first layer the checkpoint's files are checked: this is where vLLM's load format is known. Raises
         ValueError for what they lack, for fused layers whose parts differ in scheme and experts that do, for experts
         with an activation that the kernels lack or with LoRA adapters, for an embedding in bit-planes where a draft
-        model of EAGLE's kind or MTP is to share it, and for scales of the KV cache of latent attention.
+        model of EAGLE's kind or MTP is to share it, for an LM head in bit-planes that is to become a classifier, and
+        for scales of the KV cache of latent attention.
         """
         from vllm.model_executor.layers.attention import Attention, MLAAttention
         from vllm.model_executor.layers.fused_moe import GateLinear, RoutedExperts
@@ -128,6 +130,7 @@ class BPDQConfig(QuantizationConfig):
         from vllm_bpdq.kv_scales import BPDQKVCacheMethod
         from vllm_bpdq.linear import BPDQLinearMethod
 
+        prefix = prefix.removeprefix(DRAFT)
         if self.model is not None:
             check(*self.model, self.stored_format)
             self.model = None
@@ -142,6 +145,7 @@ class BPDQConfig(QuantizationConfig):
             return BPDQKVCacheMethod(self)
         if isinstance(layer, VocabParallelEmbedding):
             name = prefix or self._embedding_name()
+            _check_classifier(self.format)
             # a draft model that comes with the target, and with its config, has names of the checkpoint
             scheme = self.format.embedding_scheme(name) or self.stored_format.embedding_scheme(name)
             if scheme is None:
@@ -150,7 +154,7 @@ class BPDQConfig(QuantizationConfig):
                 _check_unshared(name)
                 self.has_embedding = True
             return BPDQEmbeddingMethod(scheme, name, [name])
-        if isinstance(layer, GateLinear):  # a router, some of which vLLM's models ask for
+        if isinstance(layer, GateLinear) or is_classifier(prefix):  # GateLinear: some of vLLM's models ask for routers
             return UnquantizedLinearMethod()
         if isinstance(layer, LinearBase):
             parts = self._parts(prefix)
@@ -231,6 +235,24 @@ def _check_unshared(name: str) -> None:
         raise ValueError(
             f"{name}: an embedding in bit-planes can't be shared with a draft model that reads hidden states: serve "
             "without --speculative-config, or quantize the model again with --embed-bits 16"
+        )
+
+
+def _check_classifier(fmt: format.Format) -> None:
+    """Raise ValueError where vLLM would make a classifier of rows of an LM head in bit-planes, as of Qwen3-Reranker."""
+    from vllm.config import get_current_vllm_config_or_none
+
+    current = get_current_vllm_config_or_none()
+    model = None if current is None else current.model_config
+    if model is None or model.convert_type != "classify":
+        return
+    configs = model.hf_config, model.hf_config.get_text_config()
+    made = any(getattr(part, key, None) is not None for part in configs for key in ("classifier_from_token", "method"))
+    head = next((name for name in fmt.layers if name.rpartition(".")[2] == "lm_head"), None)
+    if made and head is not None:
+        raise ValueError(
+            f"{head}: vLLM makes this classifier of rows of the LM head, which it takes in 16 bits only: quantize the "
+            "model again with --head-bits 16"
         )
 
 

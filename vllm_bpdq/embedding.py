@@ -43,10 +43,12 @@ class BPDQEmbeddingMethod(BPDQLinearMethod):
         return embedding(input_, self.prepared(layer), layer.params_dtype)
 
     def tie_weights(self, layer: Module, embed_tokens: VocabParallelEmbedding) -> VocabParallelEmbedding:
-        """A tied LM head is the embedding itself. Raises ValueError if that is left in 16 bits."""
+        """A tied LM head is the embedding itself, with the bias that vLLM asks a head for: none. Raises ValueError for
+        an embedding in 16 bits."""
         if not isinstance(embed_tokens.quant_method, BPDQEmbeddingMethod):
             raise ValueError(
                 f"{self.name} is in bit-planes and tied to an embedding in 16 bits: name the embedding in "
                 f"`layers` of quantization_config too, or quantize the model again"
             )
+        embed_tokens.register_parameter("bias", None)
         return embed_tokens

@@ -3,12 +3,20 @@
 A model's WeightsMapper is for names of tensors: its prefixes may end in a dot, so a layer is mapped as its weight is.
 """
 
+import re
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vllm.model_executor.models.utils import ShardIds, WeightsMapper
 
 TENSOR = ".weight"
+DRAFT = "draft_model."  # before the names of a model that drafts for another (vLLM's v1/spec_decode/draft_model.py)
+
+
+def is_classifier(name: str) -> bool:
+    """Whether vLLM's layer `name` is the one that it puts on a language model for classification (`as_seq_cls_model`):
+    no causal model's checkpoint has it, and where files do, it is in 16 bits."""
+    return re.fullmatch(r"(\w+[.])?score", name) is not None
 
 
 def renamed(name: str, mapper: "WeightsMapper") -> str:

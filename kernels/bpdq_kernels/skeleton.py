@@ -112,6 +112,26 @@ def is_tied(model: "PreTrainedModel") -> bool:
     return f"{embedding_names(model)[1]}.weight" in model.all_tied_weights_keys
 
 
+def as_stored(model: "PreTrainedModel", stored: Headers) -> "PreTrainedModel":
+    """`model`, or what is in front of its LM head where its config names another class (`LlamaModel`) and the files
+    hold no head, as of a model that AutoModel has opened and saved."""
+    _, head = embedding_names(model)
+    if type(model).__name__ in (model.config.architectures or [type(model).__name__]) or not head or is_tied(model):
+        return model
+    return model if any(name.startswith(f"{head}.") for name in stored) else model.base_model
+
+
+def _scheme(model: "PreTrainedModel", fmt: Format, name: str, stored: str, is_table: bool) -> Scheme | None:
+    """Scheme of the layer `name` of a skeleton, which the checkpoint calls `stored`. AutoModel saves tensors without
+    the prefix of a causal model's, and `quantization_config` as it was: by either name a layer is found there."""
+    prefix = f"{model.base_model_prefix}."
+    whole = prefix + name if model.base_model is model else name
+    known = [stored, whole] if whole == prefix + stored else [stored]
+    if is_table:
+        return next((scheme for known_as in known if (scheme := fmt.embedding_scheme(known_as))), None)
+    return fmt.scheme_for(next(filter(fmt.mentions, known), stored), known)
+
+
 def quantized_layers(
     model: "PreTrainedModel", fmt: Format, names: Mapping[str, str] = MappingProxyType({})
 ) -> dict[str, tuple[nn.Module, Scheme]]:
@@ -125,12 +145,11 @@ def quantized_layers(
     found = {}
     for name, module in model.named_modules():
         if name in embeddings or isinstance(module, nn.Linear):
-            scheme_of = fmt.embedding_scheme if name in embeddings else fmt.scheme_for
-            scheme = scheme_of(names.get(name, name))
+            scheme = _scheme(model, fmt, name, names.get(name, name), name in embeddings)
             if scheme is not None:
                 found[name] = (module, scheme)
     if is_tied(model):
-        embedding, head = (fmt.embedding_scheme(names.get(name, name)) for name in embeddings)
+        embedding, head = (_scheme(model, fmt, name, names.get(name, name), True) for name in embeddings)
         if embedding != head:
             raise InputError(
                 f"{' and '.join(embeddings)} are tied, but quantization_config makes them {embedding} and {head}: "

@@ -1,4 +1,5 @@
-"""What a checkpoint takes over from its source as it is: tokenizer, processors, chat templates, settings, licence."""
+"""What a checkpoint takes over from its source as it is: tokenizer, processors, chat templates, settings, licence, and
+what Sentence Transformers has behind the model."""
 
 import shutil
 from pathlib import Path
@@ -6,6 +7,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download, try_to_load_from_cache
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from bpdq_quantizer.checkpoint.sentences import SETTINGS, check_modules, module_patterns
 from bpdq_quantizer.errors import InputError
 
 PATTERNS = (
@@ -14,12 +16,14 @@ PATTERNS = (
     *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
     *("chat_template*.jinja", "chat_template*.json", "additional_chat_templates/*.jinja"),
     *("LICEN[CS]E*", "licen[cs]e*", "NOTICE*", "USE_POLICY*"),
+    *SETTINGS,
 )
 
 
 def carry_over(model: str, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, to: Path) -> None:
-    """Copy the files of a model folder or hub id that match PATTERNS, or that its tokenizer reads, into the folder
-    `to`, byte for byte; of a `.gguf` file, which has none, tokenizer and generation settings are written there.
+    """Copy the files of a model folder or hub id that match PATTERNS, that its tokenizer reads or that are of its
+    modules (`sentences`), into the folder `to`, byte for byte; of a `.gguf` file, which has none, tokenizer and
+    generation settings are written there.
 
     Raises InputError.
     """
@@ -32,16 +36,24 @@ def carry_over(model: str, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
                 lm.generation_config.save_pretrained(to)
             return
         patterns = [*PATTERNS, *getattr(tokenizer, "vocab_files_names", {}).values()]
-        source = Path(model)
-        if not source.is_dir():
-            source = Path(snapshot_download(model, revision=hub_commit(model), allow_patterns=[*patterns, "README.md"]))
-        for name in _names(source, patterns):
-            (to / name).parent.mkdir(exist_ok=True)
+        source = _here(model, [*patterns, "README.md"])
+        modules = module_patterns(source)
+        if modules:
+            check_modules(_here(model, modules))
+        for name in _names(source, [*patterns, *modules]):
+            (to / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / name, to / name)  # with the permissions of the umask
     except InputError:
         raise
     except (OSError, ValueError) as e:
         raise InputError(f"{model}: what goes with its weights can't be copied ({e})") from e
+
+
+def _here(model: str, patterns: list[str]) -> Path:
+    """The folder of a model, with the files of a hub id that match."""
+    if Path(model).is_dir():
+        return Path(model)
+    return Path(snapshot_download(model, revision=hub_commit(model), allow_patterns=patterns))
 
 
 def hub_commit(model: str) -> str:

@@ -100,7 +100,8 @@ class BPDQQuantizer(HfQuantizer):
         arranged = skeleton.arranged(stored, model)
         checked = model if embedding_names(model)[1] else causal_skeleton(model, stored)
         fmt = self.quantization_config.format
-        skeleton.check_stored(stored, checked, fmt)
+        own = {name for name in model.state_dict() if is_new_head(model, name)}  # in files of such a model
+        skeleton.check_stored({name: entry for name, entry in stored.items() if name not in own}, checked, fmt)
         heads = {f"^{re.escape(name)}$" for name in stored if head_pattern(name, model.config)}
         model._keys_to_ignore_on_load_unexpected |= heads  # of which transformers knows by name those of some sizes
         self.schemes = {}
@@ -142,16 +143,17 @@ class BPDQQuantizer(HfQuantizer):
 
 
 def causal_skeleton(model: PreTrainedModel, stored: Headers) -> PreTrainedModel | None:
-    """The causal LM whose checkpoint AutoModel or a model for a task is loaded from; None if transformers has none."""
+    """The causal LM whose checkpoint AutoModel or a model for a task is loaded from, without its head where AutoModel
+    has saved that; None if transformers has none."""
     try:
-        return skeleton.build(model.config, stored)
+        return skeleton.as_stored(skeleton.build(model.config, stored), stored)
     except ImportError:
         return None
 
 
 def is_new_head(model: PreTrainedModel, name: str) -> bool:
-    """Whether the Linear `name` is of a head that a task adds to the model, such as AutoModelForSequenceClassification,
-    so that no causal model's checkpoint has it."""
+    """Whether the Linear or tensor `name` is of a head that a task adds to the model, such as
+    AutoModelForSequenceClassification, so that no causal model's checkpoint has it."""
     return (
         model.base_model is not model and not name.startswith(model.base_model_prefix) and not embedding_names(model)[1]
     )
@@ -163,7 +165,7 @@ class Checkpoint(NamedTuple):
     config: PreTrainedConfig
     format: Format
     stored: Headers
-    skeleton: PreTrainedModel  # in 16 bits, on the meta device
+    skeleton: PreTrainedModel  # in 16 bits, on the meta device; without an LM head where AutoModel has saved it
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -176,7 +178,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         raise InputError(f"{file}: transformers can't use it ({' '.join(str(e).split())})") from e
     stored = read_folder(folder)
     try:
-        model = skeleton.build(config, stored)
+        model = skeleton.as_stored(skeleton.build(config, stored), stored)
     except ImportError as e:
         raise InputError(f"{file}: {e}") from e
     skeleton.check_stored(stored, model, fmt)

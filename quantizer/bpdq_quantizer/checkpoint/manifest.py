@@ -83,6 +83,8 @@ def _file_faults(folder: Path, expected: Mapping[str, str]) -> Iterator[str]:
 
 
 def _added(folder: Path, known: set[str]) -> Iterator[str]:
-    for path in sorted(folder.iterdir()):
-        if path.suffix in READ and path.name not in known | {NAME}:
-            yield f"{path.name} was added"
+    for inside in sorted({folder, *((folder / name).parent for name in known)}):
+        for path in sorted(inside.iterdir()) if inside.is_dir() else ():
+            name = path.relative_to(folder).as_posix()
+            if path.suffix in READ and name not in known | {NAME}:
+                yield f"{name} was added"

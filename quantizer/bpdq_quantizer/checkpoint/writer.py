@@ -138,7 +138,7 @@ def finish(
         _write(folder / name, _json(name, value))
     names = [path.as_posix() for path in carried(folder / CARRIED)]
     for name in names:
-        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         save(folder / name, partial(shutil.copyfile, folder / CARRIED / name))
     write_card(folder, made, model, report, size)
     pictures = [PICTURE] if (folder / PICTURE).is_file() else []

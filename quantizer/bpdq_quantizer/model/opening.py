@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTraine
 
 from bpdq_kernels.experts import take_apart
 from bpdq_kernels.folder import FLOATS
-from bpdq_kernels.skeleton import auto_class
+from bpdq_kernels.skeleton import auto_class, embedding_names
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.quantized import open_config
 from bpdq_quantizer.model.sources import check_stored, gguf_arguments
@@ -52,8 +52,19 @@ def load_pretrained(
     for name, stored, wanted in sorted(key for key in info["mismatched_keys"] if key[0] not in unread):
         raise InputError(misfit(model, name, tuple(stored), tuple(wanted)))
     if info["missing_keys"]:  # transformers would serve random numbers in their place
-        raise InputError(f"{model}: {min(info['missing_keys'])} is not in its files: download the model again")
+        raise InputError(f"{model}: {_missing(min(info['missing_keys']), lm)}")
     return lm.eval()
+
+
+def _missing(name: str, lm: PreTrainedModel) -> str:
+    """What is said of a tensor that a model's files lack."""
+    said = f"{name} is not in its files: download the model again"
+    if name != f"{embedding_names(lm)[1]}.weight":
+        return said
+    return (
+        f"{said}, or where it is an embedding model, which has no LM head, set tie_word_embeddings to true in its "
+        "config.json and give --calibration TEXT --output-tokens 0 --evaluate 0"
+    )
 
 
 def check_dtype(model: str, dtype: torch.dtype) -> None:

@@ -19,6 +19,10 @@ INSTEAD = {  # suffixes of what holds weights, and what to do
     (".gguf",): "name the .gguf file itself",
     PICKLED: "convert it to safetensors, as nothing is unpickled here",
 }
+TASKS = (  # how architectures are called that end in the head of a task, in place of the LM head
+    *("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice"),
+    *("ForRewardModel", "ForProcessRewardModel"),
+)
 LFS_POINTER = b"version https://git-lfs"
 
 
@@ -64,6 +68,7 @@ def read_config(model: str) -> PreTrainedConfig:
         raise InputError(
             f"{model}: {architecture} is not a causal language model of transformers: choose a dense decoder-only model"
         )
+    check_head(model, config)
     is_decoder = config.is_encoder_decoder or getattr(config, "is_decoder", True)
     if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not is_decoder:
         raise InputError(
@@ -92,6 +97,16 @@ def check_known(model: str, raw: Any) -> None:
         f"{model}: transformers {transformers.__version__} does not know the model_type {kind!r} of its config.json"
         f"{code}: install a release of transformers that does, or look for a version of the model made for it"
     )
+
+
+def check_head(model: str, config: PreTrainedConfig) -> None:
+    """Raise InputError for a model with the head of a task, which a causal language model has no place for."""
+    for name in config.architectures or ():
+        if str(name).endswith(TASKS):
+            raise InputError(
+                f"{model}: {name} ends in the head of a task, which would be lost, not in an LM head: start from the "
+                "causal language model that it was made from, or serve it in 16 bits"
+            )
 
 
 def check_source(model: str) -> None:

@@ -33,6 +33,10 @@ from bpdq_quantizer.model.sources import is_gguf, local_folder, weight_files
 from bpdq_quantizer.model.stored_weights import ReadWeights, StoredWeight, packed_names, stored_weights, unreported
 from bpdq_quantizer.model.weights import Weight, kept, weights_in
 
+FUSED = (  # by vLLM, in most families that have them so
+    *(("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")),
+    *(("q_a_proj", "kv_a_proj_with_mqa"), ("in_proj_qkv", "in_proj_z")),
+)
 Stamps = dict[str, list[int]]  # size and time of change (ns) of files, by name
 
 
@@ -146,6 +150,22 @@ def _check_experts(source: Streamed, before: Mapping[str, Weight]) -> None:
             f"--ignore leaves {next(iter(alone.values()))} alone, but files of {type(source.model).__name__} have "
             "experts fused, and are not written so: leave the pattern out"
         )
+
+
+def parted(source: Streamed) -> str | None:
+    """What is to be said where some of the Linears that vLLM fuses are left alone, and others not: transformers loads
+    such a checkpoint, and so does vLLM in a family that it does not fuse them in."""
+    before, after = solved(source._replace(left_alone=())), solved(source)
+    for name in (name for name in before if name not in after):
+        parent, _, key = name.rpartition(".")
+        parts = next((parts for parts in FUSED if key in parts), ())
+        other = next((f"{parent}.{part}" for part in parts if f"{parent}.{part}" in after), None)
+        if other is not None and before[name].layer is None:
+            return (
+                f"--ignore leaves {name} in 16 bits, but not {other}: vLLM fuses {', '.join(parts)} in most families, "
+                "and does not load a part of them so: ignore all of them, or none"
+            )
+    return None
 
 
 def open_model(model: str, dtype: torch.dtype | str = "auto") -> Streamed:

@@ -102,8 +102,8 @@ class Schemes:
         "leave a block's Linears of this name in 16 bits; may be repeated",
         "leaves Linears of the blocks in 16 bits: names, or patterns such as `re:.*[.]o_proj`, matched from the start "
         "of a name. The option may be repeated, from Python it is a list. What vLLM fuses (q/k/v, gate/up) it takes "
-        "whole only. Routers, gates of states, `kv_b_proj` of latent attention and what is narrower than 32 are left "
-        "so in any case",
+        "whole only: one line says so where a part is left. Routers, gates of states, `kv_b_proj` of latent attention "
+        "and what is narrower than 32 are left so in any case",
         metavar="NAME",
     )
     kv_cache_scales: bool = option(

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import ceil, prod
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -18,12 +19,22 @@ from bpdq_quantizer.checkpoint import writer
 from bpdq_quantizer.checkpoint.carried import carry_over
 from bpdq_quantizer.checkpoint.config_names import config_names
 from bpdq_quantizer.checkpoint.heads import find_heads
+from bpdq_quantizer.checkpoint.sentences import check_modules
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.calibration import calibration_windows
 from bpdq_quantizer.model.images import sight_of
 from bpdq_quantizer.model.opening import plain_skeleton
 from bpdq_quantizer.model.sources import check_source, check_stored, is_gguf
-from bpdq_quantizer.model.stream import Stamps, Streamed, decoder_blocks, leave_alone, open_model, solved, stamps
+from bpdq_quantizer.model.stream import (
+    Stamps,
+    Streamed,
+    decoder_blocks,
+    leave_alone,
+    open_model,
+    parted,
+    solved,
+    stamps,
+)
 from bpdq_quantizer.model.support import FLOATS, check_blocks, check_dense, check_kept, check_tokens, table_bits
 from bpdq_quantizer.model.tokens import leading_tokens, load_tokenizer
 from bpdq_quantizer.model.windows import Window, all_tokens, text_windows, token_count
@@ -83,7 +94,8 @@ def prepare(o: Options, folder: RunFolder, kept: list[Window] | None = None) -> 
     torch.manual_seed(o.method.seed)
     asked, model = o, o.files.model
     check_source(model)
-    check_dense(*decoder_blocks(plain_skeleton(model)))
+    check_modules(Path(model))
+    _check_skeleton(model, o.schemes.ignore or [])
     check_stored(model)
     tokenizer = load_tokenizer(model)
     lead = leading_tokens(tokenizer, o.text.special_tokens)
@@ -122,6 +134,16 @@ def prepare(o: Options, folder: RunFolder, kept: list[Window] | None = None) -> 
     held_out = all_tokens(spare) if spare else None
     windows = Windows(found[: o.text.samples], tuning, held_out, names, cost)
     return Run(asked, o, source, before, windows, embeddings, budget, device, folder, heads)
+
+
+def _check_skeleton(model: str, ignore: Sequence[str]) -> None:
+    """What a model's config.json alone tells of `--ignore` and its blocks. Raises InputError."""
+    skeleton = plain_skeleton(model)
+    prefix, blocks = decoder_blocks(skeleton)
+    check_dense(prefix, blocks)
+    said = parted(leave_alone(Streamed(skeleton, prefix, blocks, {}), ignore)) if ignore else None
+    if said is not None:
+        tqdm.write(said, file=sys.stderr)
 
 
 def with_gradients(o: Options, source: Streamed, calibration: int) -> Options:
