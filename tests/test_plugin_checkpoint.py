@@ -3,6 +3,7 @@
 import copy
 import shutil
 from types import MappingProxyType
+from typing import get_args
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from vllm.config import DeviceConfig, ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.config.load import LoadConfig
 from vllm.model_executor.layers.linear import ReplicatedLinear
+from vllm.model_executor.model_loader import LoadFormats
 
 import vllm_bpdq
 from benchmarks import vllm_models
@@ -88,7 +90,7 @@ def test_they_are_checked_for_all_of_the_model_where_a_part_of_it_is_built_first
     assert isinstance(method(folders["sound"], "auto", num_hidden_layers=2), BPDQLinearMethod)
 
 
-@pytest.mark.parametrize(("load_format", "warnings"), [("dummy", 0), ("sharded_state", 1), ("modelexpress", 1)])
+@pytest.mark.parametrize(("load_format", "warnings"), [("dummy", 0), ("ipc_cache", 1), ("modelexpress", 1)])
 def test_files_that_will_not_be_loaded_are_not_looked_at(folders, load_format, warnings, monkeypatch):
     said = []
     monkeypatch.setattr(checkpoint.logger, "warning", lambda line, *values: said.append(line % values))
@@ -96,6 +98,20 @@ def test_files_that_will_not_be_loaded_are_not_looked_at(folders, load_format, w
     assert [line.partition(": ")[2] for line in said] == warnings * [
         f"its tensors are not checked with --load-format {load_format}"
     ]
+
+
+@pytest.mark.parametrize("load_format", ["sharded_state", "runai_streamer_sharded", "tensorizer"])
+def test_formats_that_pass_the_weight_loaders_by_are_refused(folders, load_format):
+    """What an engine saves is in the order of its kernels, into which it would be brought a second time."""
+    message = rf"sound: .*--load-format {load_format}, .*: serve the checkpoint folder itself, without --load-format"
+    with pytest.raises(InputError, match=message):
+        method(folders["sound"], load_format)
+
+
+def test_every_load_format_of_vllm_is_known():
+    known = {*checkpoint.LOAD_FORMATS, *checkpoint.FILLING}
+    others = {"dummy", "ipc_cache", "mistral", "modelexpress", "npcache", "pt"}  # load weights by their loaders, or none
+    assert known | others == {*get_args(LoadFormats)}
 
 
 def test_a_folder_without_safetensors_is_left_to_vllm(folders, tmp_path):

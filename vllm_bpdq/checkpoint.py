@@ -24,6 +24,8 @@ from bpdq_kernels.format import Format
 
 # that read the folder's safetensors files
 LOAD_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer")
+# that fill parameters with what an engine saved, in the order of its kernels, or leave them as they were stored
+FILLING = ("runai_streamer_sharded", "sharded_state", "tensorizer")
 
 logger = init_logger(__name__)
 
@@ -32,14 +34,20 @@ def check(model: str, revision: str | None, config: Any, fmt: Format) -> None:
     """Check the files of `model` (folder or hub id), which is downloaded first, if vLLM is about to load them.
 
     config: transformers', of all of the model: what vLLM is building just now may be a part, with a config of its own.
-    It is not looked at for a draft, nor are names then. fmt: the checkpoint's, by its own names. Raises InputError;
-    files of other load formats than LOAD_FORMATS are not looked at, and a warning says so.
+    It is not looked at for a draft, nor are names then. fmt: the checkpoint's, by its own names. Raises InputError,
+    also for a load format of FILLING; files of others than LOAD_FORMATS are not looked at, and a warning says so.
     """
     current = get_current_vllm_config_or_none()
     if current is None or current.load_config.load_format == "dummy":
         return
-    if current.load_config.load_format not in LOAD_FORMATS:
-        logger.warning("%s: its tensors are not checked with --load-format %s", model, current.load_config.load_format)
+    load_format = current.load_config.load_format
+    if load_format in FILLING:
+        raise InputError(
+            f"{model}: layers in bit-planes can't be loaded with --load-format {load_format}, past vLLM's weight "
+            "loaders: serve the checkpoint folder itself, without --load-format"
+        )
+    if load_format not in LOAD_FORMATS:
+        logger.warning("%s: its tensors are not checked with --load-format %s", model, load_format)
         return
     folder = local_folder(model, revision, current.load_config)
     if folder is None or not any(folder.glob("*.safetensors*")):
