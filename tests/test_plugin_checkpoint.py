@@ -24,7 +24,7 @@ from vllm_bpdq.checkpoint import check_folder, local_folder
 from vllm_bpdq.config import BPDQConfig
 from vllm_bpdq.linear import BPDQLinearMethod
 
-NORM = "model.norm.weight"
+NORM, HEAD = "model.norm.weight", "lm_head.weight"
 
 
 @pytest.fixture(scope="module")
@@ -40,11 +40,11 @@ def folders(tmp_path_factory):
     return {"sound": sound, "incomplete": incomplete}
 
 
-def first_layer(folder, load_format, compiler=MappingProxyType({}), **part):
+def first_layer(folder, load_format, compiler=MappingProxyType({}), settings=MappingProxyType({}), **part):
     """An engine for `folder`, of which vLLM builds a part first whose config differs in `part`, and what its config
     gives the first layer."""
     vllm_bpdq.register()
-    model = ModelConfig(model=str(folder), skip_tokenizer_init=True)
+    model = ModelConfig(model=str(folder), skip_tokenizer_init=True, **settings)
     load = LoadConfig(load_format=load_format)
     engine = VllmConfig(model_config=model, load_config=load, device_config=DeviceConfig("cpu"))
     assert isinstance(engine.quant_config, BPDQConfig)
@@ -73,6 +73,58 @@ def test_the_files_are_checked_before_the_first_layer(folders, load_format):
     assert isinstance(method(folders["sound"], load_format), BPDQLinearMethod)
     with pytest.raises(InputError, match=rf"{NORM} is not in the checkpoint: download or quantize it again"):
         method(folders["incomplete"], load_format)
+
+
+def called(architecture: str, **rest) -> dict:
+    """An engine's settings for a model by another name, and with the rest of a config.json."""
+    return {"hf_overrides": {"architectures": [architecture], **rest}}
+
+
+POOLING = {"runner": "pooling"}
+CLASSIFIER = called("LlamaForSequenceClassification") | POOLING
+SCORE = {"score.weight": torch.zeros(2, 64)}
+
+
+@pytest.mark.parametrize(
+    ("settings", "extra"),
+    [
+        (called("LLaMAForCausalLM"), {}),
+        (called("LlamaModel"), {}),
+        (called("LlamaModel") | POOLING, {}),
+        (CLASSIFIER, SCORE),
+    ],
+)
+def test_names_are_checked_where_vllm_has_one_class_for_several_architectures(folders, tmp_path, settings, extra):
+    for name in "sound", "incomplete":
+        folder = shutil.copytree(folders[name], tmp_path / name)
+        save_file(load_file(folder / "model.safetensors") | extra, folder / "model.safetensors")
+    assert isinstance(method(tmp_path / "sound", "auto", settings=settings), BPDQLinearMethod)
+    with pytest.raises(InputError, match=rf"{NORM} is not in the checkpoint: download or quantize it again"):
+        method(tmp_path / "incomplete", "auto", settings=settings)
+
+
+def test_an_architecture_of_another_class_is_not_compared_with_the_one_of_transformers(folders, monkeypatch):
+    said = []
+    monkeypatch.setattr("bpdq_kernels.skeleton.logger.warning", said.append)
+    settings = called("LlamaBidirectionalModel", pooling="avg")
+    assert isinstance(method(folders["incomplete"], "auto", settings=settings), BPDQLinearMethod)
+    assert said == ["whether all tensors of this architecture are in the checkpoint can't be checked"]
+
+
+def test_an_lm_head_may_be_missing_where_vllm_puts_it_aside(folders, tmp_path):
+    folder = shutil.copytree(folders["sound"], tmp_path / "out")
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: t for name, t in tensors.items() if name != HEAD}, folder / "model.safetensors")
+    assert isinstance(method(folder, "auto", settings=POOLING | {"convert": "embed"}), BPDQLinearMethod)
+    reranker = called("LlamaForSequenceClassification", classifier_from_token=["a", "b"]) | POOLING
+    for settings in {}, reranker:
+        with pytest.raises(InputError, match=rf"^{HEAD} is not in the checkpoint"):
+            method(folder, "auto", settings=settings)
+
+
+def test_classes_need_what_scores_them(folders):
+    with pytest.raises(InputError, match=r"sound: score\.weight is not in the checkpoint, by which vLLM classifies: "):
+        method(folders["sound"], "auto", settings=CLASSIFIER)
 
 
 @pytest.mark.parametrize("layer", ["shared_expert_gate", "router"])
@@ -110,7 +162,7 @@ def test_formats_that_pass_the_weight_loaders_by_are_refused(folders, load_forma
 
 def test_every_load_format_of_vllm_is_known():
     known = {*checkpoint.LOAD_FORMATS, *checkpoint.FILLING}
-    others = {"dummy", "ipc_cache", "mistral", "modelexpress", "npcache", "pt"}  # load weights by their loaders, or none
+    others = {"dummy", "ipc_cache", "mistral", "modelexpress", "npcache", "pt"}  # by weight loaders, or none
     assert known | others == {*get_args(LoadFormats)}
 
 

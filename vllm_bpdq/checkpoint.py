@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from vllm import envs
-from vllm.config import get_current_vllm_config_or_none
+from vllm.config import ModelConfig, get_current_vllm_config_or_none
 from vllm.config.load import LoadConfig
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader.weight_utils import (
@@ -19,7 +19,7 @@ from vllm.model_executor.model_loader.weight_utils import (
 
 from bpdq_kernels import skeleton
 from bpdq_kernels.errors import InputError
-from bpdq_kernels.folder import INDEX, Headers, check_values, read_folder
+from bpdq_kernels.folder import INDEX, REMEDY, Headers, check_values, read_folder
 from bpdq_kernels.format import Format
 
 # that read the folder's safetensors files
@@ -53,14 +53,18 @@ def check(model: str, revision: str | None, config: Any, fmt: Format) -> None:
     if folder is None or not any(folder.glob("*.safetensors*")):
         logger.warning("%s: no safetensors files in reach, so that its tensors are not checked", model)
         return
-    check_folder(folder, config if current.model_config.model == model else None, fmt)
+    if current.model_config.model == model:
+        check_folder(folder, config, fmt, current.model_config)
+    else:
+        check_folder(folder, None, fmt)
 
 
-def check_folder(folder: Path, config: Any, fmt: Format) -> None:
+def check_folder(folder: Path, config: Any, fmt: Format, engine: ModelConfig | None = None) -> None:
     """Raise InputError unless the files of `folder` fill the model of `config`, a transformers config or None, in the
     shapes that it and `fmt` ask for, with finite numbers.
 
-    Of an architecture that transformers doesn't have, or builds as another class, names are not checked.
+    engine: vLLM's own config of the model. Of an architecture that transformers doesn't have, or that vLLM builds as
+    another class than transformers', names are not checked.
     """
     with torch.device("cpu"):  # vLLM builds towers that serve no image on the meta device
         stored = read_folder(folder)
@@ -71,10 +75,38 @@ def check_folder(folder: Path, config: Any, fmt: Format) -> None:
                 model = skeleton.build(copy.deepcopy(config), stored)
             except ImportError as e:
                 logger.warning("%s", e)
-        if model is not None and type(model).__name__ not in (config.architectures or [type(model).__name__]):
-            model = None  # vLLM builds another
-        skeleton.check_stored(stored, model, fmt)
+        if model is not None and not _is_built(type(model).__name__, config.architectures, engine):
+            model = None
+        spare = () if model is None or engine is None else _spare_layers(model, engine)
+        if "score" in spare and not any(name.startswith("score.") for name in stored):
+            raise InputError(f"{folder}: score.weight is not in the checkpoint, by which vLLM classifies: {REMEDY}")
+        skeleton.check_stored(stored, model, fmt, spare)
         check_values(stored)
+
+
+def _is_built(name: str, architectures: list[str] | None, engine: ModelConfig | None) -> bool:
+    """Whether vLLM builds for `architectures` what it does for transformers' class `name`: it has one class for several
+    architectures, and makes those for pooling out of those for text."""
+    if not architectures or name in architectures:
+        return True
+    if engine is None:
+        return False
+    try:
+        built, _ = engine.registry.resolve_model_cls(architectures, engine)
+        return built is engine.registry.resolve_model_cls(name, engine)[0]
+    except ValueError:  # vLLM knows no such architecture
+        return False
+
+
+def _spare_layers(model: Any, engine: ModelConfig) -> tuple[str, ...]:
+    """Layers of the skeleton `model` that vLLM does without, and those that it has beside them, where it makes a model
+    for pooling of one for text (models/adapters.py)."""
+    configs = engine.hf_config, engine.hf_config.get_text_config()
+    keys = "classifier_from_token", "method"
+    if engine.convert_type == "none" or any(getattr(config, key, None) for config in configs for key in keys):
+        return ()  # there are rows of the LM head that score
+    head = skeleton.embedding_names(model)[1]
+    return (head, "score") if engine.convert_type == "classify" else (head,)
 
 
 def _check_routers(stored: Headers) -> None:
