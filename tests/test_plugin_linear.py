@@ -262,14 +262,17 @@ def test_processing_a_loaded_layer_twice_changes_nothing(rank, width):
     assert torch.equal(weight(layer), W[:, 192:])
 
 
-def test_new_weights_load_over_old_ones(rank, width):
-    """Without vLLM's layerwise reload, which is tested below."""
+def test_weights_in_use_are_loaded_over_by_a_reload_only(rank, width):
+    """Kernels and graphs have their order and their place in memory."""
     layer = ColumnParallelLinear(128, 64, bias=False, quant_config=config(width=width), prefix="m.up_proj")
-    load(layer, stored(64, 128, 64, seed=1, width=width)[0])
-    finish(layer)
-    tensors, W = stored(64, 128, 64, seed=2, width=width)
+    tensors, W = stored(64, 128, 64, width=width)
     load(layer, tensors)
-    assert torch.equal(weight(finish(layer)), W)
+    finish(layer)
+    for tensor in tensors._fields[: 2 if width == 16 else 3]:
+        param = getattr(layer, tensor)
+        with pytest.raises(ValueError, match=r"m\.up_proj: its weights are in use: .* reload_weights"):
+            param.weight_loader(param, getattr(tensors, tensor))
+    assert torch.equal(weight(layer), W)
 
 
 def test_layerwise_reload_replaces_the_weights_in_place(rank, width):
@@ -330,27 +333,76 @@ def test_a_reload_that_lacks_a_tensor_is_refused(rank, width):
         finalize_layerwise_reload(layer, None)
 
 
-def test_new_weights_that_lack_a_tensor_are_refused(rank, width):
+def reloadable(width: int = 16, dtype: torch.dtype = torch.bfloat16) -> MergedColumnParallelLinear:
+    """A layer of a gate and another projection with weights in use, which vLLM is about to reload."""
     layer = MergedColumnParallelLinear(
-        128, [64, 64], bias=False, quant_config=config(width=width), prefix="m.gate_up_proj"
+        128, [64, 64], bias=False, quant_config=config(width=width), prefix="m.gate_up_proj", return_bias=False
     )
-    tensors, _ = stored(64, 128, 64, width=width)
-    load(layer, tensors, 0)
-    load(layer, tensors, 1)
+    record_metadata_for_reloading(layer)
+    for i in 0, 1:
+        load(layer, stored(64, 128, 64, dtype=dtype, width=width)[0], i)
     finish(layer)
-    load(layer, tensors, 0)
-    with pytest.raises(ValueError, match=rf"m\.up_proj\.B, m\.up_proj\.c{LAST[width]} not in the checkpoint"):
-        finish(layer)
+    return layer
 
 
-def test_new_weights_that_lack_the_planes_are_refused(rank, width):
-    layer = ColumnParallelLinear(128, 64, bias=False, quant_config=config(width=width), prefix="m.up_proj")
-    tensors, _ = stored(64, 128, 64, width=width)
-    load(layer, tensors)
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda tensors: tensors._replace(B=None), r"m\.up_proj\.B not in the checkpoint"),
+        (lambda tensors: tensors._replace(c=tensors.c * torch.nan), r"m\.gate_up_proj\.c holds NaN"),
+        (lambda tensors: tensors._replace(c=tensors.c.bfloat16()), r"m\.up_proj\.c is torch\.bfloat16, but vLLM fuses"),
+    ],
+    ids=["missing", "NaN", "another dtype"],
+)
+def test_after_a_refused_reload_a_layer_answers_no_more(rank, damage, message):
+    """What has arrived is in another order than the kernels read, past its end."""
+    layer = reloadable(dtype=torch.float16)
+    x = torch.randn(3, 128)
+    unguarded = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}  # as vLLM compiles
+    compiled = torch.compile(layer, backend="eager", fullgraph=True, options=unguarded)
+    with torch.inference_mode():
+        compiled(x)
+    initialize_layerwise_reload(layer)
+    with pytest.raises(RuntimeError, match="a layer's weights are not loaded, as after a reload that was refused"):
+        layer(x)  # as where the reload ends before this layer
+    tensors, _ = stored(64, 128, 64, dtype=torch.float16)
+
+    def reload() -> None:
+        load(layer, tensors, 0)
+        load(layer, damage(tensors), 1)
+        finalize_layerwise_reload(layer, None)
+
+    with pytest.raises(ValueError, match=message):
+        reload()
+    for run in layer, compiled:
+        with torch.inference_mode(), pytest.raises(RuntimeError, match="reload that was refused: start the server"):
+            run(x)
+
+
+@pytest.mark.parametrize(("old", "new"), [(torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16)])
+def test_a_reload_that_would_round_coefficients_is_refused(rank, old, new):
+    """vLLM copies them into the memory of those in use."""
+    layer = reloadable(dtype=old)
+    initialize_layerwise_reload(layer)
+    tensors, _ = stored(64, 128, 64, dtype=new)
+    load(layer, tensors, 0)
+    message = rf"^m\.gate_up_proj\.c is {new}, which a reload would round to {old}, .*: start the server with"
+    with pytest.raises(ValueError, match=message):
+        load(layer, tensors, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_reload_over_dummy_weights_in_fp32_is_exact(rank, dtype):
+    layer = MergedColumnParallelLinear(128, [64, 64], bias=False, quant_config=config(), prefix="m.gate_up_proj")
+    record_metadata_for_reloading(layer)
+    DummyModelLoader.load_weights(None, layer, None)
     finish(layer)
-    load(layer, tensors._replace(B=None))
-    with pytest.raises(ValueError, match=r"m\.up_proj\.B not in the checkpoint"):
-        finish(layer)
+    initialize_layerwise_reload(layer)
+    tensors, W = stored(64, 128, 64, dtype=dtype)
+    for i in 0, 1:
+        load(layer, tensors, i)
+    finalize_layerwise_reload(layer, None)
+    assert torch.equal(weight(layer), torch.cat([W, W]))
 
 
 def test_dummy_weights_pass_the_checks_and_multiply(rank, width):
