@@ -2,6 +2,8 @@
 
 import copy
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import get_args
 
@@ -12,12 +14,14 @@ from vllm.config import DeviceConfig, ModelConfig, VllmConfig, set_current_vllm_
 from vllm.config.load import LoadConfig
 from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.model_loader import LoadFormats
+from vllm.model_executor.model_loader.reload.layerwise import initialize_layerwise_reload, record_metadata_for_reloading
 
 import vllm_bpdq
 from benchmarks import vllm_models
 from bpdq_kernels.errors import InputError
 from bpdq_kernels.folder import read_folder
 from mutant_files import split
+from ranks import become, config, finish, load, stored
 from tiny import bpdq_checkpoint, tiny_model
 from vllm_bpdq import checkpoint
 from vllm_bpdq.checkpoint import check_folder, local_folder
@@ -164,6 +168,41 @@ def test_every_load_format_of_vllm_is_known():
     known = {*checkpoint.LOAD_FORMATS, *checkpoint.FILLING}
     others = {"dummy", "ipc_cache", "mistral", "modelexpress", "npcache", "pt"}  # by weight loaders, or none
     assert known | others == {*get_args(LoadFormats)}
+
+
+@contextmanager
+def reloading(folders, monkeypatch) -> Iterator[tuple[VllmConfig, ReplicatedLinear]]:
+    """An engine that serves the sound checkpoint and a layer of it, whose weights vLLM is about to load again."""
+    become(monkeypatch, 0, 1)
+    engine, _ = first_layer(folders["sound"], "auto")
+    layer = ReplicatedLinear(64, 32, bias=False, quant_config=config(), prefix="proj", return_bias=False)
+    record_metadata_for_reloading(layer)
+    load(layer, stored(32, 64, 64)[0])
+    finish(layer)
+    initialize_layerwise_reload(layer)
+    with set_current_vllm_config(engine):
+        yield engine, layer
+
+
+def test_a_reload_of_what_is_not_whole_leaves_the_weights_in_use(folders, monkeypatch):
+    with reloading(folders, monkeypatch) as (engine, layer):
+        engine.model_config.model = str(folders["incomplete"])
+        with pytest.raises(InputError, match=rf"^{NORM} is not in the checkpoint"):
+            engine.quant_config.get_checkpoint_weight_mapper()
+    assert torch.equal(layer(torch.eye(64)).T, stored(32, 64, 64)[1])
+    assert engine.model_config.model == str(folders["sound"])
+
+
+def test_a_reload_of_the_same_files_or_of_whole_ones_goes_on(folders, tmp_path, monkeypatch):
+    with reloading(folders, monkeypatch) as (engine, layer):
+        other = shutil.copytree(folders["sound"], tmp_path / "other")
+        read = []
+        monkeypatch.setattr(checkpoint, "check_folder", lambda folder, *rest: read.append(folder))
+        for folder in folders["sound"], other, other:
+            engine.model_config.model = str(folder)
+            engine.quant_config.get_checkpoint_weight_mapper()
+    assert read == [other], "files are read once"
+    assert layer.B.is_meta, "until they are loaded"
 
 
 def test_a_folder_without_safetensors_is_left_to_vllm(folders, tmp_path):

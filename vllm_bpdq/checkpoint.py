@@ -5,6 +5,7 @@ import copy
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from vllm import envs
 from vllm.config import ModelConfig, get_current_vllm_config_or_none
 from vllm.config.load import LoadConfig
 from vllm.logger import init_logger
+from vllm.model_executor.model_loader.reload.layerwise import LAYERWISE_INFO, finalize_layerwise_reload
 from vllm.model_executor.model_loader.weight_utils import (
     download_safetensors_index_file_from_hf,
     download_weights_from_hf,
@@ -57,6 +59,26 @@ def check(model: str, revision: str | None, config: Any, fmt: Format) -> None:
         check_folder(folder, config, fmt, current.model_config)
     else:
         check_folder(folder, None, fmt)
+
+
+def source() -> tuple[str, str] | None:
+    """Name or folder of the model that the engine loads, and its load format; None outside of vLLM's loading."""
+    current = get_current_vllm_config_or_none()
+    return None if current is None else (current.model_config.model, current.load_config.load_format)
+
+
+def check_reload(config: Any, fmt: Format, served: str) -> None:
+    """As `check` of the engine's model, for weights that are to take the place of those of `served`, which are in use
+    again where this raises InputError: a reload is refused before it begins."""
+    current = get_current_vllm_config_or_none()
+    engine = current.model_config
+    try:
+        check(engine.model, engine.revision, config, fmt)
+    except InputError:
+        layers = [layer for layer, info in LAYERWISE_INFO.items() if info.can_load()]
+        finalize_layerwise_reload(SimpleNamespace(modules=lambda: layers), engine)  # which nothing was loaded for
+        engine.model = served
+        raise
 
 
 def check_folder(folder: Path, config: Any, fmt: Format, engine: ModelConfig | None = None) -> None:
