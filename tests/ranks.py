@@ -50,3 +50,9 @@ def load(layer: LinearBase, tensors: Stored, *shard) -> None:
 def finish(layer: LinearBase) -> LinearBase:
     layer.quant_method.process_weights_after_loading(layer)
     return layer
+
+
+def weight(layer: LinearBase) -> torch.Tensor:
+    """The weight [N, K] of this rank, read off its outputs."""
+    k_in = layer.quant_method.in_features
+    return layer.quant_method.apply(layer, torch.eye(k_in, dtype=layer.params_dtype), None).T

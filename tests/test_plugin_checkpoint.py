@@ -3,7 +3,10 @@
 import copy
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import MappingProxyType
+from typing import get_args
 
 import pytest
 import torch
@@ -12,6 +15,8 @@ from transformers import AutoConfig, AutoModel
 from vllm.config import DeviceConfig, ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.config.load import LoadConfig
 from vllm.model_executor.layers.linear import ReplicatedLinear
+from vllm.model_executor.model_loader import LoadFormats
+from vllm.model_executor.model_loader.reload.layerwise import initialize_layerwise_reload, record_metadata_for_reloading
 
 import bpdq_quantizer  # noqa: F401, registers the loader
 import vllm_bpdq
@@ -19,13 +24,14 @@ from benchmarks import vllm_models
 from bpdq_kernels.errors import InputError
 from bpdq_kernels.folder import read_folder
 from mutant_files import split
+from ranks import become, config, finish, load, stored
 from tiny import bpdq_checkpoint, tiny_model
 from vllm_bpdq import checkpoint
 from vllm_bpdq.checkpoint import check_folder, local_folder
 from vllm_bpdq.config import BPDQConfig
 from vllm_bpdq.linear import BPDQLinearMethod
 
-NORM = "model.norm.weight"
+NORM, HEAD = "model.norm.weight", "lm_head.weight"
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +51,11 @@ def read_quantization(folder):
     return json.loads((folder / "config.json").read_text())["quantization_config"]
 
 
-def first_layer(folder, load_format, compiler=MappingProxyType({}), **part):
+def first_layer(folder, load_format, compiler=MappingProxyType({}), settings=MappingProxyType({}), **part):
     """An engine for `folder`, of which vLLM builds a part first whose config differs in `part`, and what its config
     gives the first layer."""
     vllm_bpdq.register()
-    model = ModelConfig(model=str(folder), skip_tokenizer_init=True)
+    model = ModelConfig(model=str(folder), skip_tokenizer_init=True, **settings)
     load = LoadConfig(load_format=load_format)
     engine = VllmConfig(model_config=model, load_config=load, device_config=DeviceConfig("cpu"))
     assert isinstance(engine.quant_config, BPDQConfig)
@@ -97,6 +103,58 @@ def test_what_automodel_has_saved_is_whole(tmp_path, tie):
         check_folder(again, config, fmt)
 
 
+def called(architecture: str, **rest) -> dict:
+    """An engine's settings for a model by another name, and with the rest of a config.json."""
+    return {"hf_overrides": {"architectures": [architecture], **rest}}
+
+
+POOLING = {"runner": "pooling"}
+CLASSIFIER = called("LlamaForSequenceClassification") | POOLING
+SCORE = {"score.weight": torch.zeros(2, 64)}
+
+
+@pytest.mark.parametrize(
+    ("settings", "extra"),
+    [
+        (called("LLaMAForCausalLM"), {}),
+        (called("LlamaModel"), {}),
+        (called("LlamaModel") | POOLING, {}),
+        (CLASSIFIER, SCORE),
+    ],
+)
+def test_names_are_checked_where_vllm_has_one_class_for_several_architectures(folders, tmp_path, settings, extra):
+    for name in "sound", "incomplete":
+        folder = shutil.copytree(folders[name], tmp_path / name)
+        save_file(load_file(folder / "model.safetensors") | extra, folder / "model.safetensors")
+    assert isinstance(method(tmp_path / "sound", "auto", settings=settings), BPDQLinearMethod)
+    with pytest.raises(InputError, match=rf"{NORM} is not in the checkpoint: download or quantize it again"):
+        method(tmp_path / "incomplete", "auto", settings=settings)
+
+
+def test_an_architecture_of_another_class_is_not_compared_with_the_one_of_transformers(folders, monkeypatch):
+    said = []
+    monkeypatch.setattr("bpdq_kernels.skeleton.logger.warning", said.append)
+    settings = called("LlamaBidirectionalModel", pooling="avg")
+    assert isinstance(method(folders["incomplete"], "auto", settings=settings), BPDQLinearMethod)
+    assert said == ["whether all tensors of this architecture are in the checkpoint can't be checked"]
+
+
+def test_an_lm_head_may_be_missing_where_vllm_puts_it_aside(folders, tmp_path):
+    folder = shutil.copytree(folders["sound"], tmp_path / "out")
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: t for name, t in tensors.items() if name != HEAD}, folder / "model.safetensors")
+    assert isinstance(method(folder, "auto", settings=POOLING | {"convert": "embed"}), BPDQLinearMethod)
+    reranker = called("LlamaForSequenceClassification", classifier_from_token=["a", "b"]) | POOLING
+    for settings in {}, reranker:
+        with pytest.raises(InputError, match=rf"^{HEAD} is not in the checkpoint"):
+            method(folder, "auto", settings=settings)
+
+
+def test_classes_need_what_scores_them(folders):
+    with pytest.raises(InputError, match=r"sound: score\.weight is not in the checkpoint, by which vLLM classifies: "):
+        method(folders["sound"], "auto", settings=CLASSIFIER)
+
+
 @pytest.mark.parametrize("layer", ["shared_expert_gate", "router"])
 def test_bit_planes_that_vllm_would_not_find_a_place_for_are_refused(folders, tmp_path, layer):
     folder = shutil.copytree(folders["sound"], tmp_path / "out")
@@ -112,7 +170,7 @@ def test_they_are_checked_for_all_of_the_model_where_a_part_of_it_is_built_first
     assert isinstance(method(folders["sound"], "auto", num_hidden_layers=2), BPDQLinearMethod)
 
 
-@pytest.mark.parametrize(("load_format", "warnings"), [("dummy", 0), ("sharded_state", 1), ("modelexpress", 1)])
+@pytest.mark.parametrize(("load_format", "warnings"), [("dummy", 0), ("ipc_cache", 1), ("modelexpress", 1)])
 def test_files_that_will_not_be_loaded_are_not_looked_at(folders, load_format, warnings, monkeypatch):
     said = []
     monkeypatch.setattr(checkpoint.logger, "warning", lambda line, *values: said.append(line % values))
@@ -120,6 +178,55 @@ def test_files_that_will_not_be_loaded_are_not_looked_at(folders, load_format, w
     assert [line.partition(": ")[2] for line in said] == warnings * [
         f"its tensors are not checked with --load-format {load_format}"
     ]
+
+
+@pytest.mark.parametrize("load_format", ["sharded_state", "runai_streamer_sharded", "tensorizer"])
+def test_formats_that_pass_the_weight_loaders_by_are_refused(folders, load_format):
+    """What an engine saves is in the order of its kernels, into which it would be brought a second time."""
+    message = rf"sound: .*--load-format {load_format}, .*: serve the checkpoint folder itself, without --load-format"
+    with pytest.raises(InputError, match=message):
+        method(folders["sound"], load_format)
+
+
+def test_every_load_format_of_vllm_is_known():
+    known = {*checkpoint.LOAD_FORMATS, *checkpoint.FILLING}
+    others = {"dummy", "ipc_cache", "mistral", "modelexpress", "npcache", "pt"}  # by weight loaders, or none
+    assert known | others == {*get_args(LoadFormats)}
+
+
+@contextmanager
+def reloading(folders, monkeypatch) -> Iterator[tuple[VllmConfig, ReplicatedLinear]]:
+    """An engine that serves the sound checkpoint and a layer of it, whose weights vLLM is about to load again."""
+    become(monkeypatch, 0, 1)
+    engine, _ = first_layer(folders["sound"], "auto")
+    layer = ReplicatedLinear(64, 32, bias=False, quant_config=config(), prefix="proj", return_bias=False)
+    record_metadata_for_reloading(layer)
+    load(layer, stored(32, 64, 64)[0])
+    finish(layer)
+    initialize_layerwise_reload(layer)
+    with set_current_vllm_config(engine):
+        yield engine, layer
+
+
+def test_a_reload_of_what_is_not_whole_leaves_the_weights_in_use(folders, monkeypatch):
+    with reloading(folders, monkeypatch) as (engine, layer):
+        engine.model_config.model = str(folders["incomplete"])
+        with pytest.raises(InputError, match=rf"^{NORM} is not in the checkpoint"):
+            engine.quant_config.get_checkpoint_weight_mapper()
+    assert torch.equal(layer(torch.eye(64)).T, stored(32, 64, 64)[1])
+    assert engine.model_config.model == str(folders["sound"])
+
+
+def test_a_reload_of_the_same_files_or_of_whole_ones_goes_on(folders, tmp_path, monkeypatch):
+    with reloading(folders, monkeypatch) as (engine, layer):
+        other = shutil.copytree(folders["sound"], tmp_path / "other")
+        read = []
+        monkeypatch.setattr(checkpoint, "check_folder", lambda folder, *rest: read.append(folder))
+        for folder in folders["sound"], other, other:
+            engine.model_config.model = str(folder)
+            engine.quant_config.get_checkpoint_weight_mapper()
+    assert read == [other], "files are read once"
+    assert layer.B.is_meta, "until they are loaded"
 
 
 def test_a_folder_without_safetensors_is_left_to_vllm(folders, tmp_path):

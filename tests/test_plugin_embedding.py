@@ -126,6 +126,22 @@ def test_a_table_is_reloaded_in_place_whose_rows_are_padded(rank):
     assert torch.equal(layer.quant_method.embedding(layer, torch.arange(VOCABULARY)), W)
 
 
+def test_after_a_refused_reload_a_table_has_no_rows(rank):
+    layer = VocabParallelEmbedding(
+        VOCABULARY, HIDDEN, quant_config=tables("model.embed_tokens"), prefix="model.embed_tokens"
+    )
+    record_metadata_for_reloading(layer)
+    tensors, _ = stored(VOCABULARY, HIDDEN, TABLE.group_size, TABLE.bits)
+    load(layer, tensors)
+    finish(layer)
+    initialize_layerwise_reload(layer)
+    load(layer, tensors._replace(B=None))
+    with pytest.raises(ValueError, match=r"model\.embed_tokens\.B not in the checkpoint"):
+        finalize_layerwise_reload(layer, None)
+    with pytest.raises(RuntimeError, match="a layer's weights are not loaded, as after a reload that was refused"):
+        layer.quant_method.embedding(layer, torch.arange(VOCABULARY))
+
+
 def test_a_head_that_a_pooling_model_puts_aside_is_left_there(rank):
     layer = ParallelLMHead(VOCABULARY, HIDDEN, quant_config=tables("lm_head"), prefix="lm_head").to("meta")
     finish(layer)
@@ -146,7 +162,7 @@ def test_a_tied_head_has_what_vllm_reads_of_a_head(rank):
     head = ParallelLMHead(VOCABULARY, HIDDEN, quant_config=quant, prefix="lm_head").tie_weights(embedding)
     assert head is embedding
     assert head.bias is None
-    assert {name for name, _ in head.named_parameters()} == {"B", "c"}
+    assert not hasattr(head, "weight")
 
 
 def test_tables_of_a_draft_model_are_found(rank, monkeypatch):

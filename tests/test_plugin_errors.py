@@ -132,8 +132,10 @@ def test_ranks_that_would_split_a_word_are_refused_with_the_numbers(rank):
 
 def test_fused_layers_in_two_precisions_are_refused(qkv):
     load(qkv, stored(128, 128, 64, dtype=torch.float16)[0], "q")
+    load(qkv, stored(64, 128, 64, dtype=torch.bfloat16)[0], "k")
+    load(qkv, stored(64, 128, 64, dtype=torch.float16)[0], "v")
     with pytest.raises(ValueError, match=r"k_proj\.c is torch\.bfloat16, but vLLM fuses .* torch\.float16"):
-        load(qkv, stored(64, 128, 64, dtype=torch.bfloat16)[0], "k")
+        finish(qkv)
 
 
 def test_fused_layers_whose_scales_differ_in_precision_are_loaded(rank):

@@ -219,14 +219,12 @@ def test_a_share_that_starts_inside_a_word_is_refused():
         expert_layer(config(2, 32), HIDDEN, 96, EXPERTS, TWO[1])
 
 
-def test_new_weights_load_over_old_ones(ranks, width):
+def test_weights_in_use_are_loaded_over_by_a_reload_only(width):
     x, weights = inputs()
-    layers = [loaded(rank, experts(width)) for rank in ranks]
-    new = experts(width, seed=1)
-    for layer in layers:
-        list(layer.load_weights(tensors(new)))
-        finish(finish(layer))
-    assert_same(outputs(layers, x, weights), dense(new, x, weights))
+    layer = loaded(ONE[0], experts(width))
+    with pytest.raises(ValueError, match=rf"experts\.0\.{GATE}: its weights are in use: .* reload_weights"):
+        list(layer.load_weights(tensors(experts(width, seed=1))))
+    assert_same(outputs([finish(layer)], x, weights), dense(experts(width), x, weights))
 
 
 def test_layerwise_reload_replaces_the_weights_in_place(ranks, width):
@@ -248,7 +246,7 @@ def test_layerwise_reload_replaces_the_weights_in_place(ranks, width):
         assert torch.equal(outputs([layer], x, weights), outputs([fresh], x, weights))
 
 
-def test_a_reload_that_lacks_a_tensor_is_refused(width):
+def test_after_a_refused_reload_the_experts_answer_no_more(width):
     layer = expert_layer(config(width=width), HIDDEN, INNER, EXPERTS)
     record_metadata_for_reloading(layer)
     list(layer.load_weights(tensors(experts(width))))
@@ -257,6 +255,31 @@ def test_a_reload_that_lacks_a_tensor_is_refused(width):
     list(layer.load_weights((n, t) for n, t in tensors(experts(width)) if n != f"1.{UP}.B"))
     with pytest.raises(ValueError, match=rf"experts\.1\.{UP}\.B not in the checkpoint"):
         finalize_layerwise_reload(layer, None)
+    with pytest.raises(RuntimeError, match="a layer's weights are not loaded, as after a reload that was refused"):
+        outputs([layer], *inputs())
+
+
+def in_fp16(weights: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    return ((name, t.half() if name.endswith(".c") else t) for name, t in weights)
+
+
+def test_a_reload_that_would_round_coefficients_is_refused():
+    layer = expert_layer(config(), HIDDEN, INNER, EXPERTS)
+    record_metadata_for_reloading(layer)
+    list(layer.load_weights(tensors(experts())))
+    finish(layer)
+    initialize_layerwise_reload(layer)
+    message = r"experts\.\*\.c is torch\.float16, which a reload would round to torch\.bfloat16"
+    with pytest.raises(ValueError, match=message):
+        list(layer.load_weights(in_fp16(tensors(experts()))))
+
+
+def test_experts_in_two_precisions_are_refused():
+    layer = expert_layer(config(), HIDDEN, INNER, EXPERTS)
+    weights = [*tensors(experts())]
+    list(layer.load_weights([*weights[:-2], *in_fp16(weights[-2:])]))
+    with pytest.raises(ValueError, match=rf"experts\.2\.{DOWN}\.c is torch\.float16, but other experts .*bfloat16"):
+        finish(layer)
 
 
 def test_dummy_weights_pass_the_checks_and_compute(width):

@@ -7,7 +7,6 @@ import pytest
 import torch
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
-    LinearBase,
     MergedColumnParallelLinear,
     QKVParallelLinear,
     ReplicatedLinear,
@@ -15,20 +14,13 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.quantization.utils.quant_utils import get_and_maybe_dequant_weights
 from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
-from vllm.model_executor.model_loader.reload.layerwise import (
-    finalize_layerwise_reload,
-    get_layerwise_info,
-    initialize_layerwise_reload,
-    record_metadata_for_reloading,
-)
 from vllm.model_executor.models.llama4 import Llama4ForCausalLM
 
 import vllm_bpdq.linear
 from bpdq_kernels.layout import Stored
-from ranks import become, config, finish, load, stored
+from ranks import become, config, finish, load, stored, weight
 
 QKV = {"q": 128, "k": 64, "v": 64}  # 4 query and 2 key/value heads of 32
-LAST = {16: "", 8: r", m\.up_proj\.s"}  # of a layer's tensors
 ROW_SHAPES = [  # K, G, ranks, whether B is padded to 256 inputs as the authors do at G = 256
     (352, 128, 1, False),
     (320, 128, 2, False),
@@ -53,12 +45,6 @@ def rank(monkeypatch):
 def width(request):
     """Of coefficients."""
     return request.param
-
-
-def weight(layer: LinearBase) -> torch.Tensor:
-    """The weight [N, K] of this rank, read off its outputs."""
-    k_in = layer.quant_method.in_features
-    return layer.quant_method.apply(layer, torch.eye(k_in, dtype=layer.params_dtype), None).T
 
 
 def pad_to_256(tensors: Stored) -> Stored:
@@ -260,97 +246,6 @@ def test_processing_a_loaded_layer_twice_changes_nothing(rank, width):
     load(layer, tensors)
     finish(finish(layer))
     assert torch.equal(weight(layer), W[:, 192:])
-
-
-def test_new_weights_load_over_old_ones(rank, width):
-    """Without vLLM's layerwise reload, which is tested below."""
-    layer = ColumnParallelLinear(128, 64, bias=False, quant_config=config(width=width), prefix="m.up_proj")
-    load(layer, stored(64, 128, 64, seed=1, width=width)[0])
-    finish(layer)
-    tensors, W = stored(64, 128, 64, seed=2, width=width)
-    load(layer, tensors)
-    assert torch.equal(weight(finish(layer)), W)
-
-
-def test_layerwise_reload_replaces_the_weights_in_place(rank, width):
-    """vLLM's `reload_weights`, and waking from sleep level 2."""
-    layer = MergedColumnParallelLinear(
-        128, [64, 64], bias=False, quant_config=config(width=width), prefix="m.gate_up_proj"
-    )
-    record_metadata_for_reloading(layer)
-    for seed in 1, 2, 3:
-        parts = stored(64, 128, 64, seed=seed, width=width), stored(64, 128, 64, seed=10 * seed, width=width)
-        if seed > 1:
-            initialize_layerwise_reload(layer)
-        for i, (tensors, _) in enumerate(parts):
-            load(layer, tensors, i)
-        if seed == 1:
-            finish(layer)
-            addresses = [tensor.data_ptr() for tensor in layer.parameters()]
-        else:
-            finalize_layerwise_reload(layer, None)
-        assert torch.equal(weight(layer), torch.cat([W for _, W in parts]))
-        assert addresses == [tensor.data_ptr() for tensor in layer.parameters()]
-
-
-def test_a_rank_inside_a_group_is_reloaded_once_all_has_arrived(rank, width):
-    """vLLM counts elements, of which this rank has other numbers than the checkpoint."""
-    rank(1, 2)
-    layer = RowParallelLinear(320, 64, bias=False, quant_config=config(2, 128, width), prefix="m.down_proj")
-    record_metadata_for_reloading(layer)
-    load(layer, stored(64, 320, 128, width=width)[0])
-    finish(layer)
-    tensors, W = stored(64, 320, 128, seed=1, width=width)
-    initialize_layerwise_reload(layer)
-    load(layer, tensors._replace(B=None))
-    assert get_layerwise_info(layer).can_load(), "B has not arrived"
-    load(layer, Stored(tensors.B, None))
-    assert not get_layerwise_info(layer).can_load()
-    finalize_layerwise_reload(layer, None)
-    assert torch.equal(weight(layer), W[:, 160:])
-
-
-def test_a_reload_that_lacks_a_tensor_is_refused(rank, width):
-    """Also after loads that lacked nothing: what arrived then says nothing about now."""
-    layer = MergedColumnParallelLinear(
-        128, [64, 64], bias=False, quant_config=config(width=width), prefix="m.gate_up_proj"
-    )
-    record_metadata_for_reloading(layer)
-    tensors, _ = stored(64, 128, 64, width=width)
-    for i in 0, 1:
-        load(layer, tensors, i)
-    finish(layer)
-    for parts in (0, 1), (0,):
-        initialize_layerwise_reload(layer)
-        for i in parts:
-            load(layer, tensors, i)
-        if len(parts) == 2:
-            finalize_layerwise_reload(layer, None)
-    with pytest.raises(ValueError, match=rf"m\.up_proj\.B, m\.up_proj\.c{LAST[width]} not in the checkpoint"):
-        finalize_layerwise_reload(layer, None)
-
-
-def test_new_weights_that_lack_a_tensor_are_refused(rank, width):
-    layer = MergedColumnParallelLinear(
-        128, [64, 64], bias=False, quant_config=config(width=width), prefix="m.gate_up_proj"
-    )
-    tensors, _ = stored(64, 128, 64, width=width)
-    load(layer, tensors, 0)
-    load(layer, tensors, 1)
-    finish(layer)
-    load(layer, tensors, 0)
-    with pytest.raises(ValueError, match=rf"m\.up_proj\.B, m\.up_proj\.c{LAST[width]} not in the checkpoint"):
-        finish(layer)
-
-
-def test_new_weights_that_lack_the_planes_are_refused(rank, width):
-    layer = ColumnParallelLinear(128, 64, bias=False, quant_config=config(width=width), prefix="m.up_proj")
-    tensors, _ = stored(64, 128, 64, width=width)
-    load(layer, tensors)
-    finish(layer)
-    load(layer, tensors._replace(B=None))
-    with pytest.raises(ValueError, match=r"m\.up_proj\.B not in the checkpoint"):
-        finish(layer)
 
 
 def test_dummy_weights_pass_the_checks_and_multiply(rank, width):

@@ -20,6 +20,8 @@ PARAMETER = "model_executor/parameter.py"
 LOADER = "model_executor/model_loader/utils.py"
 DEFAULT_LOADER = "model_executor/model_loader/default_loader.py"
 WEIGHTS = "model_executor/model_loader/weight_utils.py"
+LAYERWISE = "model_executor/model_loader/reload/layerwise.py"
+RELOAD_META = "model_executor/model_loader/reload/meta.py"
 CONFIG = "config/vllm.py"
 MODELS = "model_executor/models/utils.py"
 FUSED_MOE = "model_executor/layers/fused_moe/__init__.py"
@@ -40,6 +42,8 @@ SIGNATURES = {  # parameters in order, as written: name, *name, **name
     ),
     (WEIGHTS, "download_safetensors_index_file_from_hf"): "model_name_or_path index_file cache_dir subfolder revision",
     (CONFIG, "get_current_vllm_config_or_none"): "",
+    (LAYERWISE, "finalize_layerwise_reload"): "*args **kwargs",
+    (RELOAD_META, "to_meta_tensor"): "tensor",
     (BASE_CONFIG, "QuantizationConfig.from_config"): "cls config",
     (BASE_CONFIG, "QuantizationConfig.get_name"): "self",
     (BASE_CONFIG, "QuantizationConfig.get_supported_act_dtypes"): "self",
@@ -119,7 +123,6 @@ STATEMENTS = {  # fragments of the code of a function or class, as ast.unparse w
     (EMBEDDING, "VocabParallelEmbedding.forward"): ["self.quant_method.embedding("],
     ("v1/spec_decode/draft_model.py", "DraftModelProposer._get_model"): ["prefix='draft_model'"],
     ("v1/worker/gpu/spec_decode/standalone_ar/speculator.py", ""): ["prefix='draft_model'"],
-    ("model_executor/models/adapters.py", "as_seq_cls_model"): ["prefix=maybe_prefix(prefix, 'score')"],
     ("model_executor/models/adapters.py", "load_weights_using_from_2_way_softmax"): [
         "language_model.lm_head = ParallelLMHead(text_config.vocab_size, text_config.hidden_size)"
     ],
@@ -136,6 +139,24 @@ STATEMENTS = {  # fragments of the code of a function or class, as ast.unparse w
     (LOADER, "initialize_model"): ["set_current_vllm_config(vllm_config"],
     (DEFAULT_LOADER, "DefaultModelLoader._prepare_weights"): ["filter_duplicate_safetensors_files("],
     ("config/load.py", "LoadConfig"): ["load_format:", "download_dir:", "ignore_patterns:"],
+    ("model_executor/model_loader/sharded_state_loader.py", "ShardedStateLoader.load_weights"): [
+        "param_data.copy_(tensor)"
+    ],
+    ("model_executor/model_loader/reload/inplace.py", "reload_weights"): ["model_config.model = weights_path"],
+    ("v1/worker/gpu_worker.py", "Worker.reload_weights"): ["with set_current_vllm_config(self.vllm_config)"],
+    (LAYERWISE, ""): ["LAYERWISE_INFO:"],
+    (LAYERWISE, "finalize_layerwise_processing"): [
+        "for layer in model.modules():",
+        "_place_kernel_tensors(layer, info)",
+    ],
+    (LAYERWISE, "_copy_and_restore_kernel_tensors"): ["param.data.copy_(getattr(layer, name))"],
+    ("model_executor/models/registry.py", "_ModelRegistry.resolve_model_cls"): ["return (model_cls, arch)"],
+    ("model_executor/models/adapters.py", "as_seq_cls_model"): [
+        "self.score = ReplicatedLinear(",
+        "prefix=maybe_prefix(prefix, 'score')",
+        "'classifier_from_token'",
+        "'method'",
+    ],
     (WEIGHTS, "initialize_single_dummy_weight"): ["if not torch.is_floating_point(param):"],
     (FUSED_MOE, ""): ["'RoutedExperts'", "'GateLinear'", "'FusedMoEMethodBase'"],
     (MODELS, "AutoWeightsLoader.load_weights"): ["mapper |= quant_config.get_checkpoint_weight_mapper()"],

@@ -29,8 +29,8 @@ class BPDQConfig(QuantizationConfig):
         self.format = self.stored_format = parsed
         self.mappers: list[WeightsMapper] = []
         self.has_embedding = False  # of which vLLM's model has said that it may be quantized
-        # name or folder, revision, and transformers' config, until its files are checked
-        self.model: tuple[str, str | None, Any] | None = None
+        self.model: tuple[str, str | None] | None = None  # name or folder, and revision, until its files are checked
+        self.checked: tuple[str, str] | None = None  # which the engine loads: name or folder, and load format
         self.hf_config: Any = None
         self.has_experts: set[bool] = set()  # in bit-planes, and not
 
@@ -75,17 +75,19 @@ class BPDQConfig(QuantizationConfig):
     ) -> None:
         """Remember which checkpoint this is the config of. Raises ValueError, with a remedy, for bit-planes where vLLM
         takes 16 bits only."""
-        self.model, self.hf_config = (model_name, revision, hf_config), hf_config
+        self.model, self.hf_config = (model_name, revision), hf_config
         for name, remedy in _in_16_bits_only(hf_config):
             if self.format.scheme_for(name) is not None:
                 model_type = hf_config.model_type
                 raise ValueError(f"{name}: vLLM takes this layer of {model_type} models in 16 bits only: {remedy}")
 
     def get_checkpoint_weight_mapper(self) -> "WeightsMapper":
-        """What vLLM asks for when the model is built, and before its weights are read. Raises ValueError for an
-        embedding in bit-planes for which no method was asked: many of vLLM's models have theirs in 16 bits only."""
+        """What vLLM asks for when the model is built, and before its weights are read, also for a reload, of which the
+        files are checked here. Raises ValueError for what they lack, and for an embedding in bit-planes for which no
+        method was asked: many of vLLM's models have theirs in 16 bits only."""
         from vllm.distributed import get_pp_group
 
+        self._check_reload()
         name = self._embedding_name()
         if name and not self.has_embedding and get_pp_group().is_first_rank:
             raise ValueError(
@@ -124,17 +126,13 @@ class BPDQConfig(QuantizationConfig):
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
-        from vllm_bpdq.checkpoint import check
         from vllm_bpdq.embedding import BPDQEmbeddingMethod
         from vllm_bpdq.experts import BPDQExpertsMethod
         from vllm_bpdq.kv_scales import BPDQKVCacheMethod
         from vllm_bpdq.linear import BPDQLinearMethod
 
         prefix = prefix.removeprefix(DRAFT)
-        if self.model is not None:
-            check(*self.model, self.stored_format)
-            self.model = None
-            _keep_order_of_writes()
+        self._check_files()
         if isinstance(layer, MLAAttention) and self.format.kv_cache_scales:
             raise ValueError(
                 f"{prefix}: of latent attention vLLM caches latent states, not the keys and values that the checkpoint "
@@ -169,6 +167,28 @@ class BPDQConfig(QuantizationConfig):
             _check_unadapted(prefix)
             return BPDQExpertsMethod(layer, scheme, prefix)
         return None
+
+    def _check_files(self) -> None:
+        """Check the files that vLLM is about to load, once."""
+        from vllm_bpdq.checkpoint import check, source
+
+        if self.model is None:
+            return
+        check(*self.model, self.hf_config, self.stored_format)
+        found = source()
+        self.checked = found if found and found[0] == self.model[0] else None  # vLLM reloads no draft
+        self.model = None
+        _keep_order_of_writes()
+
+    def _check_reload(self) -> None:
+        """Check the files that vLLM is about to load if they are not those that were checked last."""
+        from vllm_bpdq.checkpoint import check_reload, source
+
+        found = source()
+        if self.checked is None or found in (None, self.checked):
+            return
+        check_reload(self.hf_config, self.stored_format, self.checked[0])
+        self.checked = found
 
     def _embedding_name(self) -> str:
         """The embedding that `layers` names, for vLLM's models (Llama) that create theirs without a name."""

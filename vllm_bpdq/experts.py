@@ -17,7 +17,7 @@ from bpdq_kernels import Activation, PreparedExperts, moe, prepare_experts, warm
 from bpdq_kernels.activation import NAMES
 from bpdq_kernels.format import Scheme, check_coefficients, check_finite, check_planes, check_scales, is_finite
 from bpdq_kernels.layout import Stored, coefficient_shape, plane_shape, split_groups, trim
-from vllm_bpdq.linear import rank_group_size
+from vllm_bpdq.linear import MADE, check_reloadable, discard, in_use, nothing_yet, rank_group_size, replace
 
 
 class Matrix(NamedTuple):
@@ -72,30 +72,25 @@ def _cut(tensor: Tensor, dim: int, size: int, rank: int) -> Tensor:
 
 
 class ExpertsParameter(Parameter):
-    """A tensor of all experts of a rank. `loaded`: experts, by their numbers in the checkpoint, and parts that have
-    arrived; immutable, as vLLM's reload restores a shallow copy of these attributes."""
+    """A tensor of all experts of a rank. `loaded`: the dtypes of what has arrived, by the expert's number in the
+    checkpoint and the part; never changed in place, as vLLM's reload restores a shallow copy of these attributes."""
 
     def __new__(cls, data: Tensor, weight_loader: Callable[..., bool]) -> "ExpertsParameter":
         param = super().__new__(cls, data, requires_grad=False)
         param.weight_loader = weight_loader
         param.stored_shape = data.shape
-        param.loaded = frozenset()
+        param.loaded = {}
         param.prepared = False  # whether data is in the order of the kernels
         return param
 
     def receive(self, name: str, dtype: torch.dtype, place: tuple[int, str]) -> None:
         """Make room for a tensor of `dtype`, of the layer `name`, as the checkpoint alone tells the dtype of c."""
-        wrong = dtype != self.dtype
-        if wrong and self.loaded and not self.prepared:
-            raise ValueError(
-                f"{name}.c is {dtype}, but other experts of the layer have theirs in {self.dtype}: quantize the model "
-                "again"
-            )
-        if wrong or self.prepared:
+        if self.prepared:
+            raise in_use(name)
+        if dtype != self.dtype and not self.loaded:
             self.data = torch.empty(self.stored_shape, dtype=dtype, device=self.device)
-            self.prepared = False
         if not self.is_meta:  # vLLM's reload first counts elements on meta tensors
-            self.loaded |= {place}
+            self.loaded = self.loaded | {place: dtype}
 
 
 class BPDQExpertsMethod(FusedMoEMethodBase):
@@ -106,6 +101,7 @@ class BPDQExpertsMethod(FusedMoEMethodBase):
         self.scheme = scheme
         self.name = name
         self.activation = activation_of(layer, name)
+        self.coefficients_dtypes: dict[str, torch.dtype] = {}  # of those in use, by the matrix's key
 
     def maybe_roundup_sizes(self, hidden_size: int, intermediate_size: int, *args: Any) -> tuple[int, int]:
         """The sizes as they are."""
@@ -149,6 +145,8 @@ class BPDQExpertsMethod(FusedMoEMethodBase):
                     data = torch.full((num_experts, *shape), fill, dtype=dtypes[kind])
                     loader = self._loader(matrix, kind, shape, places)
                     layer.register_parameter(f"{matrix.key}_{kind}", ExpertsParameter(data, loader))
+            for kind in MADE:
+                layer.register_parameter(f"{matrix.key}_{kind}", nothing_yet())
 
     def _loader(self, matrix: Matrix, kind: str, shape: tuple[int, ...], places: dict[int, int]) -> Callable[..., bool]:
         def load(
@@ -177,32 +175,40 @@ class BPDQExpertsMethod(FusedMoEMethodBase):
         """Check that every tensor of every expert arrived, finite, and prepare them for the kernels.
 
         Loaders that fill parameters themselves (`--load-format dummy`) never call a weight loader; for them, only
-        coefficients that are still NaN count as missing. Raises ValueError naming the tensors and the remedy.
+        coefficients that are still NaN count as missing. Raises ValueError naming the tensors and the remedy; the layer
+        then has no weights, which the op refuses.
         """
         params = {name: param for name, param in layer.named_parameters() if isinstance(param, ExpertsParameter)}
         if all(param.prepared for param in params.values()):
             return
-        if any(param.loaded for param in params.values()):
+        try:
             self._check_arrived(params)
-        for matrix in (self.up, self.down):
-            stored = Stored(*(params[f"{matrix.key}_{kind}"].data for kind in self.scheme.tensors))
-            self._check_finite(matrix, stored)
-            group, inputs, device = matrix.group_size, matrix.in_features, stored.B.device
-            prepared = prepare_experts(stored, group, inputs, self.params_dtype, device)
-            params[f"{matrix.key}_B"].data = prepared.planes
-            params[f"{matrix.key}_c"].data = prepared.coefficients
-            if stored.s is not None:
-                params[f"{matrix.key}_s"].data = stored.s.new_empty(0)  # it is in these now
-            for kind in ("scales", "ratios"):
-                tensor = getattr(prepared, kind)
-                if tensor is not None:
-                    layer.register_parameter(f"{matrix.key}_{kind}", Parameter(tensor, requires_grad=False))
+            for matrix in (self.up, self.down):
+                self._prepare(layer, matrix)
+        except Exception:
+            discard(layer, params)
+            raise
         for param in params.values():
             param.prepared = True
-            param.loaded = frozenset()  # a later reload is checked anew
+        self.coefficients_dtypes = {m.key: getattr(layer, f"{m.key}_c").dtype for m in (self.up, self.down)}
         warm_up_experts(*self._matrices(layer), self.activation, self.moe.experts_per_token, *self._rest(layer))
 
+    def _prepare(self, layer: Module, matrix: Matrix) -> None:
+        params = [getattr(layer, f"{matrix.key}_{kind}") for kind in self.scheme.tensors]
+        stored = Stored(*(param.data for param in params))
+        self._check_finite(matrix, stored)
+        group, inputs, device = matrix.group_size, matrix.in_features, stored.B.device
+        prepared = prepare_experts(stored, group, inputs, self.params_dtype, device)
+        check_reloadable(f"{self.name}.*", prepared.coefficients.dtype, self.coefficients_dtypes.get(matrix.key))
+        params[0].data, params[1].data = prepared.planes, prepared.coefficients
+        if stored.s is not None:
+            params[2].data = stored.s.new_empty(0)  # it is in these now
+        for kind in MADE:
+            replace(layer, f"{matrix.key}_{kind}", getattr(prepared, kind))
+
     def _check_arrived(self, params: dict[str, ExpertsParameter]) -> None:
+        if not any(param.loaded for param in params.values()):
+            return
         missing = [
             f"{self.name}.{number}.{part}.{name.removeprefix(f'{matrix.key}_')}"
             for matrix in (self.up, self.down)
@@ -218,6 +224,14 @@ class BPDQExpertsMethod(FusedMoEMethodBase):
                 f"{', '.join(missing[:4])}{more} not in the checkpoint, though its config.json says that the experts "
                 "are quantized: download or quantize it again"
             )
+        for matrix in (self.up, self.down):
+            c = params[f"{matrix.key}_c"]
+            for (number, key), dtype in c.loaded.items():
+                if dtype != c.dtype:
+                    raise ValueError(
+                        f"{self.name}.{number}.{matrix.parts[key]}.c is {dtype}, but other experts of the layer have "
+                        f"theirs in {c.dtype}: quantize the model again"
+                    )
 
     def _check_finite(self, matrix: Matrix, stored: Stored) -> None:
         numbers = stored.c if stored.s is None else stored.s

@@ -3,7 +3,7 @@
 vLLM's layers say which outputs of which part of a fused layer a tensor holds; the inputs are cut here.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from itertools import accumulate
 from math import gcd, nan
@@ -19,6 +19,7 @@ from vllm.model_executor.layers.linear import (
     ReplicatedLinear,
     register_weight_loader_v2_supported_method,
 )
+from vllm.model_executor.model_loader.reload.meta import to_meta_tensor
 from vllm.model_executor.parameter import ModelWeightParameter
 
 from bpdq_kernels import Prepared, linear, prepare, warm_up
@@ -27,6 +28,7 @@ from bpdq_kernels.layout import WORD, Stored, coefficient_shape, plane_shape, sp
 
 Fit = Callable[[str, Tensor, int], Tensor]
 NO_PAIRS: Mapping[str, int] = MappingProxyType({})
+MADE = ("scales", "ratios")  # what a layer may have beside its tensors once it is prepared
 
 
 class OwnersLoader:
@@ -40,8 +42,8 @@ class OwnersLoader:
 class StoredParameter(ModelWeightParameter):
     """`B` or `c` [inputs, rows, outputs] or `s` [rows, outputs] on one rank.
 
-    `parts` maps the first output of each part of a fused layer to the part's name in the checkpoint; `loaded` holds
-    the keys of those that have arrived. `fit(name, tensor, out_features)` checks a tensor of the checkpoint and
+    `parts` maps the first output of each part of a fused layer to the part's name in the checkpoint; `loaded` has the
+    dtypes of those that have arrived. `fit(name, tensor, out_features)` checks a tensor of the checkpoint and
     returns it in the rows that all ranks together hold. `owners` may get a loader, which then chooses the outputs.
     """
 
@@ -59,28 +61,31 @@ class StoredParameter(ModelWeightParameter):
         self.fit = fit
         self.owners = owners
         self.stored_shape = data.shape
-        # both immutable, as vLLM's reload restores a shallow copy of these attributes
-        self.loaded: frozenset[int] = frozenset()
+        # never changed in place, as vLLM's reload restores a shallow copy of these attributes
+        self.loaded: dict[int, torch.dtype] = {}
         self.prepared = False  # whether data is in the order of the kernels
 
     def receive(self, tensor: Tensor, out_features: int, start: int = 0) -> Tensor:
         """Check the part whose first output is `start` and whose outputs, of all ranks, are `out_features`."""
-        if self.prepared:  # a load over weights in use
-            self.data = torch.empty(self.stored_shape, dtype=self.dtype, device=self.device)
-            self.prepared = False
         name = self.parts[start]
+        if self.prepared:
+            raise in_use(name)
         tensor = self.fit(name, tensor, out_features)
-        if tensor.dtype != self.dtype:
+        if tensor.dtype != self.dtype and not self.loaded:
             # c keeps the checkpoint's dtype, which only its tensors tell: fp16 would lose 3 bits in bf16
-            if self.loaded:
-                raise ValueError(
-                    f"{name}.c is {tensor.dtype}, but vLLM fuses the layer with one in {self.dtype}: "
-                    f"quantize the model again"
-                )
             self.data = torch.empty(self.stored_shape, dtype=tensor.dtype, device=self.device)
         if not self.is_meta:  # vLLM's reload first counts elements on meta tensors
-            self.loaded |= {start}
+            self.loaded = self.loaded | {start: tensor.dtype}
         return tensor
+
+    def check_dtypes(self) -> None:
+        """Raise ValueError if parts of a fused layer differ in dtype, of which it has one."""
+        for start, dtype in self.loaded.items():
+            if dtype != self.dtype:
+                raise ValueError(
+                    f"{self.parts[start]}.c is {dtype}, but vLLM fuses the layer with one in {self.dtype}: quantize "
+                    "the model again"
+                )
 
     def load_column_parallel_weight(self, loaded_weight: Tensor) -> None:
         if hasattr(self.owners, "weight_loader"):
@@ -100,6 +105,40 @@ class StoredParameter(ModelWeightParameter):
         replicas = 1 if kwargs["shard_id"] == "q" else kwargs["num_heads"]
         out_features = kwargs["shard_size"] * self.tp_size // replicas
         super().load_qkv_weight(self.receive(loaded_weight, out_features, kwargs["shard_offset"]), **kwargs)
+
+
+def in_use(name: str) -> ValueError:
+    """Of a load over weights that the kernels have, whose order and place in memory are theirs."""
+    return ValueError(f"{name}: its weights are in use: replace them with vLLM's reload_weights, not load_weights")
+
+
+def check_reloadable(name: str, new: torch.dtype, held: torch.dtype | None) -> None:
+    """Raise ValueError where coefficients in `new` would be rounded to the dtype of those in use, of which vLLM's
+    reload keeps the memory. held: None before the first load."""
+    if held is not None and torch.promote_types(new, held) != held:
+        raise ValueError(
+            f"{name}.c is {new}, which a reload would round to {held}, as the weights in use are: start the server "
+            "with that checkpoint"
+        )
+
+
+def nothing_yet() -> Parameter:
+    """In the place of a tensor that is made when a layer is prepared: a compiled graph looks for it in a layer that a
+    refused reload has left without, before the op is called that says so."""
+    return Parameter(torch.empty(0), requires_grad=False)
+
+
+def replace(layer: Module, name: str, tensor: Tensor | None) -> None:
+    """Put a tensor, or nothing, in the place of a parameter."""
+    delattr(layer, name)
+    if tensor is not None:
+        layer.register_parameter(name, Parameter(tensor, requires_grad=False))
+
+
+def discard(layer: Module, names: Iterable[str]) -> None:
+    """Leave nothing of parameters that can't be used that a kernel could read."""
+    for name in names:
+        layer.register_parameter(name, to_meta_tensor(getattr(layer, name)))
 
 
 def rank_group_size(name: str, share: int, inputs: int, group_size: int) -> int:
@@ -130,6 +169,7 @@ class BPDQLinearMethod(LinearMethodBase):
         self.name = name
         self.parts = parts
         self.pairs = pairs
+        self.coefficients_dtype: torch.dtype | None = None  # of those in use
 
     def create_weights(
         self,
@@ -185,6 +225,8 @@ class BPDQLinearMethod(LinearMethodBase):
             fitted = partial(halved, fit)
             param = StoredParameter(data=data, weight_loader=loader, parts=parts, fit=fitted, owners=owners)
             layer.register_parameter(name, param)
+        for name in MADE:
+            layer.register_parameter(name, nothing_yet())
         if type(layer) is ColumnParallelLinear:
             layer.weight_scale = owners  # a name that Mamba-2's mixer looks for; gone once the layer is loaded
 
@@ -192,12 +234,31 @@ class BPDQLinearMethod(LinearMethodBase):
         """Check that every part arrived, whole and finite, prepare it for the kernels and compile those.
 
         Loaders that fill parameters themselves (`--load-format dummy`) never call a weight loader; for them, only
-        coefficients that are still NaN count as missing. Raises ValueError naming the tensor and the remedy.
+        coefficients that are still NaN count as missing. Raises ValueError naming the tensor and the remedy; the layer
+        then has no weights, which the ops refuse.
         """
         vars(layer).pop("weight_scale", None)
         stored = {name: getattr(layer, name) for name in self.scheme.tensors}
         if all(param.prepared for param in stored.values()):
             return
+        try:
+            prepared = self._prepare(layer, stored)
+        except Exception:
+            discard(layer, stored)
+            raise
+        layer.B.data, layer.c.data = prepared.planes, prepared.coefficients
+        if "s" in stored:
+            layer.s.data = layer.s.new_empty(0)  # it is in these now
+        for name in MADE:
+            replace(layer, name, getattr(prepared, name))
+        # where vLLM looks for the device of LoRA adapters; a Parameter would be looked for in checkpoints
+        layer.qweight = layer.B.new_empty(0)
+        for param in stored.values():
+            param.prepared = True
+        self.coefficients_dtype = prepared.coefficients.dtype
+        warm_up(prepared, getattr(layer, "bias", None))
+
+    def _prepare(self, layer: Module, stored: dict[str, StoredParameter]) -> Prepared:
         if any(param.loaded for param in stored.values()):
             missing = [
                 f"{name}.{tensor}"
@@ -210,22 +271,12 @@ class BPDQLinearMethod(LinearMethodBase):
                     f"{', '.join(missing)} not in the checkpoint, though its config.json says that the layer is "
                     f"quantized: download or quantize it again"
                 )
+        layer.c.check_dtypes()
         B, c, s = Stored(*(param.data for param in stored.values()))
         check_finite(self.name, c, s)
         prepared = prepare(B, c, self.group_size, self.in_features, layer.params_dtype, B.device, s)
-        layer.B.data, layer.c.data = prepared.planes, prepared.coefficients
-        if s is not None:
-            layer.s.data = s.new_empty(0)  # it is in these now
-        for name in ("scales", "ratios"):
-            tensor = getattr(prepared, name)
-            if tensor is not None:
-                layer.register_parameter(name, Parameter(tensor, requires_grad=False))
-        # where vLLM looks for the device of LoRA adapters; a Parameter would be looked for in checkpoints
-        layer.qweight = B.new_empty(0)
-        for param in stored.values():
-            param.prepared = True
-            param.loaded = frozenset()  # a later reload is checked anew
-        warm_up(prepared, getattr(layer, "bias", None))
+        check_reloadable(self.name, prepared.coefficients.dtype, self.coefficients_dtype)
+        return prepared
 
     def apply(self, layer: Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """y [..., N] = x [..., K] @ W.T + bias, of this rank's K and N."""

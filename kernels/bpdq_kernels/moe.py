@@ -12,7 +12,7 @@ from bpdq_kernels import activation as activations
 from bpdq_kernels import cpu, reference
 from bpdq_kernels.activation import Activation
 from bpdq_kernels.layout import PreparedExperts, Stored
-from bpdq_kernels.ops import ANYWHERE, arrange, check_activations, check_bias
+from bpdq_kernels.ops import ANYWHERE, arrange, check_activations, check_bias, check_traced
 
 _lib = torch.library.Library("bpdq", "FRAGMENT")
 _MATRIX = (
@@ -42,6 +42,7 @@ def _moe_cuda(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, *rest: object) 
 
 
 def _moe_fake(x: Tensor, *rest: object) -> Tensor:
+    check_traced(x)
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 

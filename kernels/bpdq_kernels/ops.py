@@ -43,6 +43,15 @@ _lib.define(
 _lib.define("stored_linear(Tensor x, Tensor B, Tensor c, int group_size, Tensor? bias, Tensor? s) -> Tensor")
 
 
+def check_traced(tensor: Tensor) -> None:
+    """For what stands in for an op where a tensor has no values: raise RuntimeError unless its input has none either,
+    as where torch traces a model. With values it meets a layer without."""
+    if not tensor.is_meta:
+        raise RuntimeError(
+            "bpdq: a layer's weights are not loaded, as after a reload that was refused: start the server again"
+        )
+
+
 def _linear_fake(
     x: Tensor,
     planes: Tensor,
@@ -53,6 +62,7 @@ def _linear_fake(
     group_size: int,
     bias: Tensor | None,
 ) -> Tensor:
+    check_traced(x)
     return x.new_empty((*x.shape[:-1], out_features))
 
 
@@ -164,6 +174,7 @@ def _embedding_fake(
     group_size: int,
     dtype: torch.dtype,
 ) -> Tensor:
+    check_traced(ids)
     return planes.new_empty((*ids.shape, in_features), dtype=dtype)
 
 

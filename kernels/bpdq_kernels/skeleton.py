@@ -211,11 +211,14 @@ def arranged(stored: Headers, model: "PreTrainedModel") -> Arranged:
     return found
 
 
-def check_stored(stored: Headers, model: "PreTrainedModel | None", fmt: Format) -> None:
+def check_stored(
+    stored: Headers, model: "PreTrainedModel | None", fmt: Format, spare: Iterable[str] = frozenset()
+) -> None:
     """Raise InputError unless a checkpoint of format `fmt` fills the 16-bit skeleton `model`: every tensor is there, of
     the shape and a dtype that it must have, and no tensor has no place, except in a head for multi-token prediction.
 
-    Without a model names are not checked, and a warning says so.
+    Of the layers `spare` tensors may be missing, or be there without a place. Without a model names are not checked,
+    and a warning says so.
     """
     if model is None:
         logger.warning("whether all tensors of this architecture are in the checkpoint can't be checked")
@@ -223,8 +226,11 @@ def check_stored(stored: Headers, model: "PreTrainedModel | None", fmt: Format) 
         return
     stored_tensors, (stored, made, names) = stored, arranged(stored, model)
     check_made(stored_tensors, made, model)
+    spared = _ignored(f"^{re.escape(layer)}[.]" for layer in spare)
     layers = quantized_layers(model, fmt, names)
     for name, (module, scheme) in layers.items():
+        if spared(f"{name}.") and f"{name}.B" not in stored:
+            continue
         stored_layer(name, stored, module, scheme)
     plain = model.state_dict()
     expected = plain.keys() - {f"{name}.weight" for name in layers} - model.all_tied_weights_keys.keys() - made.keys()
@@ -232,7 +238,7 @@ def check_stored(stored: Headers, model: "PreTrainedModel | None", fmt: Format) 
     for name in sorted(expected):
         if name in stored:
             check_plain(name, stored[name], tuple(plain[name].shape))
-        elif not optional(name):
+        elif not optional(name) and not spared(name):
             raise InputError(f"{name} is not in the checkpoint: {REMEDY}")
     expected |= {f"{name}.{tensor}" for name, (_, scheme) in layers.items() for tensor in scheme.tensors}
     expected |= _check_scales(stored, model, fmt)
@@ -245,7 +251,7 @@ def check_stored(stored: Headers, model: "PreTrainedModel | None", fmt: Format) 
             )
         if head_pattern(name, model.config):
             check_plain(name, stored[name], stored[name].shape)
-        elif not ignored(name):
+        elif not ignored(name) and not spared(name):
             raise InputError(
                 f"{stored[name].file}: {name} has no place in the model of config.json, a {type(model).__name__} with "
                 f"that quantization_config: {REMEDY}"
