@@ -31,7 +31,7 @@ GEMV = [Gemv(tiles, warps) for tiles in (1, 2, 4) for warps in (4, 8)]
 GEMM = [
     Gemm(tokens, *tile) for tokens in (8, 16) for tile in ((1, 8, 8), (2, 8, 8), (2, 4, 4), (1, 16, 16), (2, 16, 16))
 ]
-GEMM_K4_8_BITS = [Gemm(64, 1, 8, 8), Gemm(64, 1, 4, 4), Gemm(64, 1, 4, 2)]  # instead of those with two tiles
+GEMM_ONE_TILE = [Gemm(64, 1, 8, 8), Gemm(64, 1, 4, 4), Gemm(64, 1, 4, 2)]  # where two tiles do not fit
 EXPERT_GEMV = [Gemv(tiles, warps) for tiles in (1, 2, 4) for warps in (2, 4, 8)]
 EXPERT_GEMM = [Gemm(tokens, 2, 4, split) for tokens in (8, 16, 32, 64) for split in (2, 4)]
 GEMM += [Gemm(32, 2, 8, 8), Gemm(32, 2, 4, 4), Gemm(64, 2, 8, 8), Gemm(64, 2, 4, 4), Gemm(64, 2, 4, 2)]
@@ -92,7 +92,9 @@ def fits(
     coefficients fill the registers."""
     eight = coefficient_bits == 8
     if isinstance(config, Gemm) and config.tokens == 64:
-        return config.tiles == (1 if eight and (planes == 4 or (planes, group, arch) == (1, 32, 100)) else 2)
+        if eight:
+            return config.tiles == (1 if planes == 4 or (planes, group, arch) == (1, 32, 100) else 2)
+        return config.tiles == (1 if (config.split, planes, group) == (8, 3, 64) else 2)
     if isinstance(config, Gemm):
         few = (config.tokens <= 16 and group == 32) or (config.tokens == 8 and arch == 100)
         return config.tiles == 1 or not ((few and eight and planes == 4) or (config.warps == 16 and planes > 2))

@@ -18,7 +18,7 @@ from tests.offline import (
     FP16,
     FP32,
     GEMM,
-    GEMM_K4_8_BITS,
+    GEMM_ONE_TILE,
     GEMV,
     ExpertLayer,
     Layer,
@@ -76,7 +76,7 @@ def layers(arch: int, kernel: Config | Tile | None, coefficient_bits: int, trell
 @pytest.mark.parametrize("coefficient_bits", [16, 8])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize(
-    "kernel", [*GEMV, *GEMM, *GEMM_K4_8_BITS, Dense(128), *TILES_16BIT, *TILES_FP32, None], ids=name
+    "kernel", [*GEMV, *GEMM, *GEMM_ONE_TILE, Dense(128), *TILES_16BIT, *TILES_FP32, None], ids=name
 )
 def test_nothing_that_the_dispatch_picks_spills_or_is_emulated(
     arch: int, kernel: Config | Tile | None, coefficient_bits: int, trellis: bool, compilers: ProcessPoolExecutor

@@ -22,7 +22,7 @@ from tests.offline import (
     EXPERT_GEMM,
     EXPERT_GEMV,
     GEMM,
-    GEMM_K4_8_BITS,
+    GEMM_ONE_TILE,
     GEMV,
     ExpertLayer,
     Layer,
@@ -60,16 +60,16 @@ def test_dispatch_picks_only_what_the_tests_run(arch: int):
         coded = {
             linear_config(M, planes, group, n, K, s, arch, width, True) for M in (1, *several) for n, K, s in sizes
         }
-        few = GEMM + GEMM_K4_8_BITS + (GEMV if arch < 100 else [])
+        few = GEMM + GEMM_ONE_TILE + (GEMV if arch < 100 else [])
         assert coded == {config for config in few if fits(config, planes, group, width, True, arch)}
     for planes, group in itertools.product((1, 2, 3, 4), (32, 64, 128, 256)):
         one = {linear_config(1, planes, group, n, K, s, arch) for n, K, s in sizes}
         gemm = {linear_config(M, planes, group, n, K, s, arch) for M in several for n, K, s in sizes}
-        assert gemm == {config for config in GEMM if fits(config, planes, group)}
+        assert gemm == {config for config in GEMM + GEMM_ONE_TILE if fits(config, planes, group)}
         one_8 = {linear_config(1, planes, group, n, K, s, arch, 8) for n, K, s in sizes}
         assert arch >= 100 or one_8 == {config for config in GEMV if fits(config, planes, group, 8, arch=arch)}
         eight_bits = {linear_config(M, planes, group, n, K, s, arch, 8) for M in several for n, K, s in sizes}
-        assert eight_bits == {config for config in GEMM + GEMM_K4_8_BITS if fits(config, planes, group, 8, arch=arch)}
+        assert eight_bits == {config for config in GEMM + GEMM_ONE_TILE if fits(config, planes, group, 8, arch=arch)}
         eight = {config for config in gemm if config.tokens == 8}
         assert one == (eight if arch >= 100 else {config for config in GEMV if fits(config, planes, group)})
         assert {type(linear_config(M, planes, group, 4096, 4096, 82, arch)) for M in (1024, 5000)} == {Dense}
@@ -107,6 +107,13 @@ def test_blocks_have_one_tile_where_two_leave_too_few_registers(tokens, planes, 
     for arch, out_features in itertools.product((80, 86, 90, 100), (4096, 152064)):
         found = [linear_config(tokens, planes, group, out_features, 4096, 82, arch, width) for width in (8, 16)]
         assert [config.tiles for config in found] == [1 if str(arch) in where.split() else 2, 2]
+
+
+@pytest.mark.parametrize(("planes", "group", "tiles"), [(3, 64, 1), (3, 128, 2), (2, 64, 2), (4, 64, 2)])
+def test_a_narrow_layer_of_three_planes_has_one_tile_for_64_tokens_in_groups_of_64(planes, group, tiles):
+    """Two of 16-bit coefficients spilled 2 registers on sm_80 and sm_86 (Triton 3.9), with eight warps alone."""
+    assert linear_config(64, planes, group, 1024, 4096, 82, 86) == Gemm(64, tiles, 8, 8)
+    assert linear_config(64, planes, group, 4096, 4096, 82, 86).tiles == 2
 
 
 @pytest.mark.parametrize("arch", [80, 86, 90, 120])

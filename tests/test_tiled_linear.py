@@ -15,7 +15,7 @@ from bpdq_kernels import layout, reference, triton_dequantize, triton_embedding
 from bpdq_kernels.dispatch import Dense, Gemm, Gemv
 from bpdq_kernels.layout import cdiv, to_tiles
 from bpdq_kernels.tiled_linear import aligned, machine, tiled_linear
-from tests.offline import BF16, FP16, GEMM, GEMM_K4_8_BITS, GEMV, Layer, compile_tiled, fits, name
+from tests.offline import BF16, FP16, GEMM, GEMM_ONE_TILE, GEMV, Layer, compile_tiled, fits, name
 from tests.ptx import launch
 
 
@@ -323,7 +323,7 @@ def test_ptx_for_rtx_3090_agrees_with_the_oracle_and_spills_no_register(
 @pytest.mark.parametrize("coefficient_bits", [16, 8])
 @pytest.mark.parametrize("dtype", [FP16, BF16], ids=str)
 @pytest.mark.parametrize(("planes", "coded"), [*((k, False) for k in (1, 2, 3, 4)), *((k, True) for k in (1, 2, 3))])
-@pytest.mark.parametrize("config", GEMV + GEMM + GEMM_K4_8_BITS, ids=name)
+@pytest.mark.parametrize("config", GEMV + GEMM + GEMM_ONE_TILE, ids=name)
 def test_ptx_of_every_group_size_and_dtype_agrees_with_the_oracle(
     config: Gemv | Gemm, planes: int, coded: bool, dtype: torch.dtype, coefficient_bits: int
 ):

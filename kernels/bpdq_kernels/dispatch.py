@@ -109,15 +109,17 @@ def linear_config(
     if tokens >= DENSE_TOKENS.get(arch, DENSE_TOKENS_ELSEWHERE):
         return dense_config(in_features)
     config = gemm_config(tokens, planes, out_features, multiprocessors)
-    if config.tiles == 1 or coefficient_bits == 16 or two_tiles_fit(config.tokens, planes, group_size, arch):
+    if config.tiles == 1 or two_tiles_fit(config, planes, group_size, arch, coefficient_bits):
         return config
     return config._replace(tiles=1) if config.tokens > 16 else Gemm(config.tokens, 1, 8, 8)
 
 
-def two_tiles_fit(tokens: int, planes: int, group_size: int, arch: int) -> bool:
-    """Whether a thread has registers for two tiles with coefficients of 8 bits and blocks of so many tokens, by any
-    version of ptxas: four planes take the most, and groups of 32 the most coefficients."""
-    sm_100 = arch // 10 == 10
+def two_tiles_fit(config: Gemm, planes: int, group_size: int, arch: int, coefficient_bits: int) -> bool:
+    """Whether a thread has registers for two tiles, by any version of ptxas: four planes take the most, and groups of
+    32 the most coefficients, which take more where they have 8 bits."""
+    tokens, sm_100 = config.tokens, arch // 10 == 10
+    if coefficient_bits == 16:
+        return (tokens, config.split, planes, group_size) != (64, 8, 3, 64)
     if planes == 4:
         return not (tokens == 64 or (tokens <= 16 and group_size == 32) or (tokens == 8 and sm_100))
     return not (sm_100 and (tokens, planes, group_size) == (64, 1, 32))

@@ -131,7 +131,7 @@ def expert_gemm_kernel(
 
 def options(config: Gemm, planes: int, coefficient_bits: int) -> dict[str, Any]:
     """Compiler options: registers for three blocks on a multiprocessor, or two where those are too few."""
-    many = config.tokens > 16 or (planes, coefficient_bits) in ((3, 16), (4, 8))
+    many = config.tokens > 16 or planes == 4 or (planes, coefficient_bits) == (3, 16)
     return {"num_warps": config.warps, "maxnreg": 255 if many else 168, "enable_fp_fusion": True}
 
 
