@@ -41,6 +41,7 @@ KEPT = (  # what makes a folder worth keeping
     "teacher.safetensors",
     "outputs-00000.safetensors",
 )
+WRITTEN = "written.safetensors"  # kept too, as it takes as long as quantizing
 ATTEMPTS = 100  # to lock a folder that other runs create and remove meanwhile
 REMEDIES = {
     "threads": "set OMP_NUM_THREADS={}",
@@ -76,11 +77,11 @@ def run_folder(output: str | Path, offload_dir: str | None, resume: bool) -> Ite
     folder = output.with_name(f"{output.name}.partial")
     with _locked(folder, output):
         run = RunFolder(folder, None)
+        kept = holds_work(folder)
+        if (kept or _holds_text(folder)) and not resume:
+            raise InputError(f"{folder} is from a run that was stopped: add --resume, or remove the folder")
         try:
             _free(output)
-            kept = _worth_keeping(folder)
-            if kept and not resume:
-                raise InputError(f"{folder} is from a run that was stopped: add --resume, or remove the folder")
             if not kept:
                 _clear(folder)
             run.offload = _offload_folder(offload_dir, output, kept)
@@ -90,14 +91,15 @@ def run_folder(output: str | Path, offload_dir: str | None, resume: bool) -> Ite
             _put_back(output)
             if not folder.exists():  # it has its name
                 _remove_aside(output, run.offload)
-            elif not _worth_keeping(folder):
+            elif not holds_work(folder):
                 _clear(folder)
                 _remove_offload(run.offload)
-                (folder / "resume" / "lock").unlink()
-                with suppress(OSError):  # of something that is not ours
-                    (folder / "resume").rmdir()
-                    folder.rmdir()
-            elif run.begun:
+                if not _holds_text(folder):
+                    (folder / "resume" / "lock").unlink()
+                    with suppress(OSError):  # of something that is not ours
+                        (folder / "resume").rmdir()
+                        folder.rmdir()
+            if run.begun and folder.exists():
                 e.add_note(f"{folder} keeps what is finished: repeat the command with --resume to go on from there")
             raise
         shutil.rmtree(output / "resume", ignore_errors=True)  # of another run that came meanwhile
@@ -108,7 +110,7 @@ def begin(folder: RunFolder, run: Mapping[str, Any], files: Collection[str]) -> 
     """Note what a new run is, or check that it is the one to go on with. run: what its tensors depend on, as JSON;
     files: names of all that the checkpoint will hold. Raises InputError with what differs."""
     run = json.loads(json.dumps(run))
-    if _worth_keeping(folder.path):
+    if holds_work(folder.path):
         check_same(folder.path, _noted(folder.path), run)
     else:
         write_json(folder.resume / "run.json", run)
@@ -269,20 +271,25 @@ def _is_ours(resume: Path, just_starts: bool = True) -> bool:
     return just_starts and set(os.listdir(resume)) <= {"lock"}
 
 
-def _worth_keeping(folder: Path) -> bool:
+def holds_work(folder: Path) -> bool:
+    """Whether a run has left there what belongs to its options."""
     return any((folder / "resume" / name).is_file() for name in KEPT)
 
 
+def _holds_text(folder: Path) -> bool:
+    return (folder / "resume" / WRITTEN).is_file()
+
+
 def _clear(folder: Path) -> None:
-    """Remove what a run has written into a folder, but for the lock."""
+    """Remove what a run has written into a folder, but for the lock and the model's own text."""
     for file in folder.glob("model-*-of-*.safetensors*"):
         file.unlink()
-    _empty(folder / "resume")
+    _empty(folder / "resume", but=("lock", WRITTEN))
 
 
-def _empty(resume: Path) -> None:
+def _empty(resume: Path, but: Collection[str] = ("lock",)) -> None:
     for path in resume.iterdir():
-        if path.name != "lock":
+        if path.name not in but:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
