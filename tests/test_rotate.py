@@ -138,11 +138,9 @@ def test_rotation_composes_with_tables_and_tuning(tmp_path):
     text.write_text(TEXT * 4)
     folder = lively_model(tmp_path / "model", tie_word_embeddings=True)
     small = {"bits": 4, "group_size": 32, "calibration": str(text), "samples": 6, "seq_len": 32, "iterations": 3}
-    for tune, number in (("model", 4), ("none", None)):
-        out = tmp_path / f"out-{tune}"
-        bpdq_quantizer.quantize(
-            str(folder), out, rotate="hadamard", embed_bits=number, head_bits=3, tune=tune, tune_steps=2, **small
-        )
+    for name, number, tuning in (("tuned", 4, {"tune": "model", "tune_steps": 2}), ("plain", None, {})):
+        out = tmp_path / name
+        bpdq_quantizer.quantize(str(folder), out, rotate="hadamard", embed_bits=number, head_bits=3, **tuning, **small)
         before, after = (logits(load_model(str(model))) for model in (folder, out))
         assert (after - before).std() < 0.5 * before.std()
         tables = {name for name in load_tensors(out) if name.startswith(("lm_head", "model.embed_tokens"))}
