@@ -1,3 +1,4 @@
+import functools
 import multiprocessing
 import sys
 from collections.abc import Callable, Iterator
@@ -31,6 +32,21 @@ def interpreter() -> Iterator[ProcessPoolExecutor]:
         pool.submit(int).result()
     with pool:
         yield pool
+
+
+@pytest.fixture
+def rank(monkeypatch) -> Callable[[int, int], None]:
+    """Makes this process another of vLLM's tensor-parallel ranks than the only one."""
+    from ranks import become  # imports vLLM
+
+    become(monkeypatch, 0, 1)
+    return functools.partial(become, monkeypatch)
+
+
+@pytest.fixture(params=[16, 8])
+def width(request) -> int:
+    """Of coefficients."""
+    return request.param
 
 
 @pytest.fixture

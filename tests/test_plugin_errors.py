@@ -1,7 +1,5 @@
 """Checkpoints that don't fit: one sentence that names the layer, the tensor and the remedy, before anything runs."""
 
-import functools
-
 import pytest
 import torch
 from vllm.model_executor.layers.linear import (
@@ -12,17 +10,11 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
 )
 
-from ranks import become, config, finish, load, stored
+from ranks import config, finish, load, stored
 
 QKV = {"q": 128, "k": 64, "v": 64}
 LAYER = "model.layers.0.self_attn.qkv_proj"
 TENSORS = [("B", 16), ("c", 16), ("B", 8), ("c", 8), ("s", 8)]  # and the width of coefficients
-
-
-@pytest.fixture
-def rank(monkeypatch):
-    become(monkeypatch, 0, 1)
-    return functools.partial(become, monkeypatch)
 
 
 @pytest.fixture

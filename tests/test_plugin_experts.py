@@ -38,12 +38,6 @@ RANKS = {"alone": ONE, "tensors": TWO, "experts": SPLIT}
 IDS = torch.tensor([[0, 1], [2, 0], [1, -1], [2, 1], [0, 2]], dtype=torch.int32)
 
 
-@pytest.fixture(params=[16, 8])
-def width(request):
-    """Of coefficients."""
-    return request.param
-
-
 @pytest.fixture(params=RANKS.values(), ids=RANKS)
 def ranks(request):
     return request.param

@@ -1,6 +1,5 @@
 """Loading BPDQ layers into vLLM's own layers, over simulated tensor-parallel ranks, without an engine."""
 
-import functools
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +17,7 @@ from vllm.model_executor.models.llama4 import Llama4ForCausalLM
 
 import vllm_bpdq.linear
 from bpdq_kernels.layout import Stored
-from ranks import become, config, finish, load, stored, weight
+from ranks import config, finish, load, stored, weight
 
 QKV = {"q": 128, "k": 64, "v": 64}  # 4 query and 2 key/value heads of 32
 ROW_SHAPES = [  # K, G, ranks, whether B is padded to 256 inputs as the authors do at G = 256
@@ -33,18 +32,6 @@ ROW_SHAPES = [  # K, G, ranks, whether B is padded to 256 inputs as the authors 
     (896, 256, 2, False),  # 3.5 groups, shares of 1.75: as Qwen2.5-72B's 29568 inputs, 115.5 groups, shares of 57.75
     (896, 256, 2, True),
 ]
-
-
-@pytest.fixture
-def rank(monkeypatch):
-    become(monkeypatch, 0, 1)
-    return functools.partial(become, monkeypatch)
-
-
-@pytest.fixture(params=[16, 8])
-def width(request):
-    """Of coefficients."""
-    return request.param
 
 
 def pad_to_256(tensors: Stored) -> Stored:

@@ -1,7 +1,5 @@
 """Layers whose weights vLLM reloads while they are in use, over simulated tensor-parallel ranks, without an engine."""
 
-import functools
-
 import pytest
 import torch
 from vllm.model_executor.layers.linear import ColumnParallelLinear, MergedColumnParallelLinear, RowParallelLinear
@@ -14,21 +12,9 @@ from vllm.model_executor.model_loader.reload.layerwise import (
 )
 
 from bpdq_kernels.layout import Stored
-from ranks import become, config, finish, load, stored, weight
+from ranks import config, finish, load, stored, weight
 
 LAST = {16: "", 8: r", m\.up_proj\.s"}  # of a layer's tensors
-
-
-@pytest.fixture
-def rank(monkeypatch):
-    become(monkeypatch, 0, 1)
-    return functools.partial(become, monkeypatch)
-
-
-@pytest.fixture(params=[16, 8])
-def width(request):
-    """Of coefficients."""
-    return request.param
 
 
 def test_weights_in_use_are_loaded_over_by_a_reload_only(rank, width):

@@ -127,12 +127,16 @@ def _is_built(name: str, architectures: list[str] | None, engine: ModelConfig | 
 def _spare_layers(model: Any, engine: ModelConfig) -> tuple[str, ...]:
     """Layers of the skeleton `model` that vLLM does without, and those that it has beside them, where it makes a model
     for pooling of one for text (models/adapters.py)."""
-    configs = engine.hf_config, engine.hf_config.get_text_config()
-    keys = "classifier_from_token", "method"
-    if engine.convert_type == "none" or any(getattr(config, key, None) for config in configs for key in keys):
-        return ()  # there are rows of the LM head that score
+    if engine.convert_type == "none" or scores_by_head(engine):
+        return ()
     head = skeleton.embedding_names(model)[1]
     return (head, "score") if engine.convert_type == "classify" else (head,)
+
+
+def scores_by_head(engine: ModelConfig) -> bool:
+    """Whether vLLM's classifier of this model is made of rows of its LM head, as Qwen3-Reranker's."""
+    configs = engine.hf_config, engine.hf_config.get_text_config()
+    return any(getattr(config, key, None) for config in configs for key in ("classifier_from_token", "method"))
 
 
 def _check_routers(stored: Headers) -> None:

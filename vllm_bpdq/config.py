@@ -259,17 +259,17 @@ def _check_unshared(name: str) -> None:
 
 
 def _check_classifier(fmt: format.Format) -> None:
-    """Raise ValueError where vLLM would make a classifier of rows of an LM head in bit-planes, as of Qwen3-Reranker."""
+    """Raise ValueError where vLLM would make a classifier of rows of an LM head in bit-planes."""
     from vllm.config import get_current_vllm_config_or_none
+
+    from vllm_bpdq.checkpoint import scores_by_head
 
     current = get_current_vllm_config_or_none()
     model = None if current is None else current.model_config
-    if model is None or model.convert_type != "classify":
+    if model is None or model.convert_type != "classify" or not scores_by_head(model):
         return
-    configs = model.hf_config, model.hf_config.get_text_config()
-    made = any(getattr(part, key, None) is not None for part in configs for key in ("classifier_from_token", "method"))
     head = next((name for name in fmt.layers if name.rpartition(".")[2] == "lm_head"), None)
-    if made and head is not None:
+    if head is not None:
         raise ValueError(
             f"{head}: vLLM makes this classifier of rows of the LM head, which it takes in 16 bits only: quantize the "
             "model again with --head-bits 16"

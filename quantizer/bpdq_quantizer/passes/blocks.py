@@ -252,7 +252,7 @@ def quantize_block(
     if len(batches) == 1:
         solve = [partial(lambda stage, read: solver.quantize(stage, [read]), stage) for stage in stages]
         pairs = zip(readers, solve, strict=True)
-        with hooked(hook for reader, see in pairs for hook in reader.on_read(see)):
+        with hooked(hook for reader, quantize in pairs for hook in reader.on_read(quantize)):
             run_batches(runs, batches, see)
     else:
         for stage, reader in zip(stages, readers, strict=True):

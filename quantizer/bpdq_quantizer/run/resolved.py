@@ -24,7 +24,8 @@ from bpdq_quantizer.run.options import (
     Options,
 )
 
-SILENT = ("calibration", "evaluate", "offload_dir", "device", "devices")  # in `command`, as they change no tensor
+# in `command`: they change no tensor, or are shown first
+SILENT = ("calibration", "evaluate", "offload_dir", "device", "devices")
 
 
 def _held_out(known: dict[str, Any]) -> int:
