@@ -247,14 +247,16 @@ def bars(variant: Variant) -> tuple[float, float] | None:
             return None
         few = {2: (0.80, 0.84) if eight else (0.80, 0.76), 3: (0.70, 0.75) if eight else (0.70, 0.70)}
         return {1: (0.45, 0.45), 8: few[k]}.get(m)
+    if m == 1:
+        return (0.40, 0.40) if k == 2 and group in (64, 128, 256) else None
     if m <= 8 and k in (3, 4) and group == 128:
         return 0.70, 0.70
     if m <= 8 and k == 2 and group in (64, 256):
         return 0.81 if eight else 0.80, 0.65
     if (k, group) != (2, 128):
         return None
-    wide = {1: (0.50, 0.50), 8: (0.72, 0.60), 16: (1.43, 0.70)}
-    return ({1: (0.50, 0.45), 8: (0.78, 0.63), 16: (1.55, 0.70)} if eight else wide).get(m)
+    wide = {8: (0.72, 0.60), 16: (1.43, 0.70)}
+    return ({8: (0.78, 0.63), 16: (1.55, 0.70)} if eight else wide).get(m)
 
 
 def missed(kernel: Kernel, machine: Machine) -> list[str]:

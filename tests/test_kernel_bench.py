@@ -125,7 +125,8 @@ def test_one_token_keeps_all_multiprocessors_of_an_rtx_3090_busy(model):
     [
         (2, 128, Gemv(tiles=1, warps=8)),
         (2, 128, Gemv(tiles=4, warps=4)),
-        (4, 128, Gemv(tiles=2, warps=8)),
+        (3, 128, Gemv(tiles=2, warps=8)),
+        (4, 128, Gemv(tiles=2, warps=4)),
         (4, 32, Gemv(tiles=1, warps=4)),
         (2, 128, Gemm(8, tiles=1, warps=8, split=8)),
         (3, 128, Gemm(8, tiles=2, warps=8, split=8)),

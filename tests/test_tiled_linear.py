@@ -8,13 +8,15 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import bpdq_kernels
 from benchmarks.sass import read_cubin
 from bpdq_kernels import layout, reference, triton_dequantize, triton_embedding
 from bpdq_kernels.dispatch import Dense, Gemm, Gemv
 from bpdq_kernels.layout import cdiv, to_tiles
-from bpdq_kernels.tiled_linear import aligned, machine, tiled_linear
+from bpdq_kernels.tiled_linear import aligned, in_words, machine, tiled_linear
 from tests.offline import BF16, FP16, GEMM, GEMM_ONE_TILE, GEMV, Layer, compile_tiled, fits, name
 from tests.ptx import launch
 
@@ -129,7 +131,11 @@ def interpret(layer: Layer, tokens: int) -> None:
 
 def interpret_views() -> None:
     """Any view of x gives the same rows, and other leading dimensions their shape."""
-    layer = Layer(2, 64, 20, 64, FP16)
+    for inputs in (64, 128):  # part of a unit, and a whole one
+        interpret_views_of(Layer(2, 64, 20, inputs, FP16))
+
+
+def interpret_views_of(layer: Layer) -> None:
     p = problem(layer, 6, bias=True)
     tiles = p.tiles(layer)
 
@@ -230,6 +236,16 @@ def test_interpreted_kernels_agree_with_the_oracle(layer: Layer, tokens: int, in
 
 def test_interpreted_kernels_take_any_view_of_x(interpreter: ProcessPoolExecutor):
     interpreter.submit(interpret_views).result()
+
+
+@given(start=st.integers(0, 9), step=st.integers(1, 3), K=st.integers(1, 40))
+def test_one_token_is_copied_unless_words_can_read_it(start: int, step: int, K: int):
+    x = torch.arange(256, dtype=BF16)[start::step][:K]
+    found = in_words(x)
+    assert torch.equal(found, x)
+    assert found.is_contiguous()
+    assert found.data_ptr() % 4 == 0
+    assert (found.data_ptr() == x.data_ptr()) == (start % 2 == 0 and x.is_contiguous())
 
 
 def test_one_token_on_an_architecture_without_binary_tensor_cores(interpreter: ProcessPoolExecutor):

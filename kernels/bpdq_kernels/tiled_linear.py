@@ -25,8 +25,8 @@ def tiled_linear(x: Tensor, tiles: Tiles, out_features: int, group_size: int, bi
     """y [..., N] = x [..., K] @ W.T + bias [N] in x.dtype (fp16 or bf16), accumulated in fp32.
 
     tiles: W. Allocates nothing but y, unless x's inputs are strided, or its rows not aligned to 16 bytes (up to sm_90
-    one token may be); and from some hundred tokens on DENSE_BYTES of weights. Raises ValueError if the
-    layer was prepared for another dtype.
+    one token to 4); and from some hundred tokens on DENSE_BYTES of weights. Raises ValueError if the layer was prepared
+    for another dtype.
     """
     if x.dtype != tiles.dtype:
         raise ValueError(f"the layer was prepared for {tiles.dtype} activations, not {x.dtype}: pass dtype to prepare")
@@ -53,8 +53,7 @@ def launch(
 ) -> None:
     """Write rows [M, K] W^T + bias into y [M, N] as `config` says, one row where it is a Gemv; or only compile that."""
     if isinstance(config, Gemv):
-        x, y = rows[0].contiguous(), y[0]
-        triton_gemv.launch(x, tiles, group_size, bias, y, config, compile_only)
+        triton_gemv.launch(in_words(rows[0]), tiles, group_size, bias, y[0], config, compile_only)
     elif isinstance(config, Dense):
         triton_dequantize.launch(rows, tiles, group_size, bias, y, config, compile_only)
     else:
@@ -70,3 +69,9 @@ def aligned(rows: Tensor) -> Tensor:
     if rows.stride(1) != 1 or rows.stride(0) % _ALIGNED or rows.data_ptr() % 16:
         return rows.clone(memory_format=torch.contiguous_format)
     return rows
+
+
+def in_words(x: Tensor) -> Tensor:
+    """x, of 16 bits, as it is if 32-bit words can read it from its start on, else a copy."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % 4 else x

@@ -10,7 +10,7 @@ from bpdq_kernels import triton_activation, triton_expert_gemm, triton_expert_ge
 from bpdq_kernels.activation import Activation
 from bpdq_kernels.dispatch import Experts, Gemm, Gemv, Matrix, experts_config
 from bpdq_kernels.layout import PreparedExperts, Tiles, cdiv
-from bpdq_kernels.tiled_linear import aligned, machine
+from bpdq_kernels.tiled_linear import aligned, in_words, machine
 
 SCRATCH_BYTES = 128 << 20  # of outputs that are not yet summed over a token's experts, at a time
 
@@ -116,7 +116,7 @@ def multiply(
     tiles = Tiles(*experts[:4])
     rest = (choices, tiles, experts.group_size, bias, activation, y, config, compile_only)
     if isinstance(config, Gemv):
-        triton_expert_gemv.launch(x.contiguous(), ids, *rest)
+        triton_expert_gemv.launch(in_words(x), ids, *rest)
         return
     x = aligned(x)
     if routing is None:

@@ -115,9 +115,9 @@ def launch(
 ) -> None:
     """Write act(W_e x[p // choices] + bias[e]), e = ids[p], into row p of y; where e is no expert rows stay as is.
 
-    x: [.., K], fp16 or bf16, and ids int32 [P], contiguous; tiles: of E experts, [E, ..]; bias: [E, N]; y: [P, N], or
-    [P, N/2] with a gate, where 32 divides N; its rows may be apart. activation: None for none. `compile_only`: make the
-    kernel and don't run it."""
+    x: [.., K], fp16 or bf16, from a multiple of 4 bytes on, and ids int32 [P], contiguous; tiles: of E experts,
+    [E, ..]; bias: [E, N]; y: [P, N], or [P, N/2] with a gate, where 32 divides N; its rows may be apart. activation:
+    None for none. `compile_only`: make the kernel and don't run it."""
     experts, out_features = tiles.scales.shape
     in_features = x.shape[1]
     fused = y.shape[1] < out_features

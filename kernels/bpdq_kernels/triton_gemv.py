@@ -11,7 +11,7 @@ dequantized: the stored words are the operand.
     unit = 128 inputs                          16 bits of x in fixed point, two MMAs of 8
    .------------------------------.      .-----------------.
    | 16 outputs (rows r, r + 8)   |      | bits 0..7       |  lane 4r + q: bit r (bit 8 + r) of the inputs of word q,
-   | lane 4r + q: word q of both  |  x   | bits 8..15      |  made in the warp by a 32 x 32 bit transposition
+   | lane 4r + q: word q of both  |  x   | bits 8..15      |  of which it loads four: transposed in the warp
    '------------------------------'      '-----------------'
 
     counts: lane 4r + q holds bits 2q, 2q + 1 (and 8 higher) of rows r, r + 8; weighed by 2^j in integers, times c_p
@@ -24,9 +24,9 @@ Infinity and NaN in x give NaN.
 Coefficients of 8 bits multiply the counts as integers, and each plane is summed by itself: its ratio comes once at the
 end. Of trellis-coded planes the first word becomes two in registers, by four instructions for 32 weights.
 
-Budget, RTX 3090, k = 2, G = 128 (sm_86 SASS): 1.2 thread instructions a weight with 64 outputs per block, 2.1 with
-16, where 5.6 fit into the time DRAM needs for it: the schedulers take 0.21 to 0.37 of it, every pipe less. With
-coefficients of 8 bits there are as many instructions, and DRAM needs less time: 0.22 to 0.39.
+Budget, RTX 3090, k = 2, G = 128 (sm_86 SASS): 1.1 thread instructions a weight with 64 outputs per block, 1.7 with
+16, where 5.6 fit into the time DRAM needs for it: the schedulers take 0.19 to 0.30 of it, every pipe less. With
+coefficients of 8 bits there are as many instructions, and DRAM needs less time: 0.21 to 0.32; G = 64: 0.32 to 0.40.
 """
 
 import torch
@@ -50,8 +50,11 @@ from bpdq_kernels.triton_layout import (
     load_coefficients,
     load_planes,
     multiplied_planes,
+    reload_coefficients,
+    reload_planes,
     row_pairs,
     row_words,
+    run_step,
     unit_words,
     words_beside,
 )
@@ -143,7 +146,7 @@ def dot_tiles(
     units = tl.cdiv(K, UNIT)
     PARTS: tl.constexpr = groups_in_unit(GROUP)
     BYTES: tl.constexpr = ratios_ptr is not None
-    SUMS: tl.constexpr = 2 * PLANES + 1 if BYTES else 2  # of a tile
+    SUMS: tl.constexpr = 2 * PLANES + (2 if PARTS == 4 else 1) if BYTES else 2  # of a tile
     CS: tl.constexpr = PARTS * (row_words(PLANES) if BYTES else PLANES + 1)
     planes_stride = units * unit_words(STORED)
     c_stride = tl.cdiv(units * UNIT, GROUP) * group_pairs(PLANES)
@@ -151,47 +154,49 @@ def dot_tiles(
     coefficients_ptr += tile * c_stride + warp * UNIT // GROUP * group_pairs(PLANES)
     coefficients_ptr += first_pair(lane // 4, PLANES, BYTES)
     BESIDE: tl.constexpr = words_beside(GROUP, STORED != PLANES)
-    x_ptr += warp * UNIT + input_of_lane(lane, BESIDE)
-    inputs_left = K - warp * UNIT
+    x_ptr += warp * UNIT + first_input(lane, BESIDE)
+    units_left = units - warp
+    inputs_left = K - warp * UNIT - (0 if WHOLE else first_input(lane, BESIDE))
     c_step: tl.constexpr = WARPS * UNIT // GROUP * group_pairs(PLANES)  # 256 divides UNIT x WARPS
     planes_stride *= stride
     c_stride *= stride
-    own = 0 if WHOLE else input_of_lane(lane, BESIDE)
     if BYTES:  # misses at the end would be waited for
         which = (tile + thread // (PLANES + 1) * stride) * group_pairs(PLANES) + thread % (PLANES + 1) * 8
         prefetch(ratios_ptr + which, thread < TILES * (PLANES + 1))
     sign = tl.where(q == 3, -2, 2)  # bit 15 counts negative
     acc = (tl.zeros([32 * WARPS], tl.float32),) * (SUMS * TILES)
-    next_words = load_planes(planes_ptr, planes_stride, inputs_left > 0, STORED, TILES)
-    next_c = load_coefficients(coefficients_ptr, c_stride, inputs_left > 0, PARTS, PLANES, TILES, BYTES)
-    next_x = load_inputs(x_ptr, inputs_left - own, BESIDE, WHOLE)
-    for _ in range(0, units, WARPS):
+    live = units_left > 0
+    next_words = load_planes(planes_ptr, planes_stride, live, STORED, TILES)
+    next_c = load_coefficients(coefficients_ptr, c_stride, live, PARTS, PLANES, TILES, BYTES)
+    next_x = load_inputs(x_ptr, live, inputs_left, BESIDE, WHOLE, BF16)
+    for unit in range(WARPS, units + WARPS, WARPS):
         words = multiplied_planes(next_words, PLANES, STORED, TILES)
         c = next_c
         x = next_x
         planes_ptr += WARPS * unit_words(STORED)
         coefficients_ptr += c_step
         x_ptr += WARPS * UNIT
-        inputs_left -= WARPS * UNIT
-        next_words = load_planes(planes_ptr, planes_stride, inputs_left > 0, STORED, TILES)
-        next_c = load_coefficients(coefficients_ptr, c_stride, inputs_left > 0, PARTS, PLANES, TILES, BYTES)
-        next_x = load_inputs(x_ptr, inputs_left - own, BESIDE, WHOLE)
-        low, high, sums, scale = slice_bits(x, lane, q, GROUP, BYTES)
+        # past the end zeros of x take what is left there
+        live = unit < units_left
+        next_words = reload_planes(planes_ptr, planes_stride, live, next_words, STORED, TILES)
+        next_c = reload_coefficients(coefficients_ptr, c_stride, live, next_c, PARTS, PLANES, TILES, BYTES)
+        next_x = load_inputs(x_ptr, live, inputs_left - unit * UNIT, BESIDE, WHOLE, BF16)
+        low, high, total, scale = slice_bits(x, lane, PARTS)
         sums_of_products = ()
         for t in tl.static_range(TILES):
             t_words = words[2 * PLANES * t : 2 * PLANES * (t + 1)]
             t_c = c[CS * t : CS * (t + 1)]
             if BYTES:
                 part = acc[SUMS * t : SUMS * (t + 1)]
-                part = add_unit_of_bytes(part, t_words, t_c, low, high, sums, scale, lane, sign, PLANES, GROUP)
+                part = add_unit_of_bytes(part, t_words, t_c, low, high, total, scale, lane, sign, PLANES, PARTS)
                 sums_of_products = sums_of_products + part
             else:
-                z, z8 = dot_unit(t_words, t_c, low, high, sums, q, sign, PLANES, GROUP, BF16)
+                z, z8 = dot_unit(t_words, t_c, low, high, total, q, sign, PLANES, PARTS, BF16)
                 sums_of_products = sums_of_products + (acc[2 * t] + scale * z, acc[2 * t + 1] + scale * z8)
         acc = sums_of_products
     if BYTES:
         ratios_ptr += tile * group_pairs(PLANES) + lane // 4 * row_pairs(PLANES)
-        acc = sums_over_planes(acc, ratios_ptr, stride * group_pairs(PLANES), q, PLANES, TILES, BF16)
+        acc = sums_over_planes(acc, ratios_ptr, stride * group_pairs(PLANES), q, PLANES, PARTS, TILES, BF16)
     y = tl.reshape(stack(acc), [WARPS, 8, 4, 2 * TILES])
     four_to_the_q = (1 << (2 * tl.arange(0, 4))).to(tl.float32)
     y = tl.permute(y * four_to_the_q[None, None, :, None], 1, 3, 0, 2)
@@ -199,72 +204,81 @@ def dot_tiles(
 
 
 @triton.jit
-def input_of_lane(lane: tl.tensor, BESIDE: tl.constexpr) -> tl.tensor:
-    """Which input of the unit's first word a lane loads, so that `transpose_bits` puts it where the weights have it."""
-    bit = ((lane & 2) << 3) | ((lane & 1) << 3) | (lane >> 2)
-    return input_of_bit(bit, BESIDE)
+def first_input(lane: tl.tensor, BESIDE: tl.constexpr) -> tl.tensor:
+    """The first of the four inputs of a unit that a lane loads, those of bits r, 8 + r, 16 + r and 24 + r of its word:
+    two neighbours of one run, of bits 8 + r and 24 + r (where r < 3 of bits 16 + r and r), and two of the next but one.
+    """
+    r = lane // 4
+    return input_of_word(input_of_bit(tl.where(r < 3, 16, 8) + r, BESIDE), lane % 4, BESIDE)
 
 
 @triton.jit
-def load_inputs(ptr: tl.tensor, inputs_left: tl.tensor, BESIDE: tl.constexpr, WHOLE: tl.constexpr) -> tl.tuple:
-    """One input of each of the unit's four words, in fp32; zeros past K."""
+def load_inputs(
+    ptr: tl.tensor,
+    live: tl.tensor,
+    inputs_left: tl.tensor,
+    BESIDE: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BF16: tl.constexpr,
+) -> tl.tuple:
+    """A lane's inputs in fp32: two neighbours, and those two runs on; zeros where the unit is not `live` and past K."""
     x = ()
-    for word in tl.static_range(4):
-        offset = input_of_word(0, word, BESIDE)
-        live = inputs_left > 0 if WHOLE else inputs_left > offset
-        x = x + (tl.load(ptr + offset, live, 0).to(tl.float32),)
+    for pair in tl.static_range(2):
+        offset = 2 * pair * run_step(BESIDE)
+        if WHOLE:  # x starts at a multiple of 4 bytes
+            neighbours = (ptr + offset).to(tl.pointer_type(tl.int32))
+            x = x + unpack_pair(tl.load(neighbours, live, 0), BF16)
+        else:
+            x = x + (tl.load(ptr + offset, inputs_left > offset, 0).to(tl.float32),)
+            x = x + (tl.load(ptr + offset + 1, inputs_left > offset + 1, 0).to(tl.float32),)
     return x
 
 
 @triton.jit
-def slice_bits(x: tl.tuple, lane: tl.tensor, q: tl.tensor, GROUP: tl.constexpr, BYTES: tl.constexpr) -> tl.tuple:
-    """Bit-planes of a unit's inputs in fixed point: the operands of `mma_bits` for bits 0..7 and 8..15, the sum of
-    the integers of each group (fp32; without BYTES in lanes with q = 0, else 0), and the unit's power of two."""
+def slice_bits(x: tl.tuple, lane: tl.tensor, PARTS: tl.constexpr) -> tl.tuple:
+    """Bit-planes of a unit's inputs in fixed point: the operands of `mma_bits` for bits 0..7 and 8..15, the sum of the
+    integers of the group that the lane's word is in, and the unit's power of two."""
     ALL: tl.constexpr = tl.PropagateNan.ALL
     top01 = tl.maximum(tl.abs(x[0]), tl.abs(x[1]), propagate_nan=ALL)
     top23 = tl.maximum(tl.abs(x[2]), tl.abs(x[3]), propagate_nan=ALL)
     top = tl.maximum(top01, top23, propagate_nan=ALL)
-    exponent = tl.maximum(warp_max(top.to(tl.int32, bitcast=True)) >> 23, 16)  # biased by 127, as fp32 has it
-    scale = ((exponent - 14) << 23).to(tl.float32, bitcast=True)
-    inverse = ((268 - exponent) << 23).to(tl.float32, bitcast=True)
-    scale = tl.where(exponent == 255, float("nan"), scale)
+    peak = warp_max(top.to(tl.int32, bitcast=True))
+    power = tl.maximum(peak & 0x7F800000, 16 << 23)  # of two, as fp32
+    scale = (power - (14 << 23)).to(tl.float32, bitcast=True)
+    inverse = ((268 << 23) - (1 << 32) - power).to(tl.float32, bitcast=True)
+    scale += peak.to(tl.float32, bitcast=True) * 0.0  # NaN for NaN and infinity
     # adding 1.5 * 2^23 rounds to an integer and leaves its two's complement in the low bits
     i0 = (x[0] * inverse + 12582912.0).to(tl.int32, bitcast=True)
     i1 = (x[1] * inverse + 12582912.0).to(tl.int32, bitcast=True)
     i2 = (x[2] * inverse + 12582912.0).to(tl.int32, bitcast=True)
     i3 = (x[3] * inverse + 12582912.0).to(tl.int32, bitcast=True)
-    if GROUP >= 128:
-        sums = (sum_of_integers(i0 + i1 + i2 + i3, 4, q, BYTES),)
-    elif GROUP == 64:
-        sums = (sum_of_integers(i0 + i1, 2, q, BYTES), sum_of_integers(i2 + i3, 2, q, BYTES))
-    else:
-        sums = (
-            sum_of_integers(i0, 1, q, BYTES),
-            sum_of_integers(i1, 1, q, BYTES),
-            sum_of_integers(i2, 1, q, BYTES),
-            sum_of_integers(i3, 1, q, BYTES),
-        )
-    i01 = select_bytes(i0, i1, tl.full([], 0x5140, tl.int32))
-    i23 = select_bytes(i2, i3, tl.full([], 0x5140, tl.int32))
-    low = select_bytes(i01, i23, tl.full([], 0x5410, tl.int32))
-    high = select_bytes(i01, i23, tl.full([], 0x7632, tl.int32))
-    return transpose_bits(low, lane), transpose_bits(high, lane), sums, scale
+    # modulo 2^32 without what 1.5 * 2^23 left above the integers
+    total = sum_of_group(i0 + i1 + i2 + i3 - (4 * 0x4B400000 & 0xFFFFFFFF), lane % 4, PARTS)
+    i02 = select_bytes(i0, i2, tl.full([], 0x5140, tl.int32))
+    i13 = select_bytes(i1, i3, tl.full([], 0x5140, tl.int32))
+    order = tl.where(lane < 12, 0x1054, 0x4105)  # of the bytes, as `first_input` has the bits
+    low = select_bytes(i02, i13, order)
+    high = select_bytes(i02, i13, order + 0x2222)
+    return transpose_bits(low, lane), transpose_bits(high, lane), total, scale
 
 
 @triton.jit
-def sum_of_integers(i: tl.tensor, WORDS: tl.constexpr, q: tl.tensor, BYTES: tl.constexpr) -> tl.tensor:
-    # what 1.5 * 2^23 left above the integers, modulo 2^32
-    excess: tl.constexpr = ((32 * WORDS * 0x4B400000 + (1 << 31)) & 0xFFFFFFFF) - (1 << 31)
-    found = warp_sum(i) - excess
-    return (found if BYTES else tl.where(q == 0, found, 0)).to(tl.float32)
+def sum_of_group(i: tl.tensor, q: tl.tensor, PARTS: tl.constexpr) -> tl.tensor:
+    """The sum of i over the lanes whose words are in the same group, in each of them."""
+    if PARTS == 1:
+        return warp_sum(i)
+    if PARTS == 2:
+        first = warp_sum(tl.where(q // 2 == 0, i, 0))
+        return tl.where(q // 2 == 0, first, warp_sum(i) - first)
+    for lane_bit in tl.static_range(2, 5):
+        i += exchange(i, lane_bit)
+    return i + exchange(i, 0) if PARTS == 2 else i
 
 
 @triton.jit
 def transpose_bits(v: tl.tensor, lane: tl.tensor) -> tl.tensor:
-    """Bits of bytes to words: lane 4r + q gets bit r of byte q of all 32 lanes. Five swaps of a bit of the bit's
-    number with a bit of the lane's: 4 with 1, 3 with 0 (whole bytes), 2 with 4, 1 with 3, 0 with 2."""
-    v = select_bytes(v, exchange(v, 1), tl.where((lane & 2) == 0, 0x5410, 0x3276))
-    v = select_bytes(v, exchange(v, 0), tl.where((lane & 1) == 0, 0x6240, 0x3715))
+    """Bits of bytes to words: lane 4r + q gets bit r of all bytes of lanes q, 4 + q, .., 28 + q; bit 8b + r of a word
+    comes from byte b of lane 4r + q. Three swaps of a bit of the bit's number with one of the lane's."""
     v = swap_bits(v, lane, 2, 4, 0x0F0F0F0F)
     v = swap_bits(v, lane, 1, 3, 0x33333333)
     return swap_bits(v, lane, 0, 2, 0x55555555)
@@ -286,17 +300,18 @@ def dot_unit(
     c: tl.tuple,
     low: tl.tensor,
     high: tl.tensor,
-    sums: tl.tuple,
+    total: tl.tensor,
     q: tl.tensor,
     sign: tl.tensor,
     PLANES: tl.constexpr,
-    GROUP: tl.constexpr,
+    PARTS: tl.constexpr,
     BF16: tl.constexpr,
 ) -> tl.tuple:
     """This lane's part, over 4^q, of one unit's dot products with rows r and r + 8."""
-    PARTS: tl.constexpr = groups_in_unit(GROUP)
-    z = tl.zeros_like(sums[0])
-    z8 = z
+    c_0, c_08 = unpack_pair(of_own_part(c[PLANES :: PLANES + 1], q, PARTS), BF16)
+    once = tl.where(q % (4 // PARTS) == 0, total.to(tl.float32) * four_to_the_minus(q), 0.0)
+    z = c_0 * once
+    z8 = c_08 * once
     for part in tl.static_range(PARTS):
         low_part = low if PARTS == 1 else tl.where(q // (4 // PARTS) == part, low, 0)
         high_part = high if PARTS == 1 else tl.where(q // (4 // PARTS) == part, high, 0)
@@ -308,10 +323,21 @@ def dot_unit(
             c_p, c_p8 = unpack_pair(c[part * (PLANES + 1) + p], BF16)
             z += c_p * dot.to(tl.float32)
             z8 += c_p8 * dot8.to(tl.float32)
-        c_0, c_08 = unpack_pair(c[part * (PLANES + 1) + PLANES], BF16)
-        z += c_0 * sums[part]
-        z8 += c_08 * sums[part]
     return z, z8
+
+
+@triton.jit
+def of_own_part(values: tl.tuple, q: tl.tensor, PARTS: tl.constexpr) -> tl.tensor:
+    """Of one value for each group that the unit has a part of, that of the group of word q."""
+    own = values[0]
+    for part in tl.static_range(1, PARTS):
+        own = tl.where(q // (4 // PARTS) == part, values[part], own)
+    return own
+
+
+@triton.jit
+def four_to_the_minus(q: tl.tensor) -> tl.tensor:
+    return ((127 - 2 * q) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -321,17 +347,17 @@ def add_unit_of_bytes(
     c: tl.tuple,
     low: tl.tensor,
     high: tl.tensor,
-    sums: tl.tuple,
+    total: tl.tensor,
     scale: tl.tensor,
     lane: tl.tensor,
     sign: tl.tensor,
     PLANES: tl.constexpr,
-    GROUP: tl.constexpr,
+    PARTS: tl.constexpr,
 ) -> tl.tuple:
     """Add a unit's dot products to acc, for each plane by itself: rows r and r + 8 over 4^q in turn; last c_0 times the
-    sum of x, of row r in lanes with q = 0 and of row r + 8 in those with q = 1. Products of counts and coefficients of
-    8 bits fit 25 bits with their sign, so they are summed in integers."""
-    PARTS: tl.constexpr = groups_in_unit(GROUP)
+    sum of x over the lane's group, of row r in lanes with an even q and of row r + 8 in the others, or of both where
+    each q has a group of its own. Products of counts or sums and coefficients of 8 bits fit 30 bits with their sign, so
+    they are summed in integers."""
     WORDS: tl.constexpr = row_words(PLANES)
     r = lane // 4
     q = lane % 4
@@ -348,11 +374,11 @@ def add_unit_of_bytes(
             z += coefficient_of(row, p, 0, r, PLANES) * (d0 + 2 * d1 + 256 * (e0 + sign * e1))
             z8 += coefficient_of(row, p, 1, r, PLANES) * (d2 + 2 * d3 + 256 * (e2 + sign * e3))
         added = added + (acc[2 * p] + scale * z.to(tl.float32), acc[2 * p + 1] + scale * z8.to(tl.float32))
-    z = acc[2 * PLANES]
-    for part in tl.static_range(PARTS):
-        row = c[WORDS * part : WORDS * (part + 1)]
-        z += coefficient_of(row, PLANES, q % 2, r, PLANES).to(tl.float32) * (scale * sums[part])
-    return added + (z,)
+    last = (of_own_part(c[WORDS - 1 :: WORDS], q, PARTS),) * WORDS  # the word that has c_0
+    for half in tl.static_range(2 if PARTS == 4 else 1):
+        z = coefficient_of(last, PLANES, half if PARTS == 4 else q % 2, r, PLANES) * total
+        added = added + (acc[2 * PLANES + half] + scale * z.to(tl.float32),)
+    return added
 
 
 @triton.jit
@@ -362,17 +388,22 @@ def sums_over_planes(
     stride: tl.tensor,
     q: tl.tensor,
     PLANES: tl.constexpr,
+    PARTS: tl.constexpr,
     TILES: tl.constexpr,
     BF16: tl.constexpr,
 ) -> tl.tuple:
     """This lane's part, over 4^q, of the sums of rows r and r + 8 of each tile, of what `add_unit_of_bytes` summed;
     ratios of tiles are `stride` pairs apart."""
+    SUMS: tl.constexpr = len(acc) // TILES
     y = ()
     for t in tl.static_range(TILES):
-        part = acc[(2 * PLANES + 1) * t : (2 * PLANES + 1) * (t + 1)]
+        part = acc[SUMS * t : SUMS * (t + 1)]
         c_0, c_08 = unpack_pair(tl.load(ratios_ptr + t * stride + PLANES), BF16)
-        y_t = tl.where(q == 0, c_0 * part[2 * PLANES], 0.0)
-        y_t8 = tl.where(q == 1, c_08 * 0.25 * part[2 * PLANES], 0.0)
+        y_t = c_0 * four_to_the_minus(q) * part[2 * PLANES]
+        y_t8 = c_08 * four_to_the_minus(q) * part[SUMS - 1]
+        if PARTS < 4:
+            y_t = tl.where(q % (4 // PARTS) == 0, y_t, 0.0)
+            y_t8 = tl.where(q % (4 // PARTS) == 1, y_t8, 0.0)
         for p in tl.static_range(PLANES):
             ratio, ratio8 = unpack_pair(tl.load(ratios_ptr + t * stride + p), BF16)
             y_t += ratio * part[2 * p]
@@ -396,7 +427,7 @@ def launch(
     config: Gemv,
     compile_only: bool = False,
 ) -> None:
-    """Write W x + bias into y [N]: x [K] contiguous, fp16 or bf16; tiles: W.
+    """Write W x + bias into y [N]: x [K] contiguous, from a multiple of 4 bytes on, fp16 or bf16; tiles: W.
     `compile_only`: make the kernel and don't run it."""
     in_features, out_features = x.numel(), y.numel()
     gemv_kernel.run(

@@ -9,7 +9,17 @@ import triton
 import triton.language as tl
 
 from bpdq_kernels import layout
-from bpdq_kernels.warp import load2, load4, rotate_left, select_bytes, shift_right, signed_byte
+from bpdq_kernels.warp import (
+    load2,
+    load4,
+    reload1,
+    reload2,
+    reload4,
+    rotate_left,
+    select_bytes,
+    shift_right,
+    signed_byte,
+)
 
 TILE_ROWS, UNIT, RUN = tl.constexpr(layout.TILE_ROWS), tl.constexpr(layout.UNIT), tl.constexpr(layout.RUN)
 words_beside = triton.constexpr_function(layout.words_beside)
@@ -124,6 +134,23 @@ def load_planes(
 
 
 @triton.jit
+def reload_planes(
+    ptr: tl.tensor, stride: tl.tensor, live: tl.tensor, old: tl.tuple, STORED: tl.constexpr, TILES: tl.constexpr
+) -> tl.tuple:
+    """As `load_planes`, but `old` where not `live`."""
+    words = ()
+    for _ in tl.static_range(TILES):
+        if STORED % 2 == 0:
+            for p in tl.static_range(0, STORED, 2):
+                words = words + reload4(ptr, live, old[len(words) :], 4 * plane_start(p, STORED))
+        else:
+            for p in tl.static_range(STORED):
+                words = words + reload2(ptr, live, old[len(words) :], 4 * plane_start(p, STORED))
+        ptr += stride
+    return words
+
+
+@triton.jit
 def multiplied_planes(words: tl.tuple, PLANES: tl.constexpr, STORED: tl.constexpr, TILES: tl.constexpr) -> tl.tuple:
     """A lane's words, in the order of `load_planes`, of the planes that are multiplied; words: of those stored."""
     if PLANES == STORED:
@@ -173,6 +200,31 @@ def load_coefficients(
             else:
                 for p in tl.static_range(PLANES + 1):
                     c = c + (tl.load(ptr + (group * group_pairs(PLANES) + p), live, 0),)
+        ptr += stride
+    return c
+
+
+@triton.jit
+def reload_coefficients(
+    ptr: tl.tensor,
+    stride: tl.tensor,
+    live: tl.tensor,
+    old: tl.tuple,
+    GROUPS: tl.constexpr,
+    PLANES: tl.constexpr,
+    TILES: tl.constexpr,
+    BYTES: tl.constexpr,
+) -> tl.tuple:
+    """As `load_coefficients`, but `old` where not `live`."""
+    GROUP_BYTES: tl.constexpr = group_pairs(PLANES) * (2 if BYTES else 4)
+    c = ()
+    for _ in tl.static_range(TILES):
+        for group in tl.static_range(GROUPS):
+            if BYTES and PLANES == 3:
+                c = c + reload2(ptr, live, old[len(c) :], group * GROUP_BYTES)
+            else:
+                for word in tl.static_range(row_words(PLANES) if BYTES else PLANES + 1):
+                    c = c + reload1(ptr, live, old[len(c) :], group * GROUP_BYTES + 4 * word)
         ptr += stride
     return c
 

@@ -62,6 +62,52 @@ def load2(ptr: tl.tensor, live: tl.tensor, OFFSET: tl.constexpr) -> tl.tuple:
 
 
 @triton.jit
+def reload4(ptr: tl.tensor, live: tl.tensor, old: tl.tuple, OFFSET: tl.constexpr) -> tl.tuple:
+    """As `load4`, but where not `live` what `old` starts with: to keep that takes no instruction."""
+    if INTERPRETED:
+        return reload2(ptr, live, old, OFFSET) + reload2(ptr, live, old[2:], OFFSET + 8)
+    return tl.inline_asm_elementwise(
+        "{ .reg .pred live; setp.ne.b32 live, $5, 0; @live ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$4 + $6]; }",
+        "=&r,=&r,=&r,=&r,l,r,n,0,1,2,3",
+        [ptr.to(tl.int64), live.to(tl.int32), tl.full([], OFFSET, tl.int32), old[0], old[1], old[2], old[3]],
+        dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def reload2(ptr: tl.tensor, live: tl.tensor, old: tl.tuple, OFFSET: tl.constexpr) -> tl.tuple:
+    """As `load2`, but where not `live` what `old` starts with."""
+    if INTERPRETED:
+        return reload1(ptr, live, old, OFFSET) + reload1(ptr, live, old[1:], OFFSET + 4)
+    return tl.inline_asm_elementwise(
+        "{ .reg .pred live; setp.ne.b32 live, $3, 0; @live ld.global.nc.v2.b32 {$0, $1}, [$2 + $4]; }",
+        "=&r,=&r,l,r,n,0,1",
+        [ptr.to(tl.int64), live.to(tl.int32), tl.full([], OFFSET, tl.int32), old[0], old[1]],
+        dtype=(tl.int32, tl.int32),
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def reload1(ptr: tl.tensor, live: tl.tensor, old: tl.tuple, OFFSET: tl.constexpr) -> tl.tuple:
+    """A 32-bit word of read-only memory from ptr + OFFSET bytes (4 divides both), `old[0]` where not `live`."""
+    if INTERPRETED:
+        return (tl.load((ptr.to(tl.pointer_type(tl.int8)) + OFFSET).to(tl.pointer_type(tl.int32)), live, old[0]),)
+    word = tl.inline_asm_elementwise(
+        "{ .reg .pred live; setp.ne.b32 live, $2, 0; @live ld.global.nc.b32 $0, [$1 + $3]; }",
+        "=&r,l,r,n,0",
+        [ptr.to(tl.int64), live.to(tl.int32), tl.full([], OFFSET, tl.int32), old[0]],
+        dtype=tl.int32,
+        is_pure=True,
+        pack=1,
+    )
+    return (word,)
+
+
+@triton.jit
 def prefetch(ptr: tl.tensor, live: tl.tensor) -> None:
     """Bring memory at ptr into the L2 cache where `live`; whoever loads it later waits less."""
     if not INTERPRETED:
