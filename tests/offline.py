@@ -19,7 +19,7 @@ from bpdq_kernels import (
     triton_linear,
 )
 from bpdq_kernels.activation import Activation
-from bpdq_kernels.dispatch import MAX_COEFFICIENTS, MAX_COEFFICIENTS_TRELLIS, Dense, Gemm, Gemv
+from bpdq_kernels.dispatch import MAX_COEFFICIENTS, MAX_COEFFICIENTS_TRELLIS, Dense, Gemm, Gemv, Matrix, many_tokens_fit
 from bpdq_kernels.layout import groups_in_unit
 from bpdq_kernels.triton_dequantize import UNITS, dequantize_kernel
 from bpdq_kernels.triton_dequantize import options as dequantize_options
@@ -93,7 +93,7 @@ def fits(
     eight = coefficient_bits == 8
     if isinstance(config, Gemm) and config.tokens == 64:
         if eight:
-            return config.tiles == (1 if planes == 4 or (planes, group, arch) == (1, 32, 100) else 2)
+            return config.tiles == (1 if planes == 4 or (planes, arch) == (1, 100) else 2)
         return config.tiles == (1 if (config.split, planes, group) == (8, 3, 64) else 2)
     if isinstance(config, Gemm):
         few = (config.tokens <= 16 and group == 32) or (config.tokens == 8 and arch == 100)
@@ -167,8 +167,9 @@ class ExpertLayer(NamedTuple):
     def takes(self, config: Gemv | Gemm) -> bool:
         """Whether the dispatch may pick this configuration: not if the coefficients fill the registers."""
         if isinstance(config, Gemm):
-            smallest = 64 if self.layer.multiplied < 3 else 128
-            return config.tokens < 64 or (self.layer.coefficient_bits == 16 and self.layer.group >= smallest)
+            planes, group, N, K, _, coefficient_bits, trellis = self.layer
+            matrix = Matrix(planes + trellis, group, N, K, coefficient_bits)
+            return config.tokens < 64 or many_tokens_fit(matrix)
         if self.is_fused:
             full = 2 * groups_in_unit(self.layer.group) * (self.layer.multiplied + 1) >= MAX_COEFFICIENTS
             return config.tiles == 2 and (config.warps < 8 or not full)

@@ -122,7 +122,7 @@ def two_tiles_fit(config: Gemm, planes: int, group_size: int, arch: int, coeffic
         return (tokens, config.split, planes, group_size) != (64, 8, 3, 64)
     if planes == 4:
         return not (tokens == 64 or (tokens <= 16 and group_size == 32) or (tokens == 8 and sm_100))
-    return not (sm_100 and (tokens, planes, group_size) == (64, 1, 32))
+    return not (sm_100 and (tokens, planes) == (64, 1))
 
 
 def gemv_config(
@@ -200,11 +200,17 @@ def experts_config(
             one = expert_gemm(8, up, pairs, multiprocessors), expert_gemm(8, down, pairs, multiprocessors)
         return Experts(*one, is_sorted=False, is_fused=fused)
     bucket = next((size for size, mean in EXPERT_TOKENS.items() if pairs <= mean * experts), 64)
-    if any(m.coefficient_bits == 8 or m.group_size < (64 if m.planes < 3 else 128) for m in (up, down)):
-        bucket = min(bucket, 32)  # 64 tokens leave such weights too few registers
+    if not all(many_tokens_fit(matrix) for matrix in (up, down)):
+        bucket = min(bucket, 32)
     hit = min(pairs, experts)
     several = expert_gemm(bucket, up, hit, multiprocessors), expert_gemm(bucket, down, hit, multiprocessors)
     return Experts(*several, is_sorted=True, is_fused=fused)
+
+
+def many_tokens_fit(matrix: Matrix) -> bool:
+    """Whether 64 tokens leave registers for the weights of two tiles."""
+    smallest = {1: 64, 2: 64, 3: 128}.get(matrix.planes)
+    return matrix.coefficient_bits == 16 and smallest is not None and matrix.group_size >= smallest
 
 
 def expert_gemv(matrix: Matrix, pairs: int, fused: bool, multiprocessors: int) -> Gemv:

@@ -67,6 +67,7 @@ REGISTERS_8_BITS = {
     (Gemm(16, 1, 16, 16), 2): 80,  # one block to a multiprocessor at most
     (Gemm(16, 2, 4, 4), 2): 128,
     (Gemm(16, 2, 4, 4), 3): 144,
+    (Gemm(32, 2, 4, 4), 4): 232,
     (Gemm(32, 2, 8, 8), 1): 168,
     (Gemm(64, 2, 4, 4), 2): 255,
 }
