@@ -61,6 +61,7 @@ REGISTERS = {
     (Gemm(32, 2, 4, 4), 4): 232,
     (Gemm(32, 2, 8, 8), 1): 168,
 }
+REGISTERS_TRELLIS = REGISTERS | {(Gemm(8, 2, 4, 4), 3): 128}
 REGISTERS_8_BITS = {
     (Gemm(8, 1, 16, 16), 2): 96,
     (Gemm(8, 2, 4, 4), 2): 128,
@@ -307,8 +308,10 @@ def load_run(
 def options(config: Gemm, planes: int, coefficient_bits: int, trellis: bool = False) -> dict[str, Any]:
     """Compiler options."""
     found: dict[str, Any] = {"num_warps": config.warps, "enable_fp_fusion": True}
-    of_bytes = REGISTERS_8_BITS_TRELLIS if trellis else REGISTERS_8_BITS
-    limit = (REGISTERS if coefficient_bits == 16 else of_bytes).get((config, planes))
+    plain, coded = REGISTERS, REGISTERS_TRELLIS
+    if coefficient_bits == 8:
+        plain, coded = REGISTERS_8_BITS, REGISTERS_8_BITS_TRELLIS
+    limit = (coded if trellis else plain).get((config, planes))
     return found | {"maxnreg": limit} if limit else found
 
 
