@@ -96,6 +96,8 @@ def fits(
             return config.tiles == (1 if planes == 4 or (planes, arch) == (1, 100) else 2)
         return config.tiles == (1 if (config.split, planes, group) == (8, 3, 64) else 2)
     if isinstance(config, Gemm):
+        if trellis and eight and arch == 90 and (config, planes) == (Gemm(16, 2, 8, 8), 3):
+            return False
         few = (config.tokens <= 16 and group == 32) or (config.tokens == 8 and arch == 100)
         return config.tiles == 1 or not ((few and eight and planes == 4) or (config.warps == 16 and planes > 2))
     coefficients = config.tiles * groups_in_unit(group) * (planes + 1)

@@ -109,12 +109,12 @@ def linear_config(
     if tokens >= DENSE_TOKENS.get(arch, DENSE_TOKENS_ELSEWHERE):
         return dense_config(in_features)
     config = gemm_config(tokens, planes, out_features, multiprocessors)
-    if config.tiles == 1 or two_tiles_fit(config, planes, group_size, arch, coefficient_bits):
+    if config.tiles == 1 or two_tiles_fit(config, planes, group_size, arch, coefficient_bits, trellis):
         return config
     return config._replace(tiles=1) if config.tokens > 16 else Gemm(config.tokens, 1, 8, 8)
 
 
-def two_tiles_fit(config: Gemm, planes: int, group_size: int, arch: int, coefficient_bits: int) -> bool:
+def two_tiles_fit(config: Gemm, planes: int, group_size: int, arch: int, coefficient_bits: int, trellis: bool) -> bool:
     """Whether a thread has registers for two tiles, by any version of ptxas: four planes take the most, and groups of
     32 the most coefficients, which take more where they have 8 bits."""
     tokens, sm_100 = config.tokens, arch // 10 == 10
@@ -122,6 +122,8 @@ def two_tiles_fit(config: Gemm, planes: int, group_size: int, arch: int, coeffic
         return (tokens, config.split, planes, group_size) != (64, 8, 3, 64)
     if planes == 4:
         return not (tokens == 64 or (tokens <= 16 and group_size == 32) or (tokens == 8 and sm_100))
+    if trellis and arch == 90 and (tokens, config.warps, planes) == (16, 8, 3):
+        return False
     return not (sm_100 and (tokens, planes) == (64, 1))
 
 

@@ -72,7 +72,12 @@ REGISTERS_8_BITS = {
     (Gemm(32, 2, 8, 8), 1): 168,
     (Gemm(64, 2, 4, 4), 2): 255,
 }
-REGISTERS_8_BITS_TRELLIS = REGISTERS_8_BITS | {(Gemm(16, 1, 8, 8), 4): 96, (Gemm(16, 2, 4, 4), 4): 192}
+REGISTERS_8_BITS_TRELLIS = REGISTERS_8_BITS | {
+    (Gemm(8, 1, 8, 8), 2): 80,
+    (Gemm(16, 1, 8, 8), 4): 96,
+    (Gemm(16, 2, 4, 4), 4): 192,
+    (Gemm(32, 2, 4, 4), 3): 192,
+}
 
 
 @triton.jit(do_not_specialize=["M", "stride_x"])
