@@ -52,6 +52,7 @@ from bpdq_kernels.warp import load4, prefetch, rotate_left, stack, sum_last
 
 # Of a thread, where ptxas, left to itself, stops a few short for the sake of one more block, and spills one or two.
 REGISTERS = {
+    (Gemm(8, 1, 16, 16), 4): 80,
     (Gemm(16, 1, 8, 8), 1): 64,
     (Gemm(16, 1, 8, 8), 3): 80,
     (Gemm(16, 2, 4, 4), 2): 128,
