@@ -16,7 +16,11 @@ from vllm.config import DeviceConfig, ModelConfig, VllmConfig, set_current_vllm_
 from vllm.config.load import LoadConfig
 from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.model_loader import LoadFormats
-from vllm.model_executor.model_loader.reload.layerwise import initialize_layerwise_reload, record_metadata_for_reloading
+from vllm.model_executor.model_loader.reload.layerwise import (
+    LAYERWISE_INFO,
+    initialize_layerwise_reload,
+    record_metadata_for_reloading,
+)
 
 import bpdq_quantizer  # noqa: F401, registers the loader
 import vllm_bpdq
@@ -197,6 +201,7 @@ def test_every_load_format_of_vllm_is_known():
 @contextmanager
 def reloading(folders, monkeypatch) -> Iterator[tuple[VllmConfig, ReplicatedLinear]]:
     """An engine that serves the sound checkpoint and a layer of it, whose weights vLLM is about to load again."""
+    LAYERWISE_INFO.clear()  # of layers that other tests left half loaded
     become(monkeypatch, 0, 1)
     engine, _ = first_layer(folders["sound"], "auto")
     layer = ReplicatedLinear(64, 32, bias=False, quant_config=config(), prefix="proj", return_bias=False)
