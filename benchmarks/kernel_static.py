@@ -248,7 +248,7 @@ def bars(variant: Variant) -> tuple[float, float] | None:
         few = {2: (0.80, 0.84) if eight else (0.80, 0.76), 3: (0.70, 0.75) if eight else (0.70, 0.70)}
         return {1: (0.45, 0.45), 8: few[k]}.get(m)
     if m == 1:
-        return (0.40, 0.40) if k == 2 and group in (64, 128, 256) else None
+        return (0.40, 0.40) if k > 1 and group > 32 else None
     if m <= 8 and k in (3, 4) and group == 128:
         return 0.70, 0.70
     if m <= 8 and k == 2 and group in (64, 256):

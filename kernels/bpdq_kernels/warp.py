@@ -63,7 +63,8 @@ def load2(ptr: tl.tensor, live: tl.tensor, OFFSET: tl.constexpr) -> tl.tuple:
 
 @triton.jit
 def reload4(ptr: tl.tensor, live: tl.tensor, old: tl.tuple, OFFSET: tl.constexpr) -> tl.tuple:
-    """As `load4`, but where not `live` what `old` starts with: to keep that takes no instruction."""
+    """As `load4`, but where not `live` what `old` starts with: to keep that takes no instruction.
+    (Zeros as `old` are no way to do without `load4`: they made the code before a loop of `triton_gemm` far longer.)"""
     if INTERPRETED:
         return reload2(ptr, live, old, OFFSET) + reload2(ptr, live, old[2:], OFFSET + 8)
     return tl.inline_asm_elementwise(
