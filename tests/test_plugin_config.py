@@ -196,6 +196,44 @@ def test_attention_gets_a_method_where_the_checkpoint_has_scales(dtype):
     assert config(kv_cache_scheme=KV_CACHE_SCHEME).get_quant_method(layer, "x.attn") is None
 
 
+@pytest.mark.parametrize("changes", [{"num_nextn_predict_layers": 1}, {"num_hidden_layers": 0, "n_predict": 1}])
+def test_a_head_that_drafts_has_no_scales(changes):
+    """Whether vLLM gives it the config of its model, or one of its own."""
+    quant, layer = config(kv_cache_scheme=KV_CACHE_SCHEME), a(Attention)
+    layer.__dict__["kv_cache_dtype"] = "auto"
+    quant.hf_config = AutoConfig.for_model("glm4_moe", num_hidden_layers=46)
+    quant.hf_config.update(changes)
+    assert quant.get_quant_method(layer, "model.layers.46.mtp_block.self_attn.attn") is None
+    if "n_predict" not in changes:
+        assert quant.get_quant_method(layer, "model.layers.45.self_attn.attn") is not None
+
+
+@pytest.mark.parametrize("dtype", [None, "auto", "fp8_e5m2"])
+@pytest.mark.parametrize("scheme", [None, KV_CACHE_SCHEME])
+def test_scales_that_no_layer_takes_are_not_loaded(dtype, scheme):
+    """GLM-4's, ERNIE's and Llama 4's models in vLLM would look for a place for them."""
+    quant, layer = config(**({"kv_cache_scheme": scheme} if scheme else {})), a(Attention)
+    layer.__dict__["kv_cache_dtype"] = dtype
+    if dtype:
+        quant.get_quant_method(layer, "model.layers.0.self_attn.attn")
+    mapper = quant.get_checkpoint_weight_mapper()
+    for name in ("model.layers.0.self_attn.k_scale", "model.layers.0.self_attn.attn.v_scale"):
+        assert mapper.map_name(name) == (name if scheme and dtype == "auto" else None)
+    assert mapper.map_name("model.layers.0.self_attn.k_proj.c") == "model.layers.0.self_attn.k_proj.c"
+
+
+@pytest.mark.parametrize("asked", ["--quantization-config", "VLLM_BATCH_INVARIANT"])
+def test_what_bit_planes_cannot_do_is_refused_before_anything_is_loaded(monkeypatch, asked):
+    quant = config()
+    quant.maybe_update_config("folder", AutoConfig.for_model("llama"))
+    if asked.startswith("VLLM"):
+        monkeypatch.setenv(asked, "1")
+    else:
+        quant.online_quantization_config = object()
+    with pytest.raises(ValueError, match=f"{asked}: layers in bit-planes .*: (leave it out|unset it)"):
+        quant.get_quant_method(a(ColumnParallelLinear), "model.layers.0.mlp.up_proj")
+
+
 def test_scales_that_latent_attention_would_not_read_are_refused():
     assert config().get_quant_method(a(MLAAttention), "x.attn") is None
     with pytest.raises(

@@ -127,6 +127,15 @@ def test_biases_count_once_and_the_activation_is_the_layers(ranks, name, on_inpu
     assert_same(outputs(layers, x, weights), expected)
 
 
+def test_offloaded_experts_go_back_to_host_memory(ranks, width):
+    layer = expert_layer(config(width=width), HIDDEN, INNER, EXPERTS, ranks[0])
+    list(layer.load_weights(tensors(experts(width))))
+    for param in layer.parameters():
+        param._vllm_is_uva_offloaded = True
+    finish(layer)
+    assert not any(hasattr(param, "_vllm_is_uva_offloaded") for param in layer.parameters())
+
+
 def test_experts_without_a_gate_have_two_matrices(ranks):
     matrices, (x, weights) = {key: m for key, m in experts().items() if key[1] != GATE}, inputs()
     settings = {"activation": "relu2_no_mul", "names": (UP, DOWN, None)}

@@ -248,6 +248,16 @@ def test_dummy_weights_pass_the_checks_and_multiply(rank, width):
     assert torch.isfinite(model(torch.randn(3, 128))).all()
 
 
+def test_offloaded_layers_go_back_to_host_memory(rank, width):
+    """To which vLLM's `device_loading_context` takes back those marked parameters that are no longer marked."""
+    layer = ColumnParallelLinear(128, 64, bias=False, quant_config=config(width=width), prefix="m.up_proj")
+    load(layer, stored(64, 128, 64, width=width)[0])
+    for param in layer.parameters():
+        param._vllm_is_uva_offloaded = True
+    finish(layer)
+    assert not any(hasattr(param, "_vllm_is_uva_offloaded") for param in layer.parameters())
+
+
 def test_compiled_layers_share_one_graph_for_every_number_of_tokens(rank, width):
     """A branch on the number of tokens outside the op would be frozen into vLLM's graph."""
     layer = ColumnParallelLinear(

@@ -130,6 +130,8 @@ STATEMENTS = {  # fragments of the code of a function or class, as ast.unparse w
     (EMBEDDING, "ParallelLMHead.tie_weights"): ["self.quant_method.tie_weights(self, embed_tokens)"],
     (EMBEDDING, "VocabParallelEmbeddingShardIndices"): ["org_vocab_start_index", "org_vocab_end_index"],
     (ATTENTION, "Attention.__init__"): ["self.kv_cache_dtype =", "self.layer_name ="],
+    (LOADER, "device_loading_context"): ["getattr(p, '_vllm_is_uva_offloaded', False)"],
+    ("config/speculative.py", "SpeculativeConfig.hf_config_override"): ["'n_predict': n_predict"],
     (LOADER, "process_weights_after_loading"): ["quant_method.process_weights_after_loading(module)"],
     (LOADER, "configure_quant_config"): ["quant_config.packed_modules_mapping = packed_mapping"],
     (CONFIG, "VllmConfig._get_quantization_config"): [
@@ -197,7 +199,11 @@ STATEMENTS = {  # fragments of the code of a function or class, as ast.unparse w
     ("plugins/__init__.py", ""): ["DEFAULT_PLUGINS_GROUP = 'vllm.general_plugins'"],
     # the bytes of KV caches, besides SAME
     ("config/cache.py", "CacheConfig"): ["DEFAULT_BLOCK_SIZE: ClassVar[int] = 16"],
-    ("envs.py", ""): ["'VLLM_USE_MODELSCOPE'", "'VLLM_FLASHINFER_WORKSPACE_BUFFER_SIZE', str(394 * 1024 * 1024)"],
+    ("envs.py", ""): [
+        "'VLLM_BATCH_INVARIANT'",
+        "'VLLM_USE_MODELSCOPE'",
+        "'VLLM_FLASHINFER_WORKSPACE_BUFFER_SIZE', str(394 * 1024 * 1024)",
+    ],
     ("v1/core/block_pool.py", "BlockPool.__init__"): ["self.null_block = self.free_block_queue.popleft()"],
     ("engine/arg_utils.py", "EngineArgs"): ["get_boundary_skip_layers("],
     ("model_executor/models/config.py", "MambaModelConfig"): ["cache_config.mamba_cache_mode = 'align'"],

@@ -12,9 +12,18 @@ import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from bpdq_kernels import format
+from bpdq_kernels.mtp import head_pattern
 from bpdq_kernels.ops import ACTIVATION_DTYPES
 from bpdq_kernels.patterns import PREFIX
-from vllm_bpdq.names import DRAFT, is_classifier, numbered_experts, origins, renamed, rotated_pairs
+from vllm_bpdq.names import (
+    DRAFT,
+    is_classifier,
+    numbered_experts,
+    origins,
+    renamed,
+    rotated_pairs,
+    without_cache_scales,
+)
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe import RoutedExperts
@@ -33,6 +42,7 @@ class BPDQConfig(QuantizationConfig):
         self.checked: tuple[str, str] | None = None  # which the engine loads: name or folder, and load format
         self.hf_config: Any = None
         self.has_experts: set[bool] = set()  # in bit-planes, and not
+        self.has_cache_scales = False  # attention that takes them
 
     def __repr__(self) -> str:
         return f"BPDQConfig({self.format})"
@@ -94,7 +104,8 @@ class BPDQConfig(QuantizationConfig):
                 f"{name}: vLLM's model has its embedding in 16 bits only: quantize the model again with "
                 "--embed-bits 16, and --head-bits 16 if the LM head is tied to it"
             )
-        return super().get_checkpoint_weight_mapper() | numbered_experts(self.hf_config)
+        mapper = super().get_checkpoint_weight_mapper() | numbered_experts(self.hf_config)
+        return mapper if self.has_cache_scales else mapper | without_cache_scales()
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: "WeightsMapper") -> None:
         """Rename exact module names as the model renames its weights. A `re:` pattern stays, as it is for names of the
@@ -113,7 +124,7 @@ class BPDQConfig(QuantizationConfig):
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """The method of layer `prefix`, of a draft model too; None for an embedding, LM head or experts in 16 bits, and
         for attention unless the checkpoint has scales for its KV cache (which fp8_e5m2 has no use for, and vLLM refuses
-        beside them).
+        beside them; heads for multi-token prediction, in 16 bits, have none).
 
         Before the first layer the checkpoint's files are checked: this is where vLLM's load format is known. Raises
         ValueError for what they lack, for fused layers whose parts differ in scheme and experts that do, for experts
@@ -140,6 +151,10 @@ class BPDQConfig(QuantizationConfig):
                 "--kv-cache-scales"
             )
         if isinstance(layer, Attention) and self.format.kv_cache_scales and layer.kv_cache_dtype != "fp8_e5m2":
+            # n_predict: what vLLM adds to the config of a head that drafts, unless that comes with its model's
+            if hasattr(self.hf_config, "n_predict") or (self.hf_config and head_pattern(prefix, self.hf_config)):
+                return None
+            self.has_cache_scales = True
             return BPDQKVCacheMethod(self)
         if isinstance(layer, VocabParallelEmbedding):
             name = prefix or self._embedding_name()
@@ -169,11 +184,20 @@ class BPDQConfig(QuantizationConfig):
         return None
 
     def _check_files(self) -> None:
-        """Check the files that vLLM is about to load, once."""
+        """Check the files that vLLM is about to load, once, and that nothing is asked for that bit-planes can't do."""
+        from vllm import envs
+
         from vllm_bpdq.checkpoint import check, source
 
         if self.model is None:
             return
+        if getattr(self, "online_quantization_config", None) is not None:
+            raise ValueError("--quantization-config: layers in bit-planes are quantized already: leave it out")
+        if envs.VLLM_BATCH_INVARIANT:
+            raise ValueError(
+                "VLLM_BATCH_INVARIANT: layers in bit-planes have other kernels for few tokens than for many, which "
+                "round otherwise: unset it"
+            )
         check(*self.model, self.hf_config, self.stored_format)
         found = source()
         self.checked = found if found and found[0] == self.model[0] else None  # vLLM reloads no draft
@@ -284,7 +308,8 @@ def _check_unadapted(name: str) -> None:
     lora = None if current is None else current.lora_config
     if lora is not None and (lora.target_modules is None or "experts" in lora.target_modules):
         raise ValueError(
-            f"{name}: experts in bit-planes take no LoRA adapters: name other layers with --lora-target-modules"
+            f"{name}: experts in bit-planes take no LoRA adapters: name other layers with --lora-target-modules (vLLM "
+            "then leaves out, without a word, what an adapter has for experts)"
         )
 
 

@@ -17,7 +17,7 @@ from bpdq_kernels import Activation, PreparedExperts, moe, prepare_experts, warm
 from bpdq_kernels.activation import NAMES
 from bpdq_kernels.format import Scheme, check_coefficients, check_finite, check_planes, check_scales, is_finite
 from bpdq_kernels.layout import Stored, coefficient_shape, plane_shape, split_groups, trim
-from vllm_bpdq.linear import MADE, check_reloadable, discard, in_use, nothing_yet, rank_group_size, replace
+from vllm_bpdq.linear import MADE, check_reloadable, discard, in_use, nothing_yet, put, rank_group_size, replace
 
 
 class Matrix(NamedTuple):
@@ -200,9 +200,10 @@ class BPDQExpertsMethod(FusedMoEMethodBase):
         group, inputs, device = matrix.group_size, matrix.in_features, stored.B.device
         prepared = prepare_experts(stored, group, inputs, self.params_dtype, device)
         check_reloadable(f"{self.name}.*", prepared.coefficients.dtype, self.coefficients_dtypes.get(matrix.key))
-        params[0].data, params[1].data = prepared.planes, prepared.coefficients
+        put(params[0], prepared.planes)
+        put(params[1], prepared.coefficients)
         if stored.s is not None:
-            params[2].data = stored.s.new_empty(0)  # it is in these now
+            put(params[2], stored.s.new_empty(0))  # it is in these now
         for kind in MADE:
             replace(layer, f"{matrix.key}_{kind}", getattr(prepared, kind))
 

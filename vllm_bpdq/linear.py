@@ -135,6 +135,13 @@ def replace(layer: Module, name: str, tensor: Tensor | None) -> None:
         layer.register_parameter(name, Parameter(tensor, requires_grad=False))
 
 
+def put(param: Parameter, tensor: Tensor) -> None:
+    """Give a parameter the tensor that the kernels read. What `--cpu-offload-gb` keeps in host memory vLLM takes back
+    there (`device_loading_context`) where its mark is gone."""
+    param.data = tensor
+    vars(param).pop("_vllm_is_uva_offloaded", None)
+
+
 def discard(layer: Module, names: Iterable[str]) -> None:
     """Leave nothing of parameters that can't be used that a kernel could read."""
     for name in names:
@@ -246,9 +253,10 @@ class BPDQLinearMethod(LinearMethodBase):
         except Exception:
             discard(layer, stored)
             raise
-        layer.B.data, layer.c.data = prepared.planes, prepared.coefficients
+        put(layer.B, prepared.planes)
+        put(layer.c, prepared.coefficients)
         if "s" in stored:
-            layer.s.data = layer.s.new_empty(0)  # it is in these now
+            put(layer.s, layer.s.new_empty(0))  # it is in these now
         for name in MADE:
             replace(layer, name, getattr(prepared, name))
         # where vLLM looks for the device of LoRA adapters; a Parameter would be looked for in checkpoints

@@ -6,6 +6,8 @@ A model's WeightsMapper is for names of tensors: its prefixes may end in a dot, 
 import re
 from typing import TYPE_CHECKING, Any
 
+from bpdq_kernels.format import KV_SCALES
+
 if TYPE_CHECKING:
     from vllm.model_executor.models.utils import ShardIds, WeightsMapper
 
@@ -59,6 +61,13 @@ def numbered_experts(config: Any) -> "WeightsMapper":
             stacked[stored + "bias"] = f"{where}{number}.{key}_bias", place
             stacked[stored] = f"{where}routed_experts.{key}_", place
     return WeightsMapper(orig_to_new_stacked=stacked)
+
+
+def without_cache_scales() -> "WeightsMapper":
+    """Drop the scales of a KV cache, which not all of vLLM's loaders pass over where no layer has a place for them."""
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    return WeightsMapper(orig_to_new_suffix={f".{name}": None for name in KV_SCALES})
 
 
 def rotated_pairs(config: Any, layers: list[str]) -> dict[str, int]:
