@@ -154,6 +154,16 @@ def test_an_output_that_can_not_be_created_is_refused_before_any_work(tmp_path, 
     assert sorted(tmp_path.iterdir()) == before
 
 
+@pytest.mark.parametrize("inside", ["out", "out/states", "out.partial", "out.partial/a/b", "new/../out"])
+def test_states_in_the_folder_itself_are_refused_before_any_work(tmp_path, inside):
+    with (
+        pytest.raises(InputError, match=r"^--offload-dir .* is in the checkpoint's folder: name one beside it$"),
+        run_folder(tmp_path / "out", str(tmp_path / inside), False),
+    ):
+        pytest.fail("a run has started")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_output_that_appears_meanwhile_is_not_touched_and_the_work_is_kept(tmp_path):
     stopped(tmp_path / "out")
     run = run_folder(tmp_path / "out", None, True)

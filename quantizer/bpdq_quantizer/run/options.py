@@ -264,9 +264,9 @@ class Execution:
     offload_dir: PathName | None = option(
         None,
         "keep the hidden states of the calibration text there",
-        "a folder for the hidden states of the calibration text, which otherwise take 4 bytes x hidden size x tokens "
-        "of host memory, page-locked where a GPU reads it: 8.6 GB for 128 x 2048 tokens of a 72B model. The tensors "
-        "are the same; files need up to three times that",
+        "a folder outside `--output` for the hidden states of the calibration text, which otherwise take 4 bytes x "
+        "hidden size x tokens of host memory, page-locked where a GPU reads it: 8.6 GB for 128 x 2048 tokens of a 72B "
+        "model. The tensors are the same; files need up to three times that",
         metavar="DIR",
     )
     device: str = option(

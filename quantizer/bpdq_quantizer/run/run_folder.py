@@ -69,11 +69,13 @@ class RunFolder:
 def run_folder(output: str | Path, offload_dir: str | None, resume: bool) -> Iterator[RunFolder]:
     """`output`.partial, which becomes `output` if the body succeeds, and stays for `resume` if that saves work.
 
-    Locked against other runs until then. Raises InputError for an `output` that exists or can't be written, and for a
-    folder that holds another run, or something else.
+    Locked against other runs until then. Raises InputError for an `output` that exists or can't be written, for a
+    folder that holds another run, or something else, and for an `offload_dir` in either.
     """
     _put_right(output, offload_dir)
     output = _free(output)
+    if offload_dir is not None:
+        check_beside("--offload-dir", offload_dir, output)
     folder = output.with_name(f"{output.name}.partial")
     with _locked(folder, output):
         run = RunFolder(folder, None)
@@ -116,6 +118,14 @@ def begin(folder: RunFolder, run: Mapping[str, Any], files: Collection[str]) -> 
         write_json(folder.resume / "run.json", run)
     check_only(folder.path, files)
     folder.begun = True
+
+
+def check_beside(option: str, directory: str, output: str | Path) -> None:
+    """Raise InputError, which names `option`, for a `directory` that is, or is in, the folder `output` or the one that
+    it grows in."""
+    folder, checkpoint = Path(directory).resolve(), Path(output).resolve()
+    if {checkpoint, checkpoint.with_name(f"{checkpoint.name}.partial")} & {folder, *folder.parents}:
+        raise InputError(f"{option} {directory} is in the checkpoint's folder: name one beside it")
 
 
 def _free(output: str | Path) -> Path:
