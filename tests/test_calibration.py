@@ -261,6 +261,19 @@ def test_conversations_of_presets_are_as_the_model_reads_them(hub, chat):
         assert found.flatten().tolist() == ids_of(text, tokenizer)[:48]
 
 
+@pytest.mark.parametrize("chat", [True, False])
+def test_conversations_of_another_shape_are_refused_with_their_row(hub, chat):
+    hub[CODE] = Rows([{"query": "Sort a list.", "answer": None}])
+    hub["chats", None, "train"] = Rows([{"messages": [{"from": "human", "value": "a"}]}])
+    tokenizer = tiny_tokenizer()
+    if not chat:
+        tokenizer.chat_template = None
+    with pytest.raises(InputError, match=f"^hf:{CODE[0]}, row 1 of the shuffled train split: message 2 has no text"):
+        calibration_windows("preset:code", tokenizer, 1, 16, 0)
+    with pytest.raises(InputError, match=r"^hf:chats, row 1 of the shuffled train split: message 1 is no object"):
+        calibration_windows("hf:chats", tokenizer, 1, 16, 0)
+
+
 def test_a_preset_that_there_is_not_is_refused_with_those_there_are(hub):
     with pytest.raises(InputError, match="--calibration preset:maths: there are general, code, chat"):
         calibration_windows("preset:maths", tiny_tokenizer(), 1, 16, 0)

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from bpdq_quantizer.errors import InputError
+from bpdq_quantizer.model.chat import chat_text
 from bpdq_quantizer.model.hub_rows import PRESETS, named_rows, preset_rows
 from bpdq_quantizer.model.images import Sight, has_images
 from bpdq_quantizer.model.tokens import ids_of
@@ -223,12 +224,7 @@ def row_text(row: dict[str, Any], place: str, tokenizer: PreTrainedTokenizerBase
     """The `text` field of a row, or its `messages` as the chat template has them; raises InputError."""
     if row.get("text") is not None or row.get("messages") is None:
         return checked(row.get("text"), place)
-    try:
-        return checked(tokenizer.apply_chat_template(row["messages"], tokenize=False), place)
-    except InputError:
-        raise
-    except Exception as e:  # of the template, or there is none
-        raise InputError(f"{place}: the model's chat template can't take its `messages` ({e})") from e
+    return checked(chat_text(row["messages"], place, tokenizer), place)
 
 
 def checked(text: object, place: str) -> str:
