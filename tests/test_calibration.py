@@ -223,6 +223,30 @@ def test_the_messages_of_a_data_set_go_through_the_chat_template(hub):
     assert found.flatten().tolist() == ids_of(text, tokenizer)[:32]
 
 
+@settings(deadline=None)
+@given(
+    said=st.lists(st.text("abc .", max_size=30), min_size=3, max_size=8),
+    seq_len=st.integers(2, 40),
+    lead=st.lists(st.sampled_from([0, 5]), max_size=1),
+)
+def test_rows_of_a_data_set_are_windows_as_those_of_a_file(tmp_path_factory, said, seq_len, lead):
+    """By a chat template that begins with what the windows begin with, which none then has twice."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ eos_token }}" + tokenizer.chat_template
+    found_rows = [{"messages": [{"role": "user", "content": text}]} for text in said]
+    path = jsonl(tmp_path_factory.mktemp("rows") / "a.jsonl", *map(json.dumps, found_rows))
+    data = types.SimpleNamespace(load_dataset=lambda *_, **__: Rows(found_rows))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "datasets", data)
+        found, expected = (
+            all_tokens(calibration_windows(source, tokenizer, 9, seq_len, 0, lead)).tolist()
+            for source in ("hf:chats", path)
+        )
+    assert found == expected
+    if lead == [tokenizer.eos_token_id]:
+        assert found[0][1] != lead[0]
+
+
 @pytest.mark.parametrize("error", [RuntimeError("Dataset scripts are no longer supported"), KeyError("text")])
 @pytest.mark.parametrize(("source", "name"), [("hf:web", "web"), ("preset:general", "allenai/c4")])
 def test_a_data_set_that_can_not_be_read_is_named(monkeypatch, source, name, error):

@@ -58,11 +58,20 @@ def first_ids(text: TextIO, tokenizer: PreTrainedTokenizerBase, limit: int | Non
             return ids[:limit]
 
 
-def tokenize(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, limit: int) -> list[int]:
-    """The first `limit` token ids of the texts one after the other, without special tokens."""
+def next_ids(text: str, tokenizer: PreTrainedTokenizerBase, limit: int, lead: Sequence[int]) -> list[int]:
+    """The first `limit` token ids of a text, without those at its start that are `lead`: what a chat template puts
+    there, where a window begins with it as it is."""
+    found = first_ids(io.StringIO(text), tokenizer, limit + len(lead))
+    return (found[len(lead) :] if found[: len(lead)] == list(lead) else found)[:limit]
+
+
+def tokenize(
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, limit: int, length: int, lead: Sequence[int]
+) -> list[int]:
+    """The first `limit` token ids of the texts one after the other, for windows of `length` that begin with `lead`."""
     ids: list[int] = []
     for text in texts:
-        ids += first_ids(io.StringIO(text), tokenizer, limit - len(ids))
+        ids += next_ids(text, tokenizer, limit - len(ids), () if len(ids) % length else lead)
         if len(ids) == limit:
             break
     return ids
@@ -124,7 +133,8 @@ def calibration_windows(
             f"--calibration {source}: expected self, self:MODEL, FILE.txt, FILE.jsonl, hf:NAME, "
             f"preset:{'|'.join(PRESETS)} or python"
         )
-    ids = tokenize(texts, tokenizer, samples * text_length(seq_len, lead))
+    length = text_length(seq_len, lead)
+    ids = tokenize(texts, tokenizer, samples * length, length, lead)
     return text_windows(windows(ids, seq_len, samples, source, lead))
 
 
@@ -173,10 +183,7 @@ def jsonl_windows(
             if sight is not None:
                 sight.check_text(text, place)
             wanted = (samples - len(found)) * length - len(ids)
-            more = first_ids(io.StringIO(text), tokenizer, wanted + len(lead))
-            if not ids and more[: len(lead)] == list(lead):  # of the chat template: a window begins with them as it is
-                more = more[len(lead) :]
-            ids += more[:wanted]
+            ids += next_ids(text, tokenizer, wanted, () if ids else lead)
             if whole := len(ids) // length * length:
                 found += text_windows(windows(ids[:whole], seq_len, None, path, lead))
                 ids = ids[whole:]
