@@ -278,6 +278,19 @@ def test_texts_have_names_without_paths():
     )
     assert text_name("/home/me/wiki.txt") == "`wiki.txt`"
     assert text_name("hf:a/b:c") == "[a/b](https://huggingface.co/datasets/a/b), c"
+    assert text_name("hf:/home/me/rows:c") == "`rows`, c"
+
+
+@pytest.mark.parametrize("name", ["mine", "./mine", "../work/mine/", "{}/work/mine"])
+def test_a_data_set_in_a_folder_is_named_without_its_path(tmp_path, monkeypatch, name):
+    (tmp_path / "work" / "mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "work")
+    text = f"hf:{name.format(tmp_path)}"
+    assert text_name(text) == "`mine`"
+    for config in ("", ":en"):
+        assert (
+            resolved(model="a/b", output="out", calibration=text + config).public()["calibration"] == f"hf:mine{config}"
+        )
 
 
 def test_a_command_has_what_differs_from_the_defaults():
@@ -287,6 +300,11 @@ def test_a_command_has_what_differs_from_the_defaults():
     o = resolved(model="/x/a", output="out", kv_cache_scales=True, ignore=["x", "y"])
     words = "bpdq quantize a/b --calibration self --ignore x --ignore y --kv-cache-scales --output out"
     assert command(o, "a/b") == words
-    for text, shown in (("self:/x/small", "self:small"), ("self:a/b", "self:a/b"), ("/x/t.txt", "t.txt")):
+    for text, shown in (
+        ("self:/x/small", "self:small"),
+        ("self:a/b", "self:a/b"),
+        ("/x/t.txt", "t.txt"),
+        ("hf:/x/rows:en", "hf:rows:en"),
+    ):
         o = resolved(model="/x/a", output="out", calibration=text)
         assert command(o, "a/b") == f"bpdq quantize a/b --calibration {shown} --output out"

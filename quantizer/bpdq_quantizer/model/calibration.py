@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -153,12 +154,18 @@ def text_name(source: str) -> str:
 
 
 def dataset_link(name: str, config: str | None) -> str:
-    return f"[{name}](https://huggingface.co/datasets/{name})" + (f", {config}" if config else "")
+    shown = f"`{shown_name(name)}`" if is_local(name) else f"[{name}](https://huggingface.co/datasets/{name})"
+    return shown + (f", {config}" if config else "")
 
 
 def shown_name(source: str) -> str:
-    """A file, or a model that may be a folder, without the path to it."""
-    return Path(source).name if Path(source).exists() or Path(source).is_absolute() else source
+    """A file, or a model or data set that may be a folder, without the path to it."""
+    return Path(os.path.abspath(source)).name if is_local(source) else source
+
+
+def is_local(source: str) -> bool:
+    """Whether a model or data set is on this machine; else it is of the Hub."""
+    return Path(source).exists() or Path(source).is_absolute()
 
 
 def jsonl_windows(

@@ -324,10 +324,13 @@ class Options:
     def public(self) -> dict[str, Any]:
         """`by_name` without the model, for whoever reads the checkpoint: folders and files by their last parts."""
         found = {name: value for name, value in self.by_name().items() if name != "model"}
-        kind, _, writer = self.text.calibration.partition(":")
-        if kind == "self" and writer:
-            found["calibration"] = f"self:{shown_name(writer)}"
-        elif kind != "hf":
+        kind, _, name = self.text.calibration.partition(":")
+        if kind == "self" and name:
+            found["calibration"] = f"self:{shown_name(name)}"
+        elif kind == "hf":
+            name, colon, config = name.partition(":")
+            found["calibration"] = f"hf:{shown_name(name)}{colon}{config}"
+        else:
             found["calibration"] = Path(self.text.calibration).name
         if self.execution.offload_dir is not None:
             found["offload_dir"] = Path(self.execution.offload_dir).name
