@@ -166,12 +166,17 @@ def test_it_is_what_eval_finds_of_other_sources(folder, tmp_path, capsys, arch):
         assert report[key] == pytest.approx(found["models"][0][key], rel=1e-2), key
 
 
-@pytest.mark.parametrize("options", [{}, {"samples": 50, "evaluate": 8}])  # 50 windows: all of the text
-def test_without_held_out_text_the_card_has_no_figures(folder, tmp_path, options):
+@pytest.mark.parametrize(
+    ("options", "left"), [({}, None), ({"samples": 50, "evaluate": 8}, 0), ({"samples": 48, "evaluate": 8}, 2)]
+)  # 50 windows: all of the text
+def test_without_held_out_text_the_card_has_no_figures_and_a_line_says_why(folder, tmp_path, capsys, options, left):
     text = str(folder / "text.txt")
     report = bpdq_quantizer.quantize(folder / "tiny", tmp_path / "out", **small(text, **options))
-    assert "evaluation" not in report
-    assert "## Quality" not in (tmp_path / "out" / CARD).read_text()
+    assert report.get("evaluation", {"windows": 0})["windows"] == (left or 0)
+    assert ("## Quality" in (tmp_path / "out" / CARD).read_text()) == bool(left)
+    said = [line for line in capsys.readouterr().err.splitlines() if "--evaluate" in line]
+    line = f"{text}: holds {left} windows of text behind those used, --evaluate asked for 8: bring more text"
+    assert [line in found for found in said] == ([] if left is None else [True])
 
 
 def test_the_tensors_do_not_depend_on_the_evaluation(folder, tmp_path):

@@ -152,7 +152,7 @@ class Text:
         "windows of that text, behind those used, to measure the checkpoint on",
         "windows of that text, behind those used, on which perplexity and KL to the original are measured for the "
         "model card: 8 or more for figures that mean something (8 of 512 tokens take a twentieth of SmolLM2's time "
-        "with `--samples 128`). Fewer where the text ends, and none with images",
+        "with `--samples 128`). Fewer where the text ends, which one line says, and none with images",
         metavar="WINDOWS",
         unset=f"{HELD_OUT}, of {HELD_OUT_FROM} `--samples` or more; else, and with `--offload-dir`, 0",
     )
