@@ -185,6 +185,17 @@ def test_a_run_that_fails_early_leaves_nothing_behind(tmp_path):
     assert not list((tmp_path / "states").iterdir())
 
 
+def test_a_resumed_run_that_has_nothing_to_go_on_from_says_so(tmp_path, capsys):
+    stopped(tmp_path / "out")
+    go_on(tmp_path / "out")
+    assert capsys.readouterr().err == ""
+    go_on(tmp_path / "otu")
+    said = capsys.readouterr().err
+    assert (
+        said == f"{tmp_path}/otu.partial holds nothing that --resume could go on from: starting from the first block\n"
+    )
+
+
 def test_what_makes_the_tensors_differ_is_named_with_its_remedy(tmp_path):
     stopped(tmp_path / "out", {"bits": 2, "threads": 4, "release": "0.1.0"})
     with pytest.raises(InputError) as error:

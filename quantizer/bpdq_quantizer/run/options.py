@@ -252,7 +252,7 @@ class Execution:
         "go on with a run that was stopped or killed, from its last finished block or tuning evaluation, to the same "
         "tensors. Other options, another model or text, and another number of CPU threads, release or version of torch "
         "are refused. What is kept is checked by digest: if something is damaged, it or all blocks are done again, and "
-        "one line says so",
+        "one line says so, as where there is nothing to go on from",
     )
     keep_statistics: PathName | None = option(
         None,

@@ -22,6 +22,7 @@ import json
 import os
 import shutil
 import socket
+import sys
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -82,6 +83,10 @@ def run_folder(output: str | Path, offload_dir: str | None, resume: bool) -> Ite
         kept = holds_work(folder)
         if (kept or _holds_text(folder)) and not resume:
             raise InputError(f"{folder} is from a run that was stopped: add --resume, or remove the folder")
+        if resume and not kept and not _holds_text(folder):
+            print(
+                f"{folder} holds nothing that --resume could go on from: starting from the first block", file=sys.stderr
+            )
         try:
             _free(output)
             if not kept:
