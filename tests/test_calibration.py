@@ -223,6 +223,30 @@ def test_the_messages_of_a_data_set_go_through_the_chat_template(hub):
     assert found.flatten().tolist() == ids_of(text, tokenizer)[:32]
 
 
+@settings(deadline=None)
+@given(
+    said=st.lists(st.text("abc .", max_size=30), min_size=3, max_size=8),
+    seq_len=st.integers(2, 40),
+    lead=st.lists(st.sampled_from([0, 5]), max_size=1),
+)
+def test_rows_of_a_data_set_are_windows_as_those_of_a_file(tmp_path_factory, said, seq_len, lead):
+    """By a chat template that begins with what the windows begin with, which none then has twice."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ eos_token }}" + tokenizer.chat_template
+    found_rows = [{"messages": [{"role": "user", "content": text}]} for text in said]
+    path = jsonl(tmp_path_factory.mktemp("rows") / "a.jsonl", *map(json.dumps, found_rows))
+    data = types.SimpleNamespace(load_dataset=lambda *_, **__: Rows(found_rows))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "datasets", data)
+        found, expected = (
+            all_tokens(calibration_windows(source, tokenizer, 9, seq_len, 0, lead)).tolist()
+            for source in ("hf:chats", path)
+        )
+    assert found == expected
+    if lead == [tokenizer.eos_token_id]:
+        assert found[0][1] != lead[0]
+
+
 @pytest.mark.parametrize("error", [RuntimeError("Dataset scripts are no longer supported"), KeyError("text")])
 @pytest.mark.parametrize(("source", "name"), [("hf:web", "web"), ("preset:general", "allenai/c4")])
 def test_a_data_set_that_can_not_be_read_is_named(monkeypatch, source, name, error):
@@ -259,6 +283,19 @@ def test_conversations_of_presets_are_as_the_model_reads_them(hub, chat):
     for preset in ("preset:code", "preset:chat"):
         found = all_tokens(calibration_windows(preset, tokenizer, 1, 48, 0))
         assert found.flatten().tolist() == ids_of(text, tokenizer)[:48]
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_conversations_of_another_shape_are_refused_with_their_row(hub, chat):
+    hub[CODE] = Rows([{"query": "Sort a list.", "answer": None}])
+    hub["chats", None, "train"] = Rows([{"messages": [{"from": "human", "value": "a"}]}])
+    tokenizer = tiny_tokenizer()
+    if not chat:
+        tokenizer.chat_template = None
+    with pytest.raises(InputError, match=f"^hf:{CODE[0]}, row 1 of the shuffled train split: message 2 has no text"):
+        calibration_windows("preset:code", tokenizer, 1, 16, 0)
+    with pytest.raises(InputError, match=r"^hf:chats, row 1 of the shuffled train split: message 1 is no object"):
+        calibration_windows("hf:chats", tokenizer, 1, 16, 0)
 
 
 def test_a_preset_that_there_is_not_is_refused_with_those_there_are(hub):

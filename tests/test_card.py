@@ -166,12 +166,17 @@ def test_it_is_what_eval_finds_of_other_sources(folder, tmp_path, capsys, arch):
         assert report[key] == pytest.approx(found["models"][0][key], rel=1e-2), key
 
 
-@pytest.mark.parametrize("options", [{}, {"samples": 50, "evaluate": 8}])  # 50 windows: all of the text
-def test_without_held_out_text_the_card_has_no_figures(folder, tmp_path, options):
+@pytest.mark.parametrize(
+    ("options", "left"), [({}, None), ({"samples": 50, "evaluate": 8}, 0), ({"samples": 48, "evaluate": 8}, 2)]
+)  # 50 windows: all of the text
+def test_without_held_out_text_the_card_has_no_figures_and_a_line_says_why(folder, tmp_path, capsys, options, left):
     text = str(folder / "text.txt")
     report = bpdq_quantizer.quantize(folder / "tiny", tmp_path / "out", **small(text, **options))
-    assert "evaluation" not in report
-    assert "## Quality" not in (tmp_path / "out" / CARD).read_text()
+    assert report.get("evaluation", {"windows": 0})["windows"] == (left or 0)
+    assert ("## Quality" in (tmp_path / "out" / CARD).read_text()) == bool(left)
+    said = [line for line in capsys.readouterr().err.splitlines() if "--evaluate" in line]
+    line = f"{text}: holds {left} windows of text behind those used, --evaluate asked for 8: bring more text"
+    assert [line in found for found in said] == ([] if left is None else [True])
 
 
 def test_the_tensors_do_not_depend_on_the_evaluation(folder, tmp_path):
@@ -278,6 +283,19 @@ def test_texts_have_names_without_paths():
     )
     assert text_name("/home/me/wiki.txt") == "`wiki.txt`"
     assert text_name("hf:a/b:c") == "[a/b](https://huggingface.co/datasets/a/b), c"
+    assert text_name("hf:/home/me/rows:c") == "`rows`, c"
+
+
+@pytest.mark.parametrize("name", ["mine", "./mine", "../work/mine/", "{}/work/mine"])
+def test_a_data_set_in_a_folder_is_named_without_its_path(tmp_path, monkeypatch, name):
+    (tmp_path / "work" / "mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "work")
+    text = f"hf:{name.format(tmp_path)}"
+    assert text_name(text) == "`mine`"
+    for config in ("", ":en"):
+        assert (
+            resolved(model="a/b", output="out", calibration=text + config).public()["calibration"] == f"hf:mine{config}"
+        )
 
 
 def test_a_command_has_what_differs_from_the_defaults():
@@ -287,6 +305,11 @@ def test_a_command_has_what_differs_from_the_defaults():
     o = resolved(model="/x/a", output="out", kv_cache_scales=True, ignore=["x", "y"])
     words = "bpdq quantize a/b --calibration self --ignore x --ignore y --kv-cache-scales --output out"
     assert command(o, "a/b") == words
-    for text, shown in (("self:/x/small", "self:small"), ("self:a/b", "self:a/b"), ("/x/t.txt", "t.txt")):
+    for text, shown in (
+        ("self:/x/small", "self:small"),
+        ("self:a/b", "self:a/b"),
+        ("/x/t.txt", "t.txt"),
+        ("hf:/x/rows:en", "hf:rows:en"),
+    ):
         o = resolved(model="/x/a", output="out", calibration=text)
         assert command(o, "a/b") == f"bpdq quantize a/b --calibration {shown} --output out"

@@ -15,7 +15,7 @@ from bpdq_quantizer.model.images import standing_ids
 from bpdq_quantizer.model.openings import SENTENCES
 from bpdq_quantizer.model.stream import open_model
 from bpdq_quantizer.model.writing import beginnings, in_windows, seed_of, texts_of_window, write_on
-from bpdq_quantizer.run import own_text, pipeline
+from bpdq_quantizer.run import identity, own_text, pipeline, prepare
 from bpdq_quantizer.run.own_text import cached_numbers
 from bpdq_quantizer.storage.files import read_sealed
 from tiny import load_tensors, tiny_model, tiny_tokenizer
@@ -158,6 +158,46 @@ def test_a_resumed_run_takes_no_text_of_another_writer_and_keeps_its_own(folder,
     with pytest.raises(InputError, match="is from a run with other options, calibration = "):
         bpdq_quantizer.quantize(folder / "model", tmp_path / "out", **options)
     bpdq_quantizer.quantize(folder / "model", tmp_path / "out", **QUICK, resume=True)
+    assert equal(tmp_path / "out", folder / "whole")
+
+
+def other_weights(model, monkeypatch):
+    tiny_model(model, seed=1)
+
+
+def other_threads(model, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
+
+
+def other_release(model, monkeypatch):
+    monkeypatch.setattr(identity, "version", lambda _: "9.9")
+
+
+@pytest.mark.parametrize(
+    ("change", "key"), [(other_weights, "model files"), (other_threads, "threads"), (other_release, "release")]
+)
+@pytest.mark.parametrize("other", [False, True])
+def test_text_that_was_written_in_other_circumstances_is_refused_and_kept(tmp_path, monkeypatch, change, key, other):
+    """Of a run that was stopped before its first block; the model itself writes, or another one."""
+    model, writer, out = tiny_model(tmp_path / "model"), tiny_model(tmp_path / "writer"), tmp_path / "out"
+    options = QUICK | {"calibration": f"self:{writer}" if other else "self"}
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "_parted", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            bpdq_quantizer.quantize(model, out, **options)
+    before = written(out)
+    with monkeypatch.context() as patch:
+        change(writer if other else model, patch)
+        with pytest.raises(InputError, match=f"is from a run with other options, {key} = .*, or remove the folder$"):
+            bpdq_quantizer.quantize(model, out, **options, resume=True)
+    assert torch.equal(written(out), before)
+
+
+def test_a_writer_may_be_named_by_another_path(folder, tmp_path, monkeypatch, stops_after_a_block):
+    with stops_after_a_block():
+        bpdq_quantizer.quantize(folder / "model", tmp_path / "out", **QUICK)
+    monkeypatch.chdir(folder)
+    bpdq_quantizer.quantize("./model", tmp_path / "out", **QUICK, resume=True)
     assert equal(tmp_path / "out", folder / "whole")
 
 

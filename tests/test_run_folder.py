@@ -154,6 +154,16 @@ def test_an_output_that_can_not_be_created_is_refused_before_any_work(tmp_path, 
     assert sorted(tmp_path.iterdir()) == before
 
 
+@pytest.mark.parametrize("inside", ["out", "out/states", "out.partial", "out.partial/a/b", "new/../out"])
+def test_states_in_the_folder_itself_are_refused_before_any_work(tmp_path, inside):
+    with (
+        pytest.raises(InputError, match=r"^--offload-dir .* is in the checkpoint's folder: name one beside it$"),
+        run_folder(tmp_path / "out", str(tmp_path / inside), False),
+    ):
+        pytest.fail("a run has started")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_output_that_appears_meanwhile_is_not_touched_and_the_work_is_kept(tmp_path):
     stopped(tmp_path / "out")
     run = run_folder(tmp_path / "out", None, True)
@@ -173,6 +183,17 @@ def test_a_run_that_fails_early_leaves_nothing_behind(tmp_path):
     assert not hasattr(stop.value, "__notes__"), "there is nothing to go on from"
     assert [path.name for path in tmp_path.iterdir()] == ["states"]
     assert not list((tmp_path / "states").iterdir())
+
+
+def test_a_resumed_run_that_has_nothing_to_go_on_from_says_so(tmp_path, capsys):
+    stopped(tmp_path / "out")
+    go_on(tmp_path / "out")
+    assert capsys.readouterr().err == ""
+    go_on(tmp_path / "otu")
+    said = capsys.readouterr().err
+    assert (
+        said == f"{tmp_path}/otu.partial holds nothing that --resume could go on from: starting from the first block\n"
+    )
 
 
 def test_what_makes_the_tensors_differ_is_named_with_its_remedy(tmp_path):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from bpdq_quantizer.errors import InputError
+from bpdq_quantizer.model.chat import chat_text
 from bpdq_quantizer.model.hub_rows import PRESETS, named_rows, preset_rows
 from bpdq_quantizer.model.images import Sight, has_images
 from bpdq_quantizer.model.tokens import ids_of
@@ -57,11 +59,20 @@ def first_ids(text: TextIO, tokenizer: PreTrainedTokenizerBase, limit: int | Non
             return ids[:limit]
 
 
-def tokenize(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, limit: int) -> list[int]:
-    """The first `limit` token ids of the texts one after the other, without special tokens."""
+def next_ids(text: str, tokenizer: PreTrainedTokenizerBase, limit: int, lead: Sequence[int]) -> list[int]:
+    """The first `limit` token ids of a text, without those at its start that are `lead`: what a chat template puts
+    there, where a window begins with it as it is."""
+    found = first_ids(io.StringIO(text), tokenizer, limit + len(lead))
+    return (found[len(lead) :] if found[: len(lead)] == list(lead) else found)[:limit]
+
+
+def tokenize(
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, limit: int, length: int, lead: Sequence[int]
+) -> list[int]:
+    """The first `limit` token ids of the texts one after the other, for windows of `length` that begin with `lead`."""
     ids: list[int] = []
     for text in texts:
-        ids += first_ids(io.StringIO(text), tokenizer, limit - len(ids))
+        ids += next_ids(text, tokenizer, limit - len(ids), () if len(ids) % length else lead)
         if len(ids) == limit:
             break
     return ids
@@ -123,7 +134,8 @@ def calibration_windows(
             f"--calibration {source}: expected self, self:MODEL, FILE.txt, FILE.jsonl, hf:NAME, "
             f"preset:{'|'.join(PRESETS)} or python"
         )
-    ids = tokenize(texts, tokenizer, samples * text_length(seq_len, lead))
+    length = text_length(seq_len, lead)
+    ids = tokenize(texts, tokenizer, samples * length, length, lead)
     return text_windows(windows(ids, seq_len, samples, source, lead))
 
 
@@ -142,12 +154,18 @@ def text_name(source: str) -> str:
 
 
 def dataset_link(name: str, config: str | None) -> str:
-    return f"[{name}](https://huggingface.co/datasets/{name})" + (f", {config}" if config else "")
+    shown = f"`{shown_name(name)}`" if is_local(name) else f"[{name}](https://huggingface.co/datasets/{name})"
+    return shown + (f", {config}" if config else "")
 
 
 def shown_name(source: str) -> str:
-    """A file, or a model that may be a folder, without the path to it."""
-    return Path(source).name if Path(source).exists() or Path(source).is_absolute() else source
+    """A file, or a model or data set that may be a folder, without the path to it."""
+    return Path(os.path.abspath(source)).name if is_local(source) else source
+
+
+def is_local(source: str) -> bool:
+    """Whether a model or data set is on this machine; else it is of the Hub."""
+    return Path(source).exists() or Path(source).is_absolute()
 
 
 def jsonl_windows(
@@ -172,10 +190,7 @@ def jsonl_windows(
             if sight is not None:
                 sight.check_text(text, place)
             wanted = (samples - len(found)) * length - len(ids)
-            more = first_ids(io.StringIO(text), tokenizer, wanted + len(lead))
-            if not ids and more[: len(lead)] == list(lead):  # of the chat template: a window begins with them as it is
-                more = more[len(lead) :]
-            ids += more[:wanted]
+            ids += next_ids(text, tokenizer, wanted, () if ids else lead)
             if whole := len(ids) // length * length:
                 found += text_windows(windows(ids[:whole], seq_len, None, path, lead))
                 ids = ids[whole:]
@@ -223,12 +238,7 @@ def row_text(row: dict[str, Any], place: str, tokenizer: PreTrainedTokenizerBase
     """The `text` field of a row, or its `messages` as the chat template has them; raises InputError."""
     if row.get("text") is not None or row.get("messages") is None:
         return checked(row.get("text"), place)
-    try:
-        return checked(tokenizer.apply_chat_template(row["messages"], tokenize=False), place)
-    except InputError:
-        raise
-    except Exception as e:  # of the template, or there is none
-        raise InputError(f"{place}: the model's chat template can't take its `messages` ({e})") from e
+    return checked(chat_text(row["messages"], place, tokenizer), place)
 
 
 def checked(text: object, place: str) -> str:

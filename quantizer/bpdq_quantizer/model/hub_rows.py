@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from bpdq_quantizer.errors import InputError
+from bpdq_quantizer.model.chat import turns
 
 SHUFFLED = 1000  # rows from which the next one is drawn
 
@@ -39,14 +40,14 @@ def preset_rows(name: str, seed: int, chat: bool) -> Rows:
     if name not in PRESETS:
         raise InputError(f"--calibration preset:{name}: there are {', '.join(PRESETS)}")
     for rows in zip(*(rows_of(data, f"preset:{name}", seed) for data in PRESETS[name]), strict=False):
-        yield from rows if chat else ((place, without_turns(row)) for place, row in rows)
+        yield from rows if chat else ((place, without_turns(row, place)) for place, row in rows)
 
 
-def without_turns(row: dict[str, Any]) -> dict[str, Any]:
-    """A row whose `messages`, if it has any, are its `text`, one below the other."""
+def without_turns(row: dict[str, Any], place: str) -> dict[str, Any]:
+    """A row whose `messages`, if it has any, are its `text`, one below the other; raises InputError as `turns` does."""
     if "messages" not in row:
         return row
-    return {"text": "\n\n".join(message["content"] for message in row["messages"])}
+    return {"text": "\n\n".join(turn["content"] for turn in turns(row["messages"], place))}
 
 
 def rows_of(data: DataSet, source: str, seed: int) -> Rows:

@@ -21,19 +21,31 @@ def identity(
     o: Options, windows: Sequence[Window], dtype: torch.dtype, device: torch.device, stamps: Stamps
 ) -> dict[str, Any]:
     """As JSON; windows: all calibration windows; dtype, stamps: of the model and its files, none on the hub."""
-    model, offload = Path(o.files.model), o.execution.offload_dir
+    offload = o.execution.offload_dir
     given = {name: value for name, value in o.by_name().items() if name not in ("calibration", "evaluate", "model")}
-    return given | {
-        "model": str(model.resolve()) if model.exists() else o.files.model,
+    own = {
+        "model": place(o.files.model),
         "offload_dir": None if offload is None else os.path.abspath(offload),
-        "device": str(device),
         "calibration tokens": tensors_digest(as_tensors(windows)),
         "dtype": str(dtype),
+    }
+    return given | own | circumstances(o.files.model, device, stamps)
+
+
+def place(model: str) -> str:
+    """A folder or file by its resolved path, or a hub id."""
+    return str(Path(model).resolve()) if Path(model).exists() else model
+
+
+def circumstances(model: str, device: torch.device, stamps: Stamps) -> dict[str, Any]:
+    """What anything depends on that a model computes here, as JSON; stamps: of its files, none on the hub."""
+    return {
+        "device": str(device),
         "threads": torch.get_num_threads(),
         "instruction set": instruction_set() if cpu_solver.library() else "none",
         "release": release(),
         "torch": torch.__version__,
-        "model files": stamps or hub_commit(o.files.model),
+        "model files": stamps or hub_commit(model),
     }
 
 

@@ -152,7 +152,7 @@ class Text:
         "windows of that text, behind those used, to measure the checkpoint on",
         "windows of that text, behind those used, on which perplexity and KL to the original are measured for the "
         "model card: 8 or more for figures that mean something (8 of 512 tokens take a twentieth of SmolLM2's time "
-        "with `--samples 128`). Fewer where the text ends, and none with images",
+        "with `--samples 128`). Fewer where the text ends, which one line says, and none with images",
         metavar="WINDOWS",
         unset=f"{HELD_OUT}, of {HELD_OUT_FROM} `--samples` or more; else, and with `--offload-dir`, 0",
     )
@@ -252,7 +252,7 @@ class Execution:
         "go on with a run that was stopped or killed, from its last finished block or tuning evaluation, to the same "
         "tensors. Other options, another model or text, and another number of CPU threads, release or version of torch "
         "are refused. What is kept is checked by digest: if something is damaged, it or all blocks are done again, and "
-        "one line says so",
+        "one line says so, as where there is nothing to go on from",
     )
     keep_statistics: PathName | None = option(
         None,
@@ -264,9 +264,9 @@ class Execution:
     offload_dir: PathName | None = option(
         None,
         "keep the hidden states of the calibration text there",
-        "a folder for the hidden states of the calibration text, which otherwise take 4 bytes x hidden size x tokens "
-        "of host memory, page-locked where a GPU reads it: 8.6 GB for 128 x 2048 tokens of a 72B model. The tensors "
-        "are the same; files need up to three times that",
+        "a folder outside `--output` for the hidden states of the calibration text, which otherwise take 4 bytes x "
+        "hidden size x tokens of host memory, page-locked where a GPU reads it: 8.6 GB for 128 x 2048 tokens of a 72B "
+        "model. The tensors are the same; files need up to three times that",
         metavar="DIR",
     )
     device: str = option(
@@ -324,10 +324,13 @@ class Options:
     def public(self) -> dict[str, Any]:
         """`by_name` without the model, for whoever reads the checkpoint: folders and files by their last parts."""
         found = {name: value for name, value in self.by_name().items() if name != "model"}
-        kind, _, writer = self.text.calibration.partition(":")
-        if kind == "self" and writer:
-            found["calibration"] = f"self:{shown_name(writer)}"
-        elif kind != "hf":
+        kind, _, name = self.text.calibration.partition(":")
+        if kind == "self" and name:
+            found["calibration"] = f"self:{shown_name(name)}"
+        elif kind == "hf":
+            name, colon, config = name.partition(":")
+            found["calibration"] = f"hf:{shown_name(name)}{colon}{config}"
+        else:
             found["calibration"] = Path(self.text.calibration).name
         if self.execution.offload_dir is not None:
             found["offload_dir"] = Path(self.execution.offload_dir).name

@@ -23,7 +23,7 @@ from bpdq_quantizer.fit.kv_layers import heads, value
 from bpdq_quantizer.model.images import standing_ids
 from bpdq_quantizer.model.opening import plain_skeleton
 from bpdq_quantizer.model.sources import check_source
-from bpdq_quantizer.model.stream import trim_heap
+from bpdq_quantizer.model.stream import stamps, trim_heap
 from bpdq_quantizer.model.support import check_tokens
 from bpdq_quantizer.model.tokens import load_tokenizer
 from bpdq_quantizer.model.weights import check_numbers
@@ -37,6 +37,7 @@ from bpdq_quantizer.model.writing import (
     texts_of_window,
     write_on,
 )
+from bpdq_quantizer.run.identity import circumstances, place
 from bpdq_quantizer.run.run_folder import WRITTEN, RunFolder, check_same, holds_work
 from bpdq_quantizer.storage.files import DamagedError, read_sealed, write_tensors
 
@@ -65,7 +66,7 @@ def own_windows(
 
     A window is the same however many there are. tokenizer, lead: of the model that is quantized, and what its windows
     begin with. Raises InputError for a writer of other tokens, one that has no room, holds NaN, or can't write, and for
-    a folder whose work has other text.
+    a folder that has other text, or text that was written in other circumstances.
     """
     count, length = shape
     tokens = min(TEXT_TOKENS, length - len(lead))
@@ -73,11 +74,12 @@ def own_windows(
         raise InputError(f"--seq-len {length}: --calibration self begins with as many that are given: raise it")
     between = tokenizer(BETWEEN, add_special_tokens=False)["input_ids"]
     needed = count * texts_of_window(tokens, len(lead), len(between), length)
-    source = {"calibration": f"self:{writer}", "seed": seed, "lead": list(lead), "tokens of a text": tokens}
+    own = {"seed": seed, "lead": list(lead), "tokens of a text": tokens}
+    source = _writer_identity(writer, tokenizer, device) | own
     texts, cost = _written(folder, source)
     if len(texts) < needed:
         clock = Clock(cost)
-        lm, at_once = _opened(writer, tokenizer, device, len(lead) + tokens)
+        lm, at_once = _opened(writer, device, len(lead) + tokens)
         total = -(-needed // at_once) * at_once * tokens
         with tqdm(total=total, initial=len(texts) * tokens, desc="writing text", unit="token") as bar:
             while len(texts) < needed:
@@ -94,30 +96,30 @@ def own_windows(
     return in_windows(texts[:needed], lead, between, length), cost
 
 
+def _writer_identity(writer: str, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> dict[str, Any]:
+    """What its text depends on, as JSON; raises InputError for a writer that can't be used, or has other tokens."""
+    check_source(writer)
+    if load_tokenizer(writer).get_vocab() != tokenizer.get_vocab():
+        raise InputError(f"--calibration self:{writer}: its tokenizer is not the model's: name one of the same family")
+    return {"calibration": f"self:{place(writer)}"} | circumstances(writer, device, stamps(writer))
+
+
 def _written(folder: RunFolder, source: Mapping[str, Any]) -> tuple[Tensor, dict[str, float]]:
-    """Texts [T, n] that a run of `folder` has from the same source, and what they cost; raises InputError where its
-    work has others."""
+    """Texts [T, n] that a run of `folder` has from the same source, and what they cost; raises InputError where it has
+    others."""
     nothing = torch.empty(0, source["tokens of a text"], dtype=torch.int64)
     try:
         tensors, notes = read_sealed(folder.resume / WRITTEN)
     except DamagedError:
         return nothing, {}
-    if notes["source"] == source:
-        return tensors["texts"], notes["cost"]
-    if holds_work(folder.path):
-        check_same(folder.path, notes["source"], source)
-    return nothing, {}
+    check_same(folder.path, notes["source"], source)
+    return tensors["texts"], notes["cost"]
 
 
-def _opened(
-    writer: str, tokenizer: PreTrainedTokenizerBase, device: torch.device, length: int
-) -> tuple[PreTrainedModel, int]:
+def _opened(writer: str, device: torch.device, length: int) -> tuple[PreTrainedModel, int]:
     """The model that writes, where it has room, and how many texts of `length` tokens at once."""
-    check_source(writer)
-    if load_tokenizer(writer).get_vocab() != tokenizer.get_vocab():
-        raise InputError(f"--calibration self:{writer}: its tokenizer is not the model's: name one of the same family")
-    place, at_once = room(writer, device, length)
-    lm = load_model(writer).to(place)
+    where, at_once = room(writer, device, length)
+    lm = load_model(writer).to(where)
     check_numbers(lm.state_dict())
     check_tokens(lm, text_windows(torch.zeros(1, length, dtype=torch.int64)), "--calibration self")
     return lm, at_once

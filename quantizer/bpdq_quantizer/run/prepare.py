@@ -225,6 +225,12 @@ def _parted(o: Options, read: list[Window]) -> tuple[list[Window], list[Window]]
             f"{calibration}: {tokens} tokens are few to calibrate on, below {FEW_TOKENS} quality falls: raise "
             "--samples or --seq-len"
         )
+    if len(spare) < o.text.evaluate:
+        tqdm.write(
+            f"{calibration}: holds {len(spare)} windows of text behind those used, --evaluate asked for "
+            f"{o.text.evaluate}: bring more text for figures on the model card, or --evaluate 0",
+            file=sys.stderr,
+        )
     return found, spare
 
 

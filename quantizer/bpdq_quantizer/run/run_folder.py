@@ -22,6 +22,7 @@ import json
 import os
 import shutil
 import socket
+import sys
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -69,17 +70,23 @@ class RunFolder:
 def run_folder(output: str | Path, offload_dir: str | None, resume: bool) -> Iterator[RunFolder]:
     """`output`.partial, which becomes `output` if the body succeeds, and stays for `resume` if that saves work.
 
-    Locked against other runs until then. Raises InputError for an `output` that exists or can't be written, and for a
-    folder that holds another run, or something else.
+    Locked against other runs until then. Raises InputError for an `output` that exists or can't be written, for a
+    folder that holds another run, or something else, and for an `offload_dir` in either.
     """
     _put_right(output, offload_dir)
     output = _free(output)
+    if offload_dir is not None:
+        check_beside("--offload-dir", offload_dir, output)
     folder = output.with_name(f"{output.name}.partial")
     with _locked(folder, output):
         run = RunFolder(folder, None)
         kept = holds_work(folder)
         if (kept or _holds_text(folder)) and not resume:
             raise InputError(f"{folder} is from a run that was stopped: add --resume, or remove the folder")
+        if resume and not kept and not _holds_text(folder):
+            print(
+                f"{folder} holds nothing that --resume could go on from: starting from the first block", file=sys.stderr
+            )
         try:
             _free(output)
             if not kept:
@@ -116,6 +123,14 @@ def begin(folder: RunFolder, run: Mapping[str, Any], files: Collection[str]) -> 
         write_json(folder.resume / "run.json", run)
     check_only(folder.path, files)
     folder.begun = True
+
+
+def check_beside(option: str, directory: str, output: str | Path) -> None:
+    """Raise InputError, which names `option`, for a `directory` that is, or is in, the folder `output` or the one that
+    it grows in."""
+    folder, checkpoint = Path(directory).resolve(), Path(output).resolve()
+    if {checkpoint, checkpoint.with_name(f"{checkpoint.name}.partial")} & {folder, *folder.parents}:
+        raise InputError(f"{option} {directory} is in the checkpoint's folder: name one beside it")
 
 
 def _free(output: str | Path) -> Path:

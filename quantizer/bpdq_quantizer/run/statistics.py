@@ -26,7 +26,7 @@ from bpdq_quantizer.passes.sensitivity import Stage
 from bpdq_quantizer.run.identity import release
 from bpdq_quantizer.run.options import Options
 from bpdq_quantizer.run.resolved import resolved
-from bpdq_quantizer.run.run_folder import check_same
+from bpdq_quantizer.run.run_folder import check_beside, check_same
 from bpdq_quantizer.storage.files import DamagedError, read_json, read_sealed, write_json, write_tensors
 
 RUN, SENSITIVITIES, LOCK = "run.safetensors", "sensitivities.json", "measuring"
@@ -69,9 +69,8 @@ def other_size(directory: str | Path, **given: Any) -> tuple[Options, list[Windo
 def check_place(directory: str, output: str) -> None:
     """Raise InputError unless `directory` is one for statistics: beside the checkpoint, and empty, not there yet, or
     whole."""
-    folder, checkpoint = Path(directory).resolve(), Path(output).resolve()
-    if {checkpoint, checkpoint.with_name(f"{checkpoint.name}.partial")} & {folder, *folder.parents}:
-        raise InputError(f"--keep-statistics {directory} is in the checkpoint's folder: name one beside it")
+    check_beside("--keep-statistics", directory, output)
+    folder = Path(directory).resolve()
     try:
         inside = {path.name for path in folder.iterdir()} if folder.exists() else set()
     except OSError as e:
