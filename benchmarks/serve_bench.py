@@ -83,6 +83,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--models: two folders have the same name, by which the results tell models apart; rename one")
     if min(args.input_len, args.output_len, args.requests, *args.concurrency) < 1:
         parser.error("--concurrency, --input-len, --output-len and --requests must be at least 1")
+    if args.requests < max(args.concurrency):
+        parser.error(f"--requests {args.requests}: fewer than --concurrency {max(args.concurrency)}; ask for as many")
     for target in args.goodput or ():
         if not TARGET.fullmatch(target):
             parser.error(f"--goodput {target}: expected ttft:MS, tpot:MS or e2el:MS")

@@ -163,6 +163,7 @@ def test_goodput_has_a_column():
         (["--models", "a/m", "b/m"], "two folders have the same name"),
         (["--models", "m", "--concurrency", "0"], "must be at least 1"),
         (["--models", "m", "--requests", "0"], "must be at least 1"),
+        (["--models", "m", "--requests", "4"], "--requests 4: fewer than --concurrency 8; ask for as many"),
         (["--models", "m", "--goodput", "ttft=5"], "--goodput ttft=5: expected ttft:MS, tpot:MS or e2el:MS"),
         (["--models", "m", "--goodput", "tpot:50", "itl:5"], "--goodput itl:5: expected"),
         (["--base-url", "http://x", "--server-args=--enforce-eager"], "already run"),
