@@ -10,12 +10,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from bpdq_quantizer.checkpoint.sentences import SETTINGS, check_modules, module_patterns
 from bpdq_quantizer.errors import InputError
 
+LICENCES = ("LICEN[CS]E*", "licen[cs]e*", "MODEL[_-]LICEN[CS]E*")
 PATTERNS = (
     *("generation_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt", "tekken.json"),
     *("tokenizer*.json", "tokenizer.model*", "*.model", "*.tiktoken", "vocab*.json", "vocab*.txt"),
     *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
     *("chat_template*.jinja", "chat_template*.json", "additional_chat_templates/*.jinja"),
-    *("LICEN[CS]E*", "licen[cs]e*", "NOTICE*", "USE_POLICY*"),
+    *(*LICENCES, "NOTICE*", "USE_POLICY*"),
     *SETTINGS,
 )
 
