@@ -241,3 +241,19 @@ def test_lm_eval_is_asked_for_where_it_is_missing(folder, capsys, monkeypatch):
 def test_what_is_said_of_tasks_needs_tasks(capsys, folder, option):
     message = refused(capsys, folder / "two", "--text", folder / "text.txt", *option)
     assert message.endswith("are of --tasks: name the tasks, or leave them out")
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (("--seed", 2**64), f"--seed {2**64}: expected 0 to {2**63 - 1}"),
+        (("--seed", -1), "--seed -1: expected 0 to"),
+        (("--tasks", "hellaswag", "--tasks-limit", 0), "--tasks-limit 0: expected at least 1"),
+        (("--tasks", "hellaswag", "--tasks-limit", -3), "--tasks-limit -3: expected at least 1"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_before_the_work(folder, capsys, monkeypatch, option, message):
+    monkeypatch.setattr("bpdq_quantizer.cli.compare_models", lambda *_: pytest.fail("work has begun"))
+    monkeypatch.setattr("bpdq_quantizer.cli.check_tasks", lambda *_: None)
+    argv = [folder / "two", "--reference", folder / "model", "--text", folder / "text.txt", "--seq-len", "32"]
+    assert message in refused(capsys, *argv, *option)

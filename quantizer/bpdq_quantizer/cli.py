@@ -33,7 +33,7 @@ from bpdq_quantizer.model.support import check_tokens
 from bpdq_quantizer.model.tokens import leading_tokens, load_tokenizer
 from bpdq_quantizer.model.windows import text_windows
 from bpdq_quantizer.run import workers
-from bpdq_quantizer.run.fields import add_arguments
+from bpdq_quantizer.run.fields import add_arguments, checked
 from bpdq_quantizer.run.identity import release
 from bpdq_quantizer.run.options import FIELDS, PARTS
 from bpdq_quantizer.run.pipeline import mean_bits, quantize, requantize
@@ -204,6 +204,9 @@ def _made(report: dict[str, Any], output: str, repository: str | None) -> dict[s
 def _eval(args: argparse.Namespace) -> dict[str, Any]:
     if args.seq_len < 2 or (args.windows is not None and args.windows < 1):
         raise InputError("--seq-len must be at least 2 and --windows at least 1")
+    checked(FIELDS["seed"], args.seed)
+    if args.tasks_limit is not None and args.tasks_limit < 1:
+        raise InputError(f"--tasks-limit {args.tasks_limit}: expected at least 1, or leave it out for all documents")
     if args.plot and args.reference is not None:
         check_plot(args.plot)
     tasks = args.tasks.split(",") if args.tasks else []
