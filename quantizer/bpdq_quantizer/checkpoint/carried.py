@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bpdq_quantizer.checkpoint.sentences import SETTINGS, check_modules, module_patterns
 from bpdq_quantizer.errors import InputError
+from bpdq_quantizer.model.sources import is_gguf
 
 LICENCES = ("LICEN[CS]E*", "licen[cs]e*", "MODEL[_-]LICEN[CS]E*")
 PATTERNS = (
@@ -31,7 +32,7 @@ def carry_over(model: str, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
     shutil.rmtree(to, ignore_errors=True)
     try:
         to.mkdir()
-        if Path(model).suffix == ".gguf":
+        if is_gguf(model):
             tokenizer.save_pretrained(to)
             if lm.can_generate():
                 lm.generation_config.save_pretrained(to)
