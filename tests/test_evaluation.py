@@ -1,5 +1,6 @@
 """KL, top tokens and perplexity against a reference: by other arithmetic, and what `bpdq eval` prints of them."""
 
+import errno
 import json
 import math
 import shutil
@@ -184,6 +185,21 @@ def test_a_plot_that_cannot_be_written_is_named_before_the_work(folder, tmp_path
     monkeypatch.setattr("bpdq_quantizer.cli.compare_models", lambda *_: pytest.fail("work has begun"))
     argv = [folder / "two", "--reference", folder / "model", "--text", folder / "text.txt", "--seq-len", "32"]
     assert f"--plot {tmp_path / name}: {message}" in refused(capsys, *argv, "--plot", tmp_path / name)
+
+
+@pytest.mark.parametrize("command", ["eval", "inspect"])
+def test_a_plot_that_fails_loses_no_figures(folder, tmp_path, capsys, monkeypatch, command):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    argv = [command, folder / "two", "--plot", tmp_path / "p.png", "--json"]
+    if command == "eval":
+        argv += ["--reference", folder / "model", "--text", folder / "text.txt", "--seq-len", "32", "--windows", "2"]
+    assert main([str(a) for a in argv]) == 2
+    printed = capsys.readouterr()
+    assert json.loads(printed.out.splitlines()[-1])
+    assert printed.err.endswith(f"bpdq: error: --plot {tmp_path / 'p.png'}: [Errno 28] No space left on device\n")
 
 
 def test_another_vocabulary_is_refused(folder, tmp_path, capsys):
