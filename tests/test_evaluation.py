@@ -101,6 +101,15 @@ def test_a_model_is_as_its_reference(folder, capsys, name):
     assert row["bytes"] == found["reference"]["bytes"]
 
 
+@pytest.mark.parametrize("name", ["model", "qwen2.gguf"])
+def test_a_model_alone_has_the_perplexity_that_it_has_as_reference(folder, capsys, name):
+    _, found = evaluated(capsys, folder, [name], name)
+    argv = ["eval", folder / name, "--text", folder / "text.txt", "--seq-len", SEQ_LEN, "--windows", "3", "--json"]
+    assert main([str(a) for a in argv]) == 0
+    alone = json.loads(capsys.readouterr().out.splitlines()[-1])["perplexity"]
+    assert alone == pytest.approx(found["reference"]["perplexity"], rel=1e-6)
+
+
 def test_a_gguf_file_is_compared_with_the_folder_that_it_was_made_of(folder, capsys):
     _, found = evaluated(capsys, folder, ["qwen2.gguf"], "qwen2")
     (row,) = found["models"]
