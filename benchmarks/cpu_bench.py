@@ -36,7 +36,7 @@ from benchmarks.dense_experts import dense_experts
 from benchmarks.llama_peer import DECODE_TOKENS, PREFILL_TOKENS, PROMPT_TOKENS, check, peer_rows
 from benchmarks.packed_models import RANDOM_MODELS, write_random_models
 from benchmarks.random_planes import random_experts, random_layer
-from benchmarks.serve_bench import machine, versions
+from benchmarks.serve_bench import BenchError, machine, versions
 from benchmarks.serve_report import COLORS
 from benchmarks.shapes import EXPERTS, Experts, Layer
 from bpdq_kernels import Activation, layout, linear, moe, prepare, prepare_experts
@@ -63,6 +63,8 @@ COPY_BYTES = 1 << 29  # read and written
 SECONDS_PER_ROW = 20  # after which no further round starts, but MIN_ROUNDS are always run
 MIN_ROUNDS = 3
 REQUESTS, REQUEST_TOKENS = (1, 4, 8), 128  # at once, until each has its first token
+OF_LAYERS = ("layers", "tokens", "rounds", "cpu_time")  # options
+OF_PLANES = ("bits", "group_size", "coefficient_bits", "code")  # that are made: those of --models are there
 
 Row = dict[str, Any]
 Measured = Callable[[int], tuple[dict[str, Callable[[], Tensor]], dict[str, float]]]
@@ -80,26 +82,20 @@ def main(argv: list[str] | None = None) -> int:
         "machine": machine() | {"instruction_set": instruction_set(), "threads": torch.get_num_threads()},
         "versions": versions(),
     }
-    models = args.models
-    if args.random_models:
-        scheme = Scheme(args.bits, args.group_size, args.coefficient_bits)
-        models = write_random_models(args.random_models, args.output, scheme)
-    if models:
-        if args.llama:
-            check(Path(models[0]), args.llama)
-        report["models"] = [run_engine(model, args.eager) for model in models]
-        if args.llama:
-            report["models"] += peer_rows(Path(models[0]), args.llama, args.output)
-        name, lines, figure = "cpu-models", model_table(report["models"]), None
-    else:
-        copy, report["layers"] = large_copy(), []
-        for layer in args.layers:
-            report["layers"] += measure_layer(layer, copy, args)
-        name, lines, figure = "cpu-layers", layer_table(report["layers"]), plot(report)
-    (args.output / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n")
-    if figure:
-        figure.savefig(args.output / f"{name}.png", dpi=150)
-    print(f"{lines}\n\n{caption(report)}\n{args.output / name}.json")
+    kind, measured = ("models", model_rows(args)) if args.models or args.random_models else ("layers", layer_rows(args))
+    file, report[kind] = args.output / f"cpu-{kind}.json", []
+    try:
+        for row in measured:
+            report[kind].append(row)
+            file.write_text(json.dumps(report, indent=2) + "\n")
+    except BenchError as e:
+        kept = f"; {file} has the models before it" if report[kind] else ""
+        print(f"cpu_bench: error: {e}{kept}", file=sys.stderr)
+        return 1
+    if kind == "layers":
+        plot(report).savefig(file.with_suffix(".png"), dpi=150)
+    table = layer_table if kind == "layers" else model_table
+    print(f"{table(report[kind])}\n\n{caption(report)}\n{file}")
     return 0
 
 
@@ -116,9 +112,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--bits", type=int, default=2, choices=range(1, layout.MAX_PLANES + 1), help="(%(default)s)")
     parser.add_argument("--group-size", type=int, default=128, choices=layout.GROUP_SIZES, help="(%(default)s)")
     parser.add_argument("--coefficient-bits", type=int, default=16, choices=(8, 16), help="(%(default)s)")
-    parser.add_argument(
-        "--code", nargs="+", default=["plain"], choices=CODE_OPTIONS, help="of layers' planes (%(default)s)"
-    )
+    parser.add_argument("--code", nargs="+", default=["plain"], choices=CODE_OPTIONS, help="of planes (%(default)s)")
     parser.add_argument("--rounds", type=int, default=15, help="at most, per layer and number of tokens (%(default)s)")
     parser.add_argument(
         "--cpu-time",
@@ -136,7 +130,18 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     source.add_argument("--random-models", choices=RANDOM_MODELS, help="the same for random weights of this shape")
     source.add_argument("--engine", metavar="DIR", help=argparse.SUPPRESS)  # one model, in a process of its own
     parser.add_argument("--output", type=Path, default=Path("bench-output"), metavar="DIR", help="(%(default)s)")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(OF_LAYERS + OF_PLANES)))
+    for name in OF_LAYERS + OF_PLANES:
+        if getattr(args, name) is None:
+            setattr(args, name, parser.get_default(name))
+        elif args.models or (args.random_models and name in OF_LAYERS):
+            source_option = "--models" if args.models else "--random-models"
+            parser.error(f"--{name.replace('_', '-')} is not for {source_option}: leave it out")
+    if args.random_models and len(args.code) > 1:
+        parser.error("--code: --random-models takes one")
+    names = [Path(model).name for model in args.models or []]
+    if len(set(names)) < len(names):
+        parser.error("--models: two folders have the same name, by which the results tell models apart; rename one")
     try:
         args.layers = [parse_layer(shape) for shape in args.layers] if args.layers else LAYERS
     except (TypeError, ValueError):
@@ -170,6 +175,12 @@ def large_copy() -> Callable[[], Tensor]:
     """Copies COPY_BYTES / 2, much more than the caches hold."""
     source = torch.ones(COPY_BYTES // 2, dtype=torch.int8)
     return functools.partial(torch.empty_like(source).copy_, source)
+
+
+def layer_rows(args: argparse.Namespace) -> Iterator[Row]:
+    copy = large_copy()
+    for layer in args.layers:
+        yield from measure_layer(layer, copy, args)
 
 
 def measure_layer(layer: Layer | Experts, copy: Callable[[], Tensor], args: argparse.Namespace) -> list[Row]:
@@ -272,12 +283,28 @@ def expert_candidates(layer: Experts, scheme: Scheme, codes: Sequence[str]) -> M
     return measured
 
 
+def model_rows(args: argparse.Namespace) -> Iterator[Row]:
+    """Rows of --models or --random-models, and of --llama; raises BenchError for one that fails."""
+    models = args.models
+    if args.random_models:
+        scheme = Scheme(args.bits, args.group_size, args.coefficient_bits, CODE_OPTIONS[args.code[0]])
+        models = write_random_models(args.random_models, args.output, scheme)
+    if args.llama:
+        check(Path(models[0]), args.llama)
+    for model in models:
+        yield run_engine(model, args.eager)
+    if args.llama:
+        yield from peer_rows(Path(models[0]), args.llama, args.output)
+
+
 def run_engine(model: str, eager: bool) -> Row:
     """`measure_engine` in a process of its own, so that memory is this model's alone."""
     env = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "WARNING"} | os.environ
     env |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     command = [sys.executable, "-m", "benchmarks.cpu_bench", "--engine", model, *(["--eager"] if eager else [])]
-    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise BenchError(f"{model}: vLLM ended with status {done.returncode}, its messages above say why")
     return {"model": Path(model).name} | json.loads(done.stdout.splitlines()[-1])
 
 

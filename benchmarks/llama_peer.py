@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +51,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def peer_rows(model: Path, types: list[str], output: Path) -> list[Row]:
-    """A row of `measure` for each type. Raises SystemExit as `check`, and for what llama.cpp can't write or run."""
+def peer_rows(model: Path, types: list[str], output: Path) -> Iterator[Row]:
+    """Yield a row of `measure` for each type. Raises SystemExit as `check`, and for what llama.cpp can't write
+    or run."""
     check(model, types)
     output.mkdir(parents=True, exist_ok=True)
     plain = output / f"{model.name}-BF16.gguf"
     write_gguf(model, plain)
-    rows = []
     for kind in types:
         file = output / f"{model.name}-{kind}.gguf"
         if file != plain:
@@ -65,8 +66,7 @@ def peer_rows(model: Path, types: list[str], output: Path) -> list[Row]:
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"llama_peer: {file} was not measured: {done.stderr.strip().splitlines()[-1]}")
-        rows.append({"model": f"llama.cpp {kind}"} | json.loads(done.stdout.splitlines()[-1]))
-    return rows
+        yield {"model": f"llama.cpp {kind}"} | json.loads(done.stdout.splitlines()[-1])
 
 
 def check(model: Path, types: list[str]) -> None:

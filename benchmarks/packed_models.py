@@ -67,7 +67,8 @@ def write_random_models(size: str, folder: Path, scheme: Scheme) -> list[str]:
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(plain)
     tensors = {name: tensor for file in plain.glob("*.safetensors") for name, tensor in load_file(file).items()}
     settings = json.loads((plain / "config.json").read_text())
-    quantization = {"quant_method": "bpdq", "checkpoint_format": "bpdq", "format_version": 2, **vars(scheme)}
+    quantization = {"quant_method": "bpdq", "checkpoint_format": "bpdq", **vars(scheme)}
+    quantization["format_version"] = 3 if scheme.trellis else 2
     quantization |= {"ignore": ["lm_head", "re:.*[.]mlp[.]gate$"], "meta": {"bpdq": {"msbits": scheme.bits}}}
     pack(tensors, LINEARS, scheme)
     packed = folder / f"random-{size}-bpdq"

@@ -83,6 +83,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--models: two folders have the same name, by which the results tell models apart; rename one")
     if min(args.input_len, args.output_len, args.requests, *args.concurrency) < 1:
         parser.error("--concurrency, --input-len, --output-len and --requests must be at least 1")
+    if args.requests < max(args.concurrency):
+        parser.error(f"--requests {args.requests}: fewer than --concurrency {max(args.concurrency)}; ask for as many")
     for target in args.goodput or ():
         if not TARGET.fullmatch(target):
             parser.error(f"--goodput {target}: expected ttft:MS, tpot:MS or e2el:MS")
@@ -143,7 +145,7 @@ def bench(base_url: str, name: str, concurrency: int, args: argparse.Namespace) 
     if status or not result.exists():
         raise BenchError(f"{name} at concurrency {concurrency}: vllm bench serve failed; {log_tail(log)}")
     run = summed(json.loads(result.read_text())) | {"model": name, "concurrency": concurrency}
-    check(run, args.requests)
+    check(run, args.requests, args.output_len)
     return run
 
 
@@ -154,12 +156,18 @@ def summed(result: Run) -> Run:
     return {key: value for key, value in result.items() if not isinstance(value, list)} | {"chunks": chunks}
 
 
-def check(run: Run, asked: int) -> None:
-    """Raise BenchError unless all `asked` requests of the run were answered: throughput of the others is no result."""
-    if run["failed"] or run["completed"] != asked:
+def check(run: Run, requests: int, output_len: int) -> None:
+    """Raise BenchError unless all requests of the run were answered in full: throughput of the others is no result."""
+    place = f"{run['model']} at concurrency {run['concurrency']}"
+    if run["failed"] or run["completed"] != requests:
         raise BenchError(
-            f"{run['model']} at concurrency {run['concurrency']}: of {asked} requests {run['completed']} completed "
-            f"and {run['failed']} failed, so its throughput means nothing"
+            f"{place}: of {requests} requests {run['completed']} completed and {run['failed']} failed, so its "
+            "throughput means nothing"
+        )
+    if run["total_output_tokens"] != requests * output_len:
+        raise BenchError(
+            f"{place}: {run['total_output_tokens']} tokens came, not the {requests * output_len} of {requests} whole "
+            "answers, so its figures mean nothing: the server's log says why it cut answers short"
         )
 
 

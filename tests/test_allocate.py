@@ -19,6 +19,7 @@ from bpdq_quantizer.algorithm.solver import quantize_linear
 from bpdq_quantizer.checkpoint.inspection import inspect
 from bpdq_quantizer.checkpoint.picture import draw
 from bpdq_quantizer.cli import main
+from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.stream import open_model
 from bpdq_quantizer.model.windows import text_windows
 from bpdq_quantizer.passes import kv_scales, sensitivity
@@ -257,6 +258,23 @@ def test_a_picture_that_cannot_be_written_is_named_before_the_work(mixed, tmp_pa
     monkeypatch.setattr("bpdq_quantizer.cli.manifest.verify", lambda _: pytest.fail("work has begun"))
     assert main(["inspect", str(mixed[0]), "--verify", "--plot", str(tmp_path / name)]) == 2
     assert f"--plot {tmp_path / name}: " in capsys.readouterr().err
+
+
+WRONG = st.sampled_from([None, "a", {}, [1], -0.5, math.nan, math.inf, 10**400])
+DAMAGED = st.one_of(
+    st.binary(max_size=40),
+    st.sampled_from([b"[]", b"{}", b'{"layers": 3}', b'{"layers": [{"nam": 1}]}', b"[" * 10**5]),
+    WRONG.map(lambda error: json.dumps({"layers": [{"name": "a", "relative_error": error}]}).encode()),
+)
+
+
+@settings(deadline=None, max_examples=40)
+@given(DAMAGED)
+def test_a_damaged_report_is_named(mixed, content):
+    report = shutil.copytree(mixed[0], mixed[0].parent / "damaged", dirs_exist_ok=True) / "quantization_report.json"
+    report.write_bytes(content)
+    with pytest.raises(InputError, match="quantization_report"):
+        draw(inspect(report.parent))
 
 
 def test_a_checkpoint_lands_under_its_target_size(folder, tmp_path):

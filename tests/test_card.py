@@ -224,18 +224,45 @@ def test_without_matplotlib_a_table_stands_for_the_picture_and_without_a_card_th
     assert verify(tmp_path / "out")
 
 
+OTHER = {"license": "other", "license_name": "source", "license_link": "LICENSE"}
+GRANT = "Permission is hereby granted, free of charge, to any person obtaining a copy"
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
         (APACHE, {"license": "apache-2.0"}),
+        ("Copyright 2024 Someone\n\nApache License 2.0\n", {"license": "apache-2.0"}),
         ("MIT License\n\nCopyright", {"license": "mit"}),
-        ("Mine.", {"license": "other", "license_name": "source", "license_link": "LICENSE"}),
+        ("# The MIT License (MIT)\n", {"license": "mit"}),
+        (f"Modified MIT License\n\nCopyright (c) 2025\n\n{GRANT}", OTHER),
+        ("MIT License with one more condition", OTHER),
+        ("Community Licence\n\nParts are under the\n\nMIT License\n", OTHER),
+        ("Mine.", OTHER),
         (None, {}),
     ],
 )
-def test_a_licence_file_is_known_by_its_start(tmp_path, content, expected):
+def test_a_licence_file_is_known_by_its_title(tmp_path, content, expected):
     if content is not None:
         (tmp_path / "LICENSE").write_text(content)
+    assert licence_of(tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"LICENSE-CODE": "MIT License", "LICENSE-MODEL": "Ours."}, OTHER | {"license_link": "LICENSE-MODEL"}),
+        ({"LICENSE": "MIT License", "MODEL_LICENSE": "Ours."}, OTHER | {"license_link": "MODEL_LICENSE"}),
+        ({"LICENSE": "Ours.", "LICENSE-MODEL.txt": APACHE}, {"license": "apache-2.0"}),
+        ({"LICENSE": APACHE, "LICENSE_CODE": "MIT License"}, {"license": "apache-2.0"}),
+        ({"LICENSE": APACHE, "LICENSE.md": APACHE}, {"license": "apache-2.0"}),
+        ({"LICENSE": APACHE, "LICENSE.md": "MIT License"}, OTHER),
+        ({"LICENSE-CODE": "MIT License"}, {}),
+    ],
+)
+def test_of_several_licence_files_that_of_the_model_counts(tmp_path, files, expected):
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
     assert licence_of(tmp_path) == expected
 
 

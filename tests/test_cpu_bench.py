@@ -15,7 +15,10 @@ from benchmarks.random_planes import random_experts
 from benchmarks.shapes import Experts
 from bpdq_kernels import Activation, dequantize, moe, prepare_experts
 from bpdq_kernels.experts import routes
-from bpdq_kernels.format import Scheme
+from bpdq_kernels.format import PLAIN, TRELLIS, Scheme
+
+OF_LAYERS = [("--layers", "64x64"), ("--tokens", "1"), ("--rounds", "15"), ("--cpu-time",)]
+OF_PLANES = [("--bits", "2"), ("--group-size", "64"), ("--coefficient-bits", "8"), ("--code", "plain")]
 
 
 def test_layers_are_timed_for_every_number_of_tokens(tmp_path, capsys):
@@ -111,6 +114,54 @@ def test_tied_tensors_are_weighed_once():
     assert cpu_bench.weight_bytes(model) == 4 * (32 + 3)
 
 
+def as_engine(tmp_path, monkeypatch):
+    """Put a shell script in place of the process that runs a model: a model of the name `broken` fails."""
+    figures = {"decode_1_tokens_s": 1.0, "decode_8_tokens_s": 2.0, "prefill_tokens_s": 3.0}
+    figures |= {"weight_bytes": 4, "resident_bytes": 5}
+    script = tmp_path / "python"
+    script.write_text(f"#!/bin/sh\ncase \"$4\" in */broken) exit 3;; esac\necho '{json.dumps(figures)}'\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(cpu_bench.sys, "executable", str(script))
+
+
+def test_figures_before_a_model_that_fails_are_kept(tmp_path, monkeypatch, capsys):
+    as_engine(tmp_path, monkeypatch)
+    argv = ["--output", str(tmp_path), "--models"]
+    assert cpu_bench.main([*argv, "a/broken", "a/whole"]) == 1
+    error = "cpu_bench: error: a/broken: vLLM ended with status 3, its messages above say why"
+    assert capsys.readouterr().err == f"{error}\n"
+    assert cpu_bench.main([*argv, "a/whole", "a/broken", "a/last"]) == 1
+    assert capsys.readouterr().err == f"{error}; {tmp_path / 'cpu-models.json'} has the models before it\n"
+    (row,) = json.loads((tmp_path / "cpu-models.json").read_text())["models"]
+    assert (row["model"], row["prefill_tokens_s"]) == ("whole", 3.0)
+    assert cpu_bench.main([*argv, "a/whole", "a/last"]) == 0
+    assert "| last | 1.0 (1.00) |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("option", "code"), [([], PLAIN), (["--code", "trellis"], TRELLIS)])
+def test_random_models_have_the_code_that_is_asked_for(tmp_path, monkeypatch, option, code):
+    as_engine(tmp_path, monkeypatch)
+    written = []
+    monkeypatch.setattr(cpu_bench, "write_random_models", lambda *args: written.append(args) or ["plain"])
+    assert cpu_bench.main(["--random-models", "1.5B", "--output", str(tmp_path), *option]) == 0
+    assert written == [("1.5B", tmp_path, Scheme(2, 128, 16, code))]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        *((["--models", "m", *option], f"{option[0]} is not for --models") for option in OF_LAYERS + OF_PLANES),
+        *((["--random-models", "1.5B", *option], f"{option[0]} is not for --random-models") for option in OF_LAYERS),
+        (["--random-models", "1.5B", "--code", "plain", "trellis"], "--code: --random-models takes one"),
+        (["--models", "a/m", "b/m/"], "--models: two folders have the same name"),
+    ],
+)
+def test_options_that_would_not_count_are_refused(argv, message, capsys):
+    with pytest.raises(SystemExit):
+        cpu_bench.parse_args(argv)
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "argv",
     [
@@ -133,13 +184,22 @@ def test_wrong_options_are_refused(argv):
     assert exit_info.value.code == 2
 
 
-@pytest.mark.parametrize(("size", "coefficient_bits"), [("135M", 8), ("0.5B", 16), ("30B-A3B", 8)])
-def test_random_models_are_whole_checkpoints(tmp_path, monkeypatch, size, coefficient_bits):
+@pytest.mark.parametrize(
+    ("size", "scheme"),
+    [
+        ("135M", Scheme(2, 32, 8)),
+        ("0.5B", Scheme(2, 32)),
+        ("0.5B", Scheme(2, 32, 8, TRELLIS)),
+        ("30B-A3B", Scheme(2, 32, 8)),
+        ("30B-A3B", Scheme(2, 32, 8, TRELLIS)),
+    ],
+)
+def test_random_models_are_whole_checkpoints(tmp_path, monkeypatch, size, scheme):
     """Of fewer and smaller layers; transformers loads them, and says if a tensor is missing."""
     small = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 64, "num_hidden_layers": 2}
     small |= {"vocab_size": 384, "num_experts": 4, "num_experts_per_tok": 2, "num_attention_heads": 4}
     monkeypatch.setitem(RANDOM_MODELS, size, {**RANDOM_MODELS[size], **small, "num_key_value_heads": 2, "head_dim": 32})
-    plain, *packed = write_random_models(size, tmp_path, Scheme(2, 32, coefficient_bits))
+    plain, *packed = write_random_models(size, tmp_path, scheme)
     assert len(packed) == (1 if "A" in size else 2)
     for folder in (plain, *packed):
         model = AutoModelForCausalLM.from_pretrained(folder)

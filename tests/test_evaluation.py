@@ -1,5 +1,6 @@
 """KL, top tokens and perplexity against a reference: by other arithmetic, and what `bpdq eval` prints of them."""
 
+import errno
 import json
 import math
 import shutil
@@ -100,6 +101,15 @@ def test_a_model_is_as_its_reference(folder, capsys, name):
     assert row["bytes"] == found["reference"]["bytes"]
 
 
+@pytest.mark.parametrize("name", ["model", "qwen2.gguf"])
+def test_a_model_alone_has_the_perplexity_that_it_has_as_reference(folder, capsys, name):
+    _, found = evaluated(capsys, folder, [name], name)
+    argv = ["eval", folder / name, "--text", folder / "text.txt", "--seq-len", SEQ_LEN, "--windows", "3", "--json"]
+    assert main([str(a) for a in argv]) == 0
+    alone = json.loads(capsys.readouterr().out.splitlines()[-1])["perplexity"]
+    assert alone == pytest.approx(found["reference"]["perplexity"], rel=1e-6)
+
+
 def test_a_gguf_file_is_compared_with_the_folder_that_it_was_made_of(folder, capsys):
     _, found = evaluated(capsys, folder, ["qwen2.gguf"], "qwen2")
     (row,) = found["models"]
@@ -186,6 +196,21 @@ def test_a_plot_that_cannot_be_written_is_named_before_the_work(folder, tmp_path
     assert f"--plot {tmp_path / name}: {message}" in refused(capsys, *argv, "--plot", tmp_path / name)
 
 
+@pytest.mark.parametrize("command", ["eval", "inspect"])
+def test_a_plot_that_fails_loses_no_figures(folder, tmp_path, capsys, monkeypatch, command):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    argv = [command, folder / "two", "--plot", tmp_path / "p.png", "--json"]
+    if command == "eval":
+        argv += ["--reference", folder / "model", "--text", folder / "text.txt", "--seq-len", "32", "--windows", "2"]
+    assert main([str(a) for a in argv]) == 2
+    printed = capsys.readouterr()
+    assert json.loads(printed.out.splitlines()[-1])
+    assert printed.err.endswith(f"bpdq: error: --plot {tmp_path / 'p.png'}: [Errno 28] No space left on device\n")
+
+
 def test_another_vocabulary_is_refused(folder, tmp_path, capsys):
     text = ["--text", folder / "text.txt", "--seq-len", "32"]
     other = tiny_model(tmp_path / "other")
@@ -241,3 +266,19 @@ def test_lm_eval_is_asked_for_where_it_is_missing(folder, capsys, monkeypatch):
 def test_what_is_said_of_tasks_needs_tasks(capsys, folder, option):
     message = refused(capsys, folder / "two", "--text", folder / "text.txt", *option)
     assert message.endswith("are of --tasks: name the tasks, or leave them out")
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (("--seed", 2**64), f"--seed {2**64}: expected 0 to {2**63 - 1}"),
+        (("--seed", -1), "--seed -1: expected 0 to"),
+        (("--tasks", "hellaswag", "--tasks-limit", 0), "--tasks-limit 0: expected at least 1"),
+        (("--tasks", "hellaswag", "--tasks-limit", -3), "--tasks-limit -3: expected at least 1"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_before_the_work(folder, capsys, monkeypatch, option, message):
+    monkeypatch.setattr("bpdq_quantizer.cli.compare_models", lambda *_: pytest.fail("work has begun"))
+    monkeypatch.setattr("bpdq_quantizer.cli.check_tasks", lambda *_: None)
+    argv = [folder / "two", "--reference", folder / "model", "--text", folder / "text.txt", "--seq-len", "32"]
+    assert message in refused(capsys, *argv, *option)

@@ -36,6 +36,7 @@ MODULES = {
 TAKEN = {
     "generation_config.json": b'{"temperature": 0.6,\n "top_p": 0.9}',  # without do_sample: transformers won't save it
     "LICENSE.txt": b"Do what you like.\r\n",
+    "MODEL_LICENSE": b"But not with the model.",
     "NOTICE": b"\xff\x00",
     "tokenizer_config.json": None,
     "tokenizer.json": None,

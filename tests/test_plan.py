@@ -2,11 +2,12 @@
 
 import json
 import shlex
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig
 from vllm.engine.arg_utils import EngineArgs
@@ -16,6 +17,7 @@ import bpdq_quantizer
 from bpdq_kernels.format import Scheme
 from bpdq_kernels.layout import to_tiles
 from bpdq_quantizer.cli import main
+from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.fit import memory
 from bpdq_quantizer.fit.memory import quantize_host_bytes
 from bpdq_quantizer.fit.parts import read_model
@@ -41,6 +43,11 @@ def qwen(folder, size, **changes):
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     return str(folder)
+
+
+@pytest.fixture(scope="module")
+def model_7b(tmp_path_factory):
+    return qwen(tmp_path_factory.mktemp("plan") / "m", "7B")
 
 
 def written_bytes(folder):
@@ -164,6 +171,21 @@ def test_the_command_is_one_that_vllm_takes(tmp_path):
     assert args.gpu_memory_utilization * found["card_bytes"] == pytest.approx(budget(24), abs=1)
 
 
+@pytest.mark.parametrize("name", ["my model é", "it's [x]; $(ls)"])
+def test_a_name_that_the_shell_would_part_is_quoted(tmp_path, name):
+    command = plan(qwen(tmp_path / name, "7B"))["serve_command"]
+    assert shlex.split(command)[:3] == ["vllm", "serve", f"./{name}-bpdq"]
+
+
+@settings(deadline=None, max_examples=30)
+@example(1e-320)
+@example(1e308)
+@given(st.floats())
+def test_any_card_is_planned_for_or_refused(model_7b, gpu_memory):
+    with suppress(InputError):
+        assert plan(model_7b, gpu_memory=gpu_memory)["card_weight_bytes"] <= gpu_memory * 2**30
+
+
 @pytest.mark.parametrize("embed", [4, None])
 def test_json_and_table(tmp_path, capsys, embed):
     argv = ["plan", qwen(tmp_path / "m", "7B"), "--json", *(["--embed-bits", "4"] if embed else [])]
@@ -221,6 +243,7 @@ def test_what_would_fit_is_said_and_true(tmp_path, capsys):
     [
         (["--context", "32769"], "--context 32769: Qwen2ForCausalLM takes 1 to 32768 tokens"),
         (["--gpu-memory", "nan"], "--gpu-memory nan: expected a number of GiB"),
+        (["--gpu-memory", "1e-320"], "--gpu-memory 1e-320: expected a number of GiB, from 0.001 to 1000000"),
         (["--gpu-memory", "-1"], "--gpu-memory -1.0: expected a number of GiB"),
         (["--embed-bits", "5"], "bits = 5 bit-planes are not supported"),
         (["--group-size", "48"], "group_size = 48 is not supported"),

@@ -59,11 +59,18 @@ def test_throughput_with_failed_or_lost_requests_is_refused(completed, failed):
     with pytest.raises(
         serve_bench.BenchError, match=f"tiny at concurrency 4: of 16 requests {completed} completed and"
     ):
-        serve_bench.check(run("tiny", 4, completed=completed, failed=failed), 16)
+        serve_bench.check(run("tiny", 4, completed=completed, failed=failed), 16, 32)
 
 
 def test_a_run_with_all_requests_answered_is_accepted():
-    serve_bench.check(run("tiny", 4), 16)
+    serve_bench.check(run("tiny", 4), 16, 32)
+
+
+@pytest.mark.parametrize("tokens", [0, 511, 513])
+def test_answers_cut_short_are_refused(tokens):
+    """vLLM's client counts a stream that ends early, or with an error, as completed."""
+    with pytest.raises(serve_bench.BenchError, match=f"tiny at concurrency 4: {tokens} tokens came, not the 512 of 16"):
+        serve_bench.check(run("tiny", 4, total_output_tokens=tokens), 16, 32)
 
 
 def test_table_sets_models_side_by_side_with_ratios_to_the_first():
@@ -156,6 +163,7 @@ def test_goodput_has_a_column():
         (["--models", "a/m", "b/m"], "two folders have the same name"),
         (["--models", "m", "--concurrency", "0"], "must be at least 1"),
         (["--models", "m", "--requests", "0"], "must be at least 1"),
+        (["--models", "m", "--requests", "4"], "--requests 4: fewer than --concurrency 8; ask for as many"),
         (["--models", "m", "--goodput", "ttft=5"], "--goodput ttft=5: expected ttft:MS, tpot:MS or e2el:MS"),
         (["--models", "m", "--goodput", "tpot:50", "itl:5"], "--goodput itl:5: expected"),
         (["--base-url", "http://x", "--server-args=--enforce-eager"], "already run"),

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import bpdq_quantizer
 from architectures import model_folder
 from bpdq_quantizer.cli import main
 from bpdq_quantizer.errors import InputError
@@ -18,6 +19,7 @@ from bpdq_quantizer.model.support import check_blocks
 from bpdq_quantizer.model.windows import text_windows
 from bpdq_quantizer.run import pipeline, prepare
 from bpdq_quantizer.run.block_files import BlockFiles
+from gguf_files import gguf_file
 from tiny import TEXT, tiny_model
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
@@ -309,3 +311,11 @@ def test_the_case_of_gguf_does_not_matter(tmp_path):
 def test_a_data_set_needs_a_name(model, tmp_path, capsys):
     assert main(["quantize", str(model), "--output", str(tmp_path / "out"), "--calibration", "hf:"]) == 2
     assert "--calibration hf:: expected self, self:MODEL, FILE.txt, FILE.jsonl, hf:NAME" in capsys.readouterr().err
+
+
+def test_a_gguf_file_in_capitals_is_quantized(tmp_path):
+    model = gguf_file(tiny_model(tmp_path / "qwen2", "qwen2"), tmp_path / "TINY.GGUF")
+    (tmp_path / "text.txt").write_text(TEXT)
+    options = {"calibration": str(tmp_path / "text.txt"), "samples": 2, "seq_len": 32, "iterations": 1}
+    bpdq_quantizer.quantize(model, tmp_path / "out", solver="paper", **options)
+    assert (tmp_path / "out" / "tokenizer.json").is_file()

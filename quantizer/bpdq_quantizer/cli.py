@@ -33,7 +33,7 @@ from bpdq_quantizer.model.support import check_tokens
 from bpdq_quantizer.model.tokens import leading_tokens, load_tokenizer
 from bpdq_quantizer.model.windows import text_windows
 from bpdq_quantizer.run import workers
-from bpdq_quantizer.run.fields import add_arguments
+from bpdq_quantizer.run.fields import add_arguments, checked
 from bpdq_quantizer.run.identity import release
 from bpdq_quantizer.run.options import FIELDS, PARTS
 from bpdq_quantizer.run.pipeline import mean_bits, quantize, requantize
@@ -54,9 +54,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with _sigterm():
             result = args.run(args)
-        if args.json and result is not None:
-            print(json.dumps(result))
-        sys.stdout.flush()
+            if args.json and result is not None:
+                print(json.dumps(result))
+            sys.stdout.flush()
+            if vars(args).get("plot"):
+                _save(args.figure(result), args.plot)
     except (InputError, WorkerError) as e:
         _say("error", str(e), e)
         return 2 if isinstance(e, InputError) else 1
@@ -68,6 +70,13 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at exit
         return 141
     return 0
+
+
+def _save(figure: "Figure", file: str) -> None:
+    try:
+        figure.savefig(file, dpi=150)
+    except (OSError, ValueError) as e:
+        raise InputError(f"--plot {file}: {e}") from None
 
 
 def _say(what: str, reason: str, error: BaseException) -> None:
@@ -121,13 +130,13 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--tasks", metavar="TASK,...", help="scores of lm-eval's tasks, in transformers")
     p.add_argument("--task-folder", metavar="DIR", help="of YAML files of tasks that lm-eval does not have")
     p.add_argument("--tasks-limit", type=int, metavar="N", help="the first N documents of each task (all)")
-    p.set_defaults(run=_eval)
+    p.set_defaults(run=_eval, figure=lambda found: draw_kl(found["models"]))
 
     p = commands.add_parser("inspect", help="layers, bits per weight and bytes of a checkpoint")
     p.add_argument("checkpoint", metavar="CHECKPOINT")
     p.add_argument("--verify", action="store_true", help="compare every tensor and file with digests.json first")
     p.add_argument("--plot", metavar="FILE", help="draw the layers' bits and errors too (.png, .svg, .pdf)")
-    p.set_defaults(run=_inspect)
+    p.set_defaults(run=_inspect, figure=draw)
 
     p = commands.add_parser("push", help="upload a checkpoint to the Hugging Face Hub, or go on with an upload")
     p.add_argument("checkpoint", metavar="CHECKPOINT")
@@ -204,6 +213,9 @@ def _made(report: dict[str, Any], output: str, repository: str | None) -> dict[s
 def _eval(args: argparse.Namespace) -> dict[str, Any]:
     if args.seq_len < 2 or (args.windows is not None and args.windows < 1):
         raise InputError("--seq-len must be at least 2 and --windows at least 1")
+    checked(FIELDS["seed"], args.seed)
+    if args.tasks_limit is not None and args.tasks_limit < 1:
+        raise InputError(f"--tasks-limit {args.tasks_limit}: expected at least 1, or leave it out for all documents")
     if args.plot and args.reference is not None:
         check_plot(args.plot)
     tasks = args.tasks.split(",") if args.tasks else []
@@ -270,16 +282,7 @@ def _compare(args: argparse.Namespace, tasks: list[str], device: torch.device) -
             + "".join(f"{row['tasks'][name]:>{len(name) + 2}.4f}" for name in scored)
         )
     print(_protocol(found["windows"], args.seq_len, found["special_tokens"]))
-    if args.plot:
-        _save(draw_kl(rows), args.plot)
     return found
-
-
-def _save(figure: "Figure", file: str) -> None:
-    try:
-        figure.savefig(file, dpi=150)
-    except (OSError, ValueError) as e:
-        raise InputError(f"--plot {file}: {e}") from None
 
 
 def _inspect(args: argparse.Namespace) -> dict[str, Any]:
@@ -287,8 +290,6 @@ def _inspect(args: argparse.Namespace) -> dict[str, Any]:
         check_plot(args.plot)
     verified = manifest.verify(args.checkpoint) if args.verify else None
     found = inspect(args.checkpoint)
-    if args.plot:
-        _save(draw(found), args.plot)
     rows = alike(found["layers"])
     width = max((len(row["name"]) for row in rows), default=0)
     heads = f"{'N x K':>16}{'bits':>6}{'code':>9}{'group':>7}{'c bits':>8}{'bits/weight':>13}{'layers':>8}{'MB':>10}"

@@ -16,20 +16,20 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from bpdq_kernels.skeleton import auto_class
-from bpdq_quantizer.checkpoint.carried import hub_commit
+from bpdq_quantizer.checkpoint.carried import LICENCES, hub_commit
 from bpdq_quantizer.checkpoint.picture import draw, place
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.storage.files import save
 
 CARD, PICTURE = "README.md", "bits_per_layer.png"
 TAKEN = ("license", "license_name", "license_link", "language", "pipeline_tag")  # from the source's card
-LICENSES = {  # of what a licence file says at its start; others are `other`
-    "apache-2.0": r"Apache License\s+Version 2\.0",
-    "mit": r"MIT License|Permission is hereby granted, free of charge, to any person obtaining a copy",
+TITLES = {  # that a licence file begins with, behind lines of copyright; others, such as `Modified MIT`, are `other`
+    "apache-2.0": r"Apache License,?\s+(Version )?2\.0(, January 2004)?\W*$",
+    "mit": r"MIT License( \(MIT\))?\W*$",
 }
+ABOVE = r"\W*(Copyright[^\n]*\n\W*)*(The )?"
 START = 2000  # characters of a licence file that are looked at
 UNMEASURED = "Its quality was not measured: `bpdq eval DIR --reference ORIGINAL --text FILE` does."
-LICENSE_FILES = ("LICEN[CS]E*", "licen[cs]e*")
 
 
 class Origin(NamedTuple):
@@ -86,15 +86,22 @@ def _is_text(value: Any) -> bool:
 
 
 def licence_of(folder: Path) -> dict[str, Any]:
-    """Metadata of the licence file in a folder, if there is one."""
-    files = sorted(file for pattern in LICENSE_FILES for file in folder.glob(pattern) if file.is_file())
+    """Metadata of the licence files in a folder that are not for code alone; those for the model go before others."""
+    files = sorted({file for pattern in LICENCES for file in folder.glob(pattern) if file.is_file()})
+    words = {file: set(re.split(r"[^a-z]+", file.name.lower())) for file in files}
+    files = [file for file in files if "model" in words[file]] or [file for file in files if "code" not in words[file]]
     if not files:
         return {}
-    start = files[0].read_bytes()[:START].decode(errors="replace")
-    known = next((name for name, pattern in LICENSES.items() if re.search(pattern, start)), None)
-    if known is None:
+    known = {_known(file) for file in files}
+    if len(known) > 1 or None in known:
         return {"license": "other", "license_name": "source", "license_link": files[0].name}
-    return {"license": known}
+    return {"license": known.pop()}
+
+
+def _known(file: Path) -> str | None:
+    """The Hub's name of a licence in TITLES."""
+    start = file.read_bytes()[:START].decode(errors="replace")
+    return next((name for name, title in TITLES.items() if re.match(ABOVE + title, start, re.I | re.M)), None)
 
 
 def write_card(folder: Path, made: Made, lm: PreTrainedModel, report: Mapping[str, Any], size: int) -> None:

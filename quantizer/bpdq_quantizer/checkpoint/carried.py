@@ -9,13 +9,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bpdq_quantizer.checkpoint.sentences import SETTINGS, check_modules, module_patterns
 from bpdq_quantizer.errors import InputError
+from bpdq_quantizer.model.sources import is_gguf
 
+LICENCES = ("LICEN[CS]E*", "licen[cs]e*", "MODEL[_-]LICEN[CS]E*")
 PATTERNS = (
     *("generation_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt", "tekken.json"),
     *("tokenizer*.json", "tokenizer.model*", "*.model", "*.tiktoken", "vocab*.json", "vocab*.txt"),
     *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
     *("chat_template*.jinja", "chat_template*.json", "additional_chat_templates/*.jinja"),
-    *("LICEN[CS]E*", "licen[cs]e*", "NOTICE*", "USE_POLICY*"),
+    *(*LICENCES, "NOTICE*", "USE_POLICY*"),
     *SETTINGS,
 )
 
@@ -30,7 +32,7 @@ def carry_over(model: str, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
     shutil.rmtree(to, ignore_errors=True)
     try:
         to.mkdir()
-        if Path(model).suffix == ".gguf":
+        if is_gguf(model):
             tokenizer.save_pretrained(to)
             if lm.can_generate():
                 lm.generation_config.save_pretrained(to)

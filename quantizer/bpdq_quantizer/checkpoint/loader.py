@@ -207,7 +207,8 @@ def is_dequantized(model: str) -> bool:
 
 
 def load_model(model: str, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
-    """A causal LM on the CPU from a Hugging Face folder, hub id, BPDQ checkpoint or `.gguf` file (dequantized).
+    """A causal LM on the CPU from a Hugging Face folder, hub id, BPDQ checkpoint or `.gguf` file (dequantized to
+    bf16, as by `open_model`).
 
     Other quantized models are dequantized as `bpdq quantize` does it, and where it does not, loaded as transformers
     does. Only safetensors (or GGUF) weights are read and no code from the folder runs. Raises InputError.
@@ -219,4 +220,7 @@ def load_model(model: str, dtype: torch.dtype | str = "auto") -> PreTrainedModel
         for index in range(len(source.blocks)):
             load_block(source, index, torch.device("cpu"))
         return source.model.to(source.model.dtype if dtype == "auto" else dtype)
+    elif is_gguf(model):
+        lm = load_pretrained(model, torch.bfloat16)
+        return lm if dtype == "auto" else lm.to(dtype)
     return load_pretrained(model, dtype)

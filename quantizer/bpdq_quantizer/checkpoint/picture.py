@@ -1,12 +1,12 @@
 """A picture of what `bpdq inspect` found: layers by modules, bits per weight as colour, relative error as size."""
 
-import json
 import math
 import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bpdq_kernels.folder import REMEDY, read_json
 from bpdq_quantizer.errors import InputError
 
 if TYPE_CHECKING:
@@ -38,11 +38,10 @@ def check_plot(plot: str) -> None:
 def draw(found: dict[str, Any]) -> "Figure":
     """A figure of the layers of `checkpoint.inspect`, errors from the folder's quantization_report.json if it has one.
 
-    Raises InputError where matplotlib is not installed.
+    Raises InputError where matplotlib is not installed, and for a damaged report.
     """
     report = Path(found["checkpoint"]) / "quantization_report.json"
-    reports = json.loads(report.read_text())["layers"] if report.is_file() else []
-    errors = {layer["name"]: layer["relative_error"] for layer in reports}
+    errors = _errors(report) if report.is_file() else {}
     points = [(*place(layer["name"]), layer, errors.get(layer["name"], 0.0)) for layer in found["layers"]]
     modules = list(dict.fromkeys(module for _, module, _, _ in points))
     largest = max((error for *_, error in points), default=0.0)
@@ -67,6 +66,19 @@ def draw(found: dict[str, Any]) -> "Figure":
     axes.set_title(title + (f"; largest dot: relative error {largest:.1%}" if largest else ""), fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def _errors(report: Path) -> dict[str, float]:
+    """The relative error of every layer."""
+    layers = read_json(report).get("layers")
+    try:
+        errors = {layer["name"]: float(layer["relative_error"]) for layer in layers}
+        whole = all(0 <= error < math.inf for error in errors.values())
+    except (TypeError, ValueError, LookupError, OverflowError):
+        whole = False
+    if not whole:
+        raise InputError(f"{report}: has no name and error of every layer: {REMEDY}, or move it away")
+    return errors
 
 
 def place(name: str) -> tuple[int, str]:

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import reduce
 from itertools import count
-from math import ceil, floor, inf, prod
+from math import ceil, floor, prod
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from bpdq_kernels.format import CODE_OPTIONS, Scheme
@@ -34,6 +35,7 @@ VISIBLE = 23.69 / 24
 CONTEXT_BYTES = int(0.45 * GIB)
 LOADED_BYTES = int(0.15 * GIB)
 GRAPH_BYTES = int(0.5 * GIB)
+LEAST_MEMORY, MOST_MEMORY = 0.001, 1_000_000  # of a card, in GiB
 DEFAULT_CONTEXT = 2048
 MOST_BITS = Scheme(MAX_PLANES, GROUP_SIZES[0]).bits_per_weight
 
@@ -104,8 +106,8 @@ def plan(
     context = min(DEFAULT_CONTEXT, m.max_positions) if context is None else context
     if not 1 <= context <= m.max_positions:
         raise InputError(f"--context {context}: {m.architecture} takes 1 to {m.max_positions} tokens")
-    if not 0 < gpu_memory < inf:
-        raise InputError(f"--gpu-memory {gpu_memory}: expected a number of GiB")
+    if not LEAST_MEMORY <= gpu_memory <= MOST_MEMORY:
+        raise InputError(f"--gpu-memory {gpu_memory}: expected a number of GiB, from {LEAST_MEMORY} to {MOST_MEMORY}")
     if code not in CODE_OPTIONS:
         raise InputError(f"--code {code}: expected {' or '.join(CODE_OPTIONS)}")
     if group_size is None:
@@ -278,7 +280,7 @@ def serve_command(model: str, m: Model, settings: Settings, kv_type: str, eager:
         image = {"count": 1, "width": IMAGE_SIDE, "height": IMAGE_SIDE}
         limits = {"image": image, **dict.fromkeys(m.tower.modalities, 0)}
         flags["--limit-mm-per-prompt"] = f"'{json.dumps(limits)}'"
-    parts = [f"vllm serve ./{name}-bpdq", *(f"{flag} {value}" for flag, value in flags.items())]
+    parts = [f"vllm serve {quote(f'./{name}-bpdq')}", *(f"{flag} {value}" for flag, value in flags.items())]
     switches = {"--language-model-only": settings.text_only, "--enforce-eager": eager}
     return " ".join([*parts, *(name for name, on in switches.items() if on)])
 
