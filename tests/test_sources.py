@@ -7,9 +7,10 @@ from contextlib import nullcontext
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from architectures import model_folder
+from bpdq_quantizer.checkpoint.loader import load_model
 from bpdq_quantizer.cli import main
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.sources import gguf_arguments
@@ -51,6 +52,16 @@ def tensor(name, change):
 def without(name):
     def do(folder):
         tensors = {other: value for other, value in load_file(folder / WEIGHTS).items() if other != name}
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+    return do
+
+
+def more(*names):
+    """Tensors that config.json knows nothing of."""
+
+    def do(folder):
+        tensors = load_file(folder / WEIGHTS) | {name: torch.ones(8) for name in names}
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
     return do
@@ -117,6 +128,14 @@ FILES = {
         "lm_head.weight is not in its files: download the model again, or where it is an embedding model, which has",
     ),
     "no norm": (without("model.norm.weight"), "model.norm.weight is not in its files: download the model again"),
+    "a layer too many": (
+        config(num_hidden_layers=1),
+        "/model.safetensors: model.layers.1.input_layernorm.weight has no place in the model of config.json, a LlamaFor"
+        "CausalLM, nor have 8 more, and would be lost: correct config.json",
+    ),
+    "biases": (more("model.layers.0.self_attn.q_proj.bias"), "/model.safetensors: model.layers.0.self_attn.q_pr"),
+    "an adapter": (more("model.layers.0.self_attn.q_proj.lora_A.weight"), "q_proj.lora_A.weight has no place in "),
+    "a bias of the LM head": (more("lm_head.bias"), "lm_head.bias has no place in the model of config.json"),
     "vocabulary": (config(vocab_size=400), ".weight is (384, 128) in its files, but (400, 128) by its config.json"),
     "damaged GGUF": (gguf(b"GGUF\x03\0\0\0" + b"\xff" * 300), "/m.gguf: not a complete GGUF file"),
     "empty GGUF": (gguf(b""), "/m.gguf is empty"),
@@ -297,6 +316,35 @@ def test_integers_are_no_16_bit_model(model, tmp_path, text, capsys):
     argv = ["quantize", tmp_path / "model", "--output", tmp_path / "out", "--calibration", text, "--seq-len", "16"]
     assert main([str(a) for a in argv]) == 2
     assert f"{LAYER} holds integers: start from the 16-bit model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.self_attn.rotary_emb.inv_freq",
+        "model.layers.0.self_attn.rotary_emb.cos_cached",
+        "model.layers.0.attn.masked_bias",
+        "model.layers.0.attention.bias",
+        "model.position_ids",
+        "model.layers.0.self_attn.k_scale",
+        "mtp.fc.weight",
+    ],
+)
+def test_what_a_model_computes_itself_needs_no_place(model, tmp_path, name):
+    shutil.copytree(model, tmp_path / "model")
+    more(name)(tmp_path / "model")
+    open_model(str(tmp_path / "model"))
+    load_model(str(tmp_path / "model"))
+
+
+def test_what_transformers_knows_to_leave_out_needs_no_place(model, tmp_path, monkeypatch):
+    shutil.copytree(model, tmp_path / "model")
+    more("model.sight.weight")(tmp_path / "model")
+    with pytest.raises(InputError, match=r"model\.sight\.weight has no place"):
+        load_model(str(tmp_path / "model"))
+    monkeypatch.setattr(LlamaForCausalLM, "_keys_to_ignore_on_load_unexpected", [r"^model\.sight\."])
+    open_model(str(tmp_path / "model"))
+    load_model(str(tmp_path / "model"))
 
 
 def test_the_case_of_gguf_does_not_matter(tmp_path):
