@@ -273,7 +273,7 @@ def test_what_vllm_fuses_is_said_to_be_parted_before_any_work(model, tmp_path, c
         raise InputError("the text is read")
 
     monkeypatch.setattr(prepare, "calibration_windows", stop)
-    options = ["--output", tmp_path / "out", "--calibration", "python", "--ignore", ignore]
+    options = ["--output", tmp_path / "out", "--calibration", "python", "--seq-len", "32", "--ignore", ignore]
     assert main([str(a) for a in ("quantize", model, *options)]) == 2
     lines = capsys.readouterr().err.splitlines()
     said = [line for line in lines if line.startswith("--ignore leaves ")]
@@ -355,5 +355,6 @@ def test_the_case_of_gguf_does_not_matter(tmp_path):
 
 
 def test_a_data_set_needs_a_name(model, tmp_path, capsys):
-    assert main(["quantize", str(model), "--output", str(tmp_path / "out"), "--calibration", "hf:"]) == 2
+    argv = ["quantize", model, "--output", tmp_path / "out", "--seq-len", "32", "--calibration", "hf:"]
+    assert main([str(a) for a in argv]) == 2
     assert "--calibration hf:: expected self, self:MODEL, FILE.txt, FILE.jsonl, hf:NAME" in capsys.readouterr().err
