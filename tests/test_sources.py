@@ -96,6 +96,34 @@ def shards(folder):
     (folder / WEIGHTS).rename(folder / "model-00001-of-00001.safetensors")
 
 
+def two_shards(change):
+    """The model in two files; `change` is given the tensors of each, and the index."""
+
+    def do(folder):
+        tensors = load_file(folder / WEIGHTS)
+        parts = {name: {} for name in ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")}
+        for i, name in enumerate(sorted(tensors)):
+            parts[list(parts)[i % 2]][name] = tensors[name]
+        places = {name: file for file, held in parts.items() for name in held}
+        change(*parts.values(), places)
+        (folder / WEIGHTS).unlink()
+        for file, held in parts.items():
+            save_file(held, folder / file, metadata={"format": "pt"})
+        (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+
+    return do
+
+
+def in_both(first, second, places):
+    name = next(name for name in first if name.endswith("up_proj.weight"))
+    second[name] = 2 * first[name]
+
+
+def elsewhere(first, second, places):
+    name = next(name for name in first if name.endswith("up_proj.weight"))
+    places[name] = places[next(iter(second))]
+
+
 def two_kinds(folder):
     (folder / f"{WEIGHTS}.index.json").write_text('{"weight_map": {"a": "model-00001-of-00001.safetensors"}}')
 
@@ -120,6 +148,11 @@ FILES = {
     "shards alone": (shards, ": holds model-00001-of-00001.safetensors, but no model.safetensors and no model.safeten"),
     "no weights": (lambda folder: (folder / WEIGHTS).unlink(), ": holds no weights, neither model.safetensors nor mod"),
     "weights twice": (two_kinds, "/model.safetensors: model.safetensors.index.json beside it names other files: remov"),
+    "a tensor twice": (two_shards(in_both), "up_proj.weight is in model-00001-of-00002.safetensors too: download"),
+    "an index that errs": (
+        two_shards(elsewhere),
+        "up_proj.weight is in model-00002-of-00002.safetensors, but it is in model-00001-of-00002.safetensors: downl",
+    ),
     "no index": (index("[]"), "/model.safetensors.index.json: not an index of safetensors files"),
     "shape in a block": (tensor(LAYER, lambda t: t[1:]), f"{LAYER} is (351, 128) in its files, but (352, 128) by its"),
     "shape elsewhere": (tensor("model.norm.weight", lambda t: t[:7]), "model.norm.weight is (7,) in its files, but (1"),
@@ -345,6 +378,17 @@ def test_what_transformers_knows_to_leave_out_needs_no_place(model, tmp_path, mo
     monkeypatch.setattr(LlamaForCausalLM, "_keys_to_ignore_on_load_unexpected", [r"^model\.sight\."])
     open_model(str(tmp_path / "model"))
     load_model(str(tmp_path / "model"))
+
+
+def test_two_shards_are_one_model(model, tmp_path):
+    """And an index may speak of tensors that no file holds, as of an LM head that is tied."""
+    shutil.copytree(model, tmp_path / "model")
+    two_shards(lambda first, second, places: places.update({"lm_head.bias": places[next(iter(second))]}))(
+        tmp_path / "model"
+    )
+    found = load_model(str(tmp_path / "model")).state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in load_model(str(model)).state_dict().items())
+    open_model(str(tmp_path / "model"))
 
 
 def test_the_case_of_gguf_does_not_matter(tmp_path):

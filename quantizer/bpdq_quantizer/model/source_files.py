@@ -8,21 +8,30 @@ from transformers import PreTrainedModel
 
 from bpdq_kernels.conversions import renaming
 from bpdq_kernels.experts import fused_shapes
-from bpdq_kernels.folder import Headers, read_headers
+from bpdq_kernels.folder import INDEX, Headers, read_headers
 from bpdq_kernels.format import KV_SCALES
 from bpdq_kernels.mtp import head_pattern
 from bpdq_kernels.skeleton import DERIVED
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.opening import misfit, plain_skeleton
-from bpdq_quantizer.model.sources import local_folder, weight_files
+from bpdq_quantizer.model.sources import local_folder, weight_files, weight_map
 
 COMPUTED = (*DERIVED, r"\.(inv_freq|cos_cached|sin_cached)$", r"(^|\.)(attn|attention)\.(masked_)?bias$")  # masks
 COMPANIONS = ("_scale", "_scale_inv", "_scales", "_zero_point", "_shape", "_g_idx")  # of weights, and of activations
 
 
 def stored_tensors(model: str) -> Headers:
-    """What the files of a folder or hub id hold, by the names there; raises InputError."""
-    return read_headers(weight_files(local_folder(model)))
+    """What the files of a folder or hub id hold, by the names there; raises InputError, also for an index that
+    says of a tensor that it is in another file, where a block's would be looked for."""
+    folder = local_folder(model)
+    stored = read_headers(weight_files(folder))
+    for name, file in sorted(weight_map(folder).items()):
+        if name in stored and stored[name].file.name != file:
+            raise InputError(
+                f"{folder / INDEX} says that {name} is in {file}, but it is in {stored[name].file.name}: download the "
+                "model again"
+            )
+    return stored
 
 
 def check_files(model: str) -> None:
