@@ -28,7 +28,7 @@ QUICK = ["--samples", "4", "--seq-len", "32", "--iterations", "2", "--group-size
 def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("cli")
     bpdq_checkpoint(tiny_model(root / "model"), root / "checkpoint")
-    (root / "text.txt").write_text(TEXT * 4)
+    (root / "text.txt").write_text(TEXT * 2)
     return root
 
 
@@ -177,7 +177,7 @@ def test_fewer_windows_than_asked_are_used_and_said(folder, tmp_path, capsys):
         (["--target-bpw", "nan"], "--target-bpw nan: expected bits per weight"),
         (["--target-bpw", "0.5"], "the smallest schemes take"),
         (["--target-size", "1KB"], "the smallest schemes take"),
-        (["--tune", "model", "--seq-len", "1000"], "holds 1 of 1000 tokens: bring more text or lower --seq-len"),
+        (["--tune", "model", "--seq-len", "500"], "holds 1 of 500 tokens: bring more text or lower --seq-len"),
         (["--asymmetric", "1.5"], "--asymmetric 1.5: expected 0 (off) to 1"),
         (["--tune", "model", "--tune-steps", "0"], "must be at least 1"),
         (["--tune-loss", "mix"], "--tune-loss mix needs --tune model"),

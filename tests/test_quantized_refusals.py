@@ -74,6 +74,13 @@ DAMAGE = {
 }
 
 
+NO_PLACE = {
+    "blocks": ("model.layers.2.mlp.up_proj.weight", ["model.layers.2.mlp.up_proj.weight_scale_inv"]),
+    "W4A16": ("model.layers.2.mlp.up_proj.weight_packed", [f"{LAYER[:-7]}.input_zero_point"]),
+    "FP8": ("model.layers.0.self_attn.q_proj.bias", [f"{LAYER[:-7]}.input_scale", "model.layers.1.self_attn.k_scale"]),
+}
+
+
 UNREAD = "from which 16-bit weights can't be read here: quantize the 16-bit original instead"
 AGAIN = "is quantized already: start from the 16-bit model"
 SPARSE = {"sparsity_config": {"format": "sparse-24-bitmask"}}
@@ -139,6 +146,17 @@ def damaged(source, folder, damage):
 def test_damage_is_named(sources, tmp_path, name):
     source, damage, message = DAMAGE[name]
     assert message in refusal(damaged(sources[source], tmp_path / "model", damage))
+
+
+@pytest.mark.parametrize("name", NO_PLACE)
+def test_tensors_without_a_place_are_named_and_companions_of_others_are_not(sources, tmp_path, name):
+    """Layers that config.json does not know of, and biases; scales of activations are no loss."""
+    lost, spare = NO_PLACE[name]
+    folder = damaged(sources[name], tmp_path / "model", lambda t: t.update({n: torch.ones(1) for n in spare}))
+    open_model(str(folder))
+    folder = damaged(folder, tmp_path / "other", lambda t: t.update({lost: torch.ones(8, dtype=torch.bfloat16)}))
+    said = f"/model.safetensors: {lost} has no place in the model of config.json, a LlamaForCausalLM, and would be lost"
+    assert said in refusal(folder)
 
 
 @pytest.mark.parametrize("name", REFUSED)

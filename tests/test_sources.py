@@ -7,10 +7,11 @@ from contextlib import nullcontext
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 import bpdq_quantizer
 from architectures import model_folder
+from bpdq_quantizer.checkpoint.loader import load_model
 from bpdq_quantizer.cli import main
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.sources import gguf_arguments
@@ -58,6 +59,16 @@ def without(name):
     return do
 
 
+def more(*names):
+    """Tensors that config.json knows nothing of."""
+
+    def do(folder):
+        tensors = load_file(folder / WEIGHTS) | {name: torch.ones(8) for name in names}
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+    return do
+
+
 def config(**changes):
     def do(folder):
         found = json.loads((folder / "config.json").read_text())
@@ -87,6 +98,34 @@ def shards(folder):
     (folder / WEIGHTS).rename(folder / "model-00001-of-00001.safetensors")
 
 
+def two_shards(change):
+    """The model in two files; `change` is given the tensors of each, and the index."""
+
+    def do(folder):
+        tensors = load_file(folder / WEIGHTS)
+        parts = {name: {} for name in ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")}
+        for i, name in enumerate(sorted(tensors)):
+            parts[list(parts)[i % 2]][name] = tensors[name]
+        places = {name: file for file, held in parts.items() for name in held}
+        change(*parts.values(), places)
+        (folder / WEIGHTS).unlink()
+        for file, held in parts.items():
+            save_file(held, folder / file, metadata={"format": "pt"})
+        (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+
+    return do
+
+
+def in_both(first, second, places):
+    name = next(name for name in first if name.endswith("up_proj.weight"))
+    second[name] = 2 * first[name]
+
+
+def elsewhere(first, second, places):
+    name = next(name for name in first if name.endswith("up_proj.weight"))
+    places[name] = places[next(iter(second))]
+
+
 def two_kinds(folder):
     (folder / f"{WEIGHTS}.index.json").write_text('{"weight_map": {"a": "model-00001-of-00001.safetensors"}}')
 
@@ -111,6 +150,11 @@ FILES = {
     "shards alone": (shards, ": holds model-00001-of-00001.safetensors, but no model.safetensors and no model.safeten"),
     "no weights": (lambda folder: (folder / WEIGHTS).unlink(), ": holds no weights, neither model.safetensors nor mod"),
     "weights twice": (two_kinds, "/model.safetensors: model.safetensors.index.json beside it names other files: remov"),
+    "a tensor twice": (two_shards(in_both), "up_proj.weight is in model-00001-of-00002.safetensors too: download"),
+    "an index that errs": (
+        two_shards(elsewhere),
+        "up_proj.weight is in model-00002-of-00002.safetensors, but it is in model-00001-of-00002.safetensors: downl",
+    ),
     "no index": (index("[]"), "/model.safetensors.index.json: not an index of safetensors files"),
     "shape in a block": (tensor(LAYER, lambda t: t[1:]), f"{LAYER} is (351, 128) in its files, but (352, 128) by its"),
     "shape elsewhere": (tensor("model.norm.weight", lambda t: t[:7]), "model.norm.weight is (7,) in its files, but (1"),
@@ -119,6 +163,14 @@ FILES = {
         "lm_head.weight is not in its files: download the model again, or where it is an embedding model, which has",
     ),
     "no norm": (without("model.norm.weight"), "model.norm.weight is not in its files: download the model again"),
+    "a layer too many": (
+        config(num_hidden_layers=1),
+        "/model.safetensors: model.layers.1.input_layernorm.weight has no place in the model of config.json, a LlamaFor"
+        "CausalLM, nor have 8 more, and would be lost: correct config.json",
+    ),
+    "biases": (more("model.layers.0.self_attn.q_proj.bias"), "/model.safetensors: model.layers.0.self_attn.q_pr"),
+    "an adapter": (more("model.layers.0.self_attn.q_proj.lora_A.weight"), "q_proj.lora_A.weight has no place in "),
+    "a bias of the LM head": (more("lm_head.bias"), "lm_head.bias has no place in the model of config.json"),
     "vocabulary": (config(vocab_size=400), ".weight is (384, 128) in its files, but (400, 128) by its config.json"),
     "damaged GGUF": (gguf(b"GGUF\x03\0\0\0" + b"\xff" * 300), "/m.gguf: not a complete GGUF file"),
     "empty GGUF": (gguf(b""), "/m.gguf is empty"),
@@ -256,7 +308,7 @@ def test_what_vllm_fuses_is_said_to_be_parted_before_any_work(model, tmp_path, c
         raise InputError("the text is read")
 
     monkeypatch.setattr(prepare, "calibration_windows", stop)
-    options = ["--output", tmp_path / "out", "--calibration", "python", "--ignore", ignore]
+    options = ["--output", tmp_path / "out", "--calibration", "python", "--seq-len", "32", "--ignore", ignore]
     assert main([str(a) for a in ("quantize", model, *options)]) == 2
     lines = capsys.readouterr().err.splitlines()
     said = [line for line in lines if line.startswith("--ignore leaves ")]
@@ -301,6 +353,46 @@ def test_integers_are_no_16_bit_model(model, tmp_path, text, capsys):
     assert f"{LAYER} holds integers: start from the 16-bit model" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.self_attn.rotary_emb.inv_freq",
+        "model.layers.0.self_attn.rotary_emb.cos_cached",
+        "model.layers.0.attn.masked_bias",
+        "model.layers.0.attention.bias",
+        "model.position_ids",
+        "model.layers.0.self_attn.k_scale",
+        "mtp.fc.weight",
+    ],
+)
+def test_what_a_model_computes_itself_needs_no_place(model, tmp_path, name):
+    shutil.copytree(model, tmp_path / "model")
+    more(name)(tmp_path / "model")
+    open_model(str(tmp_path / "model"))
+    load_model(str(tmp_path / "model"))
+
+
+def test_what_transformers_knows_to_leave_out_needs_no_place(model, tmp_path, monkeypatch):
+    shutil.copytree(model, tmp_path / "model")
+    more("model.sight.weight")(tmp_path / "model")
+    with pytest.raises(InputError, match=r"model\.sight\.weight has no place"):
+        load_model(str(tmp_path / "model"))
+    monkeypatch.setattr(LlamaForCausalLM, "_keys_to_ignore_on_load_unexpected", [r"^model\.sight\."])
+    open_model(str(tmp_path / "model"))
+    load_model(str(tmp_path / "model"))
+
+
+def test_two_shards_are_one_model(model, tmp_path):
+    """And an index may speak of tensors that no file holds, as of an LM head that is tied."""
+    shutil.copytree(model, tmp_path / "model")
+    two_shards(lambda first, second, places: places.update({"lm_head.bias": places[next(iter(second))]}))(
+        tmp_path / "model"
+    )
+    found = load_model(str(tmp_path / "model")).state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in load_model(str(model)).state_dict().items())
+    open_model(str(tmp_path / "model"))
+
+
 def test_the_case_of_gguf_does_not_matter(tmp_path):
     (tmp_path / "M.GGUF").write_bytes(b"GGUF")
     assert gguf_arguments(str(tmp_path / "M.GGUF"))["gguf_file"] == "M.GGUF"
@@ -309,7 +401,8 @@ def test_the_case_of_gguf_does_not_matter(tmp_path):
 
 
 def test_a_data_set_needs_a_name(model, tmp_path, capsys):
-    assert main(["quantize", str(model), "--output", str(tmp_path / "out"), "--calibration", "hf:"]) == 2
+    argv = ["quantize", model, "--output", tmp_path / "out", "--seq-len", "32", "--calibration", "hf:"]
+    assert main([str(a) for a in argv]) == 2
     assert "--calibration hf:: expected self, self:MODEL, FILE.txt, FILE.jsonl, hf:NAME" in capsys.readouterr().err
 
 

@@ -13,9 +13,10 @@ from bpdq_quantizer.cli import main
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model import calibration
 from bpdq_quantizer.model.calibration import calibration_windows, file_windows
-from bpdq_quantizer.model.support import check_tokens
+from bpdq_quantizer.model.support import check_tokens, most_positions
 from bpdq_quantizer.model.tokens import PROBES, leading_tokens, load_tokenizer
 from bpdq_quantizer.model.windows import all_tokens, text_windows
+from bpdq_quantizer.run import prepare
 from tiny import TEXT, tiny_model, tiny_tokenizer
 
 QUICK = ["--samples", "4", "--seq-len", "32", "--iterations", "1", "--group-size", "64", "--solver", "paper"]
@@ -150,6 +151,46 @@ def test_tokens_and_positions_that_the_model_does_not_have_are_named(tmp_path, t
         model.save_pretrained(tmp_path / "model")
         assert main([str(a) for a in (command, tmp_path / "model", *options, "--seq-len", length)]) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["quantize", "eval", "reference"])
+@pytest.mark.parametrize("length", [["--seq-len", "513"], []])
+def test_a_window_is_not_longer_than_rotary_positions_reach(tmp_path, capsys, monkeypatch, command, length):
+    monkeypatch.setattr(prepare, "_read", lambda *_: pytest.fail("work has begun"))
+    (tmp_path / "long.txt").write_text(TEXT * 80)
+    model = tiny_model(tmp_path / "model")
+    argv = {
+        "quantize": ["quantize", model, "--output", tmp_path / "out", "--calibration", tmp_path / "long.txt"],
+        "eval": ["eval", model, "--text", tmp_path / "long.txt", "--windows", "1"],
+        "reference": ["eval", model, "--reference", model, "--text", tmp_path / "long.txt", "--windows", "1"],
+    }[command]
+    assert main([str(a) for a in [*argv, *length]]) == 2
+    given = length[1] if length else 2048
+    assert f"--seq-len {given}: LlamaForCausalLM knows 512 positions: lower --seq-len to 512" in capsys.readouterr().err
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 256}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e6, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    ("arch", "config", "positions"),
+    [
+        ("llama", {}, 512),
+        ("llama", {"rope_parameters": YARN}, 1024),
+        ("llama", {"rope_parameters": YARN | {"original_max_position_embeddings": 128}}, 512),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}, 1024),
+        ("llama", {"rope_parameters": LLAMA3}, 512),
+        ("gemma3_text", {}, 512),
+        ("falcon", {"alibi": True}, None),
+        ("bloom", {}, None),
+    ],
+)
+def test_positions_reach_as_far_as_rope_is_stretched(arch, config, positions):
+    config = AutoConfig.for_model(arch, num_hidden_layers=1, max_position_embeddings=512, **config)
+    with torch.device("meta"):
+        assert most_positions(AutoModelForCausalLM.from_config(config)) == positions
 
 
 def test_a_model_that_does_not_say_what_its_embedding_is_is_refused_by_name(tmp_path):

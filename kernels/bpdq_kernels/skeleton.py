@@ -242,7 +242,7 @@ def check_stored(
             raise InputError(f"{name} is not in the checkpoint: {REMEDY}")
     expected |= {f"{name}.{tensor}" for name, (_, scheme) in layers.items() for tensor in scheme.tensors}
     expected |= _check_scales(stored, model, fmt)
-    ignored = _ignored({*(model._keys_to_ignore_on_load_unexpected or ()), *_DERIVED})
+    ignored = _ignored({*(model._keys_to_ignore_on_load_unexpected or ()), *DERIVED})
     for name in sorted(stored.keys() - expected):
         if twin := model.all_tied_weights_keys.get(name):
             raise InputError(
@@ -258,7 +258,7 @@ def check_stored(
             )
 
 
-_DERIVED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")  # older checkpoints store what models compute
+DERIVED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")  # older checkpoints store what models compute
 
 
 def _ignored(patterns: Iterable[str] | None) -> Callable[[str], object]:

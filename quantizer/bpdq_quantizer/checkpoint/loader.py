@@ -37,6 +37,7 @@ from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.modules import BPDQEmbedding, held, replace
 from bpdq_quantizer.model.opening import load_pretrained, plain_skeleton
 from bpdq_quantizer.model.quantized import open_config
+from bpdq_quantizer.model.source_files import check_files
 from bpdq_quantizer.model.sources import is_gguf
 from bpdq_quantizer.model.stream import decoder_blocks, load_block, open_model
 from bpdq_quantizer.model.support import check_dense
@@ -193,17 +194,13 @@ def is_checkpoint(model: str) -> bool:
     return quantization is not None and (not isinstance(quantization, dict) or bpdq_format.claims(quantization))
 
 
-def is_dequantized(model: str) -> bool:
-    """Whether a model is quantized already, dense, and in a format that `open_model` dequantizes."""
-    if is_gguf(model):
-        return False
-    try:
-        _, quantization = open_config(model)
-        if quantization is not None:
-            check_dense(*decoder_blocks(plain_skeleton(model)))
-    except InputError:
-        return False
-    return quantization is not None
+def quantization_of(model: str) -> dict[str, Any] | None:
+    """How a model's files hold weights quantized, None for 16 bits; raises InputError where `open_model` does not
+    dequantize them, nor those of a model that is not dense."""
+    _, quantization = open_config(model)
+    if quantization is not None:
+        check_dense(*decoder_blocks(plain_skeleton(model)))
+    return quantization
 
 
 def load_model(model: str, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
@@ -215,12 +212,18 @@ def load_model(model: str, dtype: torch.dtype | str = "auto") -> PreTrainedModel
     """
     if is_checkpoint(model):
         open_checkpoint(Path(model))
-    elif is_dequantized(model):
-        source = open_model(model)
-        for index in range(len(source.blocks)):
-            load_block(source, index, torch.device("cpu"))
-        return source.model.to(source.model.dtype if dtype == "auto" else dtype)
     elif is_gguf(model):
         lm = load_pretrained(model, torch.bfloat16)
         return lm if dtype == "auto" else lm.to(dtype)
+    else:
+        try:
+            quantization = quantization_of(model)
+        except InputError:
+            return load_pretrained(model, dtype)
+        if quantization is not None:
+            source = open_model(model)
+            for index in range(len(source.blocks)):
+                load_block(source, index, torch.device("cpu"))
+            return source.model.to(source.model.dtype if dtype == "auto" else dtype)
+        check_files(model)
     return load_pretrained(model, dtype)

@@ -77,10 +77,10 @@ def check_dtype(model: str, dtype: torch.dtype) -> None:
         )
 
 
-def plain_skeleton(model: str, buffers: bool = False) -> PreTrainedModel:
-    """A 16-bit model on the meta device, its experts one by one, from its config.json alone: in a folder or by its own
-    path, of a hub id or a `.gguf` file. buffers: they have their values, for which much of the model is in memory for a
-    moment. Raises InputError, also for models that are quantized in a way that can't be undone."""
+def plain_skeleton(model: str, buffers: bool = False, apart: bool = True) -> PreTrainedModel:
+    """A 16-bit model on the meta device, from its config.json alone: in a folder or by its own path, of a hub id or a
+    `.gguf` file. buffers: they have their values, for which much of the model is in memory for a moment; apart: its
+    experts are one by one. Raises InputError, also for models that are quantized in a way that can't be undone."""
     config, _ = open_config(model)
     try:
         with init_empty_weights() if buffers else torch.device("meta"):
@@ -88,5 +88,6 @@ def plain_skeleton(model: str, buffers: bool = False) -> PreTrainedModel:
     except Exception as e:  # sizes that contradict each other
         raise InputError(f"{model}: can't be built from its config.json: {e}") from e
     check_dtype(model, skeleton.dtype)
-    take_apart(skeleton)
+    if apart:
+        take_apart(skeleton)
     return skeleton

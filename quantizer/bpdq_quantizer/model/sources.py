@@ -159,28 +159,40 @@ def local_folder(model: str) -> Path:
     if Path(model).is_dir():
         return Path(model)
     try:
-        return Path(snapshot_download(model, allow_patterns=["*.json", "model*.safetensors"]))
+        folder = Path(snapshot_download(model, allow_patterns=["*.json", SINGLE]))
+        shards = sorted(set(weight_map(folder).values()))
+        return Path(snapshot_download(model, allow_patterns=shards)) if shards else folder
     except (OSError, ValueError) as e:
         raise InputError(f"{model}: its files can't be downloaded ({e})") from e
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model's folder that transformers reads; raises InputError for one that is missing."""
-    index, single = folder / INDEX, folder / SINGLE
+def weight_map(folder: Path) -> dict[str, str]:
+    """The names of files by those of tensors, as the index of a model's folder says, empty without one; raises
+    InputError for an index that is damaged."""
+    index = folder / INDEX
     if not index.is_file():
-        return [single] if single.is_file() else []
+        return {}
     check_content(index)
     try:
-        names = set(json.loads(index.read_text())["weight_map"].values())
+        found = json.loads(index.read_text())["weight_map"]
+        names = set(found.values())
     except (ValueError, KeyError, TypeError, AttributeError):
         names = set()
     if not names or not all(isinstance(name, str) for name in names):
         raise InputError(f"{index}: not an index of safetensors files: download it again")
+    return found
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model's folder that transformers reads; raises InputError for one that is missing."""
+    names, single = set(weight_map(folder).values()), folder / SINGLE
+    if not names:
+        return [single] if single.is_file() else []
     if single.is_file() and names != {SINGLE}:
         raise InputError(f"{single}: {INDEX} beside it names other files: remove the one that is not the model's")
     for name in sorted(names):
         if not (folder / name).is_file():
-            raise InputError(f"{folder / name} is missing, though {index.name} names it: download it again")
+            raise InputError(f"{folder / name} is missing, though {INDEX} names it: download it again")
     return [folder / name for name in sorted(names)]
 
 

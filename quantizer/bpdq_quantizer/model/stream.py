@@ -2,7 +2,7 @@
 
 import ctypes
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,9 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bpdq_kernels import patterns
-from bpdq_kernels.conversions import renaming
 from bpdq_kernels.experts import fused_shapes, take_apart
-from bpdq_kernels.folder import Headers, read_headers
 from bpdq_kernels.format import Scheme
 from bpdq_kernels.layout import Stored
 from bpdq_kernels.skeleton import embedding_names, is_tied
@@ -27,9 +25,10 @@ from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.expert_weights import ExpertsApart, OfFused, expert_weights
 from bpdq_quantizer.model.modules import replace_linear
 from bpdq_quantizer.model.names import StoredNames, stored_names
-from bpdq_quantizer.model.opening import load_pretrained, misfit, plain_skeleton
+from bpdq_quantizer.model.opening import load_pretrained, plain_skeleton
 from bpdq_quantizer.model.quantized import open_config
-from bpdq_quantizer.model.sources import is_gguf, local_folder, weight_files
+from bpdq_quantizer.model.source_files import check_places, check_tensors, stored_tensors
+from bpdq_quantizer.model.sources import is_gguf
 from bpdq_quantizer.model.stored_weights import ReadWeights, StoredWeight, packed_names, stored_weights, unreported
 from bpdq_quantizer.model.weights import Weight, kept, weights_in
 
@@ -180,10 +179,12 @@ def open_model(model: str, dtype: torch.dtype | str = "auto") -> Streamed:
         return from_memory(truly_tied(load_pretrained(model, torch.bfloat16)))
     config, quantization = open_config(model)
     skeleton = plain_skeleton(model)
-    stored = read_headers(weight_files(Path(model) if quantization is None else local_folder(model)))
+    stored = stored_tensors(model)
     quantized = {} if quantization is None else stored_weights(model, skeleton, stored, quantization)
     check_tensors(model, skeleton, stored, {weight.name for weight in quantized.values()})
     apart = expert_weights(model, skeleton, stored, quantized)
+    parts = {weight.name + suffix for weight in quantized.values() for suffix in weight.parts}
+    check_places(skeleton, stored, parts, quantization is not None)
     prefix, _ = decoder_blocks(skeleton)
     path = prefix.split(".")
     around = [".".join(path[:depth]) for depth in range(len(path))]  # the modules that hold the blocks, "" first
@@ -228,23 +229,6 @@ def truly_tied(lm: PreTrainedModel) -> PreTrainedModel:
         for config in (lm.config, lm.config.get_text_config(decoder=True)):
             config.tie_word_embeddings = False
     return lm
-
-
-def check_tensors(model: str, skeleton: PreTrainedModel, stored: Headers, quantized: Collection[str]) -> None:
-    """Raise InputError for a tensor of a model's files that is not a float, or not of the skeleton's shape; quantized:
-    names of those that need not be."""
-    wanted, model_name = skeleton.state_dict(), renaming(skeleton)
-    for name in stored.keys() - quantized:
-        target, _ = model_name(name)
-        found = stored[name].meta()
-        if name in wanted and found.shape != wanted[name].shape:  # what has another name may be turned, too
-            raise InputError(misfit(model, name, tuple(found.shape), tuple(wanted[name].shape)))
-        if target in wanted and wanted[target].is_floating_point() and not found.is_floating_point():
-            dtype = stored[name].dtype
-            what = (
-                f"is {dtype}, though its config.json has no quantization_config" if "F" in dtype else "holds integers"
-            )
-            raise InputError(f"{model}: {name} {what}: start from the 16-bit model")
 
 
 def from_memory(lm: PreTrainedModel) -> Streamed:

@@ -1,8 +1,9 @@
 """Whether a model can be quantized, seen before any work is done."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -163,19 +164,39 @@ def check_tokens(model: PreTrainedModel, windows: Sequence[Window], source: str)
             f"{source}: holds token {largest}, but the model's embedding has {rows} rows: the tokenizer is "
             "another model's, or has tokens that were never added to the model"
         )
+    check_length(model, max(window.tokens.shape[1] for window in windows))
+
+
+def check_length(model: PreTrainedModel, length: int) -> None:
+    """Raise InputError for windows of more tokens than a model has positions for."""
     positions = most_positions(model)
-    length = max(window.tokens.shape[1] for window in windows)
     if positions is not None and length > positions:
-        raise InputError(f"--seq-len {length}: {type(model).__name__} knows {positions} positions: lower --seq-len")
+        raise InputError(
+            f"--seq-len {length}: {type(model).__name__} knows {positions} positions: lower --seq-len to {positions}"
+        )
 
 
 def most_positions(model: PreTrainedModel) -> int | None:
-    """How many positions a model can take, MPT's biases among them; None where it computes them as it goes."""
+    """How many positions a model can take, MPT's biases among them; None where it can take any number."""
     config = model.config.get_text_config(decoder=True)
     positions = getattr(config, "max_position_embeddings", None)
     if positions is None:
         return getattr(config, "max_seq_len", None)
-    return positions if has_position_table(model) else None
+    rope = getattr(config, "rope_parameters", None)
+    if has_position_table(model):
+        return positions
+    if not rope or getattr(config, "alibi", False):  # Falcon's
+        return None
+    kinds = [kind for kind in rope.values() if isinstance(kind, dict)]  # of layers
+    return max(_stretched(kind, positions) for kind in kinds or [rope])
+
+
+def _stretched(rope: Mapping[str, Any], positions: int) -> int:
+    """How far rotary positions reach where they are interpolated: configs give `positions` before or after that."""
+    if rope.get("rope_type") not in ("linear", "dynamic", "yarn"):
+        return positions
+    trained = rope.get("original_max_position_embeddings") or positions
+    return max(positions, int(trained * (rope.get("factor") or 1)))
 
 
 def has_position_table(model: PreTrainedModel) -> bool:

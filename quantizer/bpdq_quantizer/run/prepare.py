@@ -35,7 +35,15 @@ from bpdq_quantizer.model.stream import (
     solved,
     stamps,
 )
-from bpdq_quantizer.model.support import FLOATS, check_blocks, check_dense, check_kept, check_tokens, table_bits
+from bpdq_quantizer.model.support import (
+    FLOATS,
+    check_blocks,
+    check_dense,
+    check_kept,
+    check_length,
+    check_tokens,
+    table_bits,
+)
 from bpdq_quantizer.model.tokens import leading_tokens, load_tokenizer
 from bpdq_quantizer.model.windows import Window, all_tokens, text_windows, token_count
 from bpdq_quantizer.passes import kv_scales
@@ -95,7 +103,7 @@ def prepare(o: Options, folder: RunFolder, kept: list[Window] | None = None) -> 
     asked, model = o, o.files.model
     check_source(model)
     check_modules(Path(model))
-    _check_skeleton(model, o.schemes.ignore or [])
+    _check_skeleton(model, o.schemes.ignore or [], o.text.seq_len)
     check_stored(model)
     tokenizer = load_tokenizer(model)
     lead = leading_tokens(tokenizer, o.text.special_tokens)
@@ -136,14 +144,15 @@ def prepare(o: Options, folder: RunFolder, kept: list[Window] | None = None) -> 
     return Run(asked, o, source, before, windows, embeddings, budget, device, folder, heads)
 
 
-def _check_skeleton(model: str, ignore: Sequence[str]) -> None:
-    """What a model's config.json alone tells of `--ignore` and its blocks. Raises InputError."""
+def _check_skeleton(model: str, ignore: Sequence[str], seq_len: int) -> None:
+    """What a model's config.json alone tells of `--ignore`, `--seq-len` and its blocks. Raises InputError."""
     skeleton = plain_skeleton(model)
     prefix, blocks = decoder_blocks(skeleton)
     check_dense(prefix, blocks)
     said = parted(leave_alone(Streamed(skeleton, prefix, blocks, {}), ignore)) if ignore else None
     if said is not None:
         tqdm.write(said, file=sys.stderr)
+    check_length(skeleton, seq_len)
 
 
 def with_gradients(o: Options, source: Streamed, calibration: int) -> Options:
