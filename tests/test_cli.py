@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, modeling_utils
 
 from bpdq_quantizer import cost
 from bpdq_quantizer.checkpoint.inspection import ranges
@@ -314,6 +314,20 @@ def test_code_in_a_model_folder_is_not_run(folder, tmp_path, capsys):
     (model / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     fails_with(capsys, "eval", model, "--text", folder / "text.txt", "--seq-len", "32")
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_a_kernel_of_the_hub_that_a_config_names_is_not_loaded(folder, tmp_path, capsys, monkeypatch, key):
+    monkeypatch.setattr(modeling_utils, "lazy_import_flash_attention", lambda *_, **__: pytest.fail("it is loaded"))
+    for name in ("model", "checkpoint"):
+        file = shutil.copytree(folder / name, tmp_path / name) / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {key: "evil/kernel"}))
+        argv = ["eval", tmp_path / name, "--text", folder / "text.txt", "--seq-len", "32"]
+        assert main([str(a) for a in argv]) == 0
+        assert AutoConfig.from_pretrained(tmp_path / name)._attn_implementation == "evil/kernel"
+    argv = ["quantize", tmp_path / "model", "--output", tmp_path / "out", "--calibration", folder / "text.txt", *QUICK]
+    assert main([str(a) for a in argv]) == 0
+    assert "evil" not in (tmp_path / "out" / "config.json").read_text()
 
 
 def test_products_in_fp32_are_not_rounded_to_tf32_where_the_environment_allows_it(tmp_path, capsys):

@@ -8,7 +8,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import bpdq_quantizer
@@ -190,15 +190,39 @@ def test_names_that_transformers_changes(tmp_path, name):
     assert same(tensors(quantized), expected)
 
 
+def cached(folder, cache, monkeypatch):
+    """The hub id someone/model, whose files are those of `folder`."""
+    place = cache / "models--someone--model"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    return shutil.copytree(folder, place / "snapshots" / ("a" * 40))
+
+
 def test_a_hub_id(pairs, tmp_path, monkeypatch):
     quantized, plain = pairs["W4A16"]
-    cached = tmp_path / "models--someone--model"
-    (cached / "refs").mkdir(parents=True)
-    (cached / "refs" / "main").write_text("a" * 40)
-    shutil.copytree(quantized, cached / "snapshots" / ("a" * 40))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    cached(quantized, tmp_path, monkeypatch)
     assert same(tensors("someone/model"), load_tensors(plain))
+
+
+def test_a_hub_id_in_16_bits_is_looked_at_like_a_folder(pairs, tmp_path, monkeypatch):
+    """Whatever its files are called."""
+    plain = pairs["W4A16"][1]
+    folder = cached(plain, tmp_path, monkeypatch)
+    stored = load_tensors(plain)
+    for extra in ({}, {"lm_head.bias": torch.ones(384)}):
+        (folder / "model.safetensors").unlink(missing_ok=True)
+        save_file(stored | extra, folder / "part.safetensors", metadata={"format": "pt"})
+        index = {"metadata": {}, "weight_map": dict.fromkeys(stored | extra, "part.safetensors")}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        if extra:
+            with pytest.raises(
+                InputError, match=r"part\.safetensors: lm_head\.bias has no place in the model of config"
+            ):
+                open_model("someone/model")
+        else:
+            assert same(tensors("someone/model"), stored)
 
 
 def test_eval_is_of_the_16_bit_weights(pairs, text, capsys):

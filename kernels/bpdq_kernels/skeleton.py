@@ -3,6 +3,7 @@
 vLLM gives its parameters the same names and shapes, in fused layers, and does not notice all that are missing.
 """
 
+import copy
 import logging
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -78,6 +79,12 @@ def auto_class(config: "PreTrainedConfig") -> type | None:
     return transformers.AutoModelForCausalLM if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING else None
 
 
+def forget_attention(config: "PreTrainedConfig") -> None:
+    """Take out of a config how attention is computed, so that transformers chooses: a config.json may name a kernel of
+    the Hugging Face Hub, whose code would run."""
+    config._attn_implementation = None
+
+
 def build(config: "PreTrainedConfig", stored: Headers) -> "PreTrainedModel":
     """The 16-bit model of `config` (`auto_class`) on the meta device, for a checkpoint's tensors `stored`; with its
     experts one by one, where that has them so in bit-planes.
@@ -88,6 +95,8 @@ def build(config: "PreTrainedConfig", stored: Headers) -> "PreTrainedModel":
     auto = auto_class(config)
     if auto is None:
         raise ImportError(f"config.json: transformers has no causal language model for model_type {config.model_type}")
+    config = copy.deepcopy(config)
+    forget_attention(config)
     try:
         with torch.device("meta"):
             model = auto.from_config(config, trust_remote_code=False)

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTraine
 
 from bpdq_kernels.experts import take_apart
 from bpdq_kernels.folder import FLOATS
-from bpdq_kernels.skeleton import auto_class, embedding_names
+from bpdq_kernels.skeleton import auto_class, embedding_names, forget_attention
 from bpdq_quantizer.errors import InputError
 from bpdq_quantizer.model.quantized import open_config
 from bpdq_quantizer.model.sources import check_stored, gguf_arguments
@@ -34,6 +34,7 @@ def load_pretrained(
     quantization = {"quantization_config": GgufConfig(dequantize=True)} if "gguf_file" in source else {}
     try:
         config = AutoConfig.from_pretrained(trust_remote_code=False, **source)
+        forget_attention(config)
         auto = auto_class(config) or AutoModelForCausalLM  # which then names what it can't take
         lm, info = auto.from_pretrained(
             dtype=dtype,
@@ -43,7 +44,7 @@ def load_pretrained(
             ignore_mismatched_sizes=True,
             **source,
             **quantization,
-            **options,
+            **{"config": config, **options},
         )
     except (InputError, MemoryError, torch.OutOfMemoryError):
         raise

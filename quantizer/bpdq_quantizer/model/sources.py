@@ -10,7 +10,7 @@ from safetensors import safe_open
 from transformers import CONFIG_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, AutoConfig, PreTrainedConfig
 
 from bpdq_kernels.folder import INDEX, SINGLE
-from bpdq_kernels.skeleton import auto_class
+from bpdq_kernels.skeleton import auto_class, forget_attention
 from bpdq_quantizer.errors import InputError
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")  # or of other frameworks
@@ -54,6 +54,7 @@ def read_config(model: str) -> PreTrainedConfig:
         raw = {} if is_gguf(model) else PreTrainedConfig.get_config_dict(model)[0]
         check_known(model, raw)
         config = AutoConfig.from_pretrained(trust_remote_code=False, **source)
+        forget_attention(config)
     except InputError:
         raise
     except Exception as e:  # a config's own checks raise all kinds
