@@ -130,7 +130,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     source.add_argument("--random-models", choices=RANDOM_MODELS, help="the same for random weights of this shape")
     source.add_argument("--engine", metavar="DIR", help=argparse.SUPPRESS)  # one model, in a process of its own
     parser.add_argument("--output", type=Path, default=Path("bench-output"), metavar="DIR", help="(%(default)s)")
-    args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(OF_LAYERS + OF_PLANES)))
+    not_given = argparse.Namespace(**dict.fromkeys(OF_LAYERS + OF_PLANES))  # None, in the place of their defaults
+    args = parser.parse_args(argv, not_given)
     for name in OF_LAYERS + OF_PLANES:
         if getattr(args, name) is None:
             setattr(args, name, parser.get_default(name))

@@ -313,10 +313,10 @@ def test_texts_have_names_without_paths():
     assert text_name("hf:/home/me/rows:c") == "`rows`, c"
 
 
-@pytest.mark.parametrize("name", ["mine", "./mine", "../work/mine/", "{}/work/mine"])
+@pytest.mark.parametrize("name", ["mine", "./mine", "../texts/mine/", "{}/texts/mine"])
 def test_a_data_set_in_a_folder_is_named_without_its_path(tmp_path, monkeypatch, name):
-    (tmp_path / "work" / "mine").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path / "work")
+    (tmp_path / "texts" / "mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "texts")
     text = f"hf:{name.format(tmp_path)}"
     assert text_name(text) == "`mine`"
     for config in ("", ":en"):

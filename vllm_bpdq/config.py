@@ -127,10 +127,10 @@ class BPDQConfig(QuantizationConfig):
         beside them; heads for multi-token prediction, in 16 bits, have none).
 
         Before the first layer the checkpoint's files are checked: this is where vLLM's load format is known. Raises
-        ValueError for what they lack, for fused layers whose parts differ in scheme and experts that do, for experts
-        with an activation that the kernels lack or with LoRA adapters, for an embedding in bit-planes where a draft
-        model of EAGLE's kind or MTP is to share it, for an LM head in bit-planes that is to become a classifier, and
-        for scales of the KV cache of latent attention.
+        ValueError for what they lack, for what vLLM is asked for and bit-planes can't do, for fused layers whose parts
+        differ in scheme and experts that do, for experts with an activation that the kernels lack or with LoRA
+        adapters, for an embedding in bit-planes where a draft model of EAGLE's kind or MTP is to share it, for an LM
+        head in bit-planes that is to become a classifier, and for scales of the KV cache of latent attention.
         """
         from vllm.model_executor.layers.attention import Attention, MLAAttention
         from vllm.model_executor.layers.fused_moe import GateLinear, RoutedExperts
@@ -185,19 +185,11 @@ class BPDQConfig(QuantizationConfig):
 
     def _check_files(self) -> None:
         """Check the files that vLLM is about to load, once, and that nothing is asked for that bit-planes can't do."""
-        from vllm import envs
-
         from vllm_bpdq.checkpoint import check, source
 
         if self.model is None:
             return
-        if getattr(self, "online_quantization_config", None) is not None:
-            raise ValueError("--quantization-config: layers in bit-planes are quantized already: leave it out")
-        if envs.VLLM_BATCH_INVARIANT:
-            raise ValueError(
-                "VLLM_BATCH_INVARIANT: layers in bit-planes have other kernels for few tokens than for many, which "
-                "round otherwise: unset it"
-            )
+        _check_asked(getattr(self, "online_quantization_config", None))
         check(*self.model, self.hf_config, self.stored_format)
         found = source()
         self.checked = found if found and found[0] == self.model[0] else None  # vLLM reloads no draft
@@ -267,6 +259,19 @@ class BPDQConfig(QuantizationConfig):
                 "give all of them the same bits, group_size, coefficient_bits and code, or ignore all of them"
             )
         return next(iter(first))
+
+
+def _check_asked(online_quantization: Any) -> None:
+    """Raise ValueError for what vLLM is told to do with all weights, and bit-planes can't."""
+    from vllm import envs
+
+    if online_quantization is not None:
+        raise ValueError("--quantization-config: layers in bit-planes are quantized already: leave it out")
+    if envs.VLLM_BATCH_INVARIANT:
+        raise ValueError(
+            "VLLM_BATCH_INVARIANT: layers in bit-planes have other kernels for few tokens than for many, which round "
+            "otherwise: unset it"
+        )
 
 
 def _check_unshared(name: str) -> None:

@@ -24,7 +24,7 @@ def identity(
     offload = o.execution.offload_dir
     given = {name: value for name, value in o.by_name().items() if name not in ("calibration", "evaluate", "model")}
     own = {
-        "model": place(o.files.model),
+        "model": resolved_model(o.files.model),
         "offload_dir": None if offload is None else os.path.abspath(offload),
         "calibration tokens": tensors_digest(as_tensors(windows)),
         "dtype": str(dtype),
@@ -32,7 +32,7 @@ def identity(
     return given | own | circumstances(o.files.model, device, stamps)
 
 
-def place(model: str) -> str:
+def resolved_model(model: str) -> str:
     """A folder or file by its resolved path, or a hub id."""
     return str(Path(model).resolve()) if Path(model).exists() else model
 

@@ -37,7 +37,7 @@ from bpdq_quantizer.model.writing import (
     texts_of_window,
     write_on,
 )
-from bpdq_quantizer.run.identity import circumstances, place
+from bpdq_quantizer.run.identity import circumstances, resolved_model
 from bpdq_quantizer.run.run_folder import WRITTEN, RunFolder, check_same, holds_work
 from bpdq_quantizer.storage.files import DamagedError, read_sealed, write_tensors
 
@@ -101,7 +101,7 @@ def _writer_identity(writer: str, tokenizer: PreTrainedTokenizerBase, device: to
     check_source(writer)
     if load_tokenizer(writer).get_vocab() != tokenizer.get_vocab():
         raise InputError(f"--calibration self:{writer}: its tokenizer is not the model's: name one of the same family")
-    return {"calibration": f"self:{place(writer)}"} | circumstances(writer, device, stamps(writer))
+    return {"calibration": f"self:{resolved_model(writer)}"} | circumstances(writer, device, stamps(writer))
 
 
 def _written(folder: RunFolder, source: Mapping[str, Any]) -> tuple[Tensor, dict[str, float]]:
